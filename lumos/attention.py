@@ -1,0 +1,241 @@
+"""Block-causal attention by prefix decomposition, and the KV cache beside it.
+
+A document is a sequence of segments (``SequenceLayout.segments``): text is causal, a frame is one bidirectional block
+that sees everything before it. So each frame is an unmasked attention over the keys up to its own end, and no L x L
+mask exists anywhere. Documents are packed one after another and never attend to each other; neighbours of equal layout
+are attended together.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lumos.layout import Segment, SequenceLayout
+
+Backend = Literal["auto", "sdpa", "fused_cpu", "dense"]
+
+_CUDA_PRIORITY = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def attention_mask(layout: SequenceLayout) -> Bool[Tensor, "tokens tokens"]:
+    """The dense mask a layout stands for (True = attend); for tests and for reading, not used in computing."""
+    index = torch.arange(layout.length)
+    mask = index[:, None] >= index[None, :]
+    for segment in layout.segments:
+        if not segment.causal:
+            mask[segment.start : segment.stop, : segment.stop] = True
+    return mask
+
+
+def attend(
+    query: Float[Tensor, "tokens heads head_dim"],
+    key: Float[Tensor, "tokens kv_heads head_dim"],
+    value: Float[Tensor, "tokens kv_heads head_dim"],
+    layouts: Sequence[SequenceLayout],
+    *,
+    backend: Backend = "auto",
+) -> Float[Tensor, "tokens heads head_dim"]:
+    """Attention of packed documents, each to itself.
+
+    Args:
+        query: rotated queries of all documents, one after another.
+        key: rotated keys; query head i uses key head ``i // (heads / kv_heads)``.
+        value: values.
+        layouts: one layout per document, in order; their lengths sum to ``tokens``.
+        backend: ``sdpa`` slices through ``scaled_dot_product_attention``; ``fused_cpu`` accumulates the gradients of
+            keys and values in one buffer; ``dense`` forms the mask (for comparison); ``auto`` picks by device.
+    """
+    if backend == "auto":
+        backend = "fused_cpu" if query.device.type == "cpu" else "sdpa"
+    outputs = []
+    for start, count, layout in _groups(layouts):
+        stop = start + count * layout.length
+        # [tokens, heads, head_dim] -> [documents, heads, length, head_dim], views without copies
+        q, k, v = (
+            x[start:stop].unflatten(0, (count, layout.length)).transpose(1, 2) for x in (query, key, value)
+        )
+        k, v = _expand_heads(k, q.shape[1]), _expand_heads(v, q.shape[1])
+        outputs.append(_attend_group(q, k, v, layout, backend).transpose(1, 2).flatten(0, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _groups(layouts: Sequence[SequenceLayout]) -> Iterator[tuple[int, int, SequenceLayout]]:
+    """Runs of neighbours with one layout: first token, number of documents, layout."""
+    start = 0
+    for layout, run in groupby(layouts):
+        count = sum(1 for _ in run)
+        yield start, count, layout
+        start += count * layout.length
+
+
+def _expand_heads(x: Tensor, num_heads: int) -> Tensor:
+    groups = num_heads // x.shape[1]
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
+def _attend_group(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, backend: Backend) -> Tensor:
+    if backend == "dense":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask(layout).to(q.device))
+    if backend == "fused_cpu":
+        out: Tensor = _PrefixAttention.apply(q, k, v, layout.segments)
+        return out
+    with sdpa_kernel(_CUDA_PRIORITY, set_priority=True):
+        parts = [_attend_segment(q, k, v, segment) for segment in layout.segments]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _causal_tail_mask(segment: Segment, past: int, device: torch.device) -> Tensor:
+    """Mask of a causal stretch that begins after other tokens: everything before it, then a triangle."""
+    length = segment.stop - segment.start
+    return torch.ones(length, past + segment.stop, dtype=torch.bool, device=device).tril(past + segment.start)
+
+
+def _attend_segment(q: Tensor, k: Tensor, v: Tensor, segment: Segment, past: int = 0) -> Tensor:
+    queries = q[:, :, segment.start : segment.stop]
+    stop = past + segment.stop
+    keys, values = k[:, :, :stop], v[:, :, :stop]
+    if not segment.causal or queries.shape[2] == 1:
+        return F.scaled_dot_product_attention(queries, keys, values)
+    if past + segment.start == 0:
+        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+    return F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=_causal_tail_mask(segment, past, q.device)
+    )
+
+
+class _PrefixAttention(torch.autograd.Function):
+    """All segments of a group in one node, so that dK and dV are accumulated in place instead of being padded and added.
+
+    Built on the CPU flash kernels of torch; nothing of size L x L is kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, ...]
+    ) -> Tensor:
+        out = torch.empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype).transpose(1, 2)
+        logsumexps = []
+        for segment in segments:
+            rows = slice(segment.start, segment.stop)
+            causal, mask = _cpu_mask(segment, q.dtype)
+            part, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q[:, :, rows], k[:, :, : segment.stop], v[:, :, : segment.stop], 0.0, causal, attn_mask=mask
+            )
+            out[:, :, rows] = part
+            logsumexps.append(logsumexp)
+        ctx.save_for_backward(q, k, v, out, *logsumexps)
+        ctx.segments = segments  # type: ignore[attr-defined]
+        return out
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, grad_out: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, *logsumexps = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_q = torch.empty_like(q)
+        # float32 sums: a key before many frames collects one term from each of them
+        grad_k = torch.zeros(k.shape, dtype=torch.float32)
+        grad_v = torch.zeros(v.shape, dtype=torch.float32)
+        for segment, logsumexp in zip(ctx.segments, logsumexps, strict=True):  # type: ignore[attr-defined]
+            rows = slice(segment.start, segment.stop)
+            causal, mask = _cpu_mask(segment, q.dtype)
+            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad_out[:, :, rows],
+                q[:, :, rows],
+                k[:, :, : segment.stop],
+                v[:, :, : segment.stop],
+                out[:, :, rows],
+                logsumexp,
+                0.0,
+                causal,
+                attn_mask=mask,
+            )
+            grad_q[:, :, rows] = dq
+            grad_k[:, :, : segment.stop] += dk
+            grad_v[:, :, : segment.stop] += dv
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None
+
+
+def _cpu_mask(segment: Segment, dtype: torch.dtype) -> tuple[bool, Tensor | None]:
+    if not segment.causal or segment.stop - segment.start == 1:
+        return False, None
+    if segment.start == 0:
+        return True, None
+    allowed = _causal_tail_mask(segment, 0, torch.device("cpu"))
+    return False, torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, float("-inf"))
+
+
+@dataclass
+class KVCache:
+    """Preallocated keys and values of several documents, each with its own length.
+
+    ``lengths[i]`` tokens of row i are valid; :meth:`truncate` takes tokens back without touching memory.
+    """
+
+    keys: list[Float[Tensor, "rows kv_heads capacity head_dim"]]  # one per layer
+    values: list[Float[Tensor, "rows kv_heads capacity head_dim"]]
+    lengths: list[int] = field(default_factory=list)
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens a row can hold."""
+        return int(self.keys[0].shape[2])
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget tokens from the end so that row i holds ``lengths[i]``.
+
+        Raises:
+            ValueError: if a row holds fewer already.
+        """
+        if any(new > old for new, old in zip(lengths, self.lengths, strict=True)):
+            raise ValueError(f"cannot truncate rows of {self.lengths} tokens to {list(lengths)}")
+        self.lengths = list(lengths)
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Tensor, "tokens heads head_dim"],
+        key: Float[Tensor, "tokens kv_heads head_dim"],
+        value: Float[Tensor, "tokens kv_heads head_dim"],
+        layouts: Sequence[SequenceLayout],
+    ) -> Float[Tensor, "tokens heads head_dim"]:
+        """Append the new tokens of every row to a layer and attend at true lengths; ``lengths`` is advanced by the caller."""
+        out = torch.empty_like(query)
+        start = 0
+        for row, layout in enumerate(layouts):
+            past, stop = self.lengths[row], start + layout.length
+            if past + layout.length > self.capacity:
+                raise ValueError(f"row {row} needs {past + layout.length} tokens, the cache holds {self.capacity}")
+            keys, values = self.keys[layer][row], self.values[layer][row]
+            keys[:, past : past + layout.length] = key[start:stop].transpose(0, 1)
+            values[:, past : past + layout.length] = value[start:stop].transpose(0, 1)
+            q = query[start:stop].transpose(0, 1)[None]
+            end = past + layout.length
+            k, v = (_expand_heads(x[None, :, :end], q.shape[1]) for x in (keys, values))
+            for segment in layout.segments:
+                part = _attend_segment(q, k, v, segment, past)
+                out[start + segment.start : start + segment.stop] = part[0].transpose(0, 1)
+            start = stop
+        return out
+
+
+def new_cache(
+    *, num_layers: int, rows: int, num_kv_heads: int, capacity: int, head_dim: int, like: Tensor
+) -> KVCache:
+    """An empty cache on the device and in the dtype of ``like``."""
+    shape = (rows, num_kv_heads, capacity, head_dim)
+    keys = [like.new_zeros(shape) for _ in range(num_layers)]
+    values = [like.new_zeros(shape) for _ in range(num_layers)]
+    return KVCache(keys=keys, values=values, lengths=[0] * rows)

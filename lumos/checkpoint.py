@@ -1,0 +1,235 @@
+"""Checkpoints as folders: safetensors in the authors' key names, whole or sharded, beside a ``config.json``.
+
+``config.json`` holds the release's keys and, under ``lumos``, what the release has no key for: format version,
+vocabulary, rope variant, and whatever the caller adds. A released Lumos-1 folder has no such section and loads with the
+release's own settings.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lumos.config import ModelConfig, from_release_config, to_release_config
+from lumos.decoder import Decoder
+from lumos.vocabulary import Vocabulary
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_IGNORED_PREFIX = "model.vqmodel."  # the release's unused Chameleon VQ-VAE
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint."""
+
+    model: Decoder
+    vocabulary: Vocabulary
+    extra: dict[str, Any]  # what the writer added; empty for a released checkpoint
+
+    @property
+    def config(self) -> ModelConfig:
+        """Shape of the model."""
+        return self.model.config
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    model: Decoder,
+    vocabulary: Vocabulary,
+    *,
+    extra: dict[str, Any] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a checkpoint folder, complete or not at all: it is built beside ``path`` and renamed.
+
+    Args:
+        path: the folder; replaced where it holds a checkpoint already.
+        model: weights are written in their own dtype.
+        vocabulary: stored with the model.
+        extra: JSON-able additions for ``config.json``.
+        max_shard_bytes: weights beyond this are split into several files with an index.
+
+    Raises:
+        ValueError: if vocabulary and model differ in size.
+        FileExistsError: if ``path`` is a folder that holds something else.
+    """
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
+    save_state(path, state, model.config, vocabulary, extra=extra, max_shard_bytes=max_shard_bytes)
+
+
+def save_state(
+    path: str | os.PathLike[str],
+    state: dict[str, Tensor],
+    config: ModelConfig,
+    vocabulary: Vocabulary,
+    *,
+    extra: dict[str, Any] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """As :func:`save_checkpoint`, from a state dict gathered elsewhere (ZeRO-3)."""
+    if config.vocab_size != vocabulary.vocab_size:
+        raise ValueError(f"the model has {config.vocab_size} token rows, the vocabulary {vocabulary.vocab_size} ids")
+    target = Path(path)
+    if target.exists() and not (target / CONFIG_FILE).exists() and any(target.iterdir()):
+        raise FileExistsError(f"{target} holds files that are not a checkpoint: name another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    section = {
+        "format_version": FORMAT_VERSION,
+        "vocabulary": vocabulary.to_dict(),
+        "rope": config.rope,
+        "position_scale": list(config.position_scale),
+        "extra": extra or {},
+    }
+    raw = {"architectures": ["LumosForConditionalGeneration"], **to_release_config(config), "lumos": section}
+    building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        building.chmod(0o755)
+        _write_weights(building, state, max_shard_bytes)
+        (building / CONFIG_FILE).write_text(json.dumps(raw, indent=2) + "\n")
+        _replace_folder(building, target)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _replace_folder(new: Path, target: Path) -> None:
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+        target.rename(old / "old")
+        new.rename(target)
+        shutil.rmtree(old)
+    else:
+        new.rename(target)
+
+
+def _write_weights(folder: Path, state: dict[str, Tensor], max_shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for key, tensor in sorted(state.items()):
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][key] = tensor
+        size += tensor.nbytes
+    metadata = {"format": "pt"}
+    if len(shards) == 1:
+        save_file(shards[0], folder / WEIGHTS_FILE, metadata)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / name, metadata)
+        weight_map |= dict.fromkeys(shard, name)
+    total = sum(tensor.nbytes for tensor in state.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def read_config(path: str | os.PathLike[str]) -> tuple[ModelConfig, Vocabulary, dict[str, Any]]:
+    """Model config, vocabulary and extra section of a checkpoint folder, without its weights.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if its config cannot be used; the message says why.
+    """
+    file = Path(path) / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{path} is not a checkpoint: it has no {CONFIG_FILE}. Name the folder that `lumos train` exported, "
+            "or that of a released Lumos-1 checkpoint"
+        )
+    try:
+        raw = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON ({error})") from error
+    config = from_release_config(raw)
+    section = raw.get("lumos")
+    if section is None:
+        vocabulary = Vocabulary.lumos1()
+        extra: dict[str, Any] = {}
+    else:
+        if section["format_version"] > FORMAT_VERSION:
+            raise ValueError(
+                f"{file} has checkpoint format {section['format_version']}, this version reads up to {FORMAT_VERSION}: "
+                "install a newer lumos"
+            )
+        config = replace(config, rope=section["rope"], position_scale=tuple(section["position_scale"]))
+        vocabulary = Vocabulary.from_dict(section["vocabulary"])
+        extra = section["extra"]
+    if config.vocab_size != vocabulary.vocab_size:
+        raise ValueError(f"{file}: vocab_size {config.vocab_size} does not fit a vocabulary of {vocabulary.vocab_size}")
+    return config, vocabulary, extra
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Checkpoint:
+    """Load a checkpoint folder of ours or a released one, in eval mode.
+
+    Raises:
+        FileNotFoundError: if the folder, its config or a weights file is missing.
+        ValueError: if weights are missing, unexpected, of another shape, or a file is damaged; the message names them.
+    """
+    config, vocabulary, extra = read_config(path)
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.to_empty(device=device)
+    model.to(dtype)
+    load_weights(model, path)
+    return Checkpoint(model=model.eval(), vocabulary=vocabulary, extra=extra)
+
+
+def load_weights(model: Decoder, path: str | os.PathLike[str]) -> None:
+    """Copy the weights of a checkpoint folder into a model, cast to its dtype.
+
+    Raises:
+        FileNotFoundError: if a weights file is missing.
+        ValueError: if weights are missing, unexpected, of another shape, or a file is damaged.
+    """
+    missing = dict(model.state_dict())
+    problems = []
+    for key, tensor in _read_weights(Path(path)):
+        if key.startswith(_IGNORED_PREFIX):
+            continue
+        ours = missing.pop(key, None)
+        if ours is None:
+            problems.append(f"{key} is not in the model")
+        elif ours.shape != tensor.shape:
+            problems.append(f"{key} has shape {list(tensor.shape)}, the model {list(ours.shape)}")
+        else:
+            ours.copy_(tensor)
+    problems += [f"{key} is missing" for key in missing]
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"the weights in {path} do not fit the model: {'; '.join(problems[:3])}{more}. "
+            "Load them with the config they were saved with"
+        )
+
+
+def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    index = folder / INDEX_FILE
+    names = [WEIGHTS_FILE]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    for name in names:
+        file = folder / name
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: the checkpoint is incomplete, copy it again")
+        try:
+            with safe_open(file, framework="pt") as archive:
+                for key in archive.keys():  # noqa: SIM118 (a safetensors archive is not a dict)
+                    yield key, archive.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}): copy it again") from error

@@ -1,0 +1,163 @@
+"""Frozen configuration of the model, the training mask and the sampler, with the named sizes as functions."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+RopeKind = Literal["1d", "3d", "m", "mm"]
+MaskKind = Literal["tube", "random", "diffusion_forcing"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the decoder. Defaults are those of the Lumos-1 release where it has one.
+
+    Raises:
+        ValueError: if sizes do not fit together; the message names the field and its value.
+    """
+
+    vocab_size: int  # rows of the embedding and of the head
+    hidden_size: int
+    intermediate_size: int  # width of the SwiGLU
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int  # a multiple of 32: the MM-RoPE axis table has a period of 16 frequencies
+    rope_theta: float = 10000.0
+    rope: RopeKind = "mm"
+    position_scale: tuple[int, int, int] = (4, 8, 8)  # positions per latent step along (t, h, w)
+    norm_eps: float = 1e-5  # RMSNorm
+    qk_norm_eps: float = 1e-5  # LayerNorm of queries and keys
+    model_parallel_size: int = 1  # rows of the q/k norm parameters; each serves a block of heads
+    max_seq_len: int = 32768  # longest sequence, in tokens
+
+    def __post_init__(self) -> None:
+        """Check that the sizes fit together."""
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})",
+        )
+        _require(
+            self.head_dim > 0 and self.head_dim % 32 == 0, f"head_dim must be a multiple of 32, got {self.head_dim}"
+        )
+        for name in ("num_heads", "num_kv_heads"):
+            _require(
+                getattr(self, name) % self.model_parallel_size == 0,
+                f"{name} ({getattr(self, name)}) must be a multiple of model_parallel_size ({self.model_parallel_size})",
+            )
+        _require(self.max_seq_len > 0, f"max_seq_len must be positive, got {self.max_seq_len}")
+        _require(self.rope_theta > 0, f"rope_theta must be positive, got {self.rope_theta}")
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights, embedding and head included."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        norms = 2 * self.hidden_size + 4 * self.model_parallel_size * self.head_dim
+        layer = attention + 3 * self.hidden_size * self.intermediate_size + norms
+        return self.num_layers * layer + 2 * self.vocab_size * self.hidden_size + self.hidden_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """How training positions are masked (paper, AR-DF).
+
+    ``tube`` masks one spatial pattern in every frame of a clip; ``random`` draws a pattern per frame at one ratio;
+    ``diffusion_forcing`` draws ratio and pattern per frame.
+    """
+
+    kind: MaskKind = "tube"
+    min_ratio: float = 0.7  # lower clip of cos(pi * u / 2), in (0, 1]
+
+    def __post_init__(self) -> None:
+        """Check the range of the ratio."""
+        _require(0.0 < self.min_ratio <= 1.0, f"min_ratio must be in (0, 1], got {self.min_ratio}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How a video is drawn, frame by frame (model.md, section 7). The two ``release_*`` options reproduce its quirks."""
+
+    num_steps: int = 50  # mask-predict steps per latent frame
+    guidance_scale: float = 15.0  # 1 means no guidance: the unconditional branch is not run
+    history_ratio: float = 0.7  # share of a finished frame's cells hidden from later frames, in [0, 1]
+    temperature: float = 1.0  # of the re-masking noise at the first step; the draw itself is at temperature 1
+    release_temperature: bool = False  # let the re-masking temperature compound over frames, as the release does
+    release_given_frames: bool = False  # show given frames unmasked in the history, as the release does
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(self.num_steps >= 1, f"num_steps must be at least 1, got {self.num_steps}")
+        _require(self.guidance_scale >= 0.0, f"guidance_scale must not be negative, got {self.guidance_scale}")
+        _require(0.0 <= self.history_ratio <= 1.0, f"history_ratio must be in [0, 1], got {self.history_ratio}")
+        _require(self.temperature >= 0.0, f"temperature must not be negative, got {self.temperature}")
+
+
+_HF_NAMES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "rope_theta": "rope_theta",
+    "norm_eps": "rms_norm_eps",
+    "qk_norm_eps": "qk_norm_eps",
+    "model_parallel_size": "model_parallel_size",
+    "max_seq_len": "max_position_embeddings",
+}
+
+
+def to_release_config(config: ModelConfig) -> dict[str, Any]:
+    """The release's ``config.json`` keys for a config; what the release has no key for is left out."""
+    return {theirs: getattr(config, ours) for ours, theirs in _HF_NAMES.items()}
+
+
+def from_release_config(raw: dict[str, Any]) -> ModelConfig:
+    """Read the release's ``config.json`` (unknown keys are ignored: it carries many of its framework's).
+
+    Raises:
+        ValueError: if a size is missing, or a feature is asked for that Lumos-1 does not have.
+    """
+    for name in ("attention_bias", "mlp_bias", "tie_word_embeddings", "swin_norm"):
+        if raw.get(name):
+            raise ValueError(f"config.json: {name} = {raw[name]} is not supported; Lumos-1 checkpoints have false")
+    known = {ours: raw[theirs] for ours, theirs in _HF_NAMES.items() if raw.get(theirs) is not None}
+    if "head_dim" not in known and {"hidden_size", "num_heads"} <= known.keys():
+        known["head_dim"] = known["hidden_size"] // known["num_heads"]
+    known.setdefault("num_kv_heads", known.get("num_heads"))
+    needed = {f.name for f in fields(ModelConfig)} & {"vocab_size", "hidden_size", "intermediate_size"}
+    missing = sorted(_HF_NAMES[name] for name in needed | {"num_layers", "num_heads"} if name not in known)
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}; is this a Lumos-1 checkpoint?")
+    return ModelConfig(**known)
+
+
+def to_dict(config: ModelConfig | MaskConfig | SamplingConfig) -> dict[str, Any]:
+    """A config as plain values for JSON."""
+    return asdict(config)
+
+
+def lumos_500m() -> ModelConfig:
+    """The paper's 0.5B model."""
+    return _lumos(num_layers=16, hidden_size=1024, intermediate_size=4096, num_heads=16, num_kv_heads=4, head_dim=64)
+
+
+def lumos_1b() -> ModelConfig:
+    """The paper's 1B model (1.5 B parameters with both vocabulary matrices)."""
+    return _lumos(num_layers=16, hidden_size=2048, intermediate_size=8192, num_heads=32, num_kv_heads=8, head_dim=64)
+
+
+def lumos_3b() -> ModelConfig:
+    """The paper's 3B model (3.6 B parameters with both vocabulary matrices)."""
+    return _lumos(num_layers=28, hidden_size=3072, intermediate_size=8192, num_heads=24, num_kv_heads=8, head_dim=128)
+
+
+def _lumos(**sizes: int) -> ModelConfig:
+    return ModelConfig(vocab_size=129536, rope_theta=10000.0, **sizes)

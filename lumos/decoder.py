@@ -1,0 +1,232 @@
+"""The Lumos-1 decoder: a pre-norm Llama block with per-head q/k LayerNorm, MM-RoPE and block-causal attention.
+
+Module names give the state-dict keys of the authors' release. Batches are packed: tokens of all documents lie one after
+another in one dimension, and a list of layouts says where each begins.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lumos.attention import Backend, KVCache, attend, new_cache
+from lumos.config import ModelConfig
+from lumos.layout import SequenceLayout
+from lumos.rope import batch_tables, rotary_tables, rotate
+
+# On CPU a matrix product over 1, 2, 3, 5 or 7 rows takes another path than the same rows inside a larger one and
+# differs in the last bits; whole groups of 8 rows do not, so cached passes are padded to them.
+_ROW_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What every layer of one forward pass shares."""
+
+    cos: Tensor
+    sin: Tensor
+    layouts: Sequence[SequenceLayout]
+    cache: KVCache | None
+    backend: Backend
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with float32 statistics."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch channels"]:
+        """Normalise the last dimension, cast back, then scale."""
+        return self.weight * F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype)
+
+
+class HeadNorm(nn.Module):
+    """LayerNorm of each head, then a scale and shift; parameter row r serves the r-th block of heads."""
+
+    def __init__(self, num_blocks: int, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_blocks, head_dim))
+        self.bias = nn.Parameter(torch.zeros(num_blocks, head_dim))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "tokens heads head_dim"]) -> Float[Tensor, "tokens heads head_dim"]:
+        """Normalise over head_dim."""
+        normed = F.layer_norm(x, (x.shape[-1],), eps=self.eps)
+        if len(self.weight) == 1:
+            return normed * self.weight + self.bias
+        heads = x.shape[1] // len(self.weight)
+        weight, bias = (repeat(p, "block dim -> (block heads) dim", heads=heads) for p in (self.weight, self.bias))
+        return normed * weight + bias
+
+
+class SelfAttention(nn.Module):
+    """Projections, q/k norm, rotation, attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_norm = HeadNorm(config.model_parallel_size, config.head_dim, config.qk_norm_eps)
+        self.k_norm = HeadNorm(config.model_parallel_size, config.head_dim, config.qk_norm_eps)
+
+    def forward(
+        self, x: Float[Tensor, "rows channels"], shared: _Pass, layer: int
+    ) -> Float[Tensor, "rows channels"]:
+        """Attend; rows beyond the documents' tokens are padding and come back as zeros."""
+        tokens = len(shared.cos)
+        q, k, v = (
+            rearrange(proj(x)[:tokens], "tokens (heads dim) -> tokens heads dim", dim=self.head_dim)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q = rotate(self.q_norm(q), shared.cos, shared.sin)
+        k = rotate(self.k_norm(k), shared.cos, shared.sin)
+        if shared.cache is None:
+            out = attend(q, k, v, shared.layouts, backend=shared.backend)
+        else:
+            out = shared.cache.attend(layer, q, k, v, shared.layouts)
+        out = rearrange(out, "tokens heads dim -> tokens (heads dim)")
+        padding = len(x) - tokens
+        return self.o_proj(F.pad(out, (0, 0, 0, padding)) if padding else out)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "rows channels"]) -> Float[Tensor, "rows channels"]:
+        """Gate, project back."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU, each pre-normed with a residual."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Float[Tensor, "rows channels"], shared: _Pass) -> Float[Tensor, "rows channels"]:
+        """One layer."""
+        x = x + self.self_attn(self.input_layernorm(x), shared, self.layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks and final norm: everything under ``model.`` in the release's keys."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+
+class Decoder(nn.Module):
+    """The model. Call it for hidden states; losses and the sampler apply the rows of ``lm_head`` they need."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = False  # recompute each block in the backward pass
+        self.attention_backend: Backend = "auto"
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self, ids: Int64[Tensor, " tokens"], layouts: Sequence[SequenceLayout]
+    ) -> Float[Tensor, "tokens channels"]:
+        """Hidden states after the final norm.
+
+        Args:
+            ids: packed tokens of all documents.
+            layouts: one per document, in order; positions restart at 0 in each.
+
+        Raises:
+            ValueError: if the layouts' lengths do not sum to the number of tokens, or a document is too long.
+        """
+        self._check(ids, layouts)
+        longest = max(layout.length for layout in layouts)
+        if longest > self.config.max_seq_len:
+            raise ValueError(f"a document of {longest} tokens is longer than max_seq_len {self.config.max_seq_len}")
+        cos, sin = batch_tables(layouts, self.config, ids.device)
+        return self._run(ids, _Pass(cos, sin, layouts, None, self.attention_backend))
+
+    def forward_cached(
+        self,
+        ids: Int64[Tensor, " tokens"],
+        layouts: Sequence[SequenceLayout],
+        positions: Int64[Tensor, "tokens 3"],
+        cache: KVCache,
+    ) -> Float[Tensor, "tokens channels"]:
+        """Hidden states of tokens appended to the rows of a cache.
+
+        Args:
+            ids: packed new tokens of all rows.
+            layouts: layout of the new tokens alone, one per row of the cache.
+            positions: their positions in the whole document (``rope.position_ids``).
+            cache: keys and values of what came before; the new tokens are added to it.
+        """
+        self._check(ids, layouts)
+        cos, sin = rotary_tables(positions, self.config)
+        hidden = self._run(ids, _Pass(cos, sin, layouts, cache, self.attention_backend))
+        cache.lengths = [past + layout.length for past, layout in zip(cache.lengths, layouts, strict=True)]
+        return hidden
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        """An empty cache for ``rows`` documents of at most ``capacity`` tokens."""
+        return new_cache(
+            num_layers=self.config.num_layers,
+            rows=rows,
+            num_kv_heads=self.config.num_kv_heads,
+            capacity=capacity,
+            head_dim=self.config.head_dim,
+            like=self.lm_head.weight,
+        )
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw weights: normal, std 0.02, with residual outputs scaled down by the depth; norms at identity."""
+        residual_std = 0.02 / (2 * self.config.num_layers) ** 0.5
+        with torch.no_grad():
+            for name, weight in self.named_parameters():
+                if "norm" in name:
+                    weight.fill_(0.0 if name.endswith("bias") else 1.0)
+                else:
+                    std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+                    weight.normal_(0.0, std, generator=generator)
+
+    def _check(self, ids: Tensor, layouts: Sequence[SequenceLayout]) -> None:
+        expected = sum(layout.length for layout in layouts)
+        if expected != len(ids) or not layouts:
+            raise ValueError(f"{len(layouts)} layouts of {expected} tokens in all do not fit {len(ids)} token ids")
+
+    def _run(self, ids: Tensor, shared: _Pass) -> Tensor:
+        padding = -len(ids) % _ROW_MULTIPLE if shared.cache is not None else 0
+        x = self.model.embed_tokens(F.pad(ids, (0, padding)) if padding else ids)
+        for block in self.model.layers:
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, shared, use_reentrant=False)
+            else:
+                x = block(x, shared)
+        hidden: Tensor = self.model.norm(x)[: len(ids)]
+        return hidden

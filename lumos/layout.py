@@ -1,0 +1,249 @@
+"""Where text and frames lie in a token sequence: built with the sequence, never recovered by scanning it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from lumos.vocabulary import CELL, TEMPORAL_FACTOR, Vocabulary
+
+FRAME_HEADER = 3  # frame start, height token, width token
+PromptTemplate = Literal["caption", "lumos1"]
+
+
+@dataclass(frozen=True)
+class FrameSpan:
+    """One latent frame: start token, two size tokens, ``rows`` rows of ``cols`` codes and a row end, end token."""
+
+    start: int  # index of the frame-start token
+    rows: int
+    cols: int  # visual columns, the row-end column not counted
+    bidirectional: bool = True  # False: attended causally, as a frame outside the video markers is
+
+    @property
+    def grid_start(self) -> int:
+        """Index of the first grid token."""
+        return self.start + FRAME_HEADER
+
+    @property
+    def grid_size(self) -> int:
+        """Number of grid tokens, row ends included."""
+        return self.rows * (self.cols + 1)
+
+    @property
+    def length(self) -> int:
+        """Number of tokens, markup included."""
+        return self.grid_size + FRAME_HEADER + 1
+
+    @property
+    def stop(self) -> int:
+        """Index after the frame-end token."""
+        return self.start + self.length
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Queries ``start..stop-1`` attend to all keys before ``stop``, or, if ``causal``, each to keys up to itself."""
+
+    start: int
+    stop: int
+    causal: bool
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Spans of one document of ``length`` tokens; hashable, so documents of one layout can be attended together."""
+
+    length: int
+    frames: tuple[FrameSpan, ...] = ()
+
+    def __hash__(self) -> int:
+        """Hash of the spans, computed once: layouts are dictionary keys in the inner loop."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.length, self.frames))
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """The document cut into causal stretches and bidirectional frames, in order."""
+        segments: list[Segment] = []
+        position = 0
+        for frame in self.frames:
+            if not frame.bidirectional:
+                continue
+            if frame.start > position:
+                segments.append(Segment(position, frame.start, causal=True))
+            segments.append(Segment(frame.start, frame.stop, causal=False))
+            position = frame.stop
+        if position < self.length:
+            segments.append(Segment(position, self.length, causal=True))
+        return tuple(segments)
+
+    @cached_property
+    def grid_index(self) -> Int64[Tensor, "frames cells"]:
+        """Index of every grid token, row ends included. All frames must have one size.
+
+        Raises:
+            ValueError: if frames differ in size.
+        """
+        return _grid_index(self.frames, visual_only=False)
+
+    @cached_property
+    def visual_index(self) -> Int64[Tensor, "frames codes"]:
+        """Index of every visual token, row ends left out. All frames must have one size.
+
+        Raises:
+            ValueError: if frames differ in size.
+        """
+        return _grid_index(self.frames, visual_only=True)
+
+
+@lru_cache(maxsize=4096)
+def _grid_index(frames: tuple[FrameSpan, ...], *, visual_only: bool) -> Tensor:
+    if not frames:
+        return torch.zeros(0, 0, dtype=torch.int64)
+    if len({(f.rows, f.cols) for f in frames}) > 1:
+        raise ValueError(f"frames of one document must have one size, got {sorted({(f.rows, f.cols) for f in frames})}")
+    first = frames[0]
+    cells = torch.arange(first.grid_size).reshape(first.rows, first.cols + 1)
+    cells = cells[:, : first.cols] if visual_only else cells
+    starts = torch.tensor([f.grid_start for f in frames])
+    return starts[:, None] + cells.reshape(1, -1)
+
+
+def num_latent_frames(num_frames: int) -> int:
+    """Latent frames of ``num_frames`` source frames (1 + 4k).
+
+    Raises:
+        ValueError: if the count is not 1 + 4k.
+    """
+    if num_frames < 1 or (num_frames - 1) % TEMPORAL_FACTOR:
+        raise ValueError(f"num_frames must be 1 + 4k (1, 5, 9, ...), got {num_frames}")
+    return 1 + (num_frames - 1) // TEMPORAL_FACTOR
+
+
+def num_source_frames(num_latents: int) -> int:
+    """Source frames of ``num_latents`` latent frames."""
+    return 1 + TEMPORAL_FACTOR * (num_latents - 1)
+
+
+def prompt_text(
+    template: PromptTemplate, caption: str, *, width: int, height: int, num_frames: int, fps: float
+) -> str:
+    """The text in front of a video: the caption alone, or the question the Lumos-1 release asks (model.md, section 2)."""
+    if template == "caption":
+        return caption
+    if template == "lumos1":
+        return (
+            f"Generate a video with a resolution of {width}x{height}, consisting of {num_frames} frames at "
+            f"{round(fps)} frames per second, according to the following prompt:\n {caption}"
+        )
+    raise ValueError(f"unknown prompt template {template!r}; known: caption, lumos1")
+
+
+def frame_tokens(vocabulary: Vocabulary, codes: np.ndarray | None, rows: int, cols: int) -> Int64[Tensor, " length"]:
+    """Tokens of one frame: markup around codes [rows, cols], or around mask tokens where ``codes`` is None."""
+    grid = torch.full((rows, cols + 1), vocabulary.row_end, dtype=torch.int64)
+    if codes is None:
+        grid[:, :cols] = vocabulary.mask
+    else:
+        grid[:, :cols] = torch.from_numpy(codes.astype(np.int64)) + vocabulary.visual_start
+    unit = vocabulary.cells_per_unit
+    if rows % unit or cols % unit:
+        raise ValueError(
+            f"a frame of {cols * CELL}x{rows * CELL} px is not a whole number of {vocabulary.grid_unit} px grid units"
+        )
+    header = [vocabulary.frame_start, vocabulary.number(rows // unit), vocabulary.number(cols // unit)]
+    return torch.cat([torch.tensor(header), grid.reshape(-1), torch.tensor([vocabulary.frame_end])])
+
+
+def header_tokens(
+    vocabulary: Vocabulary, text_ids: Sequence[int], *, num_latents: int, fps: float, drop_text: bool = False
+) -> Int64[Tensor, " length"]:
+    """Everything before the first frame: BOS, text, turn end, video start, duration and fps.
+
+    With ``drop_text`` only the part from the video start on: the unconditional prompt of guidance.
+    """
+    duration = max(1, round(num_source_frames(num_latents) / fps))
+    video = [vocabulary.video_start, vocabulary.number(duration), vocabulary.number(round(fps))]
+    if drop_text:
+        return torch.tensor(video)
+    bad = [i for i in text_ids if not 0 <= i < vocabulary.text_vocab_size]
+    if bad:
+        raise ValueError(f"text id {bad[0]} is outside 0..{vocabulary.text_vocab_size - 1}: another text tokenizer?")
+    return torch.tensor([vocabulary.bos, *text_ids, vocabulary.turn_end, *video])
+
+
+def build_sequence(
+    vocabulary: Vocabulary, text_ids: Sequence[int], codes: np.ndarray, *, fps: float, drop_text: bool = False
+) -> tuple[Int64[Tensor, " length"], SequenceLayout]:
+    """A training sample and its layout (model.md, section 2).
+
+    Args:
+        vocabulary: the token ids to write in.
+        text_ids: the encoded prompt, without BOS.
+        codes: visual codes [t, h, w], 0..codebook_size-1.
+        fps: frames per second of the source frames.
+        drop_text: leave out everything before the video start (a caption dropped for guidance).
+
+    Raises:
+        ValueError: if a code, a text id, or a size cannot be written in this vocabulary.
+    """
+    if codes.ndim != 3:
+        raise ValueError(f"codes must have the shape [t, h, w], got {list(codes.shape)}")
+    if codes.size and not (0 <= int(codes.min()) and int(codes.max()) < vocabulary.codebook_size):
+        raise ValueError(
+            f"codes reach from {codes.min()} to {codes.max()}, outside 0..{vocabulary.codebook_size - 1}: "
+            "were they made by another visual tokenizer?"
+        )
+    header = header_tokens(vocabulary, text_ids, num_latents=len(codes), fps=fps, drop_text=drop_text)
+    _, rows, cols = codes.shape
+    frames = [frame_tokens(vocabulary, frame, rows, cols) for frame in codes]
+    ids = torch.cat([header, *frames, torch.tensor([vocabulary.video_end, vocabulary.turn_end])])
+    return ids, video_layout(len(header), num_latents=len(codes), rows=rows, cols=cols, tail=2)
+
+
+def video_layout(header: int, *, num_latents: int, rows: int, cols: int, tail: int = 0) -> SequenceLayout:
+    """Layout of ``header`` tokens, ``num_latents`` frames of rows x cols codes, and ``tail`` tokens."""
+    frame_length = rows * (cols + 1) + FRAME_HEADER + 1
+    frames = tuple(FrameSpan(header + i * frame_length, rows, cols) for i in range(num_latents))
+    return SequenceLayout(length=header + num_latents * frame_length + tail, frames=frames)
+
+
+def parse(vocabulary: Vocabulary, ids: Sequence[int]) -> SequenceLayout:
+    """Layout of a foreign token sequence, found by its frame-start and size tokens.
+
+    Where both video markers occur, a frame outside them is causal, as in the release (model.md, section 5).
+
+    Raises:
+        ValueError: if a frame is cut off by the end of the sequence.
+    """
+    tokens = list(map(int, ids))
+    marked = vocabulary.video_start in tokens and vocabulary.video_end in tokens
+    inside = not marked
+    frames: list[FrameSpan] = []
+    i = 0
+    while i < len(tokens):
+        if marked and tokens[i] in (vocabulary.video_start, vocabulary.video_end):
+            inside = tokens[i] == vocabulary.video_start
+        if tokens[i] != vocabulary.frame_start:
+            i += 1
+            continue
+        if i + FRAME_HEADER > len(tokens):
+            raise ValueError(f"the frame at token {i} is cut off by the end of the sequence ({len(tokens)} tokens)")
+        rows, cols = (
+            (tokens[i + k] - vocabulary.number_base) * vocabulary.cells_per_unit for k in range(1, FRAME_HEADER)
+        )
+        frame = FrameSpan(i, rows, cols, bidirectional=inside)
+        if frame.stop > len(tokens):
+            raise ValueError(f"the frame at token {i} is cut off by the end of the sequence ({len(tokens)} tokens)")
+        frames.append(frame)
+        i = frame.stop
+    return SequenceLayout(length=len(tokens), frames=tuple(frames))

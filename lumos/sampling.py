@@ -1,0 +1,326 @@
+"""Drawing videos: per-frame masked decoding with guidance, a KV cache and a partially masked history.
+
+Every latent frame starts as mask tokens; in each of ``num_steps`` passes all unknown cells are drawn, and the least
+confident ones are masked again, along a cosine schedule. A finished frame enters the cache with part of its cells
+masked (paper, AR-DF inference). A request's tokens depend on its own prompt, seed and settings only.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from lumos.config import SamplingConfig
+from lumos.decoder import Decoder
+from lumos.layout import FRAME_HEADER, FrameSpan, SequenceLayout, frame_tokens, header_tokens, video_layout
+from lumos.rope import position_ids
+from lumos.vocabulary import Vocabulary
+
+_DRAW_CHUNK = 2048  # rows of probabilities whose float64 running sums are held at a time
+_ROW_MULTIPLE = 8  # as in the decoder: products over whole groups of 8 rows do not depend on batch-mates
+
+FrameCallback = Callable[[int, int, np.ndarray], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """One video to draw.
+
+    Raises:
+        ValueError: if the shape or the given frames do not make sense.
+    """
+
+    text_ids: Sequence[int]  # the encoded prompt, without BOS
+    shape: tuple[int, int, int]  # latent (t, h, w), given frames included
+    fps: float
+    seed: int
+    config: SamplingConfig = field(default_factory=SamplingConfig)
+    given: np.ndarray | None = None  # codes [g, h, w] of frames to continue from, 0 < g < t
+
+    def __post_init__(self) -> None:
+        """Check the shapes."""
+        if min(self.shape) < 1:
+            raise ValueError(f"a video needs at least one cell in (t, h, w), got {self.shape}")
+        if self.given is not None and (
+            self.given.ndim != 3
+            or not 0 < len(self.given) < self.shape[0]
+            or self.given.shape[1:] != tuple(self.shape[1:])
+        ):
+            raise ValueError(f"given frames of shape {list(self.given.shape)} do not begin a video of {self.shape}")
+
+    @property
+    def num_given(self) -> int:
+        """Latent frames given."""
+        return 0 if self.given is None else len(self.given)
+
+
+def history_mask_index(num_cells: int, ratio: float) -> Int64[Tensor, " masked"]:
+    """Grid cells of a finished frame that are masked in the history: evenly spaced, the same in every frame.
+
+    The release's pattern, except that a ratio of 0 masks nothing (there, one cell).
+    """
+    if ratio == 0:
+        return torch.zeros(0, dtype=torch.int64)
+    count = max(1, round(ratio * num_cells))
+    spaced = torch.arange(count, dtype=torch.float32) * (num_cells / count)
+    return spaced.round().long().clamp(0, num_cells - 1).unique()
+
+
+def num_remasked(num_slots: int, num_unknown: int, step: int, num_steps: int) -> int:
+    """How many cells are masked again after a step: a cosine in float32, at least 1, at most all unknown but one."""
+    progress = torch.tensor((step + 1) / num_steps, dtype=torch.float32)
+    scheduled = int((num_slots * torch.cos(progress * math.pi / 2)).floor())
+    return max(1, min(num_unknown - 1, scheduled))
+
+
+def gumbel_noise(uniform: Float[Tensor, " slots"]) -> Float[Tensor, " slots"]:
+    """Gumbel noise from uniform draws."""
+    return -(-uniform.clamp_min(1e-20).log()).clamp_min(1e-20).log()
+
+
+def remask(
+    probabilities: Float[Tensor, " unknown"], gumbel: Float[Tensor, " unknown"], temperature: float, count: int
+) -> Bool[Tensor, " unknown"]:
+    """Which of the slots drawn in this step are masked again: those strictly less confident than the count-th.
+
+    Args:
+        probabilities: of the drawn tokens, after guidance.
+        gumbel: noise of each slot.
+        temperature: scale of the noise.
+        count: of ``num_remasked``.
+    """
+    confidence = probabilities.clamp_min(1e-20).log() + temperature * gumbel
+    return confidence < confidence.sort().values[min(count, len(confidence) - 1)]
+
+
+def draw_tokens(
+    logits: Float[Tensor, "slots codes"], uniform: Float[Tensor, " slots"]
+) -> tuple[Int64[Tensor, " slots"], Float[Tensor, " slots"]]:
+    """One code per slot from its softmax, by inverting the distribution function at a uniform draw; and its probability."""
+    codes, selected = [], []
+    for start in range(0, len(logits), _DRAW_CHUNK):
+        probabilities = logits[start : start + _DRAW_CHUNK].softmax(-1)
+        cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+        targets = uniform[start : start + _DRAW_CHUNK, None].double() * cumulative[:, -1:]
+        code = torch.searchsorted(cumulative, targets, right=True).clamp_max(probabilities.shape[1] - 1)
+        codes.append(code.squeeze(-1))
+        selected.append(probabilities.gather(-1, code).squeeze(-1))
+    return torch.cat(codes), torch.cat(selected)
+
+
+class GuidedBranches:
+    """The cached contexts of a batch of requests: a conditional row each, and an unconditional one where guided.
+
+    The unconditional row is the prompt from the video start on, with positions of its own.
+    """
+
+    def __init__(self, model: Decoder, vocabulary: Vocabulary, requests: Sequence[GenerationRequest]) -> None:
+        self.model, self.vocabulary, self.requests = model, vocabulary, list(requests)
+        _, rows, cols = requests[0].shape
+        if len({request.shape for request in requests}) > 1:
+            raise ValueError(f"requests of one batch must share a shape, got {sorted({r.shape for r in requests})}")
+        self.frame = SequenceLayout(length=(frame := FrameSpan(0, rows, cols)).length, frames=(frame,))
+        self.slots = self.frame.visual_index[0]
+        visual = slice(vocabulary.visual_start, vocabulary.visual_start + vocabulary.codebook_size)
+        self.device = model.lm_head.weight.device
+        self.head = model.lm_head.weight[visual].float()
+        guided = [i for i, request in enumerate(requests) if request.config.guidance_scale != 1.0]
+        self.rows = [(i, False) for i in range(len(requests))] + [(i, True) for i in guided]
+        self.unconditional_row = {i: len(requests) + k for k, i in enumerate(guided)}
+        self._prefill()
+
+    def _prefill(self) -> None:
+        contexts = [self.context(self.requests[i], drop_text=drop) for i, drop in self.rows]
+        num_latents = self.requests[0].shape[0]
+        whole = [
+            video_layout(header, num_latents=num_latents, rows=self.frame.frames[0].rows, cols=self.frame.frames[0].cols)
+            for _, header, _ in contexts
+        ]
+        longest = max(layout.length for layout in whole)
+        if longest > self.model.config.max_seq_len:
+            raise ValueError(
+                f"prompt and video make {longest} tokens, the model takes {self.model.config.max_seq_len}: "
+                "shorten the prompt or ask for fewer frames or a smaller size"
+            )
+        unique = {layout: position_ids(layout, self.model.config) for layout in set(whole)}
+        self.positions = [unique[layout].to(self.device) for layout in whole]
+        self.cache = self.model.new_cache(len(self.rows), longest)
+        self._forward([ids for ids, _, _ in contexts], [layout for _, _, layout in contexts])
+
+    def context(self, request: GenerationRequest, *, drop_text: bool) -> tuple[Tensor, int, SequenceLayout]:
+        """Tokens before the first frame to draw, length of their header, and their layout."""
+        header = header_tokens(
+            self.vocabulary, request.text_ids, num_latents=request.shape[0], fps=request.fps, drop_text=drop_text
+        )
+        given = [] if request.given is None else [self._frame_of_codes(codes) for codes in request.given]
+        if not request.config.release_given_frames:
+            given = [self.history(frame, request) for frame in given]
+        _, rows, cols = request.shape
+        layout = video_layout(len(header), num_latents=len(given), rows=rows, cols=cols)
+        return torch.cat([header, *given]), len(header), layout
+
+    def _frame_of_codes(self, codes: np.ndarray) -> Tensor:
+        if codes.size and not (0 <= int(codes.min()) and int(codes.max()) < self.vocabulary.codebook_size):
+            raise ValueError(f"given codes must be 0..{self.vocabulary.codebook_size - 1}, got up to {codes.max()}")
+        return frame_tokens(self.vocabulary, codes, *codes.shape)
+
+    def _forward(self, tokens: Sequence[Tensor], layouts: Sequence[SequenceLayout]) -> Tensor:
+        pasts = self.cache.lengths
+        positions = [
+            table[past : past + layout.length]
+            for table, past, layout in zip(self.positions, pasts, layouts, strict=True)
+        ]
+        ids = torch.cat(list(tokens)).to(self.device)
+        return self.model.forward_cached(ids, layouts, torch.cat(positions), self.cache)
+
+    def _forward_frames(self, frames: Int64[Tensor, "requests length"]) -> Tensor:
+        tokens = [frames[i] for i, _ in self.rows]
+        return self._forward(tokens, [self.frame] * len(self.rows)).unflatten(0, (len(self.rows), -1))
+
+    def hidden(
+        self, frames: Int64[Tensor, "requests length"]
+    ) -> tuple[Float[Tensor, "requests slots channels"], Float[Tensor, "requests slots channels"]]:
+        """Conditional and unconditional hidden states (float32) at the visual slots; the cache is left as it was.
+
+        Where a request has no guidance, the second is the first.
+        """
+        lengths = list(self.cache.lengths)
+        hidden = self._forward_frames(frames)[:, self.slots.to(self.device)].float()
+        self.cache.truncate(lengths)
+        other = torch.tensor([self.unconditional_row.get(i, i) for i in range(len(self.requests))], device=self.device)
+        return hidden[: len(self.requests)], hidden[other]
+
+    def guided_logits(
+        self, frames: Int64[Tensor, "requests length"], unknown: Bool[Tensor, "requests slots"]
+    ) -> Float[Tensor, "unknown codes"]:
+        """Guided logits over the codebook at the unknown slots of all requests, request by request.
+
+        Guidance is applied to the hidden states: the head is linear, so one product does for both branches.
+        """
+        conditional, unconditional = self.hidden(frames)
+        scales = torch.tensor([r.config.guidance_scale for r in self.requests], device=self.device)[:, None, None]
+        guided = unconditional + scales * (conditional - unconditional)
+        selected = guided[unknown.to(self.device)]
+        padding = -len(selected) % _ROW_MULTIPLE
+        return F.linear(F.pad(selected, (0, 0, 0, padding)), self.head)[: len(selected)]
+
+    def history(self, frame: Int64[Tensor, " length"], request: GenerationRequest) -> Int64[Tensor, " length"]:
+        """A finished frame as later frames see it: part of its grid masked, row ends included."""
+        span = self.frame.frames[0]
+        hidden_cells = history_mask_index(span.grid_size, request.config.history_ratio)
+        frame = frame.clone()
+        frame[FRAME_HEADER + hidden_cells] = self.vocabulary.mask
+        return frame
+
+    def commit(self, frames: Int64[Tensor, "requests length"]) -> Int64[Tensor, "requests length"]:
+        """Add finished frames to every context, masked as history; returns what was added."""
+        masked = torch.stack([self.history(f, r) for f, r in zip(frames, self.requests, strict=True)])
+        self._forward_frames(masked)
+        return masked
+
+
+@torch.inference_mode()
+def generate(
+    model: Decoder,
+    vocabulary: Vocabulary,
+    requests: Sequence[GenerationRequest],
+    *,
+    on_frame: FrameCallback | None = None,
+) -> list[np.ndarray]:
+    """Draw the videos of a batch of requests.
+
+    Args:
+        model: the decoder, in eval mode; on CPU in float32 results do not depend on batch-mates.
+        vocabulary: the model's token ids.
+        requests: of one shape, number of steps and number of given frames; prompts may differ in length.
+        on_frame: called with (request, latent frame, codes [h, w]) as frames are finished.
+
+    Returns:
+        Codes [t, h, w] (int64) of each request, given frames included.
+
+    Raises:
+        ValueError: if requests cannot share a batch, do not fit the model, or hold codes out of range.
+    """
+    if not requests:
+        return []
+    for what, values in {
+        "number of steps": {r.config.num_steps for r in requests},
+        "number of given frames": {r.num_given for r in requests},
+    }.items():
+        if len(values) > 1:
+            raise ValueError(f"requests of one batch must share the {what}, got {sorted(values)}")
+    branches = GuidedBranches(model, vocabulary, requests)
+    draws = [_Draws(request, len(branches.slots)) for request in requests]
+    videos = [[] if r.given is None else list(r.given.astype(np.int64)) for r in requests]
+    num_latents, rows, cols = requests[0].shape
+    for index in range(requests[0].num_given, num_latents):
+        codes = _draw_frame(branches, draws)
+        for request, video in enumerate(videos):
+            video.append(codes[request].reshape(rows, cols).numpy())
+            if on_frame:
+                on_frame(request, index, video[-1])
+        if index + 1 < num_latents:
+            branches.commit(_frames_of(branches, codes, torch.zeros_like(codes, dtype=torch.bool)))
+    return [np.stack(video) for video in videos]
+
+
+class _Draws:
+    """The random stream and the re-masking temperature of one request."""
+
+    def __init__(self, request: GenerationRequest, num_slots: int) -> None:
+        self.config = request.config
+        self.num_slots = num_slots
+        self.generator = torch.Generator().manual_seed(request.seed)
+        self.temperature = self.config.temperature
+
+    def begin_frame(self) -> None:
+        """Restore the temperature, which the release lets run down over the first frame and stay at 0."""
+        if not self.config.release_temperature:
+            self.temperature = self.config.temperature
+
+    def uniform(self) -> Tensor:
+        """One uniform draw per slot of the frame."""
+        return torch.rand(self.num_slots, generator=self.generator)
+
+    def remask(self, probabilities: Tensor, unknown: Tensor, step: int) -> Tensor:
+        """Which of the slots drawn in this step are masked again."""
+        steps = self.config.num_steps
+        self.temperature *= 1 - (step + 1) / steps
+        gumbel = gumbel_noise(self.uniform())[unknown]
+        if step + 1 == steps:
+            return torch.zeros(len(probabilities), dtype=torch.bool)
+        count = num_remasked(self.num_slots, len(probabilities), step, steps)
+        return remask(probabilities, gumbel, self.temperature, count)
+
+
+def _frames_of(branches: GuidedBranches, codes: Tensor, unknown: Tensor) -> Tensor:
+    """Frame tokens [requests, length] of codes [requests, slots], with mask tokens in the unknown slots."""
+    span = branches.frame.frames[0]
+    frames = frame_tokens(branches.vocabulary, None, span.rows, span.cols).repeat(len(codes), 1)
+    frames[:, branches.slots] = (codes + branches.vocabulary.visual_start).masked_fill(
+        unknown, branches.vocabulary.mask
+    )
+    return frames
+
+
+def _draw_frame(branches: GuidedBranches, draws: Sequence[_Draws]) -> Int64[Tensor, "requests slots"]:
+    """Draw one latent frame of every request by masked decoding."""
+    codes = torch.zeros(len(draws), len(branches.slots), dtype=torch.int64)
+    unknown = torch.ones_like(codes, dtype=torch.bool)
+    for stream in draws:
+        stream.begin_frame()
+    for step in range(draws[0].config.num_steps):
+        logits = branches.guided_logits(_frames_of(branches, codes, unknown), unknown)
+        uniform = torch.cat([stream.uniform()[known] for stream, known in zip(draws, unknown, strict=True)])
+        drawn, probabilities = (x.cpu() for x in draw_tokens(logits, uniform.to(logits.device)))
+        codes[unknown] = drawn
+        counts = unknown.sum(-1).tolist()
+        for request, selected in enumerate(probabilities.split(counts)):
+            slots = unknown[request].clone()
+            unknown[request, slots] = draws[request].remask(selected, slots, step)
+    return codes
