@@ -126,7 +126,7 @@ def _write_weights(folder: Path, state: dict[str, Tensor], max_shard_bytes: int)
     if len(shards) == 1:
         save_file(shards[0], folder / WEIGHTS_FILE, metadata)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / name, metadata)

@@ -1,6 +1,6 @@
 """Frozen configuration of the model, the training mask and the sampler, with the named sizes as functions."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 RopeKind = Literal["1d", "3d", "m", "mm"]
@@ -49,7 +49,7 @@ class ModelConfig:
         for name in ("num_heads", "num_kv_heads"):
             _require(
                 getattr(self, name) % self.model_parallel_size == 0,
-                f"{name} ({getattr(self, name)}) must be a multiple of model_parallel_size ({self.model_parallel_size})",
+                f"{name} {getattr(self, name)} must be a multiple of model_parallel_size {self.model_parallel_size}",
             )
         _require(self.max_seq_len > 0, f"max_seq_len must be positive, got {self.max_seq_len}")
         _require(self.rope_theta > 0, f"rope_theta must be positive, got {self.rope_theta}")
@@ -81,7 +81,7 @@ class MaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How a video is drawn, frame by frame (model.md, section 7). The two ``release_*`` options reproduce its quirks."""
+    """How a video is drawn, frame by frame. The two ``release_*`` options reproduce quirks of the authors' code."""
 
     num_steps: int = 50  # mask-predict steps per latent frame
     guidance_scale: float = 15.0  # 1 means no guidance: the unconditional branch is not run
@@ -146,18 +146,22 @@ def to_dict(config: ModelConfig | MaskConfig | SamplingConfig) -> dict[str, Any]
 
 def lumos_500m() -> ModelConfig:
     """The paper's 0.5B model."""
-    return _lumos(num_layers=16, hidden_size=1024, intermediate_size=4096, num_heads=16, num_kv_heads=4, head_dim=64)
+    return replace(lumos_1b(), hidden_size=1024, intermediate_size=4096, num_heads=16, num_kv_heads=4)
 
 
 def lumos_1b() -> ModelConfig:
     """The paper's 1B model (1.5 B parameters with both vocabulary matrices)."""
-    return _lumos(num_layers=16, hidden_size=2048, intermediate_size=8192, num_heads=32, num_kv_heads=8, head_dim=64)
+    return ModelConfig(
+        vocab_size=129536,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_layers=16,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=64,
+    )
 
 
 def lumos_3b() -> ModelConfig:
     """The paper's 3B model (3.6 B parameters with both vocabulary matrices)."""
-    return _lumos(num_layers=28, hidden_size=3072, intermediate_size=8192, num_heads=24, num_kv_heads=8, head_dim=128)
-
-
-def _lumos(**sizes: int) -> ModelConfig:
-    return ModelConfig(vocab_size=129536, rope_theta=10000.0, **sizes)
+    return replace(lumos_1b(), num_layers=28, hidden_size=3072, num_heads=24, head_dim=128)

@@ -59,9 +59,9 @@ class HeadNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "tokens heads head_dim"]) -> Float[Tensor, "tokens heads head_dim"]:
         """Normalise over head_dim."""
-        normed = F.layer_norm(x, (x.shape[-1],), eps=self.eps)
         if len(self.weight) == 1:
-            return normed * self.weight + self.bias
+            return F.layer_norm(x, (x.shape[-1],), self.weight[0], self.bias[0], self.eps)
+        normed = F.layer_norm(x, (x.shape[-1],), eps=self.eps)
         heads = x.shape[1] // len(self.weight)
         weight, bias = (repeat(p, "block dim -> (block heads) dim", heads=heads) for p in (self.weight, self.bias))
         return normed * weight + bias
@@ -81,9 +81,7 @@ class SelfAttention(nn.Module):
         self.q_norm = HeadNorm(config.model_parallel_size, config.head_dim, config.qk_norm_eps)
         self.k_norm = HeadNorm(config.model_parallel_size, config.head_dim, config.qk_norm_eps)
 
-    def forward(
-        self, x: Float[Tensor, "rows channels"], shared: _Pass, layer: int
-    ) -> Float[Tensor, "rows channels"]:
+    def forward(self, x: Float[Tensor, "rows channels"], shared: _Pass, layer: int) -> Float[Tensor, "rows channels"]:
         """Attend; rows beyond the documents' tokens are padding and come back as zeros."""
         tokens = len(shared.cos)
         q, k, v = (
@@ -98,7 +96,8 @@ class SelfAttention(nn.Module):
             out = shared.cache.attend(layer, q, k, v, shared.layouts)
         out = rearrange(out, "tokens heads dim -> tokens (heads dim)")
         padding = len(x) - tokens
-        return self.o_proj(F.pad(out, (0, 0, 0, padding)) if padding else out)
+        projected: Tensor = self.o_proj(F.pad(out, (0, 0, 0, padding)) if padding else out)
+        return projected
 
 
 class MLP(nn.Module):
@@ -112,7 +111,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "rows channels"]) -> Float[Tensor, "rows channels"]:
         """Gate, project back."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        projected: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return projected
 
 
 class Block(nn.Module):
@@ -129,7 +129,8 @@ class Block(nn.Module):
     def forward(self, x: Float[Tensor, "rows channels"], shared: _Pass) -> Float[Tensor, "rows channels"]:
         """One layer."""
         x = x + self.self_attn(self.input_layernorm(x), shared, self.layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
 
 
 class Backbone(nn.Module):

@@ -134,10 +134,8 @@ def num_source_frames(num_latents: int) -> int:
     return 1 + TEMPORAL_FACTOR * (num_latents - 1)
 
 
-def prompt_text(
-    template: PromptTemplate, caption: str, *, width: int, height: int, num_frames: int, fps: float
-) -> str:
-    """The text in front of a video: the caption alone, or the question the Lumos-1 release asks (model.md, section 2)."""
+def prompt_text(template: PromptTemplate, caption: str, *, width: int, height: int, num_frames: int, fps: float) -> str:
+    """The text in front of a video: the caption alone, or the question that the Lumos-1 release asks."""
     if template == "caption":
         return caption
     if template == "lumos1":
@@ -198,7 +196,7 @@ def build_sequence(
     """
     if codes.ndim != 3:
         raise ValueError(f"codes must have the shape [t, h, w], got {list(codes.shape)}")
-    if codes.size and not (0 <= int(codes.min()) and int(codes.max()) < vocabulary.codebook_size):
+    if codes.size and not (int(codes.min()) >= 0 and int(codes.max()) < vocabulary.codebook_size):
         raise ValueError(
             f"codes reach from {codes.min()} to {codes.max()}, outside 0..{vocabulary.codebook_size - 1}: "
             "were they made by another visual tokenizer?"
@@ -217,7 +215,7 @@ def video_layout(header: int, *, num_latents: int, rows: int, cols: int, tail: i
     return SequenceLayout(length=header + num_latents * frame_length + tail, frames=frames)
 
 
-def parse(vocabulary: Vocabulary, ids: Sequence[int]) -> SequenceLayout:
+def parse(vocabulary: Vocabulary, ids: Sequence[int] | np.ndarray | Tensor) -> SequenceLayout:
     """Layout of a foreign token sequence, found by its frame-start and size tokens.
 
     Where both video markers occur, a frame outside them is causal, as in the release (model.md, section 5).
@@ -225,7 +223,7 @@ def parse(vocabulary: Vocabulary, ids: Sequence[int]) -> SequenceLayout:
     Raises:
         ValueError: if a frame is cut off by the end of the sequence.
     """
-    tokens = list(map(int, ids))
+    tokens = [int(token) for token in ids]
     marked = vocabulary.video_start in tokens and vocabulary.video_end in tokens
     inside = not marked
     frames: list[FrameSpan] = []

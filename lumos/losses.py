@@ -23,7 +23,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Cross entropy and log-normaliser of each row, both differentiable; logits are recomputed in the backward pass."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int
     ) -> tuple[Tensor, Tensor]:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
@@ -37,7 +37,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return losses, normalisers
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: torch.autograd.function.FunctionCtx, grad_losses: Tensor, grad_normalisers: Tensor
     ) -> tuple[Tensor, Tensor, None, None]:
         hidden, weight, targets, normalisers = ctx.saved_tensors  # type: ignore[attr-defined]

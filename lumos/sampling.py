@@ -68,7 +68,8 @@ def history_mask_index(num_cells: int, ratio: float) -> Int64[Tensor, " masked"]
         return torch.zeros(0, dtype=torch.int64)
     count = max(1, round(ratio * num_cells))
     spaced = torch.arange(count, dtype=torch.float32) * (num_cells / count)
-    return spaced.round().long().clamp(0, num_cells - 1).unique()
+    index: Tensor = torch.unique(spaced.round().long().clamp(0, num_cells - 1))
+    return index
 
 
 def num_remasked(num_slots: int, num_unknown: int, step: int, num_steps: int) -> int:
@@ -101,7 +102,7 @@ def remask(
 def draw_tokens(
     logits: Float[Tensor, "slots codes"], uniform: Float[Tensor, " slots"]
 ) -> tuple[Int64[Tensor, " slots"], Float[Tensor, " slots"]]:
-    """One code per slot from its softmax, by inverting the distribution function at a uniform draw; and its probability."""
+    """One code per slot, by inverting its distribution function at a uniform draw, and the probability of that code."""
     codes, selected = [], []
     for start in range(0, len(logits), _DRAW_CHUNK):
         probabilities = logits[start : start + _DRAW_CHUNK].softmax(-1)
@@ -138,7 +139,9 @@ class GuidedBranches:
         contexts = [self.context(self.requests[i], drop_text=drop) for i, drop in self.rows]
         num_latents = self.requests[0].shape[0]
         whole = [
-            video_layout(header, num_latents=num_latents, rows=self.frame.frames[0].rows, cols=self.frame.frames[0].cols)
+            video_layout(
+                header, num_latents=num_latents, rows=self.frame.frames[0].rows, cols=self.frame.frames[0].cols
+            )
             for _, header, _ in contexts
         ]
         longest = max(layout.length for layout in whole)
@@ -165,7 +168,7 @@ class GuidedBranches:
         return torch.cat([header, *given]), len(header), layout
 
     def _frame_of_codes(self, codes: np.ndarray) -> Tensor:
-        if codes.size and not (0 <= int(codes.min()) and int(codes.max()) < self.vocabulary.codebook_size):
+        if codes.size and not (int(codes.min()) >= 0 and int(codes.max()) < self.vocabulary.codebook_size):
             raise ValueError(f"given codes must be 0..{self.vocabulary.codebook_size - 1}, got up to {codes.max()}")
         return frame_tokens(self.vocabulary, codes, *codes.shape)
 
@@ -180,7 +183,7 @@ class GuidedBranches:
 
     def _forward_frames(self, frames: Int64[Tensor, "requests length"]) -> Tensor:
         tokens = [frames[i] for i, _ in self.rows]
-        return self._forward(tokens, [self.frame] * len(self.rows)).unflatten(0, (len(self.rows), -1))
+        return self._forward(tokens, [self.frame] * len(self.rows)).reshape(len(self.rows), self.frame.length, -1)
 
     def hidden(
         self, frames: Int64[Tensor, "requests length"]
@@ -320,7 +323,7 @@ def _draw_frame(branches: GuidedBranches, draws: Sequence[_Draws]) -> Int64[Tens
         drawn, probabilities = (x.cpu() for x in draw_tokens(logits, uniform.to(logits.device)))
         codes[unknown] = drawn
         counts = unknown.sum(-1).tolist()
-        for request, selected in enumerate(probabilities.split(counts)):
+        for request, selected in enumerate(torch.split(probabilities, counts)):
             slots = unknown[request].clone()
             unknown[request, slots] = draws[request].remask(selected, slots, step)
     return codes

@@ -1,7 +1,7 @@
 """The only home of token ids: the Lumos-1 layout, and compact layouts for small models and codebooks."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any
 
 CELL = 8  # pixels per latent cell, in height and width
 TEMPORAL_FACTOR = 4  # source frames per latent frame after the first
@@ -47,7 +47,7 @@ class Vocabulary:
             raise ValueError("number tokens must end before the visual ids, and the codebook must not be empty")
 
     @classmethod
-    def lumos1(cls) -> Self:
+    def lumos1(cls) -> "Vocabulary":
         """The layout of the Lumos-1 release (model.md, section 1)."""
         return cls(
             bos=0,
@@ -69,7 +69,9 @@ class Vocabulary:
         )
 
     @classmethod
-    def compact(cls, text_vocab_size: int, codebook_size: int, *, grid_unit: int = 16, max_number: int = 64) -> Self:
+    def compact(
+        cls, text_vocab_size: int, codebook_size: int, *, grid_unit: int = 16, max_number: int = 64
+    ) -> "Vocabulary":
         """A layout with few ids: text ids 0..N-1 (0 is BOS and padding), markup, numbers, visual codes."""
         specials = ("frame_start", "frame_end", "row_end", "turn_end", "mask", "video_start", "video_end")
         ids = {name: text_vocab_size + i for i, name in enumerate(specials)}
@@ -108,6 +110,6 @@ class Vocabulary:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> Self:
+    def from_dict(cls, raw: dict[str, Any]) -> "Vocabulary":
         """Inverse of :meth:`to_dict`."""
         return cls(**raw)

@@ -43,10 +43,7 @@ def reference_model(name: str) -> Decoder:
     state = {}
     for key in sorted(meta["shapes"]):
         x = rng.standard_normal(meta["shapes"][key])
-        if "norm" in key.split(".")[-2]:
-            x = 1 + 0.1 * x if key.endswith("weight") else 0.1 * x
-        else:
-            x = 0.02 * x
+        x = (1 + 0.1 * x if key.endswith("weight") else 0.1 * x) if "norm" in key.split(".")[-2] else 0.02 * x
         state[key] = torch.from_numpy(x.astype(np.float32))
         first = state[key].flatten()[:4].tolist()
         assert np.allclose(first, meta["first4"][key]), f"{key} is not the reference's"

@@ -106,9 +106,7 @@ def check_training(model, data, documents, layouts, masks, *, suffix):
     loss = result.total() / result.count
     loss.backward()
     assert float(loss.detach()) == pytest.approx(float(data[f"closs_{suffix}"]), abs=1e-5)
-    np.testing.assert_allclose(
-        result.token_losses.detach().numpy(), data[f"token_loss_{suffix}"], atol=1e-4, rtol=0
-    )
+    np.testing.assert_allclose(result.token_losses.detach().numpy(), data[f"token_loss_{suffix}"], atol=1e-4, rtol=0)
     frames = {len(layout.frames) for layout in layouts}
     if len(frames) == 1:
         sums, counts = result.per_frame(frames.pop())

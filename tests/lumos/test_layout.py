@@ -1,3 +1,6 @@
+import functools
+import operator
+
 import numpy as np
 import pytest
 
@@ -23,7 +26,7 @@ def test_the_release_sequence_token_by_token():
     v = Vocabulary.lumos1()
     ids, _ = build_sequence(v, [11, 12], np.arange(16).reshape(1, 4, 4), fps=1)
     rows = [[65536 + 4 * r + c for c in range(4)] + [8803] for r in range(4)]
-    frame = [8197, 8805, 8805, *sum(rows, []), 8196]
+    frame = [8197, 8805, 8805, *functools.reduce(operator.iadd, rows, []), 8196]
     assert ids.tolist() == [0, 11, 12, 8710, 9004, 8805, 8805, *frame, 9005, 8710]
 
 

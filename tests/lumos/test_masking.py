@@ -8,7 +8,7 @@ from .models import VOCABULARY, documents
 
 
 def grids(kind, seed):
-    (ids,), (layout,) = documents(4, shape=(4, 4, 4))
+    (_ids,), (layout,) = documents(4, shape=(4, 4, 4))
     masked = sample_masked_positions(layout, MaskConfig(kind=kind), torch.Generator().manual_seed(seed))
     outside = torch.ones(layout.length, dtype=torch.bool)
     outside[layout.grid_index] = False

@@ -19,6 +19,23 @@ def request(seed=0, text=(3, 1, 4, 1, 5), given=None, **changes):
     return GenerationRequest(text_ids=text, shape=SHAPE, fps=12, seed=seed, config=config, given=given)
 
 
+def fill_grid(grid, probabilities, temperature, generator):
+    """Draw a code into every masked cell; the confidence of each cell drawn."""
+    uniform = torch.rand(len(probabilities), generator=generator).double()
+    noise = torch.rand(len(probabilities), generator=generator).double()
+    confidence = {}
+    for slot in range(len(probabilities)):
+        r, c = divmod(slot, len(grid[0]))
+        if grid[r][c] != VOCABULARY.mask:
+            continue
+        below = probabilities[slot].cumsum(0)
+        code = int((below <= uniform[slot] * below[-1]).sum())
+        gumbel = -math.log(max(-math.log(max(float(noise[slot]), 1e-20)), 1e-20))
+        confidence[slot] = math.log(float(probabilities[slot, code])) + temperature * gumbel
+        grid[r][c] = VOCABULARY.visual_start + code
+    return confidence
+
+
 def plain_sampler(model, req):
     """The sampler as one would write it from the paper: no cache, no batch, one whole sequence for every pass."""
     t, h, w = req.shape
@@ -59,20 +76,8 @@ def plain_sampler(model, req):
         for step in range(cfg.num_steps):
             cond, uncond = (logits(p + history, frame_ids(grid)) for p in prompts)
             guided = (uncond + cfg.guidance_scale * (cond - uncond)).double()
-            probabilities = guided.softmax(-1)
-            uniform = torch.rand(h * w, generator=generator).double()
-            noise = torch.rand(h * w, generator=generator).double()
             temperature *= 1 - (step + 1) / cfg.num_steps
-            confidence = {}
-            for slot in range(h * w):
-                r, c = divmod(slot, w)
-                if grid[r][c] != v.mask:
-                    continue
-                below = probabilities[slot].cumsum(0)
-                code = int((below <= uniform[slot] * below[-1]).sum())
-                gumbel = -math.log(max(-math.log(max(float(noise[slot]), 1e-20)), 1e-20))
-                confidence[slot] = math.log(float(probabilities[slot, code])) + temperature * gumbel
-                grid[r][c] = v.visual_start + code
+            confidence = fill_grid(grid, guided.softmax(-1), temperature, generator)
             if step + 1 < cfg.num_steps:
                 wanted = math.floor(h * w * math.cos(math.pi / 2 * (step + 1) / cfg.num_steps))
                 count = max(1, min(len(confidence) - 1, wanted))
@@ -180,7 +185,7 @@ def test_requests_that_cannot_share_a_batch_are_refused():
         generate(tiny_model(), VOCABULARY, [request(), request(num_steps=2)])
     with pytest.raises(ValueError, match="given frames"):
         request(given=np.zeros((3, 2, 4), dtype=np.int64))
-    with pytest.raises(ValueError, match="0..31"):
+    with pytest.raises(ValueError, match=r"0\.\.31"):
         generate(tiny_model(), VOCABULARY, [request(given=np.full((1, 2, 4), 32))])
     with pytest.raises(ValueError, match="tokens"):
         generate(tiny_model(max_seq_len=20), VOCABULARY, [request()])
