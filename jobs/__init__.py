@@ -1,0 +1,1 @@
+"""Entry points: the verbs of the ``lumos`` command, each also a script for ``ray job submit``."""

@@ -1,0 +1,59 @@
+"""The ``lumos`` command. A verb's module is imported only when that verb runs, so that help is immediate."""
+
+import importlib
+
+import click
+
+_VERBS = {
+    "demo": "Render a small corpus, curate, train, serve, generate and judge: the whole path in minutes.",
+    "curate": "Turn videos into a published snapshot of token shards.",
+    "train": "Train a model on a snapshot.",
+    "generate": "Generate videos: one prompt, or a file of them.",
+    "serve": "Serve a model over HTTP until interrupted.",
+    "tokenizer": "Train a tokenizer, or evaluate a video tokenizer.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its verbs by name and imports ``jobs.VERB`` when one is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs in the order of the work."""
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a verb, or None."""
+        if cmd_name not in _VERBS:
+            return None
+        command: click.Command = importlib.import_module(f"jobs.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the verbs without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_VERBS.items()))
+
+
+@click.command(cls=LazyGroup)
+@click.version_option(package_name="lumos-ray", prog_name="lumos")
+def group() -> None:
+    """Lumos-1 video generation on Ray: raw video to token shards to a trained, served model.
+
+    Start with `lumos demo`. `lumos VERB --help` explains a verb. CONFIG is a YAML file or the name of a shipped one;
+    KEY=VALUE after it changes a key, e.g. `lumos train demo optimizer.lr=1e-4`.
+
+    Set RAY_ADDRESS to work on a Ray cluster; otherwise one is started on this machine for the command.
+
+    Exit status: 0 done; 1 failed; 2 bad usage or configuration, nothing begun.
+    """
+
+
+def main() -> None:
+    """Entry point of the ``lumos`` script."""
+    from jobs.command import run
+
+    run(group)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""What the verbs share: the CONFIG argument, the shipped configs in ``--help``, and exit statuses."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from pipelines.config import ConfigT, config_to_yaml, find_config, load_config, shipped_configs
+from pipelines.errors import JobError, UserError
+
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
+
+class ConfigCommand(click.Command):
+    """A command whose ``--help`` ends with examples and the shipped configs, each with the first line of its file."""
+
+    def __init__(self, *args: Any, kind: str, examples: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kind = kind
+        self.examples = examples
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write what comes after the options."""
+        with formatter.section("Examples"):
+            for example in self.examples:
+                formatter.write(f"{'':{formatter.current_indent}}{example}\n")  # unwrapped, to be copied
+        rows = []
+        for name in shipped_configs(self.kind):
+            first_line = find_config(self.kind, name).read_text(encoding="utf-8").partition("\n")[0]
+            rows.append((name, first_line.lstrip("# ")))
+        if rows:
+            with formatter.section("Shipped configs"):
+                formatter.write_dl(rows)
+        with formatter.section("Config keys"):
+            formatter.write_text("--print-config prints all of them with their values; KEY=VALUE changes one.")
+
+
+def config_arguments(required: bool = True) -> Callable[[CommandT], CommandT]:
+    """The arguments CONFIG [KEY=VALUE]... and the option --print-config."""
+
+    def decorate(function: CommandT) -> CommandT:
+        print_help = "Print the resolved config as YAML and exit."
+        function = click.option("--print-config", is_flag=True, help=print_help)(function)
+        function = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(function)
+        return click.argument("config", required=required, metavar="CONFIG" if required else "[CONFIG]")(function)
+
+    return decorate
+
+
+def resolve(cls: type[ConfigT], config: str, overrides: Sequence[str], print_config: bool) -> ConfigT:
+    """Load the config; with ``print_config``, print it and end the command."""
+    loaded = load_config(cls, config, overrides)
+    if print_config:
+        click.echo(config_to_yaml(loaded), nl=False)
+        click.get_current_context().exit(0)
+    return loaded
+
+
+def run(command: click.Command) -> None:
+    """Run a command and end the process: 0 done, 1 failed, 2 bad usage, configuration or input.
+
+    Only ``UserError`` and ``JobError`` are told in one line; anything else is a bug and keeps its traceback.
+    """
+    try:
+        command()
+    except (UserError, JobError) as error:
+        cause = getattr(error, "cause", None) or error  # Ray wraps what was raised on a worker
+        click.echo(f"error: {cause}", err=True)
+        sys.exit(2 if isinstance(cause, UserError) else 1)

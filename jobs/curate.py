@@ -1,0 +1,47 @@
+"""``lumos curate``: videos to a published snapshot of token shards."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+if __name__ == "__main__":  # run as a script: import from the checkout, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from jobs.command import ConfigCommand, config_arguments, resolve, run
+
+
+@click.command(
+    cls=ConfigCommand,
+    kind="curate",
+    examples=(
+        "lumos curate /data/videos",
+        "lumos curate default source.path=/data/videos dataset=/data/tokens",
+    ),
+)
+@config_arguments()
+def command(config: str, overrides: tuple[str, ...], print_config: bool) -> None:
+    """Turn videos into a published snapshot of token shards.
+
+    Probes and splits every video, scores the clips, decides which to keep, captions and tokenizes those, and publishes
+    an immutable snapshot: Parquet shards, a manifest and a ledger that says of every clip and source what became of
+    it and why. A run that was stopped continues where it was; a changed config redoes only the stages it concerns.
+
+    CONFIG may also be a folder of videos: the default config with that source.
+    """
+    from pipelines.data.config import CurateConfig
+
+    if Path(config).is_dir():
+        overrides = (f"source.path={json.dumps(config, ensure_ascii=False)}", *overrides)
+        config = "default"
+    resolved = resolve(CurateConfig, config, overrides, print_config)
+
+    from pipelines.data.curate import curate
+
+    result = curate(resolved)  # it joins Ray itself, once sources, captions and tokenizer are found good
+    click.echo(result.summary())
+
+
+if __name__ == "__main__":
+    run(command)

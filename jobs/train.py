@@ -1,0 +1,47 @@
+"""``lumos train``: a snapshot of token shards to a trained model."""
+
+import sys
+from pathlib import Path
+
+import click
+
+if __name__ == "__main__":  # run as a script: import from the checkout, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from jobs.command import ConfigCommand, config_arguments, resolve, run
+
+
+@click.command(
+    cls=ConfigCommand,
+    kind="train",
+    examples=(
+        "lumos train quickstart data.dataset=runs/dataset",
+        "lumos train quickstart data.dataset=runs/dataset output=runs/mine steps=500 optimizer.lr=5e-4",
+    ),
+)
+@config_arguments()
+def command(config: str, overrides: tuple[str, ...], print_config: bool) -> None:
+    """Train a model on a snapshot of token shards.
+
+    Runs DeepSpeed on Ray Train workers and tracks the run in MLflow. Writes checkpoints and, at the end, an export
+    folder (safetensors, config.json, text_tokenizer.json) that `lumos generate` and `lumos serve` read. The same
+    command again continues from the last checkpoint and ends with the same curve.
+    """
+    from pipelines.training.config import TrainConfig
+
+    resolved = resolve(TrainConfig, config, overrides, print_config)
+
+    from pipelines.training.run import train
+
+    result = train(resolved)  # it joins Ray itself, once config, data and output are found good
+    metrics = result.metrics
+    click.echo(
+        f"{result.steps} steps: loss {metrics['loss_first']:.3f} to {metrics['loss_last']:.3f}, "
+        f"{metrics['tokens_per_s']:.0f} tokens/s"
+    )
+    click.echo(f"MLflow run {result.run_id} at {result.tracking_uri}")
+    click.echo(f"model {result.export_dir}")
+
+
+if __name__ == "__main__":
+    run(command)

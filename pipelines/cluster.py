@@ -1,0 +1,76 @@
+"""Joining a Ray cluster, or starting a quiet one on this machine."""
+
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# Ray reads these when it is imported or starts its processes, so they are set before.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its coming default; silences a warning per worker
+
+import ray
+
+from pipelines.errors import UserError
+
+# Train workers, Serve replicas and coordinating actors hold a CPU while they mostly wait for each other. With only as
+# many as there are cores, two of them on two cores would leave none for Ray Data, and the job would stand still.
+_SPARE_CPUS = 4
+
+# What workers print would tear the progress bars apart (Ray Train's own helpers print every second where the dashboard
+# is off). Their errors reach the driver as exceptions; their output is in the logs of Ray's session folder.
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+
+
+@contextmanager
+def connect(num_cpus: int | None = None) -> Iterator[None]:
+    """Be connected to Ray within the block.
+
+    An existing connection is used as it is. Else the cluster that ``RAY_ADDRESS`` names is joined (``ray job submit``
+    sets it). Else a cluster of this process alone is started here, whatever others run on this machine, and stopped
+    at the end of the block.
+
+    Args:
+        num_cpus: CPUs the local cluster declares; may exceed the cores. Default: the cores and a few more. A cluster
+            that is joined keeps its own.
+
+    Raises:
+        UserError: if ``RAY_ADDRESS`` names a cluster that cannot be reached.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS", "local")
+    if address not in ("", "local"):
+        _join(address)
+    else:
+        # A token guards Ray's job API, which is off here: its warning would only puzzle.
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+        declared = num_cpus if num_cpus is not None else _cores() + _SPARE_CPUS
+        ray.init(address="local", num_cpus=declared, include_dashboard=False, **_QUIET)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _join(address: str) -> None:
+    host_and_port = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address)
+    try:
+        if host_and_port:  # where nobody listens, ray.init would try for minutes
+            host, port = host_and_port.groups()
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address=address, **_QUIET)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"RAY_ADDRESS={address}: cannot join that cluster ({error}); check the address and the token "
+            "(RAY_AUTH_MODE), or unset RAY_ADDRESS to run on this machine alone"
+        ) from error
+
+
+def _cores() -> int:
+    """Cores this process may run on, which in a container or under taskset are fewer than the machine's."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,273 @@
+"""Strict YAML configuration: one complete file per run, checked key by key before anything expensive begins.
+
+Run configs are stdlib frozen dataclasses beside their owners. Each names the folder of its shipped files in ``KIND``
+and checks its own ranges in ``__post_init__`` with ``ValueError``.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from pipelines.errors import UserError
+
+PROJECT_DIR = Path(__file__).resolve().parent.parent
+CONFIG_DIR = PROJECT_DIR / "infra" / "configs"
+
+# What decides the bytes of an output, and so belongs in its provenance.
+_PACKAGES = ("av", "decord", "deepspeed", "mlflow", "numpy", "pyarrow", "ray", "safetensors", "tokenizers", "torch")
+
+
+class RunConfig(Protocol):
+    """A dataclass that describes one run."""
+
+    KIND: ClassVar[str]  # folder of infra/configs that holds its shipped files
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+
+def load_config(cls: type[ConfigT], source: str, overrides: Sequence[str] = ()) -> ConfigT:
+    """Read a run's config.
+
+    Args:
+        cls: the dataclass to fill.
+        source: path of a YAML file, or the name of one shipped with the package.
+        overrides: ``key.path=value``, applied in order over the file; a value is parsed as YAML.
+
+    Raises:
+        UserError: for a missing or malformed file, an unknown or duplicate key, a wrong type or a value out of range;
+            the message names file, key and value.
+    """
+    path = find_config(cls.KIND, source)
+    try:
+        raw = _parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"config {path}: {error}") from error
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise UserError(f"config {path}: expected a mapping of keys to values, found {_show(raw)}")
+    overridden = [_apply_override(raw, override) for override in overrides]
+    return _validate(cls, raw, str(path), overridden)
+
+
+def find_config(kind: str, source: str) -> Path:
+    """The file that ``source`` names: a path as it is, or a shipped config of that kind.
+
+    Raises:
+        UserError: if there is none; the message lists the shipped names.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    shipped = CONFIG_DIR / kind / f"{source}.yaml"
+    if re.fullmatch(r"[\w.-]+", source) and shipped.is_file():
+        return shipped
+    names = ", ".join(shipped_configs(kind)) or "none"
+    raise UserError(f"config {source!r} is neither a file nor a shipped {kind} config ({names}); check the path")
+
+
+def shipped_configs(kind: str) -> list[str]:
+    """Names of the configs of one kind that come with the package, sorted."""
+    return sorted(path.stem for path in (CONFIG_DIR / kind).glob("*.yaml"))
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values (tuples become lists, paths become text)."""
+    plain: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
+    return plain
+
+
+def config_to_yaml(config: Any) -> str:
+    """A config as YAML that ``load_config`` reads back to an equal one."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def config_hash(config: Any) -> str:
+    """16 hex digits that name a config (a dataclass or JSON-able values), whatever the order of its keys.
+
+    Raises:
+        TypeError: if something in it has no JSON form.
+    """
+    plain = config_to_dict(config) if is_dataclass(config) else config
+    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def provenance() -> dict[str, Any]:
+    """What made an output: the git commit, and the versions of lumos and its main packages.
+
+    The commit is that of the checkout, ending in "-dirty" where tracked files differ from it; outside a checkout (a
+    wheel, the working directory of a Ray job) it is what ``LUMOS_GIT_COMMIT`` says, else "unknown".
+    """
+    versions = {name: _version(name) for name in _PACKAGES}
+    return {"lumos": _version("lumos-ray"), "git_commit": _git_commit(), "packages": versions}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _git_commit() -> str:
+    if not (PROJECT_DIR / ".git").exists():  # installed: a repository further up would be somebody else's
+        return os.environ.get("LUMOS_GIT_COMMIT", "unknown")
+    command = ["git", "-C", str(PROJECT_DIR), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without its surprises: ``no`` and ``1:30`` stay text, ``1e-4`` is a number, a key may occur only once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} occurs twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        return int(node.value.replace("_", ""))  # PyYAML would read a leading zero as octal
+
+
+_StrictLoader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"~|null|", ["~", "n", ""]),
+    ("bool", r"true|false", list("tf")),
+    ("int", r"[-+]?[0-9]+(?:_[0-9]+)*", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
+        list("-+.0123456789"),
+    ),
+    ("merge", r"<<", ["<"]),
+):
+    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_StrictLoader)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> tuple[str, ...]:
+    """Set one ``key.path=value`` in place; returns the key path."""
+    dotted, equals, text = override.partition("=")
+    keys = tuple(dotted.strip().split("."))
+    if not equals or not all(keys):
+        raise UserError(f"override {override!r}: expected key.path=value, for example train.lr=1e-4")
+    try:
+        value = _parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not YAML ({error}); put text in quotes") from error
+    holder: Any = raw
+    for depth, key in enumerate(keys):
+        where = ".".join(keys[:depth])
+        last = depth == len(keys) - 1
+        if isinstance(holder, list):
+            if not key.isdecimal() or int(key) >= len(holder):
+                raise UserError(f"override {override!r}: {where} has items 0 to {len(holder) - 1}, not {key!r}")
+            index: Any = int(key)
+        elif isinstance(holder, dict):
+            index = key
+            if not last and holder.get(key) is None:
+                holder[key] = {}
+        else:
+            raise UserError(f"override {override!r}: {where} is {_show(holder)}, it has no keys of its own")
+        if last:
+            holder[index] = value
+        else:
+            holder = holder[index]
+    return keys
+
+
+def _validate(cls: type[ConfigT], raw: dict[str, Any], path: str, overridden: list[tuple[str, ...]]) -> ConfigT:
+    try:
+        # JSON mode is strict about scalars yet reads lists into tuples and text into paths.
+        return TypeAdapter(cls).validate_json(json.dumps(raw), strict=True, extra="forbid")
+    except ValidationError as error:
+        lines = [_describe(cls, raw, detail) for detail in error.errors()]
+    changed = ", ".join(".".join(keys) for keys in overridden)
+    where = f"config {path}" + (f" with overrides of {changed}" if changed else "")
+    unique = list(dict.fromkeys(lines))
+    if len(unique) == 1:
+        raise UserError(f"{where}: {unique[0]}")
+    raise UserError(f"{where}:" + "".join(f"\n  {line}" for line in unique))
+
+
+def _describe(cls: type[Any], raw: Any, detail: ErrorDetails) -> str:
+    """One error of pydantic in our words: key, what is wrong, value."""
+    keys = _key_path(raw, detail)
+    name = ".".join(keys)
+    kind, message, value = detail["type"], detail["msg"], detail["input"]
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        siblings = _field_names(cls, keys[:-1])
+        close = difflib.get_close_matches(keys[-1], siblings, n=1)
+        remedy = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(siblings)}"
+        return f"unknown key {name!r} = {_show(value)}; {remedy}"
+    if kind in ("missing", "missing_keyword_only_argument", "missing_argument"):
+        return f"key {name!r} is missing; it has no default"
+    if kind == "value_error":  # raised by a dataclass about itself; its message names field and value
+        text = message.removeprefix("Value error, ")
+        return f"{name}: {text}" if name else text
+    hint = "; quote it to make it text" if kind == "string_type" and isinstance(value, bool | int | float) else ""
+    return f"{name}: {message[:1].lower()}{message[1:]}, got {_show(value)}{hint}"
+
+
+def _key_path(raw: Any, detail: ErrorDetails) -> list[str]:
+    """The keys of an error's place, without the names pydantic puts in for the members of a union."""
+    keys: list[str] = []
+    here = raw
+    for part in detail["loc"]:
+        children = dict(enumerate(here)) if isinstance(here, list) else here if isinstance(here, dict) else {}
+        known = part in children
+        here = children[part] if known else here
+        if known or (part == detail["loc"][-1] and detail["type"].startswith("missing")):
+            keys.append(str(part))
+    return keys
+
+
+def _field_names(cls: type[Any], keys: Sequence[str]) -> list[str]:
+    """Fields of the dataclasses that may stand at a key path."""
+    found = list(_dataclasses(cls))
+    for key in keys:
+        hints = [hint for owner in found for name, hint in get_type_hints(owner).items() if name == key]
+        if not key.isdecimal():  # an item of a list has its list's members
+            found = [member for hint in hints for member in _dataclasses(hint)]
+    return sorted({field.name for owner in found for field in fields(owner)})
+
+
+def _dataclasses(hint: Any) -> Iterator[type[Any]]:
+    if is_dataclass(hint) and isinstance(hint, type):
+        yield hint
+    for argument in get_args(hint):
+        yield from _dataclasses(argument)
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,47 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ray
+
+from pipelines.cluster import connect
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def test_an_existing_connection_is_used_and_left_open(ray_cluster):
+    before = ray.get_runtime_context().get_node_id()
+    with connect(num_cpus=99):
+        assert ray.get_runtime_context().get_node_id() == before
+        assert ray.cluster_resources()["CPU"] == 6
+    assert ray.is_initialized()
+
+
+def test_a_local_cluster_is_started_quietly_with_spare_cpus_and_stopped(tmp_path):
+    code = (
+        "import os, ray\n"
+        "from pipelines.cluster import connect\n"
+        "with connect():\n"
+        "    cpus, processes = ray.cluster_resources()['CPU'], ray.nodes()\n"
+        "    assert cpus >= len(os.sched_getaffinity(0)) + 2, cpus\n"
+        "    assert len(processes) == 1\n"
+        "assert not ray.is_initialized()\n"
+    )
+    env = {**os.environ, "RAY_ADDRESS": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_cluster_of_ray_address_is_joined_and_left_running(ray_cluster):
+    address = ray.get_runtime_context().gcs_address
+    code = (
+        "import ray\n"
+        "from pipelines.cluster import connect\n"
+        "with connect(num_cpus=99):\n"
+        "    print(ray.get_runtime_context().gcs_address, ray.cluster_resources()['CPU'])\n"
+    )
+    env = {**os.environ, "RAY_ADDRESS": address}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [address, "6.0"], done.stderr
+    assert ray.cluster_resources()["CPU"] == 6
