@@ -1,1 +1,1 @@
-"""The Lumos-1 model in plain PyTorch: layout, MM-RoPE, block-causal attention, AR-DF, sampling, tokenizers, checkpoints."""
+"""The Lumos-1 model in plain PyTorch: layouts, MM-RoPE, attention, AR-DF, sampling, tokenizers, checkpoints."""

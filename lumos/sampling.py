@@ -295,7 +295,7 @@ class _Draws:
         steps = self.config.num_steps
         self.temperature *= 1 - (step + 1) / steps
         gumbel = gumbel_noise(self.uniform())[unknown]
-        if step + 1 == steps:
+        if step + 1 == steps or not len(probabilities):
             return torch.zeros(len(probabilities), dtype=torch.bool)
         count = num_remasked(self.num_slots, len(probabilities), step, steps)
         return remask(probabilities, gumbel, self.temperature, count)
@@ -318,10 +318,13 @@ def _draw_frame(branches: GuidedBranches, draws: Sequence[_Draws]) -> Int64[Tens
     for stream in draws:
         stream.begin_frame()
     for step in range(draws[0].config.num_steps):
-        logits = branches.guided_logits(_frames_of(branches, codes, unknown), unknown)
-        uniform = torch.cat([stream.uniform()[known] for stream, known in zip(draws, unknown, strict=True)])
-        drawn, probabilities = (x.cpu() for x in draw_tokens(logits, uniform.to(logits.device)))
-        codes[unknown] = drawn
+        # Streams advance in every step, also where more steps than cells leave nothing to draw in the last ones.
+        uniform = torch.cat([stream.uniform()[slots] for stream, slots in zip(draws, unknown, strict=True)])
+        probabilities = uniform
+        if len(uniform):
+            logits = branches.guided_logits(_frames_of(branches, codes, unknown), unknown)
+            drawn, probabilities = (x.cpu() for x in draw_tokens(logits, uniform.to(logits.device)))
+            codes[unknown] = drawn
         counts = unknown.sum(-1).tolist()
         for request, selected in enumerate(torch.split(probabilities, counts)):
             slots = unknown[request].clone()
