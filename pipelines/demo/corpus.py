@@ -1,0 +1,372 @@
+"""The sample corpus: one coloured shape moving over one background, as real H.264 files.
+
+Everything is drawn here, so the demo needs no data and no network. Source frames are 96x96 px at 12 fps; curation
+halves them to 48x48 px and keeps 17 frames, which is a latent grid of 5x6x6 under a 4x8x8 tokenizer. The geometry is
+chosen for that grid: start positions lie on a lattice of half a latent cell and a subject moves half a cell in the
+time of one latent step, so a small codebook meets the same few alignments again and again.
+
+One combination of (shape, colour, background, direction) in six never appears in training: these are the demo's
+prompts. Every single value, and every pair of values, is seen in training.
+"""
+
+import csv
+import functools
+import itertools
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+SIDE = 96
+FPS = 12
+NUM_FRAMES = 18  # one more than training uses, so that rounding of the duration never costs a frame
+STEP = 2  # source px per frame: half a latent cell (8 of 16 source px) in the 4 frames of one latent step
+LATTICE = 8  # source px between possible start positions: half a latent cell
+
+SHAPES = ("circle", "square", "triangle", "cross")
+SIZES = {"small": 40, "large": 56}  # side of the bounding box, source px
+COLORS = {
+    "red": (214, 38, 44),
+    "green": (34, 160, 62),
+    "blue": (44, 72, 220),
+    "yellow": (244, 212, 44),
+    "purple": (190, 56, 206),
+    "cyan": (48, 200, 216),
+}
+BACKGROUNDS = ("white", "dark", "striped", "checkered")
+DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (dy, dx)
+
+WORDINGS = (
+    "A {size} {color} {shape} moves {direction} on a {background} background.",
+    "On a {background} background, a {size} {color} {shape} is moving {direction}.",
+    "A {color} {shape} of {size} size slides {direction} across a {background} background.",
+    "A {background} background with a {size} {color} {shape} that travels {direction}.",
+    "Video of a {size} {color} {shape} going {direction}, the background is {background}.",
+)
+
+# The files that curation must not keep, and why; `write_corpus` adds them to every corpus.
+BAD_FILES = {
+    "bad_static_1.mp4": "static",
+    "bad_static_2.mp4": "static",
+    "bad_black.mp4": "black",
+    "bad_truncated_1.mp4": "truncated",
+    "bad_truncated_2.mp4": "truncated",
+    "bad_not_a_video.mp4": "not a video",
+    "bad_too_short_1.mp4": "too short",
+    "bad_too_short_2.mp4": "too short",
+    "bad_duplicate.mp4": "exact duplicate of clip_00000.mp4",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSpec:
+    """Everything that determines one clip.
+
+    Attributes:
+        shape: A value of `SHAPES`.
+        size: A key of `SIZES`.
+        color: A key of `COLORS`.
+        background: A value of `BACKGROUNDS`.
+        direction: A key of `DIRECTIONS`.
+        top: First row of the subject's bounding box in the first frame, source px.
+        left: First column of it.
+        wording: Index into `WORDINGS`.
+
+    Raises:
+        ValueError: A value is unknown, or the subject would leave the frame.
+    """
+
+    shape: str
+    size: str
+    color: str
+    background: str
+    direction: str
+    top: int
+    left: int
+    wording: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the values and that the subject stays in view."""
+        for name, known in (
+            ("shape", SHAPES),
+            ("size", SIZES),
+            ("color", COLORS),
+            ("background", BACKGROUNDS),
+            ("direction", DIRECTIONS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
+        if not 0 <= self.wording < len(WORDINGS):
+            raise ValueError(f"wording {self.wording} is not in 0..{len(WORDINGS) - 1}")
+        dy, dx = DIRECTIONS[self.direction]
+        for name, start, move in (("top", self.top, dy), ("left", self.left, dx)):
+            end = start + move * STEP * (NUM_FRAMES - 1)
+            if min(start, end) < 0 or max(start, end) + SIZES[self.size] > SIDE:
+                raise ValueError(f"{name} {start} moves the {self.size} subject out of the {SIDE} px frame")
+
+    @property
+    def caption(self) -> str:
+        """The caption in this clip's wording; it names all five attributes."""
+        return WORDINGS[self.wording].format(
+            shape=self.shape,
+            size=self.size,
+            color=self.color,
+            background=self.background,
+            direction=self.direction,
+        )
+
+    @property
+    def combination(self) -> tuple[str, str, str, str]:
+        """What the held-out rule looks at: shape, colour, background, direction."""
+        return (self.shape, self.color, self.background, self.direction)
+
+
+# ------------------------------------------------------------------------------------------------ held-out rule
+
+
+@functools.cache
+def held_out_combinations() -> frozenset[tuple[str, str, str, str]]:
+    """The 64 combinations (shape, colour, background, direction) of 384 that training never sees.
+
+    One colour for each shape, background and direction, by a linear rule, so that every value is held out about
+    equally often and every pair of values remains in training.
+    """
+    colors = tuple(COLORS)
+    held_out = set()
+    for (s, shape), (b, background), (d, direction) in itertools.product(
+        enumerate(SHAPES), enumerate(BACKGROUNDS), enumerate(DIRECTIONS)
+    ):
+        held_out.add((shape, colors[(s + 2 * b + 3 * d + (b * d) // 3) % len(colors)], background, direction))
+    return frozenset(held_out)
+
+
+def start_positions(size: str, direction: str) -> list[tuple[int, int]]:
+    """All (top, left) on the lattice from which a subject of this size moves in this direction and stays in view."""
+    travel = STEP * (NUM_FRAMES - 1)
+    dy, dx = DIRECTIONS[direction]
+
+    def fits(start: int, move: int) -> bool:
+        return max(0, -move * travel) <= start <= SIDE - SIZES[size] - max(0, move * travel)
+
+    lattice = range(0, SIDE, LATTICE)
+    return [(top, left) for top in lattice for left in lattice if fits(top, dy) and fits(left, dx)]
+
+
+def sample_specs(seed: int, n: int) -> list[ClipSpec]:
+    """Draw `n` training clips, none of a held-out combination.
+
+    The 640 kinds of clip left (320 combinations, 2 sizes) are dealt like a shuffled deck, again and again, so that
+    they are balanced for any `n`; start position and wording are drawn for each clip.
+
+    Args:
+        seed: Decides everything.
+        n: Number of clips.
+    """
+    generator = np.random.default_rng([seed, 0])
+    kinds = [
+        (shape, size, color, background, direction)
+        for shape, size, color, background, direction in itertools.product(
+            SHAPES, SIZES, COLORS, BACKGROUNDS, DIRECTIONS
+        )
+        if (shape, color, background, direction) not in held_out_combinations()
+    ]
+    specs: list[ClipSpec] = []
+    while len(specs) < n:
+        for index in generator.permutation(len(kinds)):
+            specs.append(_draw(kinds[index], generator))
+    return specs[:n]
+
+
+def held_out_specs(seed: int) -> list[ClipSpec]:
+    """One clip for each of the 64 held-out combinations, in a fixed order; half of them small.
+
+    These give the demo's prompts (their captions). Their rendering is what a perfect model would make, up to the
+    start position.
+
+    Args:
+        seed: Decides wordings and start positions.
+    """
+    generator = np.random.default_rng([seed, 1])
+    # A fixed shuffle, so that neighbours differ and no size is tied to an attribute by the sorted order.
+    order = np.random.default_rng(0).permutation(len(held_out_combinations()))
+    combinations = [sorted(held_out_combinations())[index] for index in order]
+    sizes = itertools.cycle(SIZES)
+    specs = []
+    for (shape, color, background, direction), size in zip(combinations, sizes, strict=False):
+        specs.append(_draw((shape, size, color, background, direction), generator))
+    return specs
+
+
+def _draw(kind: tuple[str, str, str, str, str], generator: np.random.Generator) -> ClipSpec:
+    shape, size, color, background, direction = kind
+    starts = start_positions(size, direction)
+    top, left = starts[int(generator.integers(len(starts)))]
+    return ClipSpec(
+        shape=shape,
+        size=size,
+        color=color,
+        background=background,
+        direction=direction,
+        top=top,
+        left=left,
+        wording=int(generator.integers(len(WORDINGS))),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- rendering
+
+
+@functools.cache
+def background_image(name: str, side: int = SIDE) -> NDArray[np.float32]:
+    """Draw a background, [side, side, 3], values 0..255.
+
+    Stripes and squares are one latent cell (a sixth of the side) wide.
+    """
+    cell = np.arange(side) * 6 // side
+    if name == "white":
+        tones = np.zeros((side, side), dtype=np.int64)
+        palette = [(240, 240, 236)]
+    elif name == "dark":
+        tones = np.zeros((side, side), dtype=np.int64)
+        palette = [(44, 46, 54)]
+    elif name == "striped":
+        tones = np.broadcast_to(cell[None, :] % 2, (side, side))
+        palette = [(168, 176, 188), (118, 126, 140)]
+    elif name == "checkered":
+        tones = (cell[:, None] + cell[None, :]) % 2
+        palette = [(206, 180, 146), (150, 122, 92)]
+    else:
+        raise ValueError(f"background {name!r} is not one of {', '.join(BACKGROUNDS)}")
+    image: NDArray[np.float32] = np.asarray(palette, dtype=np.float32)[tones]
+    image.setflags(write=False)
+    return image
+
+
+@functools.cache
+def shape_mask(shape: str, side: int, supersample: int = 4) -> NDArray[np.float32]:
+    """Antialiased coverage of a shape that fills a `side` x `side` box, [side, side], 0..1."""
+    count = side * supersample
+    axis = (np.arange(count) + 0.5) / count * 2 - 1  # -1..1 over the box
+    y, x = axis[:, None], axis[None, :]
+    if shape == "circle":
+        inside = x**2 + y**2 <= 1
+    elif shape == "square":
+        inside = np.ones((count, count), dtype=bool)
+    elif shape == "triangle":
+        inside = np.abs(x) <= (y + 1) / 2
+    elif shape == "cross":
+        inside = (np.abs(x) <= 1 / 3) | (np.abs(y) <= 1 / 3)
+    else:
+        raise ValueError(f"shape {shape!r} is not one of {', '.join(SHAPES)}")
+    mask: NDArray[np.float32] = (
+        inside.reshape(side, supersample, side, supersample).mean(axis=(1, 3)).astype(np.float32)
+    )
+    mask.setflags(write=False)
+    return mask
+
+
+def render_clip(spec: ClipSpec, num_frames: int = NUM_FRAMES, step: int = STEP) -> NDArray[np.uint8]:
+    """Draw a clip.
+
+    Args:
+        spec: What to draw.
+        num_frames: At most `NUM_FRAMES`, for which `spec` was checked.
+        step: Motion in source px per frame; 0 is a still image, the default is what training sees.
+
+    Returns:
+        uint8 [num_frames, 96, 96, 3], RGB.
+    """
+    side = SIZES[spec.size]
+    coverage = shape_mask(spec.shape, side)[:, :, None]
+    paint = np.asarray(COLORS[spec.color], dtype=np.float32)
+    dy, dx = DIRECTIONS[spec.direction]
+    frames = np.repeat(background_image(spec.background)[None], num_frames, axis=0)
+    for index, frame in enumerate(frames):
+        top, left = spec.top + dy * step * index, spec.left + dx * step * index
+        box = frame[top : top + side, left : left + side]
+        box += coverage * (paint - box)
+    return np.rint(frames).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+def write_video(path: Path, frames: NDArray[np.uint8], fps: int = FPS, crf: int = 14) -> None:
+    """Encode frames [T, H, W, 3] as H.264 in mp4; the same frames give the same bytes.
+
+    Args:
+        path: File to write; its folder exists.
+        frames: RGB frames with even height and width.
+        fps: Frames per second.
+        crf: Quality of x264, lower is better; 14 is visually lossless.
+    """
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        # Still videos came out in one of two encodings, about once in a hundred, while macroblock-tree rate control was
+        # on and the encoder converted the colours itself.
+        stream.options = {"preset": "veryfast", "crf": str(crf), "threads": "1", "bf": "0", "x264-params": "mbtree=0"}
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+
+
+def write_corpus(directory: Path | str, seed: int, num_clips: int) -> list[ClipSpec]:
+    """Write a corpus: `num_clips` good clips, the `BAD_FILES`, and captions.csv (path, caption) naming them all.
+
+    The same seed and number give the same bytes. Existing files of these names are replaced.
+
+    Args:
+        directory: Folder, made if absent.
+        seed: Decides the clips.
+        num_clips: Number of good clips, at least 2 (the bad files are made from the first ones).
+
+    Returns:
+        The specs of the good clips; clip i is the file clip_{i:05d}.mp4.
+
+    Raises:
+        ValueError: `num_clips` is below 2.
+    """
+    if num_clips < 2:
+        raise ValueError(f"num_clips is {num_clips}; a corpus needs at least 2 clips")
+    root = Path(directory)
+    root.mkdir(parents=True, exist_ok=True)
+    specs = sample_specs(seed, num_clips)
+    paths = [root / f"clip_{index:05d}.mp4" for index in range(num_clips)]
+
+    def write(item: tuple[Path, ClipSpec]) -> None:
+        write_video(item[0], render_clip(item[1]))
+
+    with ThreadPoolExecutor(2) as pool:  # x264 releases the GIL
+        list(pool.map(write, zip(paths, specs, strict=True)))
+    _write_bad_files(root, specs)
+    rows = [(path.name, spec.caption) for path, spec in zip(paths, specs, strict=True)]
+    rows += [(name, specs[index % num_clips].caption) for index, name in enumerate(BAD_FILES)]
+    with (root / "captions.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("path", "caption"))
+        writer.writerows(rows)
+    return specs
+
+
+def _write_bad_files(root: Path, specs: Sequence[ClipSpec]) -> None:
+    first, second = specs[0], specs[1]
+    write_video(root / "bad_static_1.mp4", render_clip(first, step=0))
+    write_video(root / "bad_static_2.mp4", render_clip(second, step=0))
+    write_video(root / "bad_black.mp4", np.zeros((NUM_FRAMES, SIDE, SIDE, 3), dtype=np.uint8))
+    for name, source in (("bad_truncated_1.mp4", 0), ("bad_truncated_2.mp4", 1)):
+        # The index of an mp4 file lies at its end, so half a file cannot be opened.
+        data = (root / f"clip_{source:05d}.mp4").read_bytes()
+        (root / name).write_bytes(data[: len(data) // 2])
+    (root / "bad_not_a_video.mp4").write_text("This is text under the name of a video.\n" * 40, encoding="utf-8")
+    write_video(root / "bad_too_short_1.mp4", render_clip(first, num_frames=4))
+    write_video(root / "bad_too_short_2.mp4", render_clip(second, num_frames=6))
+    shutil.copyfile(root / "clip_00000.mp4", root / "bad_duplicate.mp4")

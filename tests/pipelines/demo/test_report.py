@@ -1,0 +1,144 @@
+"""The report is one page that holds everything: real videos, figures that agree with the summary, escaped text."""
+
+import base64
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.demo import charts, corpus, judge
+from pipelines.demo.judge import Reading
+from pipelines.demo.report import LedgerRow, LossPoint, Report, Sample, write_report
+
+
+def make_samples(root: Path, count: int) -> list[Sample]:
+    """Held-out clips at 48x48, two per prompt; the second of every third prompt shows the next prompt's video."""
+    specs = corpus.held_out_specs(0)[:count]
+    samples = []
+    for index, spec in enumerate(specs):
+        asked = Reading(color=spec.color, background=spec.background, shape=spec.shape, direction=spec.direction)
+        for seed in range(2):
+            shown = specs[(index + 1) % count] if seed == 1 and index % 3 == 0 else spec
+            frames = corpus.render_clip(shown, 17)[:, ::2, ::2]
+            path = root / f"{index:03d}_{seed}.mp4"
+            corpus.write_video(path, frames)
+            samples.append(
+                Sample(prompt=spec.caption, seed=seed, video=path, asked=asked, read=judge.judge_video(frames))
+            )
+    return samples
+
+
+def make_report(root: Path, count: int) -> Report:
+    samples = make_samples(root, count)
+    result = judge.score([sample.read for sample in samples], [sample.asked for sample in samples])
+    generator = np.random.default_rng(0)
+    losses = []
+    for step in range(1, 401):
+        frames = tuple(
+            float(2 + 0.2 * f + 6 * np.exp(-step / (60 + 15 * f)) + generator.normal(0, 0.1)) for f in range(5)
+        )
+        losses.append(LossPoint(step=step, loss=float(np.mean(frames)), frames=frames))
+    seconds = {"corpus": 4.2, "curate": 64.0, "train": 301.5, "generate": 81.0, "judge": 2.4, "report": 0.6}
+    summary = {
+        "schema": 1,
+        "seed": 0,
+        "seconds": seconds | {"total": sum(seconds.values())},
+        "peak_memory_gb": 5.31,
+        "clips": {"sources": 809, "kept": 800, "rejected": 5, "failed": 3, "duplicate": 1},
+        "train": {"steps": 400, "loss_first": 8.31, "loss_last": 2.4, "tokens_per_s": 11234.0},
+        "samples": len(samples),
+        "accuracy": result.accuracy,
+        "chance": result.chance,
+        "interval95": result.interval95,
+    }
+    not_kept = [LedgerRow(path=name, status="rejected", reason=why) for name, why in corpus.BAD_FILES.items()]
+    return Report(
+        summary=summary,
+        samples=samples,
+        losses=losses,
+        not_kept=[*not_kept, LedgerRow(path="a<b>.mp4", status="failed", reason="x & y")],
+        next_steps=[("One video of your own:", 'lumos generate --model demo/model --prompt "A large red cross"')],
+    )
+
+
+class Outline(HTMLParser):
+    """Counts tags, and checks that they close in order."""
+
+    void = frozenset({"meta", "input", "br"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.count: dict[str, int] = {}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.count[tag] = self.count.get(tag, 0) + 1
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_report_holds_every_video_and_is_well_formed(tmp_path: Path):
+    report = make_report(tmp_path, 6)
+    write_report(tmp_path / "report.html", report)
+    page = (tmp_path / "report.html").read_text()
+    outline = Outline()
+    outline.feed(page)
+    assert outline.open == []
+    assert outline.count["video"] == 12
+    assert outline.count["article"] == 6
+    videos = re.findall(r'src="data:video/mp4;base64,([^"]+)"', page)
+    assert base64.b64decode(videos[0]) == report.samples[0].video.read_bytes()
+    assert "$" not in page.split("<script>")[0]  # no placeholder is left
+
+
+def test_report_needs_no_other_file_and_no_network(tmp_path: Path):
+    write_report(tmp_path / "report.html", make_report(tmp_path, 2))
+    page = (tmp_path / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
+    assert "http" not in page
+    assert "@import" not in page
+
+
+def test_report_marks_what_is_wrong_and_escapes_text(tmp_path: Path):
+    report = make_report(tmp_path, 6)
+    write_report(tmp_path / "report.html", report)
+    page = (tmp_path / "report.html").read_text()
+    wrong = [sample for sample in report.samples if sample.read != sample.asked]
+    assert len(wrong) == 2
+    assert page.count("has-error") == 2 + 1  # two prompts, and the style rule
+    first = wrong[0]
+    assert f'<li class="wrong">{first.read.direction}, not {first.asked.direction}</li>' in page
+    assert "a&lt;b&gt;.mp4" in page
+    assert "x &amp; y" in page
+
+
+def test_report_works_without_losses_or_rejections(tmp_path: Path):
+    full = make_report(tmp_path, 2)
+    write_report(tmp_path / "r.html", Report(summary=full.summary, samples=full.samples, losses=[], not_kept=[]))
+    assert "No figures were recorded." in (tmp_path / "r.html").read_text()
+
+
+def test_chart_leaves_out_figures_that_are_not_finite():
+    line = charts.Line(name="x", style="mean", points=[(1, 2.0), (2, float("nan")), (3, 1.0)])
+    chart = charts.line_chart([line], title="t", x_label="step", y_label="loss")
+    assert "nan" not in chart
+    path = re.search(r'class="line mean" d="M([^"]+)"', chart)
+    assert path is not None
+    assert path[1].count("L") == 1
+
+
+def test_smoothing_takes_neighbours_evenly_from_both_sides():
+    assert charts.smooth([(1, 4.0), (2, 2.0), (3, 0.0), (4, 4.0)], 3) == [(1, 4.0), (2, 2.0), (3, 2.0), (4, 4.0)]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 8.3), (1, 400), (5, 5), (0, 0.003)])
+def test_ticks_span_the_range(low: float, high: float):
+    ticks = charts._ticks(low, high, 5)
+    assert ticks[0] <= low
+    assert ticks[-1] >= high
+    assert 2 <= len(ticks) <= 8
