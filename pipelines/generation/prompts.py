@@ -1,0 +1,117 @@
+"""Prompts from a config's list or a file: txt, CSV, JSONL or Parquet."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import storage
+from pipelines.errors import UserError
+from pipelines.generation.config import MAX_SEED
+
+_REMEDY = "expected a .txt (a prompt per line), .csv, .jsonl or .parquet file with a column prompt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A text to make videos of."""
+
+    text: str
+    seed: int | None = None  # sampling seed of its first video; None: the run's
+    id: str | None = None  # the user's own name for it, kept in the manifest
+
+
+def read_prompts(source: str | Sequence[str]) -> list[Prompt]:
+    """The prompts that a config names, in order.
+
+    Args:
+        source: a list of texts, or the path or URI of a file. Files of rows have a column ``prompt``, and may have
+            ``seed`` and ``id``; other columns are ignored. Empty lines of a text file are skipped.
+
+    Raises:
+        UserError: if the file is missing, of another kind, without that column or without prompts, or a row is wrong;
+            the message names file and row.
+    """
+    if not isinstance(source, str):
+        prompts = [_prompt({"prompt": text}, f"prompts: item {i}") for i, text in enumerate(source)]
+        if not prompts:
+            raise UserError(f"prompts is an empty list: give texts, or the path of a file ({_REMEDY})")
+        return prompts
+    if not storage.exists(source):
+        raise UserError(f"prompts: there is no file {source}; {_REMEDY}")
+    suffix = source.rpartition("/")[2].rpartition(".")[2].lower()
+    readers = {"txt": _read_txt, "csv": _read_csv, "jsonl": _read_jsonl, "parquet": _read_parquet}
+    if suffix not in readers:
+        raise UserError(f"prompts: {source} is of an unknown kind; {_REMEDY}")
+    try:
+        rows = list(readers[suffix](storage.read_bytes(source)))
+    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
+        raise UserError(f"prompts: {source} cannot be read as {suffix}: {error}") from error
+    if not rows:
+        raise UserError(f"prompts: {source} holds no prompts; {_REMEDY}")
+    return [_prompt(row, f"prompts: {source}, {where}") for where, row in rows]
+
+
+_Rows = Iterable[tuple[str, Mapping[str, Any]]]
+
+
+def _read_txt(data: bytes) -> _Rows:
+    for number, line in enumerate(data.decode("utf-8-sig").splitlines(), start=1):
+        if line.strip():
+            yield f"line {number}", {"prompt": line.strip()}
+
+
+def _read_csv(data: bytes) -> _Rows:
+    reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+    _require_prompt_column(reader.fieldnames or [])
+    for row in reader:
+        yield f"line {reader.line_num}", row
+
+
+def _read_jsonl(data: bytes) -> _Rows:
+    for number, line in enumerate(data.decode("utf-8-sig").split("\n"), start=1):
+        if line.strip():
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is no JSON object")
+            _require_prompt_column(list(row))
+            yield f"line {number}", row
+
+
+def _read_parquet(data: bytes) -> _Rows:
+    file = pq.ParquetFile(io.BytesIO(data))
+    _require_prompt_column(names := file.schema_arrow.names)
+    table = file.read([name for name in ("prompt", "seed", "id") if name in names])
+    for number, row in enumerate(table.to_pylist()):
+        yield f"row {number}", row
+
+
+def _require_prompt_column(names: Sequence[str]) -> None:
+    if "prompt" not in names:
+        raise ValueError(f"it has no column prompt, only {', '.join(names) or 'none'}")
+
+
+def _prompt(row: Mapping[str, Any], where: str) -> Prompt:
+    text, seed, name = row.get("prompt"), row.get("seed"), row.get("id")
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{where}: the prompt is {text!r}; every row needs a text")
+    return Prompt(
+        text=text.strip(), seed=_seed(seed, where), id=str(name) if name is not None and str(name).strip() else None
+    )
+
+
+def _seed(value: Any, where: str) -> int | None:
+    if value is None or value == "":
+        return None
+    try:
+        seed = int(value) if isinstance(value, str) else value
+    except ValueError:
+        seed = value
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
+        raise UserError(f"{where}: the seed is {value!r}; it must be a whole number in 0..2^63-1, or be left out")
+    return seed

@@ -1,0 +1,290 @@
+"""The two commands: a bulk run over prompts, and a service until interrupted."""
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.serve.handle import DeploymentHandle
+from tqdm import tqdm
+
+from pipelines import storage
+from pipelines.cluster import connect
+from pipelines.config import config_to_dict, provenance
+from pipelines.errors import JobError, UserError
+from pipelines.generation.api import ApiSettings
+from pipelines.generation.application import check_port, generator_application, http_application, joined_cluster
+from pipelines.generation.card import ModelCard, RequestEncoder, read_card
+from pipelines.generation.config import MAX_SEED, GenerateConfig, ServeConfig
+from pipelines.generation.manifest import Manifest, file_name
+from pipelines.generation.media import MEDIA_TYPES
+from pipelines.generation.prompts import read_prompts
+from pipelines.generation.request import Refusal, Video, VideoRequest
+
+RUN_FILE = "generate.json"
+TOKEN_VARIABLE = "LUMOS_SERVE_TOKEN"
+_ATTEMPTS = 3  # of a video whose replica was lost
+_RETRY_S = 1.0
+
+Store = Callable[["_Job", bytes], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateResult:
+    """What a bulk run did."""
+
+    output: str
+    videos: int  # asked for
+    generated: int
+    skipped: int  # held already
+    seconds: float
+
+    def __str__(self) -> str:
+        """For the command's last line."""
+        held = f", {self.skipped} were there already" if self.skipped else ""
+        return f"{self.output}: {self.generated} videos made in {self.seconds:.1f} s{held}"
+
+
+@dataclass(frozen=True)
+class _Job:
+    request: VideoRequest
+    row: dict[str, Any]  # of the manifest
+
+
+def generate(config: GenerateConfig) -> GenerateResult:
+    """Make the videos of a config that its output folder does not hold yet.
+
+    An output that ends in ``.mp4``, ``.gif`` or ``.png`` is one file for one video, made anew each time.
+
+    Raises:
+        UserError: if model, tokenizers, prompts, size or output cannot be used; found before Ray starts.
+        JobError: if some videos could not be made; the others are there, and the same run makes the missing ones.
+    """
+    begin = time.monotonic()
+    card = read_card(config)
+    jobs = _plan(config, card)
+    manifest = None if _is_file(config.output) else Manifest.open(config.output)
+    if manifest is None:
+        _check_single(config, jobs)
+        pending = jobs
+    else:
+        pending = [job for job in jobs if not manifest.holds(job.row)]
+    if pending:
+        _prepare_output(config, card, is_folder=manifest is not None)
+        _make(config, card, pending, manifest, total=len(jobs))
+    return GenerateResult(
+        output=config.output,
+        videos=len(jobs),
+        generated=len(pending),
+        skipped=len(jobs) - len(pending),
+        seconds=time.monotonic() - begin,
+    )
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve the model over HTTP until SIGINT (Ctrl-C) or SIGTERM.
+
+    Raises:
+        UserError: if the model cannot be used, the port is taken, or strangers could connect without a token.
+        JobError: if the model does not start.
+    """
+    token = config.token or os.environ.get(TOKEN_VARIABLE) or None
+    if token is None and not config.is_loopback:
+        raise UserError(
+            f"host: {config.host} can be reached from other machines, which needs a token: set {TOKEN_VARIABLE} (or "
+            "the key token), or use host 127.0.0.1"
+        )
+    if not joined_cluster():
+        check_port(config.host, config.port)
+    card = read_card(config)
+    _check_size(config, card)
+    settings = ApiSettings(
+        card=card,
+        size=config.video,
+        sampling=config.sampling,
+        format=config.format,
+        token=token,
+        timeout_s=config.timeout_s,
+        max_steps=config.max_steps,
+    )
+    with connect(), _until_signal() as wait, http_application(card, config, settings) as url:
+        _announce(url, card, needs_token=token is not None)
+        wait()
+
+
+def _plan(config: GenerateConfig, card: ModelCard) -> list[_Job]:
+    """Every video of a run, each known to fit the model."""
+    encoder = RequestEncoder(card)
+    try:
+        size = encoder.size(config.video)
+    except ValueError as error:
+        raise UserError(f"video: {error}") from error
+    jobs = []
+    for index, prompt in enumerate(read_prompts(config.prompts)):
+        first = config.seed if prompt.seed is None else prompt.seed
+        for seed in range(first, first + config.seeds_per_prompt):
+            try:
+                if seed > MAX_SEED:
+                    raise ValueError(f"seed {seed} is above 2^63-1")
+                request = VideoRequest(
+                    prompt=prompt.text, seed=seed, size=size, sampling=config.sampling, format=config.format
+                )
+                if seed == first:
+                    encoder.encode(request)
+            except ValueError as error:
+                raise UserError(f"prompts: prompt {index} ({prompt.text[:60]!r}): {error}") from error
+            row = {
+                "path": file_name(index, prompt.text, seed, config.format),
+                "index": index,
+                "id": prompt.id,
+                "prompt": prompt.text,
+                "seed": seed,
+                "config_hash": request.config_hash(card.identity),
+                **asdict(size),
+            }
+            jobs.append(_Job(request, row))
+    return jobs
+
+
+def _is_file(output: str) -> bool:
+    return output.rpartition(".")[2].lower() in MEDIA_TYPES
+
+
+def _check_single(config: GenerateConfig, jobs: Sequence[_Job]) -> None:
+    if len(jobs) > 1:
+        raise UserError(f"output: {config.output} is one file, for {len(jobs)} videos: name a folder")
+    if not config.output.lower().endswith(f".{config.format}"):
+        raise UserError(f"output: {config.output} does not end in .{config.format}: set format, or another name")
+
+
+def _check_size(config: ServeConfig, card: ModelCard) -> None:
+    """Find a default size that the model cannot write before clients do."""
+    complete = all(value is not None for value in asdict(config.video).values())
+    if not complete and card.default_size is None:
+        return  # every request must then name its size
+    try:
+        RequestEncoder(card).size(config.video)
+    except ValueError as error:
+        raise UserError(f"video: {error}") from error
+
+
+def _prepare_output(config: GenerateConfig, card: ModelCard, *, is_folder: bool) -> None:
+    """Note beside the videos what makes them; so a folder that cannot be written is found before Ray starts."""
+    uri = storage.join(config.output, RUN_FILE) if is_folder else config.output
+    note = {"config": config_to_dict(config), "model": card.identity, "provenance": provenance()}
+    try:
+        if is_folder:
+            storage.write_json_atomic(uri, note)
+    except OSError as error:
+        raise UserError(f"output: cannot write {uri} ({error}); name another folder") from error
+
+
+def _make(
+    config: GenerateConfig, card: ModelCard, pending: Sequence[_Job], manifest: Manifest | None, *, total: int
+) -> None:
+    def store(job: _Job, data: bytes) -> None:
+        if manifest is None:
+            storage.write_bytes_atomic(config.output, data)
+        else:
+            manifest.add(job.row, data)
+
+    # Enough to fill a batch while another runs, and never more than the replicas' queues take.
+    window = 2 * config.batch.max_size * config.replicas.num_replicas
+    interval = 0.1 if sys.stderr.isatty() else 15.0
+    try:
+        with (
+            connect(),
+            generator_application(card, config) as handle,
+            tqdm(total=total, initial=total - len(pending), desc="videos", unit="video", mininterval=interval) as bar,
+        ):
+            failures = asyncio.run(_drive(handle, pending, store, bar, window))
+    except OSError as error:
+        raise JobError(f"cannot write to {config.output}: {error}; the same command continues") from error
+    finally:
+        if manifest is not None:
+            manifest.save()
+    if failures:
+        raise JobError(
+            f"{len(failures)} of {len(pending)} videos were not made, first: {failures[0]}; "
+            "the others are complete, and the same command makes the missing ones"
+        )
+
+
+async def _drive(
+    handle: DeploymentHandle[Any], jobs: Sequence[_Job], store: Store, bar: "tqdm[Any]", window: int
+) -> list[str]:
+    """Send jobs to the replicas, at most ``window`` at a time; returns what went wrong."""
+    places = asyncio.Semaphore(window)
+    failures: list[str] = []
+
+    async def one(job: _Job) -> None:
+        async with places:
+            answer = await _ask(handle, job.request)
+        if isinstance(answer, Refusal):
+            failures.append(f"{job.row['path']}: {answer.message}")
+        else:
+            store(job, answer.data)
+        bar.update()
+
+    await asyncio.gather(*map(one, jobs))
+    return failures
+
+
+async def _ask(handle: DeploymentHandle[Any], request: VideoRequest) -> Video | Refusal:
+    """A video; asked for again where its replica was lost on the way, which changes nothing in it."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            answer: Video | Refusal = await handle.generate.remote(request)
+        except RayError as error:
+            answer = Refusal(reason="failed", message=f"the replica was lost ({error})")
+        else:
+            if isinstance(answer, Video) or answer.reason != "full":
+                return answer
+        if attempt < _ATTEMPTS:
+            await asyncio.sleep(max(_RETRY_S * attempt, answer.retry_after_s))
+    return answer
+
+
+@contextmanager
+def _until_signal() -> Iterator[Callable[[], None]]:
+    """Let SIGINT and SIGTERM end the block, at once and in order; the value waits for that to happen."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        for number in previous:
+            signal.signal(number, signal.SIG_IGN)  # one is enough: leave the clean-up alone
+        raise _StoppedError
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield _wait_for_ever
+    except _StoppedError:
+        sys.stdout.write("\nstopping\n")
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait_for_ever() -> None:
+    threading.Event().wait()
+
+
+class _StoppedError(BaseException):
+    """A signal asked the service to end."""
+
+
+def _announce(url: str, card: ModelCard, *, needs_token: bool) -> None:
+    header = f' -H "Authorization: Bearer ${TOKEN_VARIABLE}"' if needs_token else ""
+    body = '{"prompt": "a red square moves left", "seed": 7}'
+    sys.stdout.write(
+        f"serving {card.name} at {url} (documentation: {url}/docs); Ctrl-C ends it. Try:\n"
+        f"  curl {url}/v1/videos{header} -H 'Content-Type: application/json' -d '{body}' -o video.mp4\n"
+    )
+    sys.stdout.flush()

@@ -1,0 +1,76 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from pipelines.errors import UserError
+from pipelines.generation.manifest import Manifest, file_name
+
+ROW = {"path": "00000-a-0.mp4", "prompt": "a", "seed": 0, "config_hash": "abc"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("a red square moves left", "00003-a-red-square-moves-left-7.mp4"),
+        ("../../etc/passwd", "00003-etc-passwd-7.mp4"),
+        ("Ein Würfel fällt!", "00003-ein-wurfel-fallt-7.mp4"),
+        ("正方形が動く", "00003-video-7.mp4"),
+        ("con\x00trol\nand | pipes", "00003-con-trol-and-pipes-7.mp4"),
+        ("", "00003-video-7.mp4"),
+    ],
+)
+def test_names_are_safe_for_any_prompt(prompt: str, name: str) -> None:
+    assert file_name(3, prompt, 7, "mp4") == name
+
+
+def test_names_of_long_prompts_stay_short_and_differ_by_index_and_seed() -> None:
+    names = {file_name(index, "word " * 500, seed, "mp4") for index in (0, 1) for seed in (0, 2**63 - 1)}
+    assert len(names) == 4
+    assert max(map(len, names)) < 120
+
+
+def test_what_was_added_is_held_after_a_restart(tmp_path: Path) -> None:
+    manifest = Manifest.open(str(tmp_path / "out"))
+    assert not manifest.holds(ROW)
+    manifest.add(ROW, b"video")
+    manifest.save()
+    again = Manifest.open(str(tmp_path / "out"))
+    assert again.holds(ROW)
+    assert again.rows[ROW["path"]]["bytes"] == 5
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("change", [{"prompt": "b"}, {"seed": 1}, {"config_hash": "abd"}])
+def test_a_video_made_otherwise_is_not_the_one_asked_for(tmp_path: Path, change: dict[str, object]) -> None:
+    manifest = Manifest.open(str(tmp_path))
+    manifest.add(ROW, b"video")
+    assert not manifest.holds({**ROW, **change})
+
+
+def test_a_file_that_is_gone_or_changed_is_not_held(tmp_path: Path) -> None:
+    manifest = Manifest.open(str(tmp_path))
+    manifest.add(ROW, b"video")
+    (tmp_path / ROW["path"]).write_bytes(b"videp")
+    assert not manifest.holds(ROW)
+    (tmp_path / ROW["path"]).unlink()
+    assert not manifest.holds(ROW)
+
+
+def test_the_order_of_finishing_does_not_show(tmp_path: Path) -> None:
+    rows = [{**ROW, "path": file_name(i, "a", 0, "mp4"), "index": i} for i in range(12)]
+    for name, order in (("there", rows), ("back", rows[::-1])):
+        manifest = Manifest.open(str(tmp_path / name))
+        for row in order:
+            manifest.add(row, b"video")
+        manifest.save()
+    lines = (tmp_path / "there" / "manifest.jsonl").read_text()
+    assert lines == (tmp_path / "back" / "manifest.jsonl").read_text()
+    assert [json.loads(line)["index"] for line in lines.splitlines()] == list(range(12))
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]\n", b'{"no": "path"}\n', b"\xff\xfe\n"])
+def test_a_damaged_manifest_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "manifest.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=r"manifest.jsonl is no manifest of videos"):
+        Manifest.open(str(tmp_path))

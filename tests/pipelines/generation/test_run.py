@@ -1,0 +1,145 @@
+"""What a bulk run and the service find wrong before Ray is started. Real runs: test_serving.py."""
+
+import json
+import shutil
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from lumos.tokenizers import TextTokenizer
+from pipelines.errors import UserError
+from pipelines.generation.card import RequestEncoder, read_card
+from pipelines.generation.config import GenerateConfig, ServeConfig, SizeConfig, TokenizerSource
+from pipelines.generation.run import generate, serve
+from tests.pipelines.generation.conftest import save_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(*_: Any, **__: Any) -> None:
+        pytest.fail("Ray was started")
+
+    monkeypatch.setattr(ray, "init", started)
+
+
+def copy_model(model_dir: Path, target: Path, **extra: Any) -> Path:
+    """The model with other settings in its config; None takes one out."""
+    shutil.copytree(model_dir, target)
+    config = json.loads((target / "config.json").read_text())
+    settings = {**config["lumos"]["extra"], **extra}
+    config["lumos"]["extra"] = {key: value for key, value in settings.items() if value is not None}
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "nowhere"}, "nowhere is not a checkpoint"),
+        ({"prompts": "none.txt"}, "there is no file none.txt"),
+        ({"prompts": ()}, "empty list"),
+        ({"prompts": ("fine", "word " * 1000)}, "prompt 1 .*use a shorter prompt"),
+        ({"video": SizeConfig(width=40)}, "width 40 is not a multiple of 16 px.*use 32 or 48"),
+        ({"video": SizeConfig(num_frames=10)}, "num_frames 10 is not 1 \\+ 4k: use 9 or 13"),
+        ({"video": SizeConfig(fps=500.0)}, "fps 500 is outside 1..64"),
+        ({"video": SizeConfig(num_frames=1 + 4 * 100, fps=1.0)}, "longer than 64 s"),
+        ({"video": SizeConfig(width=512, height=512)}, "smaller size"),
+        ({"format": "png"}, "png holds one frame, num_frames is 9"),
+        ({"output": "one.mp4"}, "one.mp4 is one file, for 2 videos"),
+        ({"output": "one.gif", "prompts": ("one",)}, "does not end in .mp4"),
+        ({"text_tokenizer": "none.json"}, "text_tokenizer"),
+        ({"tokenizer": TokenizerSource(path="none.safetensors")}, "none.safetensors"),
+        ({"tokenizer": TokenizerSource(kind="cosmos")}, "cosmos needs a path"),
+    ],
+)
+def test_mistakes_are_found_before_ray_starts(
+    generate_config: GenerateConfig, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        generate(replace(generate_config, **changes))
+    assert not Path(generate_config.output).exists()
+
+
+def test_an_output_that_cannot_be_a_folder_is_found_before_ray_starts(
+    generate_config: GenerateConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="output: cannot write"):
+        generate(replace(generate_config, output=str(tmp_path / "file")))
+
+
+def test_another_video_tokenizer_than_the_model_was_trained_with_is_refused_naming_both(
+    generate_config: GenerateConfig, tmp_path: Path
+) -> None:
+    other = save_tokenizer(tmp_path / "other.safetensors", seed=1)
+    with pytest.raises(UserError) as error:
+        generate(replace(generate_config, tokenizer=TokenizerSource(path=str(other))))
+    assert str(other) in str(error.value)
+    assert generate_config.model in str(error.value)
+    assert str(error.value).count("sha256:") == 2
+
+
+def test_a_text_tokenizer_with_more_ids_than_the_model_is_refused(
+    generate_config: GenerateConfig, tmp_path: Path
+) -> None:
+    large = TextTokenizer.train(["many different words for a large vocabulary"] * 3, vocab_size=400)
+    large.save(tmp_path / "large.json")
+    with pytest.raises(UserError, match="room for"):
+        generate(replace(generate_config, text_tokenizer=str(tmp_path / "large.json")))
+
+
+def test_a_checkpoint_that_names_no_size_asks_for_one(
+    generate_config: GenerateConfig, model_dir: Path, tmp_path: Path
+) -> None:
+    model = copy_model(model_dir, tmp_path / "model", shapes=None)
+    config = replace(generate_config, model=str(model))
+    with pytest.raises(UserError, match="width is not given"):
+        generate(config)
+    size = RequestEncoder(read_card(config)).size(SizeConfig(width=32, height=16, num_frames=1, fps=12.0))
+    assert (size.width, size.height, size.latent_shape) == (32, 16, (1, 2, 4))
+
+
+def test_a_model_is_known_by_its_weights_not_by_its_place(
+    generate_config: GenerateConfig, model_dir: Path, tmp_path: Path
+) -> None:
+    here, there = read_card(generate_config), tmp_path / "copy"
+    shutil.copytree(model_dir, there)
+    assert read_card(replace(generate_config, model=str(there))).identity == here.identity
+    weights = bytearray((there / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (there / "model.safetensors").write_bytes(weights)
+    assert read_card(replace(generate_config, model=str(there))).identity != here.identity
+
+
+def test_a_port_in_use_is_found_before_anything_is_loaded(serve_config: ServeConfig) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}"):
+            serve(replace(serve_config, port=port, model="not looked at yet"))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
+def test_other_machines_may_not_connect_without_a_token(
+    serve_config: ServeConfig, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LUMOS_SERVE_TOKEN", raising=False)
+    with pytest.raises(UserError, match="needs a token: set LUMOS_SERVE_TOKEN"):
+        serve(replace(serve_config, host=host))
+
+
+def test_a_default_size_the_model_cannot_write_is_found_before_ray_starts(serve_config: ServeConfig) -> None:
+    with pytest.raises(UserError, match="height 20"):
+        serve(replace(serve_config, port=free_port(), video=SizeConfig(height=20)))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

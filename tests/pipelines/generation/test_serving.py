@@ -1,0 +1,224 @@
+"""Real Ray Serve: bulk runs through a handle, then the service over HTTP, in one local cluster."""
+
+import asyncio
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import av
+import httpx
+import pytest
+
+from pipelines.cluster import connect
+from pipelines.config import config_to_yaml
+from pipelines.errors import UserError
+from pipelines.generation.api import ApiSettings
+from pipelines.generation.application import http_application
+from pipelines.generation.card import read_card
+from pipelines.generation.config import BatchConfig, GenerateConfig, ReplicaConfig, ServeConfig
+from pipelines.generation.run import generate
+
+TOKEN = "sesame"
+PROMPT: dict[str, Any] = {"prompt": "a red square moves left", "seed": 7}
+LONG = {"steps": 50, "frames": 65}
+
+
+@pytest.fixture(scope="module")
+def _cluster() -> Iterator[None]:
+    with connect(num_cpus=3):
+        yield
+
+
+@pytest.fixture(scope="module")
+def service(_cluster: None, serve_config: ServeConfig) -> Iterator[str]:
+    config = replace(serve_config, port=free_port(), token=TOKEN)
+    settings = ApiSettings(
+        card=read_card(config),
+        size=config.video,
+        sampling=config.sampling,
+        format=config.format,
+        token=TOKEN,
+        timeout_s=config.timeout_s,
+        max_steps=config.max_steps,
+    )
+    with http_application(settings.card, config, settings) as url:
+        yield url
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def client(url: str, token: str = TOKEN) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=60.0)
+
+
+def manifest_of(config: GenerateConfig) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(config.output) / "manifest.jsonl").read_text().splitlines()]
+
+
+def videos_of(config: GenerateConfig) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(config.output).glob("*.mp4")}
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_bulk_resume_makes_only_what_is_missing_and_the_same_bytes(generate_config: GenerateConfig) -> None:
+    config = replace(generate_config, seeds_per_prompt=3)
+    first = generate(config)
+    assert (first.videos, first.generated, first.skipped) == (6, 6, 0)
+    videos, manifest = videos_of(config), manifest_of(config)
+    assert {row["path"] for row in manifest} == videos.keys()
+    assert [(row["index"], row["seed"]) for row in manifest] == [(i, seed) for i in (0, 1) for seed in (0, 1, 2)]
+    for data in videos.values():
+        with av.open(io.BytesIO(data)) as container:
+            assert sum(1 for _ in container.decode(video=0)) == 9
+    note = json.loads((Path(config.output) / "generate.json").read_text())
+    assert note["config"]["seeds_per_prompt"] == 3
+    assert note["provenance"]["packages"]["torch"]
+
+    begin = time.monotonic()
+    again = generate(config)
+    assert (again.generated, again.skipped) == (0, 6)
+    assert time.monotonic() - begin < 2.0  # nothing was started
+
+    gone, changed = sorted(videos)[1], sorted(videos)[4]
+    (Path(config.output) / gone).unlink()
+    (Path(config.output) / changed).write_bytes(b"not what it was")
+    # Alone in their batches, and beside a replica more, they come out as they did among others.
+    other = replace(
+        config, batch=BatchConfig(max_size=1), replicas=ReplicaConfig(num_replicas=2, num_cpus=0.5, threads=1)
+    )
+    assert generate(other).generated == 2
+    assert videos_of(config) == videos
+    assert manifest_of(config) == manifest
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_more_than_this_machine_has_is_refused_at_once(generate_config: GenerateConfig) -> None:
+    with pytest.raises(UserError, match="9 replicas of 4 need 36 CPU, Ray has 3 here"):
+        generate(replace(generate_config, replicas=ReplicaConfig(num_replicas=9, num_cpus=4.0)))
+
+
+def test_http_invariance_videos_are_the_same_alone_and_in_company(service: str) -> None:
+    async def main() -> None:
+        async with client(service) as http:
+            alone = await http.post("/v1/videos", json=PROMPT)
+            assert alone.status_code == 200, alone.text
+            assert alone.headers["content-type"] == "video/mp4"
+            with av.open(io.BytesIO(alone.content)) as container:
+                assert sum(1 for _ in container.decode(video=0)) == 9
+            twice = await asyncio.gather(*(http.post("/v1/videos", json=PROMPT) for _ in range(2)))
+            other = {"prompt": "a blue circle moves up over a green background", "seed": 1}
+            mixed = await asyncio.gather(*(http.post("/v1/videos", json=body) for body in (other, PROMPT)))
+            assert [answer.content for answer in (*twice, mixed[1])] == [alone.content] * 3
+            assert mixed[0].content != alone.content
+
+    asyncio.run(main())
+
+
+def test_http_errors(service: str) -> None:
+    async def main() -> None:
+        async with client(service) as http:
+            bad = await http.post("/v1/videos", json={**PROMPT, "size": "33x32"})
+            assert (bad.status_code, bad.json()["error"]["message"][:8]) == (400, "width 33")
+            unknown = await http.post("/v1/videos", json={**PROMPT, "fames": 9})
+            assert (unknown.status_code, unknown.json()["error"]["field"]) == (400, "fames")
+        async with client(service, "wrong") as http:
+            assert (await http.post("/v1/videos", json=PROMPT)).status_code == 401
+            assert (await http.get("/v1/models")).status_code == 401
+            assert (await http.get("/healthz")).json() == {"status": "ok", "queued": 0, "running": 0}
+
+    asyncio.run(main())
+
+
+def test_http_full_queue_is_503_and_health_checks_go_on(service: str) -> None:
+    async def main() -> None:
+        async with client(service) as http:
+            tasks = [asyncio.create_task(http.post("/v1/videos", json={**PROMPT, **LONG})) for _ in range(12)]
+            delays = []
+            while not all(task.done() for task in tasks):
+                begin = time.monotonic()
+                assert (await http.get("/healthz")).status_code == 200
+                delays.append(time.monotonic() - begin)
+                await asyncio.sleep(0.02)
+            answers = [task.result() for task in tasks]
+            refused = [answer for answer in answers if answer.status_code == 503]
+            done = [answer for answer in answers if answer.status_code == 200]
+            assert len(done) >= 2  # at least those that the queue holds
+            assert refused
+            assert len(done) + len(refused) == 12
+            assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+            assert len({answer.content for answer in done}) == 1
+            assert max(delays) < 2.0
+
+    asyncio.run(main())
+
+
+def test_http_a_client_that_leaves_frees_its_place(service: str) -> None:
+    async def main() -> None:
+        async with client(service) as http:
+            with pytest.raises(httpx.ReadTimeout):
+                await http.post("/v1/videos", json={**PROMPT, **LONG, "steps": 200}, timeout=0.15)
+            begin = time.monotonic()
+            while (status := (await http.get("/healthz")).json())["running"] or status["queued"]:
+                assert time.monotonic() - begin < 5.0
+                await asyncio.sleep(0.02)
+            assert (await http.post("/v1/videos", json=PROMPT)).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_one_video_into_one_file_beside_the_service(
+    service: str, generate_config: GenerateConfig, tmp_path: Path
+) -> None:
+    config = replace(generate_config, prompts=(PROMPT["prompt"],), seed=7, output=str(tmp_path / "one.mp4"))
+    assert generate(config).generated == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["one.mp4"]
+    # The same prompt, seed and settings give the same bytes through either way.
+    answer = httpx.post(f"{service}/v1/videos", json=PROMPT, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60.0)
+    assert answer.content == (tmp_path / "one.mp4").read_bytes()
+
+
+def test_lumos_serve_announces_itself_and_ends_cleanly(serve_config: ServeConfig, tmp_path: Path) -> None:
+    config = replace(serve_config, port=free_port())
+    (tmp_path / "serve.yaml").write_text(config_to_yaml(config))
+    environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "LUMOS_SERVE_TOKEN")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", "serve", str(tmp_path / "serve.yaml")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+    try:
+        assert process.stdout is not None
+        lines: list[str] = []
+        while not any("curl" in line for line in lines):
+            line = process.stdout.readline()
+            assert line, f"it ended: {''.join(lines)}"
+            lines.append(line)
+        url = f"http://127.0.0.1:{config.port}"
+        assert url in "".join(lines)
+        answer = httpx.post(f"{url}/v1/videos", json=PROMPT, timeout=60.0)
+        assert answer.status_code == 200
+        process.send_signal(signal.SIGTERM)
+        rest, _ = process.communicate(timeout=30)
+        assert process.returncode == 0, rest
+        assert "Traceback" not in rest
+    finally:
+        process.kill()
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", config.port))
