@@ -1,0 +1,1 @@
+"""Curation: from raw video to published token shards, in durable stages on Ray Data."""

@@ -1,0 +1,130 @@
+"""Captions from a table or from .txt files beside the videos, cleaned and attached to clips."""
+
+import hashlib
+import os
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from pipelines import storage
+from pipelines.data.runner import Row, Stage
+from pipelines.data.schemas import CAPTIONS
+from pipelines.data.settings import CaptionConfig, SourceConfig
+from pipelines.data.tables import TABLE_SUFFIXES, is_table, read_table, resolve_paths
+from pipelines.errors import UserError
+
+CAPTIONED = pa.schema(
+    [
+        pa.field("work_key", pa.string(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("captions", CAPTIONS),
+    ]
+)
+_SPACE = re.compile(r"\s+")
+
+
+@dataclass(frozen=True)
+class CaptionSource:
+    """Raw captions by the URI of their video."""
+
+    captioner: str  # "metadata" or "sidecar"
+    texts: dict[str, tuple[str, ...]]
+
+
+def find_captions(config: CaptionConfig, source: SourceConfig, listing: pa.Table) -> CaptionSource:
+    """The captions that a user brings.
+
+    From ``captions.file``; else from a file captions.csv, .jsonl or .parquet in the source folder; else from the
+    caption column of the table that names the sources; else from .txt files beside the videos.
+
+    Raises:
+        UserError: if a table cannot be read, lacks columns, or names none of the videos.
+    """
+    table = config.file or _table_beside(config, source)
+    if table is None:
+        return CaptionSource("sidecar", _sidecars(listing))
+    key = "captions.file" if config.file else "the captions file"
+    columns = read_table(table, [config.path_column, config.caption_column], key)
+    texts: dict[str, list[str]] = defaultdict(list)
+    paths = columns[config.path_column].to_pylist()
+    uris = resolve_paths(table, [path or "" for path in paths])
+    for uri, text in zip(uris, columns[config.caption_column].to_pylist(), strict=True):
+        if text:
+            texts[uri].append(text)
+    if paths and texts.keys().isdisjoint(listing["uri"].to_pylist()):
+        raise UserError(
+            f"{key} {table} has no caption for any of the {listing.num_rows} videos: its {config.path_column!r} "
+            f"({paths[0]!r}, ...) must be relative to its folder, or absolute"
+        )
+    return CaptionSource("metadata", {uri: tuple(found) for uri, found in texts.items()})
+
+
+def _table_beside(config: CaptionConfig, source: SourceConfig) -> str | None:
+    if storage.is_dir(source.path):
+        names = storage.list_names(source.path)
+        return next(
+            (storage.join(source.path, name) for s in TABLE_SUFFIXES if (name := f"captions{s}") in names), None
+        )
+    if is_table(source.path):
+        try:
+            read_table(source.path, [config.path_column, config.caption_column], "source.path")
+        except UserError:
+            return None  # paths alone
+        return source.path
+    return None
+
+
+def _sidecars(listing: pa.Table) -> dict[str, tuple[str, ...]]:
+    """The .txt file beside each video that has one."""
+    found: dict[str, tuple[str, ...]] = {}
+    for uri in listing["uri"].to_pylist():
+        sidecar = os.path.splitext(uri)[0] + ".txt"
+        if storage.exists(sidecar):
+            found[uri] = (storage.read_bytes(sidecar).decode("utf-8", errors="replace"),)
+    return found
+
+
+def clean_captions(texts: Sequence[str], captioner: str) -> list[dict[str, str]]:
+    """Captions without stray white space, empty ones and repetitions."""
+    cleaned = dict.fromkeys(_SPACE.sub(" ", text).strip() for text in texts)
+    return [{"text": text, "captioner": captioner} for text in cleaned if text]
+
+
+def caption_key(clip_key: str, texts: Sequence[str], captioner: str) -> str:
+    """Names a clip with these very captions, so that another text is other work."""
+    digest = hashlib.sha256("\0".join([captioner, *texts]).encode()).hexdigest()[:16]
+    return f"{clip_key}#{digest}"
+
+
+class CaptionFunction:
+    """Cleans the captions of clips."""
+
+    def __init__(self, uri: str) -> None:
+        del uri  # nothing is recorded beside the table
+
+    def __call__(self, rows: Sequence[Row]) -> list[Row]:
+        """Captions of each clip."""
+        return [
+            {
+                "work_key": row["work_key"],
+                "key": row["key"],
+                "captions": clean_captions(row["texts"], row["captioner"]),
+            }
+            for row in rows
+        ]
+
+
+def captions_stage() -> Stage:
+    """The stage that attaches captions."""
+    return Stage(
+        name="captions",
+        settings={"version": 1, "captioner": "given"},
+        schema=CAPTIONED,
+        function=CaptionFunction,
+        rows_per_part=8192,
+        min_rows_per_part=4096,
+        stateful=False,
+    )

@@ -1,0 +1,101 @@
+"""What a curation run is: sources, splitting, thresholds, captions, tokens, publication, and the means to do it."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from lumos.tokenizers.video import TokenizerConfig, latent_frames
+from pipelines.data.publish import PublishConfig
+from pipelines.data.settings import (
+    CaptionConfig,
+    DecodeConfig,
+    ResourceConfig,
+    SourceConfig,
+    SplitConfig,
+    Thresholds,
+    require,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenConfig:
+    """What is encoded of a kept clip, and how."""
+
+    fps: float = 12.0
+    num_frames: tuple[int, ...] = (25, 49, 97, 177)  # allowed lengths, each 1 + 4k; a clip gets the longest that fits
+    sizes: tuple[str, ...] | None = None  # allowed sizes, WIDTHxHEIGHT, or none for buckets by area
+    area: int = (
+        352 * 352
+    )  # px at most; sizes are the largest multiples of ``multiple`` within it, of several aspect ratios
+    multiple: int = 32  # px
+    batch_size: int = 1  # clips in one call of the encoder, always of this very shape (filled up where fewer are left)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(self.fps > 0, f"fps must be positive, got {self.fps}")
+        require(bool(self.num_frames), "num_frames is empty; name at least one length, such as 25")
+        for count in self.num_frames:
+            latent_frames(count)
+        require(self.multiple > 0 and self.multiple % 8 == 0, f"multiple must be a multiple of 8, got {self.multiple}")
+        require(self.area >= self.multiple**2, f"area must be at least {self.multiple}^2 px, got {self.area}")
+        require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
+        require(self.sizes is None or bool(self.sizes), "sizes is empty; name sizes such as 448x256, or none")
+        for width, height in self.frame_sizes:
+            require(width % 8 == 0 and height % 8 == 0, f"sizes must be multiples of 8 px, got {width}x{height}")
+
+    @property
+    def frame_sizes(self) -> tuple[tuple[int, int], ...]:
+        """The allowed (width, height), px."""
+        if self.sizes is not None:
+            return tuple(_parse_size(size) for size in self.sizes)
+        return area_buckets(self.area, self.multiple)
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise ValueError(f"sizes are WIDTHxHEIGHT, such as 448x256, got {text!r}")
+    return int(width), int(height)
+
+
+def area_buckets(area: int, multiple: int, max_aspect: float = 3.0) -> tuple[tuple[int, int], ...]:
+    """Frame sizes (width, height) of about the same area and different aspect ratios.
+
+    Args:
+        area: px that no size exceeds.
+        multiple: px that divides every width and height.
+        max_aspect: of the longer to the shorter side.
+    """
+    cells = area // multiple**2
+    sizes = set()
+    rows = 1
+    for columns in range(cells, 0, -1):  # along the edge of what fits: from widest to tallest
+        while True:
+            if max(columns, rows) <= max_aspect * min(columns, rows):
+                sizes.add((columns * multiple, rows * multiple))
+            if columns * (rows + 1) > cells:
+                break
+            rows += 1
+    return tuple(sorted(sizes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurateConfig:
+    """One curation run: videos in, a published snapshot of token shards out."""
+
+    KIND: ClassVar[str] = "curate"
+
+    dataset: str  # folder or s3:// prefix that holds the stages' tables and the snapshots
+    source: SourceConfig
+    split: SplitConfig = field(default_factory=SplitConfig)
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    captions: CaptionConfig = field(default_factory=CaptionConfig)
+    tokens: TokenConfig = field(default_factory=TokenConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    resources: ResourceConfig = field(default_factory=ResourceConfig)
+    progress: bool = True  # bars on stderr
+
+    def __post_init__(self) -> None:
+        """Check that there is a place to write to."""
+        require(bool(self.dataset), "dataset is empty; name a folder or an s3:// prefix to write to")

@@ -1,0 +1,102 @@
+"""The process that decodes: it takes jobs from a pipe, one at a time, and may be killed at any moment.
+
+Started by ``decode.DecodeChild`` as ``python -m pipelines.data.decode_child FD MEMORY_MB``.
+"""
+
+import logging
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import av
+import av.logging
+import cv2
+
+from pipelines.data.shots import split_source
+from pipelines.data.video import VideoError, read_clip
+
+JOBS: dict[str, Callable[..., Any]] = {"split": split_source, "clip": read_clip}
+BEAT_SECONDS = 0.5
+
+
+def serve(connection: Connection) -> None:
+    """Do jobs (name, arguments) until the pipe closes.
+
+    Answers are ("done", result) or ("error", code, detail, transient); while a job runs, ("beat",) tells that it goes
+    on.
+    """
+    last = 0.0
+
+    def beat() -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > BEAT_SECONDS:
+            last = now
+            connection.send(("beat",))
+
+    connection.send(("ready",))
+    while True:
+        try:
+            name, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer: tuple[Any, ...] = ("done", JOBS[name](**arguments, beat=beat))
+        except VideoError as error:
+            answer = ("error", error.code, error.detail, error.transient)
+        except Exception as error:
+            # A file that is odd in a way nobody thought of must not stop the run; many of them exceed its budget.
+            logging.exception("%s %s", name, arguments)
+            answer = ("error", *_classify(error), False)
+        connection.send(answer)
+
+
+def _classify(error: Exception) -> tuple[str, str]:
+    """Code and detail of an error that is not of our making."""
+    out_of_memory = isinstance(error, cv2.error) and error.code == cv2.Error.StsNoMem
+    if out_of_memory or isinstance(error, MemoryError | av.error.MemoryError):
+        return "memory", "takes more memory to decode than decode.memory_mb allows"
+    if isinstance(error, av.error.FFmpegError):
+        return "decode_error", type(error).__name__
+    return "unexpected_error", f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def _limit_memory(megabytes: int) -> None:
+    """Cap what may be allocated from here on; libraries loaded so far have mapped about a gigabyte without using it."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        mapped = int(file.read().split()[0]) * resource.getpagesize()
+    limit = mapped + megabytes * 1_000_000
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _die_with_parent() -> None:
+    """End when the worker that started this process is gone, even in the middle of a job."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> None:
+    """Set bounds and serve."""
+    connection, megabytes = Connection(int(sys.argv[1])), int(sys.argv[2])
+    av.logging.set_level(av.logging.PANIC)
+    _die_with_parent()
+    _limit_memory(megabytes)
+    try:
+        serve(connection)
+    except (BrokenPipeError, ConnectionResetError):
+        return  # the worker is gone
+
+
+if __name__ == "__main__":
+    main()

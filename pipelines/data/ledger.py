@@ -1,0 +1,137 @@
+"""The ledger: one row per clip, and one per source that yields none, with what became of it and why."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.data.card import reason_class
+from pipelines.data.schemas import LEDGER, STAGES
+
+
+@dataclass
+class Verdicts:
+    """Status and reason of every clip, in the order of the clip table, and how far each went."""
+
+    status: list[str]
+    reason: list[str]
+    stages: dict[str, list[bool]] = field(default_factory=dict)  # stage -> whether it saw the clip
+
+    def set(self, index: int, status: str, reason: str) -> None:
+        """Change what becomes of a clip."""
+        self.status[index], self.reason[index] = status, reason
+
+    def mark(self, stage: str, indices: Sequence[int]) -> None:
+        """Note the clips that a stage has seen."""
+        seen = [False] * len(self.status)
+        for index in indices:
+            seen[index] = True
+        self.stages[stage] = seen
+
+    @property
+    def kept(self) -> list[int]:
+        """Indices of the clips that are kept so far."""
+        return [index for index, status in enumerate(self.status) if status == "kept"]
+
+
+def build_ledger(
+    sources: pa.Table, first: pa.Table, clips: pa.Table, failed: pa.Table, verdicts: Verdicts, hashes: Mapping[str, str]
+) -> pa.Table:
+    """Put the ledger together; it is not sorted yet.
+
+    Args:
+        sources: Every file named: path, source_id (null where unreadable) and error.
+        first: Those that stand for their content: source_id and path.
+        clips: The split stage's clips.
+        failed: Its rows of sources without clips.
+        verdicts: What became of the clips.
+        hashes: Configuration hash of each stage.
+    """
+    seen = {"split": [True] * clips.num_rows, **verdicts.stages}
+    columns = [pa.array([hashes[stage] if flag else None for flag in seen[stage]], pa.string()) for stage in STAGES]
+    clip_rows = pa.table(
+        [
+            clips["key"],
+            clips["work_key"],
+            paths_of(clips["work_key"], first),
+            clips["start_s"],
+            clips["end_s"],
+            pa.array(verdicts.status, pa.string()),
+            pa.array(verdicts.reason, pa.string()),
+            clips["scores"],
+            pa.StructArray.from_arrays(columns, names=list(STAGES)),
+        ],
+        names=LEDGER.names,
+    ).cast(LEDGER)
+    failed_rows = _plain_rows(
+        keys=failed["work_key"].to_pylist(),
+        source_ids=failed["work_key"].to_pylist(),
+        paths=paths_of(failed["work_key"], first).to_pylist(),
+        status="failed",
+        reasons=failed["error"].to_pylist(),
+        split=hashes["split"],
+    )
+    return pa.concat_tables([clip_rows, failed_rows, *_source_rows(sources, first)])
+
+
+def paths_of(source_ids: pa.ChunkedArray, first: pa.Table) -> pa.ChunkedArray:
+    """The path that stands for each content."""
+    return first["path"].take(pc.index_in(source_ids, first["source_id"].combine_chunks()))
+
+
+def count_reasons(ledger: pa.Table) -> dict[str, int]:
+    """Rows that were not kept by "status: class of reason", most frequent first."""
+    pairs = zip(ledger["status"].to_pylist(), ledger["reason"].to_pylist(), strict=True)
+    counts = Counter(f"{status}: {reason_class(reason)}" for status, reason in pairs if status != "kept")
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _source_rows(sources: pa.Table, first: pa.Table) -> list[pa.Table]:
+    """Rows of files that could not be read, and of those with the content of another."""
+    unreadable = sources.filter(pc.is_null(sources["source_id"]))
+    stands = pc.is_in(sources["path"], first["path"].combine_chunks())
+    again = sources.filter(pc.and_(pc.is_valid(sources["source_id"]), pc.invert(stands)))
+    return [
+        _plain_rows(
+            keys=[f"@{path}" for path in unreadable["path"].to_pylist()],
+            source_ids=[None] * unreadable.num_rows,
+            paths=unreadable["path"].to_pylist(),
+            status="failed",
+            reasons=unreadable["error"].to_pylist(),
+            split=None,
+        ),
+        _plain_rows(
+            keys=[f"{row['source_id']}@{row['path']}" for row in again.to_pylist()],
+            source_ids=again["source_id"].to_pylist(),
+            paths=again["path"].to_pylist(),
+            status="duplicate",
+            reasons=[f"exact: of {source_id}" for source_id in again["source_id"].to_pylist()],
+            split=None,
+        ),
+    ]
+
+
+def _plain_rows(
+    *,
+    keys: Sequence[str],
+    source_ids: Sequence[str | None],
+    paths: Sequence[str],
+    status: str,
+    reasons: Sequence[str],
+    split: str | None,
+) -> pa.Table:
+    count = len(keys)
+    columns = {
+        "key": pa.array(keys, pa.string()),
+        "source_id": pa.array(source_ids, pa.string()),
+        "path": pa.array(paths, pa.string()),
+        "start_s": pa.nulls(count, pa.float64()),
+        "end_s": pa.nulls(count, pa.float64()),
+        "status": pa.array([status] * count, pa.string()),
+        "reason": pa.array(reasons, pa.string()),
+        "scores": pa.nulls(count, LEDGER.field("scores").type),
+        "stage_hashes": pa.array([{"split": split}] * count, LEDGER.field("stage_hashes").type),
+    }
+    return pa.table(columns, schema=LEDGER)

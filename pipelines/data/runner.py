@@ -1,0 +1,238 @@
+"""The one runner of all stages: a pure function over rows, made durable.
+
+A stage's output is a table ``stages/<stage>/<hash>/part-*.parquet`` below the dataset; the hash is that of the stage's
+configuration. A row's ``work_key`` says which input it was computed from (a fan-out writes several rows of one key).
+A run takes the inputs whose key the table does not hold, hands them in batches to Ray workers, and each worker commits
+its batch as one file, whole or not at all, under a name derived from the batch's keys. So a run may be killed at any
+moment: what was committed counts, the rest is pending. If a worker outlives its run and commits what the next run has
+taken up again, readers see each key once.
+"""
+
+import hashlib
+import logging
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+import ray.data
+from tqdm import tqdm
+
+from pipelines import storage
+from pipelines.config import config_hash
+from pipelines.data.publish import parquet_bytes
+from pipelines.errors import JobError, UserError
+
+Row = dict[str, Any]
+RowFunction = Callable[[list[Row]], list[Row]]
+
+STAGES = "stages"
+WORK_KEY = "work_key"
+_WAVE_ROWS = 1 << 18  # inputs handed to Ray at a time, which bounds what the driver holds
+_PART_ROW_GROUP = 1 << 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A pure function over rows, and what its table is named by.
+
+    Attributes:
+        name: Folder of its tables.
+        settings: All that its output depends on besides the rows, as JSON-able values; its hash names the table.
+        schema: Columns of the output, ``work_key`` among them.
+        function: Picklable; given the URI of the stage's folder for side records, returns the function over a batch
+            of rows. Called once in each worker process, so models load there.
+        rows_per_part: Rows in one batch, at most; what is lost when a worker dies.
+        min_rows_per_part: Rows below which a batch is not worth another worker.
+        cpus: CPUs that each worker holds.
+        gpus: GPUs likewise.
+        stateful: Whether workers are worth keeping (they hold a model or a child process).
+    """
+
+    name: str
+    settings: dict[str, Any]
+    schema: pa.Schema
+    function: Callable[[str], RowFunction]
+    rows_per_part: int
+    min_rows_per_part: int = 1
+    cpus: float = 1.0
+    gpus: float = 0.0
+    stateful: bool = True
+
+    @property
+    def hash(self) -> str:
+        """Name of the configuration."""
+        return config_hash({"stage": self.name, **self.settings})
+
+
+class StageTable:
+    """The committed rows of one stage and configuration."""
+
+    def __init__(self, dataset: str, stage: Stage) -> None:
+        self.uri = storage.join(dataset, STAGES, stage.name, stage.hash)
+        self.schema = stage.schema
+
+    def parts(self) -> list[str]:
+        """URIs of the committed files, sorted."""
+        names = storage.list_names(self.uri)
+        return [storage.join(self.uri, name) for name in names if name.startswith("part-")]
+
+    def keys(self) -> pa.Array:
+        """All keys that are done."""
+        read = [read_columns(part, [WORK_KEY])[WORK_KEY] for part in self.parts()]
+        chunks = [chunk for column in read for chunk in column.chunks]
+        return pc.unique(pa.chunked_array(chunks, type=pa.string()))
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows, each key's from one part."""
+        wanted = list(columns if columns is not None else self.schema.names)
+        tables = list(self._read_parts(wanted))
+        schema = pa.schema([self.schema.field(name) for name in wanted])
+        return pa.concat_tables(tables).cast(schema) if tables else schema.empty_table()
+
+    def _read_parts(self, columns: list[str]) -> Iterator[pa.Table]:
+        seen: set[str] = set()
+        for part in self.parts():
+            table = read_columns(part, list(dict.fromkeys([WORK_KEY, *columns])))
+            keys = set(table[WORK_KEY].to_pylist())
+            if not seen.isdisjoint(keys):
+                table = table.filter(pc.invert(pc.is_in(table[WORK_KEY], pa.array(sorted(seen & keys)))))
+            seen |= keys
+            yield table.select(columns)
+
+
+def read_columns(uri: str, columns: list[str]) -> pa.Table:
+    """Some columns of one Parquet file."""
+    fs, path = storage.filesystem(uri)
+    with fs.open(path, "rb") as file:
+        return pq.read_table(file, columns=columns)
+
+
+class StageWorker:
+    """What runs in a Ray worker: computes a batch and commits it."""
+
+    def __init__(self, stage: Stage, uri: str) -> None:
+        self.stage = stage
+        self.uri = uri
+        self.function = stage.function(uri)
+        self.lock = threading.Lock()  # Ray may call from several threads
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Compute and commit; returns one row of counts."""
+        with self.lock:
+            keys = batch[WORK_KEY].to_pylist()
+            rows = self.function(batch.to_pylist())
+        table = pa.Table.from_pylist(rows, schema=self.stage.schema)
+        covered = set(table[WORK_KEY].to_pylist())
+        if covered != set(keys):
+            raise RuntimeError(f"stage {self.stage.name} left out or made up keys: {sorted(covered ^ set(keys))[:3]}")
+        name = "part-" + hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:24] + ".parquet"
+        storage.write_bytes_atomic(storage.join(self.uri, name), parquet_bytes(table, row_group_rows=_PART_ROW_GROUP))
+        return pa.table({"inputs": [len(keys)], "outputs": [len(rows)]})
+
+
+def _commit_stateless(batch: pa.Table, stage: Stage, uri: str) -> pa.Table:
+    """As a StageWorker, in whichever Ray process is free."""
+    return StageWorker(stage, uri)(batch)
+
+
+def run_stage(stage: Stage, inputs: pa.Table, *, dataset: str, workers: int | None, progress: bool) -> int:
+    """Compute what a stage's table lacks.
+
+    Args:
+        stage: What to compute.
+        inputs: One row per ``work_key``, with the columns its function wants.
+        dataset: Where the table is.
+        workers: Processes; None: as many as the cluster has cores for.
+        progress: Whether to show a bar on stderr.
+
+    Returns:
+        How many inputs were computed; 0 where all were done before.
+
+    Raises:
+        JobError: a worker failed. What was committed is kept.
+    """
+    table = StageTable(dataset, stage)
+    computed = 0
+    last_pending = -1
+    while True:
+        pending = anti_join(inputs, table.keys())
+        if pending.num_rows == 0:
+            return computed
+        if pending.num_rows == last_pending:
+            raise JobError(
+                f"stage {stage.name}: {last_pending} inputs stay pending though their workers reported success"
+            )
+        last_pending = pending.num_rows
+        _record_settings(stage, table)
+        done = inputs.num_rows - pending.num_rows
+        with tqdm(total=inputs.num_rows, initial=done, desc=stage.name, unit="row", disable=not progress) as bar:
+            for start in range(0, pending.num_rows, _WAVE_ROWS):
+                for inputs_done in _execute(stage, table, pending.slice(start, _WAVE_ROWS), workers):
+                    bar.update(inputs_done)
+                    computed += inputs_done
+
+
+def anti_join(inputs: pa.Table, done: pa.Array) -> pa.Table:
+    """The inputs whose key is not done."""
+    return inputs.filter(pc.invert(pc.is_in(inputs[WORK_KEY], done))) if len(done) else inputs
+
+
+def cluster_cores() -> int:
+    """CPUs worth using: what the cluster declares, but on this machine alone no more than it has cores."""
+    declared = int(ray.cluster_resources().get("CPU", 1))
+    alone = len([node for node in ray.nodes() if node["Alive"]]) == 1
+    return max(1, min(declared, len(os.sched_getaffinity(0))) if alone else declared)
+
+
+def _record_settings(stage: Stage, table: StageTable) -> None:
+    """For people: what the hash in the folder's name stands for."""
+    uri = storage.join(table.uri, "stage.json")
+    if not storage.exists(uri):
+        storage.write_json_atomic(uri, {"stage": stage.name, "settings": stage.settings})
+
+
+def _execute(stage: Stage, table: StageTable, pending: pa.Table, workers: int | None) -> Iterator[int]:
+    """Run one wave; yields the inputs of each part as it is committed."""
+    processes = workers or max(1, int(cluster_cores() / stage.cpus))
+    # Enough parts that workers end at about the same time, few enough that commits cost little.
+    even = math.ceil(pending.num_rows / (4 * processes))
+    size = min(stage.rows_per_part, max(stage.min_rows_per_part, even))
+    starts = range(0, pending.num_rows, size)
+    # `take` copies: a slice would drag the whole table along when it is pickled.
+    blocks = [pending.take(pa.array(np.arange(s, min(s + size, pending.num_rows)))) for s in starts]
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it tells the plan of every execution, and errors twice
+    data: ray.data.Dataset = ray.data.from_arrow(blocks)
+    options: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": stage.cpus}
+    if stage.gpus:
+        options["num_gpus"] = stage.gpus
+    if stage.stateful:
+        pool = ray.data.ActorPoolStrategy(min_size=1, max_size=min(processes, len(blocks)))
+        data = data.map_batches(StageWorker, fn_constructor_args=(stage, table.uri), compute=pool, **options)
+    else:
+        data = data.map_batches(partial(_commit_stateless, stage=stage, uri=table.uri), **options)
+    data.context.enable_progress_bars = False  # ours count rows, across waves
+    data.context.raise_original_map_exception = True
+    data.context.execution_no_progress_timeout_s = -1  # one batch may hold hours of film; decoding has its own bounds
+    try:
+        for row in data.iter_rows():
+            yield int(row["inputs"])
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None) or error
+        told = str(cause).partition("\nFailed to apply UDF")[0].strip()[-2000:]  # Ray adds advice about its settings
+        if isinstance(cause, UserError):
+            raise UserError(told) from error
+        raise JobError(
+            f"stage {stage.name} stopped: {type(cause).__name__}: {told}\n"
+            "what was committed is kept; give the same command again to continue"
+        ) from error
+
+

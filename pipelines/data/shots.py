@@ -1,0 +1,153 @@
+"""The low-resolution pass over a source's frames: finds its shots and measures every clip. Runs in decode children.
+
+Every moment of a decodable source lands in exactly one clip, the too short ones among them: whether to keep a clip is
+decided later, from its scores.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import cv2
+import numpy as np
+from scenedetect import FrameTimecode
+from scenedetect.detectors import AdaptiveDetector, ContentDetector
+
+from pipelines.data.scores import FrameMeter
+from pipelines.data.settings import SplitConfig
+from pipelines.data.video import DecodedSource, VideoError, VideoFile, VideoInfo
+
+_BEAT_FRAMES = 16
+
+
+def split_source(path: str, config: SplitConfig, *, beat: Callable[[], None]) -> DecodedSource:
+    """Decode a file once and cut it into measured clips.
+
+    Args:
+        path: A local file.
+        config: How to cut.
+        beat: Called as work goes on.
+
+    Raises:
+        VideoError: the file is no video, or nothing of it can be decoded.
+    """
+    meter = FrameMeter()
+    rotation, origin, last_duration = 0, 0.0, 0.0
+    with VideoFile(path) as video:
+        info = video.info()
+        detector = _ShotDetector(config, info.declared_fps)
+        for index, timed in enumerate(video.frames()):
+            frame = timed.frame
+            if index == 0:
+                rotation, origin = frame.rotation % 360 // 90 * 90, timed.time
+                size = _small_size(frame.width, frame.height, config.width)
+            if index % _BEAT_FRAMES == 0:
+                beat()
+            small = frame.reformat(width=size[0], height=size[1], format="bgr24", interpolation="AREA").to_ndarray()
+            meter.add(timed.time - origin, np.asarray(cv2.cvtColor(small, cv2.COLOR_BGR2GRAY), np.uint8))
+            detector.add(small)
+            last_duration = timed.duration
+        clean_clock, errors = video.clean_clock, video.errors
+    count = len(meter.times)
+    if count == 0:
+        code = "decode_error" if errors else "no_frames"
+        raise VideoError(code, f"{errors} damaged packets and no frame" if errors else "a video stream without frames")
+    end = meter.times[-1] + (last_duration or _mean_step(meter.times, info.declared_fps))
+    info = _upright(info, rotation)
+    share = _decoded_share(info, count, end)
+    clips = []
+    for first, stop in _spans(meter.times, detector.finish(), end, config):
+        start_s, end_s = meter.times[first], meter.times[stop] if stop < count else end
+        scores = {
+            "duration": end_s - start_s,
+            "fps": (stop - first) / (end_s - start_s),
+            "width": info.width,
+            "height": info.height,
+            "aspect": info.width * info.pixel_aspect / info.height,
+            "declared_frames": info.declared_frames,
+            "decoded_frames": count,
+            "decoded_share": share,
+            **meter.clip_scores(first, stop),
+        }
+        rounded = {name: round(float(value), 6) for name, value in scores.items()}
+        clips.append({"start_s": round(start_s, 3), "end_s": round(end_s, 3), "scores": rounded})
+    return DecodedSource(
+        info=info, rotation=rotation, origin_s=origin, clean_clock=clean_clock, decoded_frames=count, clips=clips
+    )
+
+
+class _ShotDetector:
+    """Collects the frame numbers at which PySceneDetect sees a new shot begin."""
+
+    def __init__(self, config: SplitConfig, fps: float) -> None:
+        # Times are taken from the frames, so the rate that PySceneDetect asks for only has to be some number; and
+        # length rules are ours, so it gets none but two frames, below which a flash would be a shot.
+        self._rate = fps or 25.0
+        self._index = -1
+        self._cuts: list[int] = []
+        self._detector: AdaptiveDetector | ContentDetector | None = None
+        if config.detector == "adaptive":
+            self._detector = AdaptiveDetector(adaptive_threshold=config.threshold or 3.0, min_scene_len=2)
+        elif config.detector == "content":
+            self._detector = ContentDetector(threshold=config.threshold or 27.0, min_scene_len=2)
+
+    def add(self, frame: np.ndarray) -> None:
+        """See the next frame (BGR)."""
+        self._index += 1
+        if self._detector is not None:
+            self._note(self._detector.process_frame(FrameTimecode(self._index, self._rate), frame))
+
+    def finish(self) -> list[int]:
+        """All cuts, once the last frame has been seen."""
+        if self._detector is not None and self._index >= 0:
+            self._note(self._detector.post_process(FrameTimecode(self._index, self._rate)))
+        return sorted(set(self._cuts))
+
+    def _note(self, cuts: Sequence[FrameTimecode]) -> None:
+        self._cuts += [int(cut.frame_num) for cut in cuts]
+
+
+def _spans(times: Sequence[float], cuts: Sequence[int], end: float, config: SplitConfig) -> list[tuple[int, int]]:
+    """Frame ranges of the clips: shots, the long ones divided."""
+    edges = [0, *(cut for cut in cuts if 0 < cut < len(times)), len(times)]
+    instants = np.array([*times, end])
+    spans: list[tuple[int, int]] = []
+    for first, stop in pairwise(edges):
+        length = float(instants[stop] - instants[first])
+        if config.detector == "stride":
+            targets = instants[first] + config.max_seconds * np.arange(1, math.ceil(length / config.max_seconds - 1e-6))
+        elif config.detector == "none":
+            targets = np.array([])
+        else:
+            pieces = max(1, math.ceil(length / config.max_seconds - 1e-6))
+            targets = instants[first] + length * np.arange(1, pieces) / pieces
+        inner = np.searchsorted(instants[first:stop], targets - 1e-6) + first
+        bounds = sorted({first, stop, *(int(bound) for bound in inner if first < bound < stop)})
+        spans += pairwise(bounds)
+    return spans
+
+
+def _small_size(width: int, height: int, target: int) -> tuple[int, int]:
+    """Size of the low-resolution picture; its longer side is at most the target."""
+    scale = min(1.0, target / max(width, height))
+    return max(8, round(width * scale / 2) * 2), max(8, round(height * scale / 2) * 2)
+
+
+def _mean_step(times: Sequence[float], declared_fps: float) -> float:
+    if len(times) > 1:
+        return (times[-1] - times[0]) / (len(times) - 1)
+    return 1 / declared_fps if declared_fps else 1 / 25
+
+
+def _upright(info: VideoInfo, rotation: int) -> VideoInfo:
+    if rotation % 180 == 0:
+        return info
+    return replace(info, width=info.height, height=info.width, pixel_aspect=1 / info.pixel_aspect)
+
+
+def _decoded_share(info: VideoInfo, frames: int, seconds: float) -> float:
+    """How much of what the file declares could be decoded; 1 where it declares nothing."""
+    if info.declared_frames:
+        return frames / info.declared_frames
+    return seconds / info.declared_seconds if info.declared_seconds else 1.0

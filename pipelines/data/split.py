@@ -1,0 +1,124 @@
+"""The split stage: from a source to its measured clips, the one fan-out."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines import storage
+from pipelines.data.decode import CrashLog, DecodeChild, DecodeJob
+from pipelines.data.runner import Row, Stage
+from pipelines.data.schemas import SCORES
+from pipelines.data.settings import DecodeConfig, ResourceConfig, SplitConfig
+from pipelines.data.video import DecodedSource, VideoError, unreadable_error
+
+# ``key`` is null in the one row of a source that yields no clip; ``error`` says why then.
+CLIPS = pa.schema(
+    [
+        pa.field("work_key", pa.string(), nullable=False),  # the source's content hash
+        pa.field("key", pa.string()),
+        pa.field("start_s", pa.float64()),
+        pa.field("end_s", pa.float64()),
+        pa.field("scores", pa.struct([pa.field(name, pa.float64()) for name in SCORES])),
+        pa.field("codec", pa.string()),
+        pa.field("pixel_format", pa.string()),
+        pa.field("pixel_aspect", pa.float64()),
+        pa.field("rotation", pa.int16()),
+        pa.field("origin_s", pa.float64()),
+        pa.field("clean_clock", pa.bool_()),
+        pa.field("source_frames", pa.int64()),
+        pa.field("error", pa.string()),
+    ]
+)
+
+
+class LocalFiles:
+    """Local paths of the files of a batch, the fetched ones removed at the end."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, ExitStack] = {}
+        self._paths: dict[str, str] = {}
+
+    def path(self, uri: str) -> str:
+        """Where a file's content is on this machine.
+
+        Raises:
+            VideoError: if it cannot be fetched.
+        """
+        if uri not in self._paths:
+            stack = ExitStack()
+            try:
+                self._paths[uri] = stack.enter_context(storage.local_copy(uri))
+            except OSError as error:
+                raise unreadable_error(error) from error
+            self._open[uri] = stack
+        return self._paths[uri]
+
+    def release(self, uri: str) -> None:
+        """Forget a file, and its copy."""
+        self._paths.pop(uri, None)
+        if stack := self._open.pop(uri, None):
+            stack.close()
+
+
+class SplitFunction:
+    """Decodes sources in a child process and turns each into the rows of its clips."""
+
+    def __init__(self, uri: str, *, config: SplitConfig, decode: DecodeConfig) -> None:
+        self.config = config
+        self.child = DecodeChild(decode, CrashLog(storage.join(uri, "crashes")))
+
+    def __call__(self, rows: Sequence[Row]) -> list[Row]:
+        """Clips of each source."""
+        files = LocalFiles()
+        clips: list[Row] = []
+        for row, result in zip(rows, self.child.run(self._jobs(rows, files)), strict=True):
+            clips += clip_rows(row["work_key"], result)
+            files.release(row["uri"])
+        return clips
+
+    def _jobs(self, rows: Sequence[Row], files: LocalFiles) -> Iterator[DecodeJob | VideoError]:
+        for row in rows:
+            try:
+                path = files.path(row["uri"])
+            except VideoError as error:
+                yield error
+                continue
+            yield DecodeJob(row["work_key"], "split", {"path": path, "config": self.config})
+
+
+def clip_key(source_id: str, start_s: float, end_s: float) -> str:
+    """Names a clip by what it shows: content hash of the source, and span in milliseconds."""
+    return f"{source_id}:{round(start_s * 1000):08d}-{round(end_s * 1000):08d}"
+
+
+def clip_rows(source_id: str, result: DecodedSource | VideoError) -> list[Row]:
+    """The rows that a source leaves in the table."""
+    if isinstance(result, VideoError):
+        return [{"work_key": source_id, "error": result.reason}]
+    shared: dict[str, Any] = {
+        "work_key": source_id,
+        "codec": result.info.codec,
+        "pixel_format": result.info.pixel_format,
+        "pixel_aspect": result.info.pixel_aspect,
+        "rotation": result.rotation,
+        "origin_s": result.origin_s,
+        "clean_clock": result.clean_clock,
+        "source_frames": result.decoded_frames,
+    }
+    return [shared | clip | {"key": clip_key(source_id, clip["start_s"], clip["end_s"])} for clip in result.clips]
+
+
+def split_stage(config: SplitConfig, decode: DecodeConfig, resources: ResourceConfig) -> Stage:
+    """The stage that probes, splits and scores."""
+    return Stage(
+        name="split",
+        settings={"version": 1, **asdict(config)},
+        schema=CLIPS,
+        function=partial(SplitFunction, config=config, decode=decode),
+        rows_per_part=32,
+        cpus=resources.cpus_per_worker,
+    )

@@ -1,0 +1,215 @@
+"""Files on local disks and object stores behind plain functions of a URI; writes appear whole or not at all.
+
+A URI is a local path or anything fsspec knows (``s3://bucket/key``). A local path may hold any character, ``::``, ``#``
+and ``*`` among them.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from pipelines.errors import UserError
+
+_CHUNK = 1 << 20
+# A request that an object store answers with 503, a reset or a timeout is tried again, with growing waits.
+_S3_OPTIONS = {"config_kwargs": {"retries": {"max_attempts": 8, "mode": "standard"}}, "use_listings_cache": False}
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file found by ``list_files``."""
+
+    path: str  # relative to the folder that was listed, with "/"
+    uri: str
+    size: int  # bytes; -1 where it cannot be told (a broken symlink)
+    version: str  # changes when the content may have: modification time or the store's entity tag
+
+
+def is_local(uri: str) -> bool:
+    """Whether a URI is a path of this machine."""
+    return "://" not in uri or uri.startswith("file://")
+
+
+def filesystem(uri: str) -> tuple[Any, str]:
+    """The fsspec filesystem of a URI and the path in it.
+
+    Raises:
+        UserError: if the protocol is unknown, or its package is not installed.
+    """
+    if is_local(uri):
+        return LocalFileSystem(), os.path.abspath(uri.removeprefix("file://"))
+    options = _S3_OPTIONS if uri.startswith(("s3://", "s3a://")) else {}
+    try:
+        fs, path = fsspec.core.url_to_fs(uri, **options)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{uri}: {error}; use a local path, s3:// or another protocol that fsspec offers") from error
+    return fs, path
+
+
+def join(uri: str, *parts: str) -> str:
+    """A URI below another."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def exists(uri: str) -> bool:
+    """Whether there is a file or folder."""
+    fs, path = filesystem(uri)
+    return bool(fs.exists(path))
+
+
+def is_dir(uri: str) -> bool:
+    """Whether there is a folder (in an object store: anything below that prefix)."""
+    fs, path = filesystem(uri)
+    return bool(fs.isdir(path))
+
+
+def read_bytes(uri: str) -> bytes:
+    """All of a file.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    fs, path = filesystem(uri)
+    data: bytes = fs.cat_file(path)
+    return data
+
+
+def read_json(uri: str) -> Any:
+    """A JSON file's value."""
+    return json.loads(read_bytes(uri))
+
+
+def write_bytes_atomic(uri: str, data: bytes) -> None:
+    """Write a file so that no reader and no crash ever shows a part of it. Folders are made as needed.
+
+    Raises:
+        OSError: if it cannot be written; nothing is left behind.
+    """
+    if not is_local(uri):
+        fs, path = filesystem(uri)
+        fs.pipe_file(path, data)  # one put, or a multipart upload that counts only when completed
+        return
+    target = Path(filesystem(uri)[1])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json_atomic(uri: str, value: Any) -> None:
+    """Write a value as indented JSON with sorted keys, as ``write_bytes_atomic`` does."""
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
+    write_bytes_atomic(uri, (text + "\n").encode())
+
+
+def remove(uri: str) -> None:
+    """Delete a file or a folder with all in it; nothing happens where there is none."""
+    fs, path = filesystem(uri)
+    try:
+        fs.rm(path, recursive=True)
+    except FileNotFoundError:
+        return
+
+
+def sha256_file(uri: str) -> str:
+    """Hex SHA-256 of a file's content, read in pieces.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    digest = hashlib.sha256()
+    fs, path = filesystem(uri)
+    with open(path, "rb") if is_local(uri) else fs.open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def list_names(uri: str) -> list[str]:
+    """Names of the files and folders directly in a folder, sorted; empty where there is no such folder."""
+    fs, path = filesystem(uri)
+    if is_local(uri):
+        return sorted(os.listdir(path)) if os.path.isdir(path) else []
+    try:
+        entries = fs.ls(path, detail=False)
+    except FileNotFoundError:
+        return []
+    return sorted(name for entry in entries if (name := entry.rstrip("/").rpartition("/")[2]))
+
+
+def list_files(uri: str, *, suffixes: Sequence[str] | None = None) -> list[FileInfo]:
+    """All files below a folder, sorted by relative path; those whose name begins with a dot are left out.
+
+    Args:
+        uri: the folder.
+        suffixes: only names that end in one of these, whatever their case.
+    """
+    walk = _walk_local(uri) if is_local(uri) else _walk_remote(uri)
+    wanted = tuple(suffix.lower() for suffix in suffixes) if suffixes is not None else ("",)
+    return sorted((found for found in walk if found.path.lower().endswith(wanted)), key=lambda found: found.path)
+
+
+def describe_file(uri: str, path: str) -> FileInfo:
+    """What ``list_files`` says of one local file; a remote one is described by its URI alone, without a request."""
+    if not is_local(uri):
+        return FileInfo(path=path, uri=uri, size=-1, version="")
+    try:
+        status = os.stat(filesystem(uri)[1])
+    except OSError:
+        return FileInfo(path=path, uri=uri, size=-1, version="")
+    return FileInfo(path=path, uri=uri, size=status.st_size, version=str(status.st_mtime_ns))
+
+
+def _walk_local(uri: str) -> Iterator[FileInfo]:
+    root = filesystem(uri)[1]
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            if not name.startswith("."):
+                full = os.path.join(folder, name)
+                yield describe_file(full, os.path.relpath(full, root).replace(os.sep, "/"))
+
+
+def _walk_remote(uri: str) -> Iterator[FileInfo]:
+    fs, root = filesystem(uri)
+    for found, detail in fs.find(root, detail=True).items():
+        path = found.removeprefix(root).lstrip("/")
+        if not any(part.startswith(".") for part in path.split("/")):
+            version = (
+                detail.get("ETag") or detail.get("etag") or detail.get("LastModified") or detail.get("mtime") or ""
+            )
+            yield FileInfo(path=path, uri=join(uri, path), size=int(detail.get("size") or 0), version=str(version))
+
+
+@contextmanager
+def local_copy(uri: str) -> Iterator[str]:
+    """The path of a file's content on this machine: its own, or that of a copy which lives as long as the block.
+
+    Raises:
+        OSError: if it cannot be fetched.
+    """
+    if is_local(uri):
+        yield filesystem(uri)[1]
+        return
+    fs, path = filesystem(uri)
+    with tempfile.TemporaryDirectory(prefix="lumos-fetch-") as folder:
+        target = os.path.join(folder, "file" + os.path.splitext(path)[1][:10])
+        fs.get_file(path, target)
+        yield target

@@ -1,0 +1,66 @@
+"""Small corpora of real files with a known fate, configs to curate them, and what identical means."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pyarrow.compute as pc
+
+from pipelines.config import load_config
+from pipelines.data.config import CurateConfig
+from pipelines.data.snapshot import Snapshot
+from tests.pipelines.data.videos import moving_square, still, write_table, write_video
+
+GOOD = 6
+
+
+def write_corpus(folder: Path, good: int = GOOD) -> Path:
+    """``good`` clips of 18 frames, and one file of each kind that must not be kept."""
+    folder.mkdir(parents=True)
+    for index in range(good):
+        write_video(folder / f"good_{index:03d}.mp4", moving_square(18, seed=index))
+    write_video(folder / "small_subject.mp4", moving_square(18, size=(160, 160), side=8))
+    write_video(folder / "static.mp4", still(18))
+    write_video(folder / "black.mp4", still(18, level=0))
+    write_video(folder / "short.mp4", moving_square(5))
+    whole = write_video(folder / "truncated.mp4", moving_square(60, seed=99), options={"crf": "4", "g": "6"})
+    whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    (folder / "text.mp4").write_text("not a video " * 99)
+    (folder / "empty.mp4").touch()
+    (folder / "link.mp4").symlink_to("nowhere")
+    shutil.copy(folder / "good_000.mp4", folder / "twin of 'good' 0.mp4")
+    names = sorted(path.name for path in folder.iterdir())
+    write_table(folder / "captions.csv", [(name, f"this is {name}") for name in names])
+    return folder
+
+
+FATES = {
+    "static.mp4": ("rejected", "motion_time"),
+    "black.mp4": ("rejected", "brightness"),
+    "short.mp4": ("rejected", "duration"),
+    "truncated.mp4": ("rejected", "decoded_share"),
+    "text.mp4": ("failed", "not_a_video"),
+    "empty.mp4": ("failed", "empty_file"),
+    "link.mp4": ("failed", "missing_file"),
+    "twin of 'good' 0.mp4": ("duplicate", "exact"),
+    "small_subject.mp4": ("kept", ""),
+}
+
+
+def curate_config(corpus: Path, dataset: Path, tokenizer: Path, *overrides: str) -> CurateConfig:
+    """The demo's config on another corpus."""
+    paths = [f"source.path={corpus}", f"dataset={dataset}", f"tokens.tokenizer.path={tokenizer}"]
+    return load_config(CurateConfig, "demo", [*paths, "progress=false", *overrides])
+
+
+def published(snapshot: Snapshot) -> dict[str, str]:
+    """SHA-256 of every file of a snapshot, and its ledger's rows: two runs are identical when this is equal."""
+    root = Path(snapshot.uri)
+    files = {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+    ledger = snapshot.read_ledger()
+    assert ledger.equals(ledger.take(pc.sort_indices(ledger, sort_keys=[("key", "ascending")])))
+    return files | {"id": snapshot.manifest.snapshot_id, "rows": str(ledger.num_rows)}

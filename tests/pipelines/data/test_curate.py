@@ -1,0 +1,224 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from lumos.tokenizers.fsq import FsqAutoencoder, FsqConfig, save_weights
+from pipelines.data.card import reason_class
+from pipelines.data.curate import curate
+from pipelines.data.lock import dataset_lock
+from pipelines.data.snapshot import list_snapshots, open_snapshot
+from pipelines.errors import JobError, UserError
+from tests.pipelines.data.corpora import FATES, GOOD, curate_config, published, write_corpus
+from tests.pipelines.data.videos import moving_square, write_video
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "videos")
+
+
+@pytest.fixture(scope="module")
+def curated(corpus, tokenizer_file, tmp_path_factory, ray_cluster):
+    """One full run; tests that change the dataset copy it."""
+    dataset = tmp_path_factory.mktemp("curated") / "dataset"
+    return dataset, curate(curate_config(corpus, dataset, tokenizer_file))
+
+
+@pytest.fixture
+def copy(curated, tmp_path):
+    shutil.copytree(curated[0], tmp_path / "dataset")
+    return tmp_path / "dataset"
+
+
+def test_bad_videos_end_in_the_ledger_with_their_reason(curated):
+    ledger = open_snapshot(str(curated[0])).read_ledger().to_pylist()
+    fates = {row["path"]: (row["status"], reason_class(row["reason"])) for row in ledger}
+    assert FATES.items() <= fates.items()
+    assert all(fates[f"good_{index:03d}.mp4"] == ("kept", "") for index in range(GOOD))
+    reasons = {row["path"]: row["reason"] for row in ledger}
+    assert reasons["static.mp4"] == "motion_time 0 < 0.25"
+    assert "brightness 0 < 0.02; dark_share 1 > 0.5" in reasons["black.mp4"]
+    assert "(permanent)" in reasons["text.mp4"]
+
+
+def test_the_ledger_accounts_for_every_source_and_clip(curated, corpus):
+    snapshot, result = open_snapshot(str(curated[0])), curated[1]
+    ledger = snapshot.read_ledger()
+    assert set(ledger["path"].to_pylist()) == {path.name for path in corpus.glob("*.mp4")}
+    assert len(set(ledger["key"].to_pylist())) == ledger.num_rows == sum(result.counts.values())
+    assert result.counts == {"kept": GOOD + 1, "rejected": 4, "failed": 3, "duplicate": 1}
+    assert result.reasons == {f"{s}: {r}": 1 for s, r in sorted(FATES.values()) if s != "kept"}
+    for row in ledger.to_pylist():
+        if row["status"] in ("kept", "rejected"):
+            assert row["start_s"] == 0.0
+            assert row["end_s"] > 0
+            assert None not in row["scores"].values()
+            assert row["stage_hashes"]["split"]
+        assert (row["stage_hashes"]["tokens"] is not None) == (row["status"] == "kept")
+
+
+def test_the_snapshot_holds_the_kept_clips_with_their_captions(curated):
+    snapshot = open_snapshot(str(curated[0]))
+    rows = [
+        row for bucket in snapshot.manifest.buckets for shard in bucket.shards
+        for row in snapshot.read_shard(shard).to_pylist()
+    ]
+    kept = {row["key"]: row for row in snapshot.read_ledger().to_pylist() if row["status"] == "kept"}
+    assert {row["clip_id"] for row in rows} == kept.keys()
+    for row in rows:
+        assert (row["t"], row["h"], row["w"], row["fps"]) == (5, 6, 6, 12.0)
+        assert len(row["codes"]) == 180
+        assert max(row["codes"]) < snapshot.manifest.tokenizer.codebook_size
+        assert row["captions"] == [{"text": f"this is {kept[row['clip_id']]['path']}", "captioner": "metadata"}]
+    assert len({tuple(row["codes"]) for row in rows}) == len(rows)
+    assert snapshot.manifest.captioners == ("metadata",)
+    assert snapshot.manifest.created_from["config"]["tokens"]["fps"] == 12.0
+
+
+def test_nothing_of_the_run_is_inside(curated, corpus):
+    for path in Path(open_snapshot(str(curated[0])).uri).rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            assert str(corpus.parent).encode() not in data
+            assert str(curated[0]).encode() not in data
+
+
+def test_another_place_and_other_batches_give_identical_files(curated, corpus, tokenizer_file, tmp_path):
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(corpus, moved, symlinks=True)
+    result = curate(curate_config(moved, tmp_path / "d", tokenizer_file, "resources.workers=1"))
+    assert published(open_snapshot(result.snapshot_uri)) == published(open_snapshot(curated[1].snapshot_uri))
+
+
+def test_a_second_run_computes_nothing_and_finds_its_snapshot(copy, corpus, tokenizer_file):
+    before = list_snapshots(str(copy))
+    result = curate(curate_config(corpus, copy, tokenizer_file))
+    assert result.computed == {"sources": 0, "split": 0, "captions": 0, "tokens": 0}
+    assert list_snapshots(str(copy)) == before == [result.snapshot_id]
+
+
+def test_partial_rebuild_of_a_threshold_decodes_and_encodes_nothing(copy, corpus, tokenizer_file):
+    result = curate(curate_config(corpus, copy, tokenizer_file, "thresholds.min_fps=13"))
+    assert result.computed == {"sources": 0, "split": 0, "captions": 0, "tokens": 0}
+    assert result.counts["kept"] == 0
+    assert len(list_snapshots(str(copy))) == 2
+    # A laxer threshold encodes the clips that it lets in, and only those.
+    result = curate(curate_config(corpus, copy, tokenizer_file, "thresholds.min_motion_time=0"))
+    assert result.computed == {"sources": 0, "split": 0, "captions": 1, "tokens": 1}
+    assert result.counts["kept"] == GOOD + 2
+
+
+def test_partial_rebuild_of_captions_recaptions_only_what_changed(copy, corpus, tokenizer_file, tmp_path):
+    changed = tmp_path / "captions.csv"
+    text = (corpus / "captions.csv").read_text().replace("this is good_001", "that was good_001")
+    changed.write_text("\n".join(["path,caption", *(f"{corpus}/{line}" for line in text.splitlines()[1:])]))
+    result = curate(curate_config(corpus, copy, tokenizer_file, f"captions.file={changed}"))
+    assert result.computed == {"sources": 0, "split": 0, "captions": 1, "tokens": 0}
+    assert len(list_snapshots(str(copy))) == 2
+
+
+def test_partial_rebuild_of_the_tokenizer_redoes_tokens_only(copy, corpus, tokenizer_file, tmp_path):
+    other = tmp_path / "other.safetensors"
+    save_weights(other, FsqAutoencoder(FsqConfig(hidden_size=32)), {})
+    result = curate(curate_config(corpus, copy, other))
+    assert result.computed == {"sources": 0, "split": 0, "captions": 0, "tokens": GOOD + 1}
+    old, new = (open_snapshot(str(copy / "snapshots" / name)) for name in list_snapshots(str(copy)))
+    assert new.manifest.parents == (old.manifest.snapshot_id,)
+    assert open_snapshot(str(copy), expected_tokenizer=new.manifest.tokenizer) == new
+    with pytest.raises(UserError, match="was made by the tokenizer fsq"):
+        open_snapshot(str(copy), expected_tokenizer=old.manifest.tokenizer)
+    # Going back costs nothing.
+    assert sum(curate(curate_config(corpus, copy, tokenizer_file)).computed.values()) == 0
+
+
+def test_partial_rebuild_of_sizes_redoes_tokens_and_new_sources_are_appended(copy, corpus, tokenizer_file, tmp_path):
+    result = curate(curate_config(corpus, copy, tokenizer_file, "tokens.sizes=[48x48,64x64]"))
+    assert result.computed["tokens"] == GOOD + 1
+    more = tmp_path / "more"
+    shutil.copytree(corpus, more, symlinks=True)
+    write_video(more / "new.mp4", moving_square(18, seed=77))
+    result = curate(curate_config(more, copy, tokenizer_file, "captions.require=false"))
+    assert (result.computed["split"], result.computed["tokens"]) == (1, 1)
+    assert result.counts["kept"] == GOOD + 2
+    assert result.uncaptioned == 1
+    assert "1 kept clips have no caption" in result.summary()
+
+
+def test_long_sources_become_several_clips_of_their_own_shape(tmp_path, tokenizer_file):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    wide = np.concatenate([moving_square(48, size=(128, 64), seed=1), 255 - moving_square(36, size=(128, 64), seed=2)])
+    write_video(folder / "two shots.mkv", wide)
+    write_video(folder / "tall.webm", moving_square(30, size=(64, 128)), codec="libvpx-vp9", options={})
+    (folder / "tall.txt").write_text("a tall one")
+    sizes = "tokens.sizes=[64x32,32x64]"
+    options = [sizes, "tokens.num_frames=[17,33]", "captions.require=false", "thresholds.max_aspect=3"]
+    result = curate(curate_config(folder, tmp_path / "d", tokenizer_file, *options))
+    buckets = {(b.t, b.h, b.w): b.rows for b in open_snapshot(result.snapshot_uri).manifest.buckets}
+    assert buckets == {(9, 4, 8): 2, (5, 8, 4): 1}
+    assert result.uncaptioned == 2
+    ledger = open_snapshot(result.snapshot_uri).read_ledger().to_pylist()
+    spans = [(row["path"], row["start_s"], row["end_s"]) for row in ledger]
+    assert sorted(spans) == [("tall.webm", 0, 2.5), ("two shots.mkv", 0, 4.0), ("two shots.mkv", 4.0, 7.0)]
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["source.path=/nowhere"], "source.path /nowhere does not exist"),
+        (["captions.caption_column=text"], "no column 'text'; it has 'path', 'caption'"),
+        (["captions.file=/no.csv"], "captions.file /no.csv does not exist"),
+        (["tokens.tokenizer.path=/no.safetensors"], "tokens.tokenizer: FSQ weights /no.safetensors"),
+        (["tokens.tokenizer.kind=cosmos", "tokens.tokenizer.path=null"], "tokens.tokenizer: .*needs a path"),
+        (["dataset=/proc/x"], "dataset /proc/x cannot be written"),
+        (["dataset=nope://x"], "nope://x"),
+    ],
+)
+def test_bad_input_ends_before_any_work(corpus, tokenizer_file, tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message):
+        curate(curate_config(corpus, tmp_path / "d", tokenizer_file, *overrides))
+    assert not (tmp_path / "d" / "stages").exists()
+
+
+def test_an_empty_folder_and_missing_captions_are_told(tmp_path, tokenizer_file):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no video files under"):
+        curate(curate_config(tmp_path / "empty", tmp_path / "d", tokenizer_file))
+    write_video(tmp_path / "empty" / "a.mp4", moving_square(18))
+    with pytest.raises(UserError, match="captions.require is true"):
+        curate(curate_config(tmp_path / "empty", tmp_path / "d", tokenizer_file))
+
+
+def test_too_many_failures_stop_the_run_and_a_larger_budget_continues(tmp_path, tokenizer_file):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    write_video(folder / "a.mp4", moving_square(18))
+    for name in ("b", "c"):
+        (folder / f"{name}.mp4").write_text(f"no video {name}")
+    with pytest.raises(JobError, match="2 of 3 sources failed, more than resources.max_failed_share = 0.5"):
+        curate(curate_config(folder, tmp_path / "d", tokenizer_file, "captions.require=false"))
+    options = ["captions.require=false", "resources.max_failed_share=0.7"]
+    result = curate(curate_config(folder, tmp_path / "d", tokenizer_file, *options))
+    assert (result.computed["split"], result.counts["kept"], result.counts["failed"]) == (0, 1, 2)
+
+
+def test_two_runs_on_one_dataset_refuse_each_other(corpus, tokenizer_file, tmp_path):
+    with dataset_lock(str(tmp_path / "d")), pytest.raises(UserError, match=r"in use by another run .*pid"):
+        curate(curate_config(corpus, tmp_path / "d", tokenizer_file))
+
+
+def test_stage_tables_say_what_they_are(curated):
+    names = set()
+    for path in (curated[0] / "stages").glob("*/*/stage.json"):
+        names.add(json.loads(path.read_text())["stage"])
+        assert all(pq.read_table(part).num_rows for part in path.parent.glob("part-*.parquet"))
+    assert names == {"sources", "split", "captions", "tokens"}
