@@ -1,0 +1,128 @@
+"""MLflow in one place. Only the driver of a job writes; workers hand it their figures.
+
+Metrics carry the time at which they were measured, so sending one twice changes nothing: MLflow keys a metric by run,
+name, step, time and value.
+"""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import UserError
+
+# Read when MLflow is imported, which happens in functions here: its import takes seconds.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+_KEY_TAG = "lumos.key"
+_MAX_METRICS = 1000  # of one request
+_MAX_PARAMS = 100
+_MAX_VALUE = 6000  # characters of a parameter
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """Metrics of one step."""
+
+    step: int
+    time: float  # seconds since the epoch
+    values: Mapping[str, float]
+
+
+class Tracker:
+    """One MLflow run: made once, then resumed.
+
+    Raises:
+        UserError: if the store cannot be opened.
+    """
+
+    def __init__(self, uri: str, *, experiment: str, artifacts: str | None, key: str, run_name: str | None) -> None:
+        """Open the store and make or resume the run.
+
+        Args:
+            uri: tracking store, ``sqlite:///...`` or a server.
+            experiment: name, made where it does not exist.
+            artifacts: root of the artifacts of a new experiment; none: the store's own choice.
+            key: identifies the run among those of the experiment, whether or not its id was written down in time.
+            run_name: name of a new run.
+        """
+        for noisy in ("alembic", "mlflow.store.db.utils"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        from mlflow.exceptions import MlflowException
+        from mlflow.tracking import MlflowClient
+
+        try:
+            self._client = MlflowClient(uri)
+            found = self._client.get_experiment_by_name(experiment)
+            home = found.experiment_id if found else self._client.create_experiment(experiment, artifacts)
+            runs = self._client.search_runs([home], f"tags.`{_KEY_TAG}` = '{key}'")
+            self.resumed = bool(runs)
+            run = runs[0] if runs else self._client.create_run(home, run_name=run_name, tags={_KEY_TAG: key})
+            self.run_id: str = run.info.run_id
+            if self.resumed:
+                self._client.update_run(self.run_id, status="RUNNING")
+        except MlflowException as error:
+            raise UserError(
+                f"tracking.uri = {uri}: cannot open experiment {experiment!r} ({error}); check the address of the store"
+            ) from error
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Record parameters, nested keys joined by dots. Those recorded already must be equal."""
+        from mlflow.entities import Param
+
+        flat = [Param(key, str(value)[:_MAX_VALUE]) for key, value in flatten(params).items()]
+        for first in range(0, len(flat), _MAX_PARAMS):
+            self._client.log_batch(self.run_id, params=flat[first : first + _MAX_PARAMS])
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Record tags, replacing older values."""
+        for key, value in tags.items():
+            self._client.set_tag(self.run_id, key, value)
+
+    def log_dataset(self, *, name: str, digest: str, source: str, context: str) -> None:
+        """Record what was read. ``digest`` is a SHA-256 in hex, of which MLflow keeps 32 digits."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(name=name, digest=digest[:32], source_type="lumos-snapshot", source=source)
+        self._client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+
+    def log_metrics(self, rows: Sequence[MetricRow]) -> None:
+        """Record metrics; rows recorded already are left as they are."""
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(name, float(value), round(row.time * 1000), row.step)
+            for row in rows
+            for name, value in row.values.items()
+        ]
+        for first in range(0, len(metrics), _MAX_METRICS):
+            self._client.log_batch(self.run_id, metrics=metrics[first : first + _MAX_METRICS])
+
+    def log_artifacts(self, path: Path, folder: str | None = None) -> None:
+        """Copy a file, or the files of a folder, to the run's artifacts."""
+        if path.is_dir():
+            self._client.log_artifacts(self.run_id, str(path), folder)
+        else:
+            self._client.log_artifact(self.run_id, str(path), folder)
+
+    def finish(self, status: str) -> None:
+        """End the run: "FINISHED", "FAILED" or "KILLED"."""
+        self._client.set_terminated(self.run_id, status)
+
+
+def sqlite_uri(folder: Path) -> str:
+    """URI of the default store of a folder."""
+    return f"sqlite:///{folder.resolve() / 'mlflow.db'}"
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

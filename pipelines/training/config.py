@@ -1,0 +1,249 @@
+"""What a training run is: data, model, mask, optimizer, scale, checkpoints, tracking; checked before it starts."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from lumos.config import MaskConfig, ModelConfig, RopeKind
+from lumos.layout import PromptTemplate
+from lumos.tokenizers.video import TokenizerConfig
+from lumos.vocabulary import Vocabulary
+from pipelines.config import config_hash, config_to_dict
+
+# Keys that decide how a run is carried out and not what it computes: a run may be continued with others.
+_OPERATIONAL = ("output", "num_workers", "micro_batch", "resources", "checkpoint", "tracking", "progress")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The rows trained on and how their captions become text."""
+
+    dataset: str  # a dataset (its newest snapshot) or one snapshot; local path or s3:// URI
+    split: str = "train"
+    tokenizer: TokenizerConfig | None = None  # the visual tokenizer the codes must come from; none: whichever it was
+    text_tokenizer: str | None = None  # a Hugging Face tokenizers JSON; none: the embedded default
+    vocabulary: Literal["compact", "lumos1"] = "compact"
+    grid_unit: int = 16  # px, of a compact vocabulary; frame sizes must be multiples of it
+    prompt_template: PromptTemplate = "caption"
+    caption_drop: float = 0.1  # share of samples trained without their caption, for guidance
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(0.0 <= self.caption_drop <= 1.0, f"caption_drop must be in [0, 1], got {self.caption_drop}")
+        _require(
+            self.grid_unit > 0 and self.grid_unit % 8 == 0,
+            f"grid_unit must be a positive multiple of 8 px, got {self.grid_unit}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Shape of the decoder; the number of token rows follows from the vocabulary."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int  # a multiple of 32
+    rope: RopeKind = "mm"
+    rope_theta: float = 10000.0
+    position_scale: tuple[int, int, int] = (4, 8, 8)
+    max_seq_len: int = 32768
+    checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory, a third more work
+
+    def __post_init__(self) -> None:
+        """Check that the sizes fit together."""
+        self.resolve(1)
+
+    def resolve(self, vocab_size: int) -> ModelConfig:
+        """The model's config with its number of token rows."""
+        fields = {key: value for key, value in vars(self).items() if key != "checkpoint_activations"}
+        return ModelConfig(vocab_size=vocab_size, **fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule: linear warm-up, then constant or a cosine down to ``min_lr_ratio``."""
+
+    lr: float = 1e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.1  # of lr, at the end of a cosine
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of matrices; norms and embeddings have none
+    clip_norm: float = 4.0  # gradients are scaled down to this global norm; 0 switches clipping off
+    z_loss_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(self.lr > 0, f"lr must be positive, got {self.lr}")
+        for name in ("warmup_steps", "weight_decay", "clip_norm", "z_loss_weight"):
+            _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")
+        _require(self.eps > 0, f"eps must be positive, got {self.eps}")
+        _require(0 <= self.min_lr_ratio <= 1, f"min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the training state is saved and how failures are survived."""
+
+    every: int = 100  # steps
+    keep: int = 2  # newest ones kept
+    max_failures: int = 3  # restarts of the workers within one command
+    storage: str | None = None  # folder or s3:// URI that all nodes reach; none: in the output folder
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("every", "keep"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        _require(self.max_failures >= 0, f"max_failures must not be negative, got {self.max_failures}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResourceConfig:
+    """What each worker and its loader reserve of the cluster. Fractions let two workers and Ray Data share two CPUs."""
+
+    device: Literal["cpu", "gpu"] = "cpu"
+    cpus_per_worker: float = 0.5
+    cpus_per_loader: float = 0.25  # one loader actor per worker
+    threads_per_worker: int | None = None  # of torch; none: the machine's cores divided by the workers
+    steps_per_block: int = 8  # steps a loader prepares in one call
+    prefetch_steps: int = 8  # steps ready in a worker before they are needed
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("cpus_per_worker", "cpus_per_loader"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("steps_per_block", "prefetch_steps"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        _require(
+            self.threads_per_worker is None or self.threads_per_worker >= 1,
+            f"threads_per_worker must be at least 1, got {self.threads_per_worker}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where MLflow keeps the run."""
+
+    uri: str | None = None  # none: an SQLite file in the output folder
+    experiment: str = "lumos"
+    run_name: str | None = None
+    flush_seconds: float = 5.0  # metrics are sent in batches this far apart
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(self.flush_seconds >= 0, f"flush_seconds must not be negative, got {self.flush_seconds}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run.
+
+    Raises:
+        ValueError: if values do not fit together; the message names them and what to change.
+    """
+
+    KIND: ClassVar[str] = "train"
+
+    output: str  # checkpoints, metrics, MLflow's default store and the export go here; a rerun continues from it
+    data: DataConfig
+    model: ModelShape
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    deepspeed: str = "zero1"  # a name in infra/deepspeed, or the path of a DeepSpeed JSON
+    precision: Literal["bf16", "fp32"] = "bf16"
+    steps: int
+    global_batch: int  # rows per step, over all workers
+    micro_batch: int  # rows per worker in one forward pass
+    num_workers: int = 1
+    seed: int = 0
+    init_from: str | None = None  # an exported or released checkpoint folder to start from
+    resources: ResourceConfig = field(default_factory=ResourceConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    progress: bool = True  # a progress bar on standard error
+
+    def __post_init__(self) -> None:
+        """Check that the sizes fit together."""
+        for name in ("steps", "global_batch", "micro_batch", "num_workers"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        per_pass = self.num_workers * self.micro_batch
+        _require(
+            self.global_batch % per_pass == 0,
+            f"global_batch = {self.global_batch} is not a multiple of num_workers x micro_batch = {self.num_workers} x "
+            f"{self.micro_batch} = {per_pass}; nearest that are: {_nearest_multiples(self.global_batch, per_pass)}",
+        )
+        _require(
+            self.optimizer.warmup_steps <= self.steps,
+            f"optimizer.warmup_steps = {self.optimizer.warmup_steps} exceeds steps = {self.steps}",
+        )
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes of a worker in one step."""
+        return self.global_batch // (self.num_workers * self.micro_batch)
+
+    def make_vocabulary(self, *, text_vocab_size: int, codebook_size: int) -> Vocabulary:
+        """The token ids of this run.
+
+        Raises:
+            ValueError: if a tokenizer does not fit the Lumos-1 layout.
+        """
+        if self.data.vocabulary == "compact":
+            return Vocabulary.compact(text_vocab_size, codebook_size, grid_unit=self.data.grid_unit)
+        vocabulary = Vocabulary.lumos1()
+        if codebook_size != vocabulary.codebook_size:
+            raise ValueError(
+                f"data.vocabulary = lumos1 has {vocabulary.codebook_size} visual codes, the snapshot's tokenizer "
+                f"{codebook_size}: use vocabulary compact, or tokenize with Cosmos-Tokenizer-DV4x8x8"
+            )
+        if text_vocab_size > vocabulary.text_vocab_size:
+            raise ValueError(
+                f"the text tokenizer has {text_vocab_size} ids, the Lumos-1 vocabulary {vocabulary.text_vocab_size}: "
+                "set data.text_tokenizer to the Lumos-1 text_tokenizer.json, or use vocabulary compact"
+            )
+        return vocabulary
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of step ``step`` (0-based): a function of the step alone, so a resume needs no state."""
+        return scheduled_lr(self.optimizer, step=step, steps=self.steps)
+
+    def identity(self) -> dict[str, Any]:
+        """The part of the config that decides what is computed, as plain values."""
+        plain = config_to_dict(self)
+        kept = {key: value for key, value in plain.items() if key not in _OPERATIONAL}
+        del kept["data"]["dataset"]  # the digest of the snapshot stands for it, wherever it is kept
+        if self.optimizer.schedule == "constant":
+            del kept["steps"]  # nothing before the end depends on where it is: the run may be made longer
+        return kept
+
+    def identity_hash(self) -> str:
+        """16 hex digits that name what is computed."""
+        return config_hash(self.identity())
+
+
+def scheduled_lr(optimizer: OptimizerConfig, *, step: int, steps: int) -> float:
+    """Learning rate at 0-based ``step`` of ``steps``: reaches ``lr`` at the end of the warm-up."""
+    if step < optimizer.warmup_steps:
+        return optimizer.lr * (step + 1) / optimizer.warmup_steps
+    if optimizer.schedule == "constant":
+        return optimizer.lr
+    progress = (step - optimizer.warmup_steps) / max(1, steps - 1 - optimizer.warmup_steps)
+    low = optimizer.lr * optimizer.min_lr_ratio
+    return low + (optimizer.lr - low) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _nearest_multiples(value: int, step: int) -> str:
+    below = value // step * step
+    return f"{below} and {below + step}" if below else f"{below + step}"

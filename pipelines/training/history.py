@@ -1,0 +1,248 @@
+"""The record of a run, step by step: from rank 0 through a relay to the driver, which alone writes it down.
+
+``metrics.jsonl`` in the output is the truth; MLflow receives what it says. A step is recorded once: what is replayed
+after a failure is ignored. Every checkpoint carries the record up to its step, so that a resume leaves no gap.
+"""
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipelines.tracking import MetricRow, Tracker
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One line of ``metrics.jsonl``."""
+
+    step: int  # 1-based: updates made so far
+    time: float  # seconds since the epoch, at the end of the step
+    loss: float
+    frame_losses: tuple[float, ...]
+    lr: float
+    grad_norm: float
+    tokens: int
+    tokens_per_s: float
+    step_seconds: float
+    data_wait: float  # seconds of the step spent waiting for data
+    masked_share: float
+    masked_tokens: int
+    epoch: int
+
+    def to_line(self) -> str:
+        """The record as a line of JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_line(cls, line: str) -> "StepRecord":
+        """Inverse of :meth:`to_line`.
+
+        Raises:
+            ValueError: if the line is cut off or of another kind.
+        """
+        try:
+            raw = json.loads(line)
+            return cls(**(raw | {"frame_losses": tuple(raw["frame_losses"])}))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a step record: {line[:80]!r}") from error
+
+    def metrics(self) -> MetricRow:
+        """The record as MLflow metrics."""
+        names = ("loss", "lr", "grad_norm", "tokens_per_s", "step_seconds", "data_wait", "masked_share", "epoch")
+        values = {name: float(getattr(self, name)) for name in names}
+        values |= {f"loss_frame_{index}": loss for index, loss in enumerate(self.frame_losses)}
+        return MetricRow(step=self.step, time=self.time, values=values)
+
+
+class History:
+    """``metrics.jsonl``: steps 1, 2, 3, ... each once.
+
+    A line that a kill cut off is dropped when the file is opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: list[StepRecord] = []
+        if path.exists():
+            self.records = list(_intact(path.read_text().splitlines()))
+            self._rewrite()
+
+    @property
+    def last_step(self) -> int:
+        """The last step recorded, 0 before the first."""
+        return self.records[-1].step if self.records else 0
+
+    def add(self, records: Iterable[StepRecord]) -> list[StepRecord]:
+        """Append the records that are new and return them; replayed steps are left out.
+
+        Raises:
+            ValueError: if steps are missing before a record.
+        """
+        new: list[StepRecord] = []
+        for record in records:
+            last = new[-1].step if new else self.last_step
+            if record.step > last + 1:
+                raise ValueError(f"{self.path} ends at step {last}; the record of step {record.step} leaves a gap")
+            if record.step == last + 1:
+                new.append(record)
+        if new:
+            with self.path.open("a") as file:
+                file.writelines(record.to_line() + "\n" for record in new)
+                file.flush()
+                os.fsync(file.fileno())
+            self.records += new
+        return new
+
+    def _rewrite(self) -> None:
+        building = self.path.with_suffix(".tmp")
+        building.write_text("".join(record.to_line() + "\n" for record in self.records))
+        building.replace(self.path)
+
+
+def _intact(lines: Iterable[str]) -> Iterable[StepRecord]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = StepRecord.from_line(line)
+        except ValueError:
+            return
+        if record.step != number:
+            return
+        yield record
+
+
+class Relay:
+    """An actor that holds records between rank 0 and the driver. It lives on the driver's node, and as long as it."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._stopped: str | None = None
+
+    def push(self, lines: Sequence[str]) -> None:
+        """Take records, as lines, in order."""
+        self._lines += lines
+
+    def stop(self, reason: str) -> None:
+        """Say why training ended early on purpose."""
+        self._stopped = reason
+
+    def stopped(self) -> str | None:
+        """The reason of :meth:`stop`, if it was called."""
+        return self._stopped
+
+    def take(self) -> list[str]:
+        """Hand over what has come since the last call."""
+        lines, self._lines = self._lines, []
+        return lines
+
+
+def start_relay() -> Any:
+    """Handle of a relay on this node."""
+    node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Relay).options(num_cpus=0, scheduling_strategy=node).remote()
+
+
+class Recorder:
+    """Follows a relay in a thread of the driver: history, MLflow, progress.
+
+    MLflow being out of reach does not end a training: what could not be sent is sent later, at the latest on leaving.
+    """
+
+    def __init__(
+        self,
+        relay: Any,
+        history: History,
+        tracker: Tracker,
+        *,
+        flush_seconds: float,
+        sent: int,
+        on_record: Callable[[StepRecord], None],
+        on_sent: Callable[[int], None],
+    ) -> None:
+        """Prepare to follow.
+
+        Args:
+            relay: handle of the actor.
+            history: where records are written down.
+            tracker: where they are sent.
+            flush_seconds: time between two batches sent.
+            sent: steps sent by an earlier driver.
+            on_record: called with each new record.
+            on_sent: called with the number of steps sent so far.
+        """
+        self._relay = relay
+        self._history = history
+        self._tracker = tracker
+        self._flush_seconds = flush_seconds
+        self._sent = sent
+        self._on_record = on_record
+        self._on_sent = on_sent
+        self._failure: Exception | None = None
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="recorder", daemon=True)
+
+    def __enter__(self) -> "Recorder":
+        """Begin to follow."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take and send what is left, and stop."""
+        self._done.set()
+        self._thread.join()
+        self._try_send()
+
+    def finish(self) -> None:
+        """After leaving: make sure that nothing was lost.
+
+        Raises:
+            Exception: whatever made following or sending fail.
+        """
+        if self._failure is not None:
+            raise self._failure
+        self._send()
+
+    def _follow(self) -> None:
+        flushed = time.monotonic()
+        try:
+            while True:
+                last_round = self._done.is_set()
+                self._take()
+                if last_round:
+                    return
+                if time.monotonic() - flushed >= self._flush_seconds:
+                    self._try_send()
+                    flushed = time.monotonic()
+                self._done.wait(_POLL_SECONDS)
+        except Exception as error:  # noqa: BLE001 - raised again in the main thread by finish()
+            self._failure = error
+
+    def _take(self) -> None:
+        lines = ray.get(self._relay.take.remote())
+        for record in self._history.add(map(StepRecord.from_line, lines)):
+            self._on_record(record)
+
+    def _try_send(self) -> None:
+        try:
+            self._send()
+        except Exception as error:  # noqa: BLE001 - an unreachable server has many kinds; it is tried again
+            logger.warning("MLflow could not be written, which is tried again: %s", error)
+
+    def _send(self) -> None:
+        pending = self._history.records[self._sent :]
+        if pending:
+            self._tracker.log_metrics([record.metrics() for record in pending])
+            self._sent = pending[-1].step
+            self._on_sent(self._sent)

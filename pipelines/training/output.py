@@ -1,0 +1,96 @@
+"""The output folder of a run: what is in it, and whether a run may continue there."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from pipelines.config import config_to_yaml, provenance
+from pipelines.errors import UserError
+from pipelines.tracking import flatten, sqlite_uri
+from pipelines.training.config import TrainConfig
+
+_SHOWN_DIFFERENCES = 6
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """``run.json``: what identifies the run in this folder."""
+
+    key: str  # found again in MLflow by this tag, even if the driver died before it wrote the run's id down
+    identity: dict[str, Any]  # of the config: what is computed
+    snapshot_digest: str
+    provenance: dict[str, Any]
+    run_id: str | None = None  # of MLflow
+    sent: int = 0  # steps that MLflow has
+    finished: bool = False
+
+
+class Output:
+    """Paths of an output folder and its run file.
+
+    Raises:
+        UserError: if the folder holds a run of another config or snapshot, or something that is no run.
+    """
+
+    def __init__(self, config: TrainConfig, *, snapshot_digest: str) -> None:
+        if "://" in config.output:
+            raise UserError(
+                f"output = {config.output!r} is not a local folder: name one, and set checkpoint.storage to an s3:// "
+                "URI if checkpoints are to go there"
+            )
+        self.folder = Path(config.output).expanduser().resolve()
+        self.config_file = self.folder / "config.yaml"
+        self.metrics_file = self.folder / "metrics.jsonl"
+        self.export = self.folder / "export"
+        self.artifacts = self.folder / "mlflow-artifacts"
+        self.storage = config.checkpoint.storage or str(self.folder / "checkpoints")
+        self.tracking_uri = config.tracking.uri or sqlite_uri(self.folder)
+        self._file = self.folder / "run.json"
+        self.run = self._open(config, snapshot_digest)
+
+    def begin(self, config: TrainConfig) -> None:
+        """Make the folder and write down what will run in it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.config_file.write_text(config_to_yaml(config))
+        self.update()
+
+    def update(self, **changes: Any) -> None:
+        """Change the run file."""
+        self.run = replace(self.run, **changes)
+        building = self._file.with_suffix(".tmp")
+        building.write_text(json.dumps(asdict(self.run), indent=2) + "\n")
+        with building.open() as file:
+            os.fsync(file.fileno())
+        building.replace(self._file)
+
+    def _open(self, config: TrainConfig, snapshot_digest: str) -> RunFile:
+        if not self._file.exists():
+            if self.folder.exists() and any(self.folder.iterdir()):
+                raise UserError(
+                    f"output = {self.folder} is not empty and holds no training run: name another folder, or empty it"
+                )
+            return RunFile(
+                key=uuid4().hex, identity=config.identity(), snapshot_digest=snapshot_digest, provenance=provenance()
+            )
+        try:
+            found = RunFile(**json.loads(self._file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{self._file} cannot be read ({error}): name another output") from error
+        differences = _differences(found.identity, config.identity())
+        if found.snapshot_digest != snapshot_digest:
+            differences.append(f"snapshot: {found.snapshot_digest[:16]} there, {snapshot_digest[:16]} here")
+        if differences:
+            raise UserError(
+                f"output = {self.folder} holds another run ({'; '.join(differences[:_SHOWN_DIFFERENCES])}): "
+                "name another output, or ask for the same run to continue it"
+            )
+        return found
+
+
+def _differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    left, right = flatten(there), flatten(asked)
+    keys = [key for key in sorted(left.keys() | right.keys()) if left.get(key) != right.get(key)]
+    return [f"{key}: {left.get(key)} there, {right.get(key)} asked for" for key in keys]

@@ -1,0 +1,137 @@
+"""Everything about a run that can be checked and worked out before a cluster is touched."""
+
+import math
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from lumos.checkpoint import read_config
+from lumos.config import ModelConfig
+from lumos.layout import build_sequence
+from lumos.tokenizers import load_video_tokenizer
+from lumos.tokenizers.text import EMBEDDED_FILE, TextTokenizer
+from lumos.vocabulary import CELL, Vocabulary
+from pipelines.config import config_to_dict
+from pipelines.data.snapshot import Snapshot, open_snapshot
+from pipelines.errors import UserError
+from pipelines.storage import is_local
+from pipelines.training.config import TrainConfig
+from pipelines.training.engine import read_deepspeed_file
+from pipelines.training.export import ExportSpec
+from pipelines.training.ingest import IngestSpec
+from pipelines.training.plan import BatchPlan
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that passed every check."""
+
+    snapshot: Snapshot
+    ingest: IngestSpec
+    export: ExportSpec
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Check a run's config against the world.
+
+    Raises:
+        UserError: for anything that would stop the run later: missing paths, a snapshot of another tokenizer, too few
+            rows, frames the vocabulary cannot write, a checkpoint of another shape.
+    """
+    read_deepspeed_file(config.deepspeed)
+    snapshot = _open_snapshot(config)
+    manifest = snapshot.manifest
+    plan = BatchPlan.from_manifest(
+        manifest, split=config.data.split, seed=config.seed, global_batch=config.global_batch
+    )
+    text_file = Path(config.data.text_tokenizer or EMBEDDED_FILE)
+    try:
+        text_vocab_size = TextTokenizer.load(text_file).vocab_size
+        codebook_size = manifest.tokenizer.codebook_size
+        vocabulary = config.make_vocabulary(text_vocab_size=text_vocab_size, codebook_size=codebook_size)
+        model = config.model.resolve(vocabulary.vocab_size)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from error
+    fps = _check_shapes(snapshot, plan, vocabulary, model)
+    if config.init_from is not None:
+        _check_init(config.init_from, model, vocabulary)
+    text_tokenizer = text_file.read_text(encoding="utf-8")
+    ingest = IngestSpec(
+        snapshot=snapshot,
+        data=config.data,
+        mask=config.mask,
+        vocabulary=vocabulary,
+        text_tokenizer=text_tokenizer,
+        seed=config.seed,
+        global_batch=config.global_batch,
+        micro_batch=config.micro_batch,
+        num_workers=config.num_workers,
+    )
+    extra = {
+        "prompt_template": config.data.prompt_template,
+        "fps": fps,
+        "shapes": [list(bucket.shape) for bucket in plan.buckets],
+        "tokenizer": asdict(manifest.tokenizer),
+        "dataset_digest": snapshot.digest,
+        "train_config": config_to_dict(config),
+    }
+    return Prepared(snapshot, ingest, ExportSpec(model, vocabulary, text_tokenizer, extra))
+
+
+def _open_snapshot(config: TrainConfig) -> Snapshot:
+    asked = config.data.tokenizer
+    if asked is None:
+        snapshot = open_snapshot(config.data.dataset)
+    else:
+        try:
+            tokenizer = load_video_tokenizer(asked)
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(f"data.tokenizer: {error}") from error
+        snapshot = open_snapshot(config.data.dataset, expected_tokenizer=tokenizer)
+    if is_local(snapshot.uri):  # workers have another working directory
+        snapshot = replace(snapshot, uri=os.path.abspath(snapshot.uri.removeprefix("file://")))
+    return snapshot
+
+
+def _check_shapes(snapshot: Snapshot, plan: BatchPlan, vocabulary: Vocabulary, model: ModelConfig) -> float:
+    """Check that every bucket can be written as tokens; returns the frame rate of the largest bucket's first row."""
+    rates: dict[int, float] = {}
+    for bucket in plan.buckets:
+        shape = bucket.shape
+        first = snapshot.read_shard(snapshot.manifest.buckets[bucket.index].shards[0], columns=["fps"])
+        fps = rates[bucket.num_rows] = float(first["fps"][0].as_py())
+        try:
+            ids, _ = build_sequence(vocabulary, [], np.zeros(shape, dtype=np.int64), fps=fps)
+        except ValueError as error:
+            raise UserError(
+                f"bucket {shape[0]}x{shape[1]}x{shape[2]} of snapshot {snapshot.manifest.snapshot_id}: {error}; set "
+                f"data.grid_unit to {8 * math.gcd(shape[1], shape[2])} px or a divisor of it that is a multiple of 8"
+            ) from error
+        if len(ids) > model.max_seq_len:
+            raise UserError(
+                f"bucket {shape[0]}x{shape[1]}x{shape[2]} ({shape[2] * CELL}x{shape[1] * CELL} px) makes sequences of "
+                f"{len(ids)} tokens and more, model.max_seq_len is {model.max_seq_len}: raise it, or curate shorter or "
+                "smaller clips"
+            )
+    return rates[max(rates)]
+
+
+def _check_init(path: str, model: ModelConfig, vocabulary: Vocabulary) -> None:
+    try:
+        found_model, found_vocabulary, _ = read_config(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"init_from: {error}") from error
+    for what, found, asked in (
+        ("shape", vars(found_model), vars(model)),
+        ("vocabulary", vars(found_vocabulary), vars(vocabulary)),
+    ):
+        different = [key for key in asked if found[key] != asked[key]]
+        if different:
+            raise UserError(
+                f"init_from = {path}: a checkpoint of another {what}: "
+                f"it has {', '.join(f'{key} = {found[key]}' for key in different)}; this run has "
+                f"{', '.join(f'{key} = {asked[key]}' for key in different)}. Set the run's config to the checkpoint's, "
+                "or leave init_from out"
+            )

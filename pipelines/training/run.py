@@ -1,0 +1,253 @@
+"""A training run from the driver's side: check, start or continue, follow, finish."""
+
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from tqdm import tqdm
+
+from pipelines.cluster import connect
+from pipelines.config import config_to_dict
+from pipelines.errors import JobError, UserError
+from pipelines.tracking import Tracker
+from pipelines.training import state
+from pipelines.training.config import TrainConfig
+from pipelines.training.history import History, Recorder, StepRecord, start_relay
+from pipelines.training.output import Output
+from pipelines.training.prepare import Prepared, prepare
+from pipelines.training.worker import Job, train_worker
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run."""
+
+    export_dir: Path
+    run_id: str  # of MLflow
+    tracking_uri: str
+    records: tuple[StepRecord, ...]  # one per step, from the first
+
+    @property
+    def steps(self) -> int:
+        """Updates made."""
+        return len(self.records)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """First and last loss, and the median throughput of the second half of the steps."""
+        rates = sorted(record.tokens_per_s for record in self.records[len(self.records) // 2 :])
+        return {
+            "loss_first": self.records[0].loss,
+            "loss_last": self.records[-1].loss,
+            "tokens_per_s": rates[len(rates) // 2],
+        }
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train, or continue what an interrupted call with the same config left in ``config.output``.
+
+    Raises:
+        UserError: for anything wrong that can be known before the work begins.
+        JobError: if training fails; what is in the output is kept, and the same call continues from it.
+    """
+    prepared = prepare(config)
+    output = Output(config, snapshot_digest=prepared.snapshot.digest)
+    checkpoints = state.find_checkpoints(output.storage)
+    latest = checkpoints[0] if checkpoints else None
+    _check_continuation(config, latest)
+    output.begin(config)
+    history = History(output.metrics_file)
+    if latest is not None:
+        history.add(map(StepRecord.from_line, state.read_history(latest)))
+    if latest is not None and _is_last(config, latest):
+        return _finish(output, history, latest, _open_tracker(config, output, prepared))
+    with ThreadPoolExecutor(1) as background:
+        opening = background.submit(_open_tracker, config, output, prepared)  # takes seconds, and so does joining Ray
+        with connect():
+            _check_cluster(config)
+            tracker = opening.result()
+            state.prune(output.storage, checkpoints[: config.checkpoint.keep])
+            try:
+                _fit(config, output, prepared, history, latest=latest, tracker=tracker)
+            except BaseException:
+                tracker.finish("FAILED")
+                raise
+    checkpoints = state.find_checkpoints(output.storage)
+    state.prune(output.storage, checkpoints[: config.checkpoint.keep])
+    return _finish(output, history, checkpoints[0], tracker)
+
+
+def _check_continuation(config: TrainConfig, latest: state.StoredCheckpoint | None) -> None:
+    if latest is None:
+        return
+    where = latest.checkpoint.path
+    if latest.state.identity_hash != config.identity_hash():
+        raise UserError(f"{where} is a checkpoint of another run: name another checkpoint.storage or output")
+    if latest.state.num_workers != config.num_workers:
+        raise UserError(
+            f"{where} was written by {latest.state.num_workers} workers, this run has num_workers = "
+            f"{config.num_workers}: continue with num_workers={latest.state.num_workers}, or begin in another output"
+        )
+
+
+def _is_last(config: TrainConfig, stored: state.StoredCheckpoint) -> bool:
+    return stored.state.exported and stored.state.step >= config.steps
+
+
+def _check_cluster(config: TrainConfig) -> None:
+    """Refuse a cluster on which the run would wait for ever."""
+    has = ray.cluster_resources()
+    needed = {"CPU": config.num_workers * (config.resources.cpus_per_worker + config.resources.cpus_per_loader)}
+    if config.resources.device == "gpu":
+        needed["GPU"] = float(config.num_workers)
+    for name, amount in needed.items():
+        if has.get(name, 0) < amount:
+            raise UserError(
+                f"num_workers = {config.num_workers} workers and their loaders need {amount:g} {name}, the cluster has "
+                f"{has.get(name, 0):g}: lower num_workers, resources.cpus_per_worker or resources.cpus_per_loader, or "
+                "set resources.device"
+            )
+
+
+def _open_tracker(config: TrainConfig, output: Output, prepared: Prepared) -> Tracker:
+    tracking, snapshot = config.tracking, prepared.snapshot
+    artifacts = None
+    if tracking.uri is None:
+        output.artifacts.mkdir(exist_ok=True)
+        artifacts = output.artifacts.as_uri()
+    tracker = Tracker(
+        output.tracking_uri,
+        experiment=tracking.experiment,
+        artifacts=artifacts,
+        key=output.run.key,
+        run_name=tracking.run_name or output.folder.name,
+    )
+    if not tracker.resumed:
+        tracker.log_params(config_to_dict(config))
+        tracker.set_tags(
+            {
+                "git_commit": output.run.provenance["git_commit"],
+                "dataset_digest": snapshot.digest,
+                "num_parameters": str(prepared.export.model.num_parameters),
+            }
+        )
+        tracker.log_dataset(
+            name=snapshot.manifest.snapshot_id, digest=snapshot.digest, source=snapshot.uri, context=config.data.split
+        )
+        tracker.log_artifacts(output.config_file)
+    output.update(run_id=tracker.run_id)
+    return tracker
+
+
+def _fit(
+    config: TrainConfig,
+    output: Output,
+    prepared: Prepared,
+    history: History,
+    *,
+    latest: state.StoredCheckpoint | None,
+    tracker: Tracker,
+) -> None:
+    """Run the workers to the last checkpoint, following them."""
+    relay = start_relay()
+    job = Job(
+        config=config,
+        ingest=prepared.ingest,
+        export=prepared.export,
+        relay=relay,
+        resume_from=latest.checkpoint if latest else None,
+        threads=config.resources.threads_per_worker or _default_threads(config),
+    )
+    bar = tqdm(
+        total=config.steps, initial=history.last_step, desc="train", unit="step", disable=not config.progress,
+        file=sys.stderr, smoothing=0.05, dynamic_ncols=True,
+    )  # fmt: skip
+
+    def show(record: StepRecord) -> None:
+        bar.set_postfix_str(f"loss {record.loss:.3f}, {record.tokens_per_s:,.0f} tokens/s", refresh=False)
+        bar.update(1)
+
+    recorder = Recorder(
+        relay,
+        history,
+        tracker,
+        flush_seconds=config.tracking.flush_seconds,
+        on_record=show,
+        on_sent=lambda sent: output.update(sent=sent),
+        sent=output.run.sent,
+    )
+    with bar:
+        try:
+            with recorder:
+                _trainer(job, output).fit()
+        except ray.train.TrainingFailedError as error:
+            raise JobError(f"training failed: {_reason(error)}. {_kept(output, history)}") from error
+    stopped = ray.get(relay.stopped.remote())
+    if stopped:
+        raise JobError(
+            f"training stopped at {stopped}, which is not a finite number. Lower optimizer.lr, lengthen "
+            f"optimizer.warmup_steps or lower optimizer.clip_norm. {_kept(output, history)}"
+        )
+    recorder.finish()
+
+
+def _trainer(job: Job, output: Output) -> TorchTrainer:
+    config = job.config
+    resources: dict[str, float] = {"CPU": config.resources.cpus_per_worker}
+    use_gpu = config.resources.device == "gpu"
+    if use_gpu:
+        resources["GPU"] = 1
+    run_config: Any = RunConfig(  # its static type in Ray is that of Train V1
+        name=state.next_attempt(output.storage),
+        storage_path=output.storage,
+        failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
+        checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
+        logging_config=LoggingConfig(log_level="WARNING"),
+    )
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker=resources),
+        run_config=run_config,
+    )
+
+
+def _default_threads(config: TrainConfig) -> int:
+    """Threads of torch per worker, if all workers share this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // config.num_workers)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in one line: the first worker's own error where there is one."""
+    failures = getattr(error, "worker_failures", None) or {}
+    cause: BaseException = failures[min(failures)] if failures else error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[-1]}" if lines else type(cause).__name__
+
+
+def _kept(output: Output, history: History) -> str:
+    return f"{history.last_step} steps are in {output.folder}; the same command continues from the last checkpoint"
+
+
+def _finish(output: Output, history: History, last: state.StoredCheckpoint, tracker: Tracker) -> TrainResult:
+    """Bring the finished model out of the last checkpoint and close the run."""
+    state.copy_export(last, output.export)
+    if not output.run.finished:
+        tracker.log_metrics([record.metrics() for record in history.records[output.run.sent :]])
+        tracker.log_artifacts(output.export, "export")
+        output.update(finished=True, sent=history.last_step)
+    tracker.finish("FINISHED")
+    return TrainResult(
+        export_dir=output.export,
+        run_id=tracker.run_id,
+        tracking_uri=output.tracking_uri,
+        records=tuple(history.records),
+    )

@@ -1,0 +1,168 @@
+"""What a checkpoint of a run holds, how it is written by all workers, and which one a rerun continues from.
+
+A checkpoint folder, merged by Ray Train from what every worker reports:
+
+    engine/             DeepSpeed's files: weights, optimizer
+    state.json          step, number of workers, identity of the run
+    history.jsonl       the record of every step so far
+    export/             the finished model, in the last checkpoint of a run only
+    worker-00000.json   one per worker: names and sizes of the files that worker wrote
+
+There is no random state to keep: every draw comes from a stream named by its step (``streams``). A kill in the middle
+of an upload leaves a folder whose files do not match those lists, and such a folder is not used.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pyarrow.fs
+import ray.train
+from ray.train import Checkpoint, CheckpointUploadMode
+
+from pipelines.training.engine import Engine
+
+ENGINE_DIR = "engine"
+EXPORT_DIR = "export"
+STATE_FILE = "state.json"
+HISTORY_FILE = "history.jsonl"
+
+
+@dataclass(frozen=True)
+class LoopState:
+    """Where a run stands."""
+
+    step: int  # updates made; the plan's step to come next
+    num_workers: int
+    identity_hash: str
+    exported: bool = False  # the folder holds the finished model
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """A complete checkpoint in storage."""
+
+    checkpoint: Checkpoint
+    state: LoopState
+
+
+def save(engine: Engine, state: LoopState, history: Sequence[str], *, rank: int, export: Path | None = None) -> None:
+    """Write a checkpoint and report it to Ray Train. Every worker must call it; returns when it is in storage.
+
+    Args:
+        engine: the engine, whose workers each write their part.
+        state: where the run stands.
+        history: lines of the record up to ``state.step``; rank 0's are used.
+        rank: this worker.
+        export: rank 0: a folder to take along as ``export/``.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="lumos-checkpoint-"))
+    engine.save_checkpoint(str(folder), tag=ENGINE_DIR)
+    if rank == 0:
+        (folder / STATE_FILE).write_text(json.dumps(asdict(state)))
+        (folder / HISTORY_FILE).write_text("".join(line + "\n" for line in history))
+        if export is not None:
+            shutil.copytree(export, folder / EXPORT_DIR)
+    files = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    (folder / _list_name(rank)).write_text(json.dumps(files))
+    ray.train.report(
+        {"step": state.step},
+        checkpoint=Checkpoint.from_directory(folder),
+        checkpoint_dir_name=f"step-{state.step:08d}-{uuid4().hex[:8]}",
+        checkpoint_upload_mode=CheckpointUploadMode.SYNC,
+        delete_local_checkpoint_after_upload=True,
+    )
+
+
+def restore(engine: Engine, folder: Path) -> tuple[LoopState, list[str]]:
+    """Load a checkpoint into an engine; returns where the run stood and its record. Every worker must call it."""
+    loaded, _ = engine.load_checkpoint(str(folder), tag=ENGINE_DIR)
+    if loaded is None:
+        raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
+    return _read_state((folder / STATE_FILE).read_bytes()), (folder / HISTORY_FILE).read_text().splitlines()
+
+
+def find_checkpoints(storage: str) -> list[StoredCheckpoint]:
+    """Complete checkpoints under a folder or URI, newest step first. Incomplete ones are left out."""
+    filesystem, root = pyarrow.fs.FileSystem.from_uri(storage)
+    found = []
+    for attempt in _folders(filesystem, root):
+        for path in _folders(filesystem, attempt):
+            state = _complete_state(filesystem, path)
+            if state is not None:
+                found.append(StoredCheckpoint(Checkpoint(path, filesystem), state))
+    return sorted(found, key=lambda stored: (stored.state.step, stored.checkpoint.path), reverse=True)
+
+
+def next_attempt(storage: str) -> str:
+    """Name for the checkpoints of one more driver: ``attempt-00001`` and so on."""
+    filesystem, root = pyarrow.fs.FileSystem.from_uri(storage)
+    numbers = [int(path.rsplit("-", 1)[1]) for path in _folders(filesystem, root)]
+    return f"attempt-{max(numbers, default=0) + 1:05d}"
+
+
+def prune(storage: str, keep: Sequence[StoredCheckpoint]) -> None:
+    """Delete every checkpoint folder but those to keep, incomplete ones included, and then empty attempts."""
+    filesystem, root = pyarrow.fs.FileSystem.from_uri(storage)
+    kept = {stored.checkpoint.path for stored in keep}
+    for attempt in _folders(filesystem, root):
+        folders = _folders(filesystem, attempt)
+        for path in folders:
+            if path not in kept:
+                filesystem.delete_dir(path)
+        if not kept & set(folders):
+            filesystem.delete_dir(attempt)
+
+
+def read_history(stored: StoredCheckpoint) -> list[str]:
+    """The record a checkpoint carries."""
+    return _read(stored.checkpoint.filesystem, f"{stored.checkpoint.path}/{HISTORY_FILE}").decode().splitlines()
+
+
+def copy_export(stored: StoredCheckpoint, target: Path) -> None:
+    """Bring the finished model of a checkpoint to ``target``, complete or not at all."""
+    building = target.with_name(f".{target.name}-new")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    source = stored.checkpoint.filesystem
+    pyarrow.fs.copy_files(f"{stored.checkpoint.path}/{EXPORT_DIR}", str(building), source_filesystem=source)
+    shutil.rmtree(target, ignore_errors=True)
+    building.rename(target)
+
+
+def _folders(filesystem: Any, path: str) -> list[str]:
+    selector = pyarrow.fs.FileSelector(path, allow_not_found=True)
+    infos = filesystem.get_file_info(selector)
+    return sorted(info.path for info in infos if info.type == pyarrow.fs.FileType.Directory)
+
+
+def _complete_state(filesystem: Any, path: str) -> LoopState | None:
+    """The state of a checkpoint folder, or None if any worker's files are not all there."""
+    try:
+        state = _read_state(_read(filesystem, f"{path}/{STATE_FILE}"))
+        for rank in range(state.num_workers):
+            files = json.loads(_read(filesystem, f"{path}/{_list_name(rank)}"))
+            infos = filesystem.get_file_info([f"{path}/{name}" for name in files])
+            if [info.size for info in infos] != list(files.values()):
+                return None
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return state
+
+
+def _read(filesystem: Any, path: str) -> bytes:
+    with filesystem.open_input_stream(path) as stream:
+        return bytes(stream.read())
+
+
+def _read_state(data: bytes) -> LoopState:
+    return LoopState(**json.loads(data))
+
+
+def _list_name(rank: int) -> str:
+    return f"worker-{rank:05d}.json"

@@ -1,0 +1,154 @@
+"""One global step: forward, backward and update over the micro-batches of every worker, and its figures.
+
+The loss of a step is the sum over the masked visual tokens of the whole global batch divided by their number, so it
+does not depend on how the batch was divided.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from lumos.decoder import Decoder
+from lumos.layout import SequenceLayout
+from lumos.losses import masked_visual_loss
+from lumos.masking import apply_mask, loss_mask
+from lumos.vocabulary import Vocabulary
+from pipelines.training.engine import Engine
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Documents of one forward pass, one after another."""
+
+    ids: Int64[Tensor, " tokens"]  # unmasked
+    masked_positions: Bool[Tensor, " tokens"]
+    layouts: tuple[SequenceLayout, ...]
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The batch on a device."""
+        return PackedBatch(
+            self.ids.to(device, non_blocking=True), self.masked_positions.to(device, non_blocking=True), self.layouts
+        )
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """All micro-batches of one worker in one step."""
+
+    step: int  # 0-based
+    epoch: int
+    micro_batches: tuple[PackedBatch, ...]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Figures of one global step, the same on every worker."""
+
+    loss: float
+    frame_losses: tuple[float, ...]  # by latent frame
+    grad_norm: float  # before clipping
+    tokens: int  # of all documents, markup and text included
+    masked_tokens: int  # visual tokens the loss was taken over
+    masked_share: float  # masked grid cells among all, row ends included
+    data_wait: float  # seconds a worker stood waiting for its batch, mean over workers
+
+    def is_finite(self) -> bool:
+        """Whether loss and gradient are numbers."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class LossModule(nn.Module):
+    """The decoder with its loss, in one module so that ZeRO-3 gathers the head's weight for it."""
+
+    def __init__(self, decoder: Decoder, vocabulary: Vocabulary, z_loss_weight: float) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.vocabulary = vocabulary
+        self.z_loss_weight = z_loss_weight
+
+    def forward(
+        self, batch: PackedBatch, num_frames: int
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " frames"], Float[Tensor, " frames"]]:
+        """Sum of token losses with z-loss (differentiable); sum and number of token losses by latent frame."""
+        masked_ids = apply_mask(batch.ids, batch.masked_positions, self.vocabulary)
+        hidden = self.decoder(masked_ids, batch.layouts)
+        loss = masked_visual_loss(
+            hidden, self.decoder.lm_head.weight, batch.ids, batch.masked_positions, batch.layouts, self.vocabulary
+        )
+        sums, counts = loss.per_frame(num_frames)
+        return loss.total(self.z_loss_weight), sums, counts
+
+
+class TrainStep:
+    """Runs global steps on an engine."""
+
+    def __init__(self, engine: Engine, vocabulary: Vocabulary, *, device: torch.device) -> None:
+        self.engine = engine
+        self.vocabulary = vocabulary
+        self.device = device
+        self.world_size = dist.get_world_size()
+
+    def __call__(self, batch: StepBatch, *, lr: float, data_wait: float) -> StepResult:
+        """One update. All rows of a step have one latent shape.
+
+        Args:
+            batch: this worker's micro-batches.
+            lr: learning rate of this step.
+            data_wait: seconds this worker waited for the batch, for the record.
+        """
+        micro_batches = [micro.to(self.device) for micro in batch.micro_batches]
+        num_frames = len(micro_batches[0].layouts[0].frames)
+        count = self._sum(torch.tensor([_count(micro, self.vocabulary) for micro in micro_batches]).sum())
+        # DeepSpeed averages over workers and micro-batches; multiplying undoes it.
+        scale = self.world_size * len(micro_batches) / float(count)
+        totals = torch.zeros(2, num_frames, dtype=torch.float64, device=self.device)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        own_norm = 0.0
+        for micro in micro_batches:
+            loss, sums, counts = self.engine(micro, num_frames)
+            self.engine.backward(loss * scale)
+            totals += torch.stack([sums, counts])
+            if self.engine.zero_optimization_stage() == 0:
+                own_norm = _gradient_norm(self.engine.module)  # DeepSpeed keeps none then
+            self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return self._result(micro_batches, totals, data_wait, grad_norm=own_norm if norm is None else float(norm))
+
+    def _result(
+        self, micro_batches: Sequence[PackedBatch], totals: Tensor, data_wait: float, *, grad_norm: float
+    ) -> StepResult:
+        cells = sum(frame.grid_size for micro in micro_batches for doc in micro.layouts for frame in doc.frames)
+        masked = sum(int(micro.masked_positions.sum()) for micro in micro_batches)
+        tokens = sum(len(micro.ids) for micro in micro_batches)
+        own = torch.tensor([tokens, cells, masked, data_wait], dtype=torch.float64, device=self.device)
+        flat = self._sum(torch.cat([own, totals.flatten()])).tolist()
+        sums, counts = flat[4 : 4 + totals.shape[1]], flat[4 + totals.shape[1] :]
+        return StepResult(
+            loss=sum(sums) / sum(counts),
+            frame_losses=tuple(s / max(c, 1.0) for s, c in zip(sums, counts, strict=True)),
+            grad_norm=grad_norm,
+            tokens=int(flat[0]),
+            masked_tokens=int(sum(counts)),
+            masked_share=flat[2] / flat[1],
+            data_wait=flat[3] / self.world_size,
+        )
+
+    def _sum(self, values: Tensor) -> Tensor:
+        values = values.to(self.device)
+        dist.all_reduce(values)
+        return values
+
+
+def _count(batch: PackedBatch, vocabulary: Vocabulary) -> int:
+    return int(loss_mask(batch.ids, batch.masked_positions, vocabulary).sum())
+
+
+def _gradient_norm(module: nn.Module) -> float:
+    gradients = [p.grad.float() for p in module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0

@@ -1,0 +1,37 @@
+"""Configs of runs that take moments."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipelines.training.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelShape,
+    OptimizerConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+
+TINY = ModelShape(
+    hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=32, max_seq_len=512
+)
+
+
+def tiny_config(dataset: Path, output: Path, **changes: Any) -> TrainConfig:
+    """Two workers, float32, micro-batches of 2 that are accumulated."""
+    config = TrainConfig(
+        output=str(output),
+        data=DataConfig(dataset=str(dataset)),
+        model=TINY,
+        optimizer=OptimizerConfig(lr=3e-3, warmup_steps=2, schedule="cosine", clip_norm=1.0),
+        precision="fp32",
+        steps=60,
+        global_batch=8,
+        micro_batch=2,
+        num_workers=2,
+        checkpoint=CheckpointConfig(every=10),
+        tracking=TrackingConfig(flush_seconds=0.5),
+        progress=False,
+    )
+    return replace(config, **changes)

@@ -1,0 +1,78 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lumos.vocabulary import Vocabulary
+from pipelines.config import load_config, shipped_configs
+from pipelines.errors import UserError
+from pipelines.training.config import OptimizerConfig, ResourceConfig, TrainConfig, scheduled_lr
+from pipelines.training.engine import engine_settings, read_deepspeed_file
+from tests.pipelines.training.runs import tiny_config
+
+CONFIG = tiny_config(Path("data"), Path("out"))
+
+
+@pytest.mark.parametrize("name", shipped_configs("train"))
+def test_shipped_configs_are_valid(name):
+    config = load_config(TrainConfig, name)
+    assert engine_settings(config)["train_micro_batch_size_per_gpu"] == config.micro_batch
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("global_batch=30", r"global_batch = 30 is not a multiple of num_workers x micro_batch = 2 x 16 = 32"),
+        ("num_workers=3", r"global_batch = 32 is not a multiple.*3 x 16 = 48; nearest that are: 48"),
+        ("optimizer.lr=0.0", "lr must be positive, got 0.0"),
+        ("optimizer.warmup_steps=501", "warmup_steps = 501 exceeds steps = 500"),
+        ("model.head_dim=48", "head_dim must be a multiple of 32, got 48"),
+        ("data.grid_unit=12", "grid_unit must be a positive multiple of 8 px, got 12"),
+        ("optimiser.lr=1.0", "unknown key 'optimiser'.*did you mean 'optimizer'"),
+        ("steps=many", "steps: input should be a valid integer, got 'many'"),
+    ],
+)
+def test_bad_values_are_errors_that_name_them(override, message):
+    with pytest.raises(UserError, match=message):
+        load_config(TrainConfig, "demo", [override])
+
+
+def test_learning_rate_warms_up_and_falls_along_a_cosine():
+    options = OptimizerConfig(lr=1.0, warmup_steps=4, schedule="cosine", min_lr_ratio=0.1)
+    rates = [scheduled_lr(options, step=step, steps=20) for step in range(20)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    constant = replace(options, schedule="constant")
+    assert scheduled_lr(constant, step=19, steps=20) == 1.0
+
+
+def test_identity_leaves_out_what_does_not_change_the_result():
+    same = replace(CONFIG, output="elsewhere", resources=ResourceConfig(steps_per_block=3), progress=True)
+    assert same.identity_hash() == CONFIG.identity_hash()
+    assert replace(CONFIG, seed=1).identity_hash() != CONFIG.identity_hash()
+    assert replace(CONFIG, steps=61).identity_hash() != CONFIG.identity_hash()
+    constant = replace(CONFIG, optimizer=replace(CONFIG.optimizer, schedule="constant"))
+    assert replace(constant, steps=61).identity_hash() == constant.identity_hash()
+
+
+def test_vocabulary_lumos1_asks_for_its_tokenizers():
+    config = replace(CONFIG, data=replace(CONFIG.data, vocabulary="lumos1"))
+    assert config.make_vocabulary(text_vocab_size=65536, codebook_size=64000) == Vocabulary.lumos1()
+    with pytest.raises(ValueError, match="has 64000 visual codes, the snapshot's tokenizer 512"):
+        config.make_vocabulary(text_vocab_size=65536, codebook_size=512)
+    with pytest.raises(ValueError, match="text tokenizer has 70000 ids"):
+        config.make_vocabulary(text_vocab_size=70000, codebook_size=64000)
+
+
+def test_deepspeed_files_are_found_and_checked(tmp_path):
+    assert [read_deepspeed_file(f"zero{stage}")["zero_optimization"]["stage"] for stage in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(UserError, match=r"'zero9' is neither a JSON file nor a shipped name \(zero0, zero1"):
+        read_deepspeed_file("zero9")
+    own = tmp_path / "own.json"
+    own.write_text('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}')
+    with pytest.raises(UserError, match=r"own.json sets bf16; remove them"):
+        read_deepspeed_file(str(own))
+    own.write_text("{")
+    with pytest.raises(UserError, match="is not valid JSON"):
+        read_deepspeed_file(str(own))

@@ -1,0 +1,101 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lumos.checkpoint import save_checkpoint
+from lumos.decoder import Decoder
+from lumos.tokenizers.text import TextTokenizer
+from lumos.tokenizers.video import TokenizerConfig
+from lumos.vocabulary import Vocabulary
+from pipelines.errors import UserError
+from pipelines.training.output import Output
+from pipelines.training.prepare import prepare
+from tests.pipelines.training.runs import TINY, tiny_config
+from tests.pipelines.training.snapshots import CODEBOOK, write_snapshot
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_snapshot(tmp_path_factory.mktemp("dataset"), {(2, 4, 4): 13, (3, 4, 6): 8})
+
+
+@pytest.fixture
+def config(dataset, tmp_path):
+    return tiny_config(dataset, tmp_path / "out")
+
+
+def save_model(path: Path, vocabulary: Vocabulary, **changes: int) -> Path:
+    save_checkpoint(path, Decoder(replace(TINY, **changes).resolve(vocabulary.vocab_size)), vocabulary)
+    return path
+
+
+def test_a_good_config_is_prepared(config):
+    prepared = prepare(config)
+    assert prepared.export.extra["shapes"] == [[2, 4, 4], [3, 4, 6]]
+    assert prepared.export.extra["fps"] == 12.0
+    assert prepared.export.extra["dataset_digest"] == prepared.snapshot.digest
+    assert prepared.ingest.vocabulary.codebook_size == CODEBOOK
+    json.dumps(prepared.export.extra)
+
+
+def test_too_few_rows_is_an_error(config):
+    with pytest.raises(UserError, match="21 training rows, fewer than a batch of global_batch = 24"):
+        prepare(replace(config, global_batch=24))
+
+
+def test_a_missing_dataset_is_an_error(config, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere holds no published snapshot; make one with `lumos curate`"):
+        prepare(replace(config, data=replace(config.data, dataset=str(tmp_path / "nowhere"))))
+
+
+def test_a_snapshot_of_another_tokenizer_is_an_error(config):
+    asked = replace(config, data=replace(config.data, tokenizer=TokenizerConfig()))
+    with pytest.raises(UserError, match=r"made by the tokenizer fsq \(64 codes, weights sha256:test\), not by fsq"):
+        prepare(asked)
+
+
+def test_a_missing_tokenizer_file_is_an_error(config):
+    visual = replace(config.data, tokenizer=TokenizerConfig(path="/none/weights.safetensors"))
+    with pytest.raises(UserError, match=r"data.tokenizer: .*/none/weights.safetensors"):
+        prepare(replace(config, data=visual))
+    with pytest.raises(UserError, match=r"text tokenizer /none/text.json is not a file"):
+        prepare(replace(config, data=replace(config.data, text_tokenizer="/none/text.json")))
+
+
+def test_frames_that_cannot_be_written_are_an_error(config):
+    with pytest.raises(UserError, match=r"bucket 2x4x4 .*set data.grid_unit to 32 px"):
+        prepare(replace(config, data=replace(config.data, grid_unit=64)))
+    with pytest.raises(UserError, match=r"sequences of \d+ tokens and more, model.max_seq_len is 40"):
+        prepare(replace(config, model=replace(config.model, max_seq_len=40)))
+
+
+def test_a_checkpoint_of_another_shape_or_vocabulary_is_an_error(config, tmp_path):
+    text = TextTokenizer.load().vocab_size
+    ours = Vocabulary.compact(text, CODEBOOK)
+    good = save_model(tmp_path / "good", ours)
+    prepare(replace(config, init_from=str(good)))
+    wide = save_model(tmp_path / "wide", ours, hidden_size=96)
+    with pytest.raises(UserError, match=r"another shape: it has hidden_size = 96; this run has hidden_size = 64"):
+        prepare(replace(config, init_from=str(wide)))
+    coarse = save_model(tmp_path / "coarse", replace(ours, grid_unit=32))
+    with pytest.raises(UserError, match=r"another vocabulary: it has grid_unit = 32; this run has grid_unit = 16"):
+        prepare(replace(config, init_from=str(coarse)))
+    with pytest.raises(UserError, match=r"init_from: .*none is not a checkpoint"):
+        prepare(replace(config, init_from=str(tmp_path / "none")))
+
+
+def test_an_output_of_another_run_is_an_error(config, tmp_path):
+    Output(config, snapshot_digest="a" * 64).begin(config)
+    assert Output(replace(config, progress=True), snapshot_digest="a" * 64).run.key
+    with pytest.raises(UserError, match=r"holds another run \(seed: 0 there, 1 asked for\): name another output"):
+        Output(replace(config, seed=1), snapshot_digest="a" * 64)
+    with pytest.raises(UserError, match=r"holds another run \(snapshot: aaaaaaaaaaaaaaaa there, bbbbbbbbbbbbbbbb here"):
+        Output(config, snapshot_digest="b" * 64)
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "one.txt").touch()
+    with pytest.raises(UserError, match="is not empty and holds no training run"):
+        Output(replace(config, output=str(tmp_path / "letters")), snapshot_digest="a" * 64)
+    with pytest.raises(UserError, match=r"output = 's3://bucket/run' is not a local folder"):
+        Output(replace(config, output="s3://bucket/run"), snapshot_digest="a" * 64)

@@ -1,0 +1,241 @@
+"""Real runs: Ray Train, DeepSpeed and MLflow, two workers on two CPUs, killed in various ways."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from safetensors.torch import load_file
+
+from lumos.checkpoint import load_checkpoint
+from lumos.decoder import Decoder
+from lumos.tokenizers.text import TextTokenizer
+from pipelines.cluster import connect
+from pipelines.config import config_to_yaml
+from pipelines.errors import JobError, UserError
+from pipelines.training.config import OptimizerConfig
+from pipelines.training.history import StepRecord
+from pipelines.training.ingest import StepLoader, unpack
+from pipelines.training.prepare import prepare
+from pipelines.training.run import TrainResult, train
+from pipelines.training.step import LossModule
+from pipelines.training.streams import torch_stream
+from tests.pipelines.training.runs import tiny_config
+from tests.pipelines.training.snapshots import write_snapshot
+
+
+@pytest.fixture(scope="module")
+def two_cpus():
+    """A cluster with exactly as many CPUs as workers."""
+    with connect(num_cpus=2):
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("train")
+
+
+@pytest.fixture(scope="module")
+def dataset(folder):
+    return write_snapshot(folder / "dataset", {(2, 4, 4): 21, (3, 4, 6): 8})
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(two_cpus, dataset, folder) -> TrainResult:
+    return train(tiny_config(dataset, folder / "uninterrupted"))
+
+
+def losses(records) -> list[float]:
+    return [record.loss for record in records]
+
+
+def metrics_lines(output: Path) -> list[str]:
+    file = output / "metrics.jsonl"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def check_tracked_once(result: TrainResult) -> None:
+    """One run, with every step once, as in ``metrics.jsonl``."""
+    client = MlflowClient(result.tracking_uri)
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert [run.info.run_id for run in runs] == [result.run_id]
+    assert runs[0].info.status == "FINISHED"
+    history = client.get_metric_history(result.run_id, "loss")
+    assert [metric.step for metric in history] == [record.step for record in result.records]
+    assert [metric.value for metric in history] == losses(result.records)
+
+
+def on_first_checkpoint(output: Path, action: Callable[[], None]) -> threading.Thread:
+    """Do something as soon as the first folder of a checkpoint appears."""
+
+    def wait() -> None:
+        while not list(output.glob("checkpoints/*/step-*")):
+            time.sleep(0.01)
+        action()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_training_of_two_workers_on_two_cpus(uninterrupted, folder):
+    records = uninterrupted.records
+    assert [record.step for record in records] == list(range(1, 61))
+    assert [StepRecord.from_line(line) for line in metrics_lines(folder / "uninterrupted")] == list(records)
+    assert losses(records)[-1] < losses(records)[0] - 0.3
+    assert all(0.6 < record.masked_share <= 1.0 for record in records)
+    weights = [len(record.frame_losses) for record in records]
+    assert set(weights) == {2, 3}, "one loss per latent frame of the step's bucket"
+    for record in records:
+        assert record.loss == pytest.approx(sum(record.frame_losses) / len(record.frame_losses), abs=0.05)
+    kept = sorted(path.name.split("-")[1] for path in (folder / "uninterrupted").glob("checkpoints/*/step-*"))
+    assert kept == ["00000050", "00000060"]
+
+
+def test_loss_of_the_first_step_is_that_of_the_whole_batch_at_once(uninterrupted, dataset, folder):
+    config = tiny_config(dataset, folder / "none", num_workers=1, micro_batch=8)
+    prepared = prepare(config)
+    model = Decoder(prepared.export.model)
+    model.init_weights(torch_stream(config.seed, "init"))
+    batch = unpack(StepLoader(prepared.ingest, 0)(pa.table({"step": [0]})), prepared.ingest).micro_batches[0]
+    first = uninterrupted.records[0]
+    total, sums, counts = LossModule(model, prepared.ingest.vocabulary, 0.0)(batch, len(first.frame_losses))
+    loss = total / counts.sum()
+    assert first.masked_tokens == counts.sum()
+    assert first.loss == pytest.approx(loss.item(), abs=2e-6)
+    assert list(first.frame_losses) == pytest.approx((sums / counts).tolist(), abs=5e-6)
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert first.grad_norm == pytest.approx(float(norm), rel=1e-5)
+
+
+def test_export_is_what_generation_reads(uninterrupted):
+    loaded = load_checkpoint(uninterrupted.export_dir)
+    assert loaded.model.lm_head.weight.dtype == torch.float32
+    assert loaded.extra["train_config"]["steps"] == 60
+    assert loaded.extra["tokenizer"]["weights_hash"] == "sha256:test"
+    text = TextTokenizer.load(uninterrupted.export_dir / "text_tokenizer.json")
+    assert text.vocab_size == loaded.vocabulary.text_vocab_size
+
+
+def test_mlflow_has_the_run(uninterrupted):
+    check_tracked_once(uninterrupted)
+    client = MlflowClient(uninterrupted.tracking_uri)
+    run = client.get_run(uninterrupted.run_id)
+    wanted = {"loss", "loss_frame_0", "loss_frame_1", "lr", "tokens_per_s", "step_seconds", "grad_norm", "data_wait"}
+    assert wanted <= run.data.metrics.keys()
+    assert run.data.params["model.num_layers"] == "2"
+    assert {"git_commit", "dataset_digest"} <= run.data.tags.keys()
+    assert run.data.tags["dataset_digest"].startswith(run.inputs.dataset_inputs[0].dataset.digest)
+    assert {item.path for item in client.list_artifacts(uninterrupted.run_id)} == {"config.yaml", "export"}
+
+
+def test_a_finished_run_is_returned_and_not_repeated(uninterrupted, dataset, folder):
+    again = train(tiny_config(dataset, folder / "uninterrupted"))
+    assert (again.run_id, again.records) == (uninterrupted.run_id, uninterrupted.records)
+    with pytest.raises(UserError, match=r"holds another run \(seed: 0 there, 1 asked for\)"):
+        train(tiny_config(dataset, folder / "uninterrupted", seed=1))
+
+
+def test_resume_after_a_worker_was_killed(uninterrupted, dataset, folder):
+    output = folder / "worker-killed"
+    killed = []
+
+    def kill() -> None:
+        workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+        workers[-1].kill()
+        killed.append(len(metrics_lines(output)))
+
+    killer = on_first_checkpoint(output, kill)
+    result = train(tiny_config(dataset, output))
+    killer.join(timeout=1)
+    assert killed, "no worker was killed"
+    assert killed[0] < 60, "killed too late to matter"
+    assert losses(result.records) == pytest.approx(losses(uninterrupted.records), abs=1e-6)
+    check_tracked_once(result)
+
+
+def test_resume_after_the_driver_was_killed_without_a_compiler(uninterrupted, dataset, folder):
+    """The command itself, with neither compiler nor ninja on PATH, killed once and run again."""
+    output = folder / "driver-killed"
+    config = folder / "config.yaml"
+    config.write_text(config_to_yaml(tiny_config(dataset, output)))
+    command = [sys.executable, "-m", "jobs.train", str(config)]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env["PATH"] = str(only_bash(folder / "bin"))
+    log = folder / "driver-killed.log"
+    with log.open("w") as file, subprocess.Popen(command, env=env, stdout=file, stderr=file) as driver:
+        try:
+            on_first_checkpoint(output, driver.kill)
+            assert driver.wait(timeout=240) == -signal.SIGKILL, log.read_text()[-3000:]
+        finally:
+            driver.kill()
+    assert len(metrics_lines(output)) < 60
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = train(tiny_config(dataset, output))
+    assert losses(again.records) == pytest.approx(losses(uninterrupted.records), abs=1e-6)
+    check_tracked_once(again)
+    assert len(list(output.glob("checkpoints/*/step-*"))) == 2
+
+
+def only_bash(folder: Path) -> Path:
+    """A folder for PATH with nothing but what Ray starts its workers with."""
+    folder.mkdir()
+    (folder / "bash").symlink_to(shutil.which("bash"))
+    return folder
+
+
+def test_world_size_and_zero_stage_do_not_change_the_loss(uninterrupted, dataset, folder):
+    one = train(tiny_config(dataset, folder / "one", num_workers=1, micro_batch=4, deepspeed="zero3"))
+    assert losses(one.records)[:12] == pytest.approx(losses(uninterrupted.records)[:12], abs=5e-6)
+    assert losses(one.records) == pytest.approx(losses(uninterrupted.records), abs=1e-3)
+    ours, theirs = (load_file(result.export_dir / "model.safetensors") for result in (one, uninterrupted))
+    assert ours.keys() == theirs.keys()
+    for key, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[key], atol=1e-2, rtol=0)
+
+
+def test_bf16_follows_float32(uninterrupted, dataset, folder):
+    half = train(tiny_config(dataset, folder / "bf16", precision="bf16"))
+    assert losses(half.records) == pytest.approx(losses(uninterrupted.records), abs=0.1)
+    assert load_file(half.export_dir / "model.safetensors")["lm_head.weight"].dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_a_run_with_constant_rate_can_be_made_longer(two_cpus, dataset, folder):
+    constant = OptimizerConfig(lr=3e-3, schedule="constant")
+    config = tiny_config(dataset, folder / "constant", optimizer=constant, steps=12)
+    short = train(config)
+    longer = train(replace(config, steps=16))
+    assert longer.run_id == short.run_id
+    assert losses(longer.records)[:12] == losses(short.records)
+    assert longer.steps == 16
+    assert load_checkpoint(longer.export_dir).extra["train_config"]["steps"] == 16
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_a_reason(two_cpus, dataset, folder):
+    config = tiny_config(dataset, folder / "nan", num_workers=1, optimizer=OptimizerConfig(lr=1e30))
+    with pytest.raises(JobError, match=r"training stopped at step 2: loss is nan.*Lower optimizer.lr.*1 steps are in"):
+        train(config)
+    run = json.loads((folder / "nan" / "run.json").read_text())
+    tracked = MlflowClient(f"sqlite:///{folder / 'nan' / 'mlflow.db'}").get_run(run["run_id"])
+    assert tracked.info.status == "FAILED"
+
+
+def test_a_cluster_that_is_too_small_is_an_error(two_cpus, dataset, folder):
+    with pytest.raises(UserError, match=r"num_workers = 4 workers and their loaders need 3 CPU, the cluster has 2"):
+        train(tiny_config(dataset, folder / "wide", num_workers=4))
