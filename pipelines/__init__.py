@@ -1,0 +1,1 @@
+"""The pipelines around the model library: data, training, generation, evaluation, the demo."""

@@ -15,7 +15,7 @@ if importlib.util.find_spec("beartype"):
     install_import_hook("lumos", "tests.typecheck.check")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # gone at the module's end: tests of other modules start clusters of other sizes
 def ray_cluster():
     from pipelines.cluster import connect
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def model_name(stem: str) -> str:
     return stem.removesuffix(next(s for s in SUFFIXES if stem.endswith(s)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def reference_model(name: str) -> Decoder:
     """The decoder with the reference's weights, drawn as the reference drew them."""
     meta: dict[str, Any] = json.loads((GOLDEN_DIR / f"{name}.json").read_text())

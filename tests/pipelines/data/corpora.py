@@ -50,7 +50,7 @@ FATES = {
 def curate_config(corpus: Path, dataset: Path, tokenizer: Path, *overrides: str) -> CurateConfig:
     """The demo's config on another corpus."""
     paths = [f"source.path={corpus}", f"dataset={dataset}", f"tokens.tokenizer.path={tokenizer}"]
-    return load_config(CurateConfig, "demo", [*paths, "progress=false", *overrides])
+    return load_config(CurateConfig, "demo", [*paths, "progress=false", "resources.workers=1", *overrides])
 
 
 def published(snapshot: Snapshot) -> dict[str, str]:

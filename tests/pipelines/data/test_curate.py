@@ -66,7 +66,9 @@ def test_the_ledger_accounts_for_every_source_and_clip(curated, corpus):
 def test_the_snapshot_holds_the_kept_clips_with_their_captions(curated):
     snapshot = open_snapshot(str(curated[0]))
     rows = [
-        row for bucket in snapshot.manifest.buckets for shard in bucket.shards
+        row
+        for bucket in snapshot.manifest.buckets
+        for shard in bucket.shards
         for row in snapshot.read_shard(shard).to_pylist()
     ]
     kept = {row["key"]: row for row in snapshot.read_ledger().to_pylist() if row["status"] == "kept"}
@@ -92,7 +94,7 @@ def test_nothing_of_the_run_is_inside(curated, corpus):
 def test_another_place_and_other_batches_give_identical_files(curated, corpus, tokenizer_file, tmp_path):
     moved = tmp_path / "elsewhere"
     shutil.copytree(corpus, moved, symlinks=True)
-    result = curate(curate_config(moved, tmp_path / "d", tokenizer_file, "resources.workers=1"))
+    result = curate(curate_config(moved, tmp_path / "d", tokenizer_file, "resources.workers=2"))
     assert published(open_snapshot(result.snapshot_uri)) == published(open_snapshot(curated[1].snapshot_uri))
 
 

@@ -29,7 +29,9 @@ class Double:
                 flag.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
         return [
-            {"work_key": row["work_key"], "value": 2 * row["value"] + copy} for row in rows for copy in range(self.copies)
+            {"work_key": row["work_key"], "value": 2 * row["value"] + copy}
+            for row in rows
+            for copy in range(self.copies)
         ]
 
 

@@ -102,7 +102,9 @@ def captions(folder, config=None, path=None):
 
 
 def test_captions_come_from_a_table_in_the_folder(folder):
-    write_table(folder / "captions.csv", [("a.mp4", 'one, "quoted"\nline'), ("./deep/c.MOV", "two"), ("a.mp4", "three")])
+    write_table(
+        folder / "captions.csv", [("a.mp4", 'one, "quoted"\nline'), ("./deep/c.MOV", "two"), ("a.mp4", "three")]
+    )
     expected = {"a.mp4": ('one, "quoted"\nline', "three"), "deep/c.MOV": ("two",)}
     assert captions(folder) == ("metadata", expected)
 

@@ -59,7 +59,7 @@ def make_report(root: Path, count: int) -> Report:
         samples=samples,
         losses=losses,
         not_kept=[*not_kept, LedgerRow(path="a<b>.mp4", status="failed", reason="x & y")],
-        next_steps=[("One video of your own:", 'lumos generate --model demo/model --prompt "A large red cross"')],
+        next_steps=[("One video of your own:", 'lumos generate --model demo/model --prompt "A large red bar"')],
     )
 
 
