@@ -16,6 +16,9 @@ from pipelines.data.settings import CaptionConfig, SourceConfig
 from pipelines.data.tables import TABLE_SUFFIXES, is_table, read_table, resolve_paths
 from pipelines.errors import UserError
 
+CAPTION_INPUTS = pa.schema(
+    [("work_key", pa.string()), ("key", pa.string()), ("texts", pa.list_(pa.string())), ("captioner", pa.string())]
+)
 CAPTIONED = pa.schema(
     [
         pa.field("work_key", pa.string(), nullable=False),

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.cluster import connect
-from pipelines.data.captions import CaptionSource, caption_key, captions_stage, find_captions
+from pipelines.data.captions import CAPTION_INPUTS, CaptionSource, caption_key, captions_stage, find_captions
 from pipelines.data.codes import CodeReader
 from pipelines.data.config import CurateConfig
 from pipelines.data.decide import decide
@@ -18,7 +18,7 @@ from pipelines.data.runner import Row, StageTable, run_stage
 from pipelines.data.snapshot import Snapshot, TokenizerInfo
 from pipelines.data.sources import first_paths, list_sources, sources_stage
 from pipelines.data.split import split_stage
-from pipelines.data.tokens import REQUEST_COLUMNS, load_tokenizer_info, plan_shape, tokens_stage
+from pipelines.data.tokens import REQUEST_COLUMNS, TOKEN_INPUTS, load_tokenizer_info, plan_shape, tokens_stage
 from pipelines.errors import JobError, UserError
 
 
@@ -171,10 +171,10 @@ class _Curation:
         inputs = {
             "work_key": [caption_key(rows[i]["key"], text, captioner) for i, text in zip(kept, texts, strict=True)],
             "key": [rows[i]["key"] for i in kept],
-            "texts": pa.array(texts, pa.list_(pa.string())),
+            "texts": texts,
             "captioner": [captioner] * len(kept),
         }
-        table = self._compute("captions", pa.table(inputs)).read(["work_key", "captions"])
+        table = self._compute("captions", pa.table(inputs, schema=CAPTION_INPUTS)).read(["work_key", "captions"])
         found = dict(zip(table["work_key"].to_pylist(), table["captions"].to_pylist(), strict=True))
         captions = {index: found[key] for index, key in zip(kept, inputs["work_key"], strict=True)}
         verdicts.mark("captions", kept)
@@ -193,7 +193,7 @@ class _Curation:
             request = {name: row[name] for name in REQUEST_COLUMNS}
             work_key = shape.work_key(row["key"])
             inputs.append({"work_key": work_key, "key": row["key"], "uri": uris[index], **asdict(shape), **request})
-        table = self._compute("tokens", pa.Table.from_pylist(inputs, schema=_TOKEN_INPUTS))
+        table = self._compute("tokens", pa.Table.from_pylist(inputs, schema=TOKEN_INPUTS))
         done = table.read(["work_key", "fps", "t", "h", "w", "codes_sha256", "error"]).to_pylist()
         by_key = {row["work_key"]: row for row in done}
         tokens = {index: by_key[row["work_key"]] for index, row in zip(kept, inputs, strict=True)}
@@ -244,25 +244,6 @@ class _Curation:
             tokens={name: total.tokens for name, total in manifest.totals.items()},
             computed=dict(self.computed),
         )
-
-
-_TOKEN_INPUTS = pa.schema(
-    [
-        ("work_key", pa.string()),
-        ("key", pa.string()),
-        ("uri", pa.string()),
-        ("num_frames", pa.int32()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("start_s", pa.float64()),
-        ("end_s", pa.float64()),
-        ("rotation", pa.int16()),
-        ("pixel_aspect", pa.float64()),
-        ("source_frames", pa.int64()),
-        ("origin_s", pa.float64()),
-        ("clean_clock", pa.bool_()),
-    ]
-)
 
 
 def _portable(config: CurateConfig) -> dict[str, Any]:

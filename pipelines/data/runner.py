@@ -234,5 +234,3 @@ def _execute(stage: Stage, table: StageTable, pending: pa.Table, workers: int | 
             f"stage {stage.name} stopped: {type(cause).__name__}: {told}\n"
             "what was committed is kept; give the same command again to continue"
         ) from error
-
-

@@ -23,6 +23,23 @@ from pipelines.data.snapshot import TokenizerInfo
 from pipelines.data.split import LocalFiles
 from pipelines.data.video import ClipRequest, VideoError
 
+TOKEN_INPUTS = pa.schema(
+    [
+        ("work_key", pa.string()),
+        ("key", pa.string()),
+        ("uri", pa.string()),
+        ("num_frames", pa.int32()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("start_s", pa.float64()),
+        ("end_s", pa.float64()),
+        ("rotation", pa.int16()),
+        ("pixel_aspect", pa.float64()),
+        ("source_frames", pa.int64()),
+        ("origin_s", pa.float64()),
+        ("clean_clock", pa.bool_()),
+    ]
+)
 TOKENIZED = pa.schema(
     [
         pa.field("work_key", pa.string(), nullable=False),

@@ -29,7 +29,7 @@ NUM_FRAMES = 18  # one more than training uses, so that rounding of the duration
 STEP = 2  # source px per frame: half a latent cell (8 of 16 source px) in the 4 frames of one latent step
 LATTICE = 8  # source px between possible start positions: half a latent cell
 
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = ("circle", "square", "triangle", "bar")
 SIZES = {"small": 40, "large": 56}  # side of the bounding box, source px
 COLORS = {
     "red": (214, 38, 44),
@@ -260,8 +260,8 @@ def shape_mask(shape: str, side: int, supersample: int = 4) -> NDArray[np.float3
         inside = np.ones((count, count), dtype=bool)
     elif shape == "triangle":
         inside = np.abs(x) <= (y + 1) / 2
-    elif shape == "cross":
-        inside = (np.abs(x) <= 1 / 3) | (np.abs(y) <= 1 / 3)
+    elif shape == "bar":
+        inside = (np.abs(y) <= 1 / 3) & (np.abs(x) <= 1)
     else:
         raise ValueError(f"shape {shape!r} is not one of {', '.join(SHAPES)}")
     mask: NDArray[np.float32] = (

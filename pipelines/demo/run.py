@@ -67,7 +67,7 @@ def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: S
             specs = held_out_specs(seed)
             _write_prompts(out / "prompts.csv", specs, seed)
         with _phase("curate", "probe, score, decide, tokenize, publish", seconds):
-            paths = {"source.path": out / "corpus", "dataset": out / "dataset"}
+            paths: dict[str, object] = {"source.path": out / "corpus", "dataset": out / "dataset"}
             curated = curate(load_config(CurateConfig, "demo", _overrides(**paths)))
         with _phase("train", "a model from scratch", seconds):
             paths = {"data.dataset": curated.snapshot_uri, "output": out / "train"}
@@ -101,9 +101,9 @@ def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: S
         )
         write_report(out / "report.html", page)
     summary["seconds"] = seconds | {"total": time.monotonic() - begin}
-    summary = _rounded(summary)
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    return summary
+    rounded: dict[str, Any] = _rounded(summary)
+    (out / "summary.json").write_text(json.dumps(rounded, indent=2) + "\n", encoding="utf-8")
+    return rounded
 
 
 @contextmanager

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lumos.checkpoint import read_config
+import torch
+
+from lumos.checkpoint import load_weights, read_config
 from lumos.config import ModelConfig
+from lumos.decoder import Decoder
 from lumos.layout import PromptTemplate, header_tokens, num_source_frames, prompt_text, video_layout
 from lumos.sampling import GenerationRequest
 from lumos.tokenizers import TextTokenizer, TokenizerConfig, load_video_tokenizer
@@ -51,6 +54,9 @@ def read_card(config: ModelRunConfig) -> ModelCard:
     folder = Path(config.model).expanduser().resolve()
     try:
         model_config, vocabulary, extra = read_config(folder)
+        with torch.device("meta"):
+            model = Decoder(model_config)
+        load_weights(model, folder)  # names and shapes are compared; nothing is kept
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"model: {error}") from error
     except KeyError as error:

@@ -49,8 +49,9 @@ class GenerateResult:
 
     def __str__(self) -> str:
         """For the command's last line."""
-        held = f", {self.skipped} were there already" if self.skipped else ""
-        return f"{self.output}: {self.generated} videos made in {self.seconds:.1f} s{held}"
+        held = f", {self.skipped} there already" if self.skipped else ""
+        made = "1 video" if self.generated == 1 else f"{self.generated} videos"
+        return f"{self.output}: {made} made in {self.seconds:.1f} s{held}"
 
 
 @dataclass(frozen=True)

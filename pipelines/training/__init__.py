@@ -1,0 +1,1 @@
+"""Training: batch plan, ingest, the step, the workers, the run; and the tokenizers' own training."""

@@ -26,13 +26,13 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "init", started)
 
 
-def copy_model(model_dir: Path, target: Path, **extra: Any) -> Path:
-    """The model with other settings in its config; None takes one out."""
+def copy_model(model_dir: Path, target: Path, **changes: Any) -> Path:
+    """The model with other values in its config: top-level keys, or ``extra``; None takes a key of that out."""
     shutil.copytree(model_dir, target)
     config = json.loads((target / "config.json").read_text())
-    settings = {**config["lumos"]["extra"], **extra}
-    config["lumos"]["extra"] = {key: value for key, value in settings.items() if value is not None}
-    (target / "config.json").write_text(json.dumps(config))
+    extra = {**config["lumos"]["extra"], **changes.pop("extra", {})}
+    config["lumos"]["extra"] = {key: value for key, value in extra.items() if value is not None}
+    (target / "config.json").write_text(json.dumps({**config, **changes}))
     return target
 
 
@@ -95,12 +95,28 @@ def test_a_text_tokenizer_with_more_ids_than_the_model_is_refused(
 def test_a_checkpoint_that_names_no_size_asks_for_one(
     generate_config: GenerateConfig, model_dir: Path, tmp_path: Path
 ) -> None:
-    model = copy_model(model_dir, tmp_path / "model", shapes=None)
+    model = copy_model(model_dir, tmp_path / "model", extra={"shapes": None})
     config = replace(generate_config, model=str(model))
     with pytest.raises(UserError, match="width is not given"):
         generate(config)
     size = RequestEncoder(read_card(config)).size(SizeConfig(width=32, height=16, num_frames=1, fps=12.0))
     assert (size.width, size.height, size.latent_shape) == (32, 16, (1, 2, 4))
+
+
+def test_weights_of_another_shape_or_damaged_are_found_before_ray_starts(
+    generate_config: GenerateConfig, model_dir: Path, tmp_path: Path
+) -> None:
+    model = copy_model(model_dir, tmp_path / "wide", intermediate_size=96)
+    with pytest.raises(UserError, match=r"weights in .*wide do not fit .*shape \[128, 64\], the model \[96, 64\]"):
+        generate(replace(generate_config, model=str(model)))
+    model = copy_model(model_dir, tmp_path / "cut")
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(UserError, match="damaged"):
+        generate(replace(generate_config, model=str(model)))
+    (model / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="incomplete"):
+        generate(replace(generate_config, model=str(model)))
 
 
 def test_a_model_is_known_by_its_weights_not_by_its_place(

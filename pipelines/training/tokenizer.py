@@ -1,0 +1,325 @@
+"""Trains and measures tokenizers: the causal FSQ video tokenizer and the small text tokenizer of the package.
+
+A training run is a function of its config: batches depend on (seed, step), the state is saved as it goes, and a run
+that was killed continues where it was saved.
+"""
+
+import copy
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from tqdm import tqdm
+
+from lumos.tokenizers import FsqTokenizer
+from lumos.tokenizers.fsq import FsqAutoencoder, FsqConfig, save_weights
+from lumos.tokenizers.video import frames_to_unit
+from pipelines.config import config_hash, config_to_dict, provenance
+from pipelines.errors import JobError, UserError
+from pipelines.training.text_tokenizer import TextCorpus, read_corpus, train_text_tokenizer
+from pipelines.training.tokenizer_data import ClipPools, ClipSource, corpus_clips, held_out_corpus_specs
+from pipelines.training.tokenizer_evaluation import Measurement, measure
+
+_CALIBRATION_BATCHES = 24
+_REPORT_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FsqTraining:
+    """How an FSQ autoencoder is trained.
+
+    Attributes:
+        model: Its sizes.
+        source: What it sees.
+        steps: Optimiser steps.
+        batch_size: Clips per step.
+        learning_rate: Peak of AdamW's rate, after a linear warmup and before a cosine decay to a fiftieth.
+        warmup_steps: Steps of the warmup.
+        weight_decay: Of AdamW.
+        absolute_weight: Weight of the mean absolute error beside the mean squared error; sharpens edges.
+        commitment: Weight of the pull of latents towards the middle of their level; makes codes robust to noise.
+        ema_decay: Of the moving average of the weights, which is what is written.
+        precision: Number format of the products; bfloat16 halves the time on CPUs that have it.
+        threads: CPU threads.
+        save_every: Steps between the writing of weights and state.
+        report_clips: Held-out clips of the sample corpus that progress is measured on; they change no weight.
+    """
+
+    model: FsqConfig = field(default_factory=FsqConfig)
+    source: ClipSource = field(default_factory=ClipSource)
+    steps: int = 10_000
+    batch_size: int = 10
+    learning_rate: float = 2e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    absolute_weight: float = 0.0
+    commitment: float = 0.0
+    ema_decay: float = 0.998
+    precision: Literal["float32", "bfloat16"] = "float32"
+    threads: int = 1
+    save_every: int = 500
+    report_clips: int = 64
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("steps", "batch_size", "threads", "save_every", "report_clips"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("warmup_steps", "weight_decay", "absolute_weight", "commitment"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}; it must be in 0..1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTrainConfig:
+    """A run that makes a tokenizer: of videos if `fsq` is given, of text if `text` is.
+
+    Attributes:
+        output: File to write: .safetensors for fsq, .json for text.
+        seed: Decides everything.
+        fsq: The video tokenizer's training.
+        text: The text tokenizer's corpus.
+    """
+
+    KIND: ClassVar[str] = "tokenizer"
+
+    output: str
+    seed: int = 0
+    fsq: FsqTraining | None = None
+    text: TextCorpus | None = None
+
+    def __post_init__(self) -> None:
+        """Check that one kind is given and that the output's name fits it."""
+        if (self.fsq is None) == (self.text is None):
+            raise ValueError("fsq and text: give exactly one of them")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must not be negative")
+        suffix = ".safetensors" if self.fsq is not None else ".json"
+        if Path(self.output).suffix != suffix:
+            raise ValueError(f"output is {self.output!r}; its name must end in {suffix}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTrainResult:
+    """What a training run made.
+
+    Attributes:
+        output: The file.
+        weights_hash: "sha256:" and its hash.
+        size: Codes, or tokens of text.
+        seconds: This run took, without what an interrupted one took before it.
+        loss_first: Mean loss of the first tenth of the steps of this run; NaN for text.
+        loss_last: Of the last tenth.
+        measurement: On held-out clips of the sample corpus; None for text.
+    """
+
+    output: str
+    weights_hash: str
+    size: int
+    seconds: float
+    loss_first: float = math.nan
+    loss_last: float = math.nan
+    measurement: Measurement | None = None
+
+    def __str__(self) -> str:
+        """A few lines for people."""
+        lines = [f"{self.output}  {self.weights_hash}  vocabulary {self.size}  {self.seconds:.0f} s"]
+        if self.measurement is not None:
+            lines += [f"loss {self.loss_first:.5f} -> {self.loss_last:.5f}", str(self.measurement)]
+        return "\n".join(lines)
+
+
+def train_tokenizer(config: TokenizerTrainConfig) -> TokenizerTrainResult:
+    """Train a tokenizer and write its file.
+
+    Raises:
+        UserError: A named file or folder is missing or unusable, `output` is no place for a file, or the state beside
+            it is of another run.
+        JobError: Training diverged.
+    """
+    started = time.monotonic()
+    output = Path(config.output)
+    if output.is_dir() or (output.parent.exists() and not output.parent.is_dir()):
+        raise UserError(f"output: {config.output} is not a place for a file; name another")
+    if config.text is not None:
+        lines = read_corpus(config.text)
+        tokenizer = train_text_tokenizer(config.text, lines, output)
+        seconds = time.monotonic() - started
+        return TokenizerTrainResult(
+            output=config.output, weights_hash=tokenizer.hash, size=tokenizer.vocab_size, seconds=seconds
+        )
+    assert config.fsq is not None
+    torch.set_num_threads(config.fsq.threads)
+    state = read_state(config)  # before the data is made, which takes minutes
+    run = FsqRun(config, config.fsq)
+    if state is not None:
+        run.restore(state)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    losses = run.train(output)
+    trained = FsqTokenizer(output)
+    tenth = max(1, len(losses) // 10)
+    return TokenizerTrainResult(
+        output=config.output,
+        weights_hash=trained.weights_hash,
+        size=trained.codebook_size,
+        seconds=time.monotonic() - started,
+        loss_first=_mean(losses[:tenth]),
+        loss_last=_mean(losses[-tenth:]),
+        measurement=measure(trained, run.held_out, name="sample corpus, held out"),
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+class FsqRun:
+    """One training run of an FSQ autoencoder: model, average, optimiser, data."""
+
+    def __init__(self, config: TokenizerTrainConfig, training: FsqTraining) -> None:
+        """Render or read the data and make the model."""
+        self.config, self.training = config, training
+        self.pools = ClipPools(training.source, config.seed)
+        self.held_out = corpus_clips(
+            held_out_corpus_specs(_REPORT_SEED, training.report_clips),
+            size=48,
+            num_frames=17,
+            label="render held-out clips",
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = FsqAutoencoder(training.model)
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=training.weight_decay
+        )
+        self.step = 0
+
+    def train(self, output: Path) -> list[float]:
+        """Run to the last step, writing weights and state as it goes; returns the losses of this call."""
+        losses: list[float] = []
+        report = ""
+        with tqdm(total=self.training.steps, initial=self.step, desc="train FSQ", unit="step") as bar:
+            while self.step < self.training.steps:
+                losses.append(self.train_step())
+                bar.update()
+                if self.step % 20 == 0:
+                    bar.set_postfix_str(f"loss {_mean(losses[-50:]):.5f} {report}")
+                if self.step % self.training.save_every == 0 or self.step == self.training.steps:
+                    self.save(output)
+                    result = measure(FsqTokenizer(output), self.held_out, name="held out")
+                    report = f"psnr {result.psnr:.2f} codes {result.codes_used}"
+                    line = f"step {self.step}: loss {_mean(losses[-200:]):.5f}, {result.summary()}"
+                    tqdm.write(line, file=sys.stderr)
+        state_file(output).unlink(missing_ok=True)
+        return losses
+
+    def train_step(self) -> float:
+        """One step of the optimiser; returns the loss.
+
+        Raises:
+            JobError: It is not finite.
+        """
+        training = self.training
+        for group in self.optimizer.param_groups:
+            group["lr"] = training.learning_rate * self._rate()
+        seen, wanted = (frames_to_unit(clips) for clips in self.pools.batch(self.step, training.batch_size))
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=training.precision == "bfloat16"):
+            latents = self.model.encode_latents(seen).float()
+            rounded = self.model.codes_to_latents(self.model.latents_to_codes(latents))
+            # Straight through: rounded on the way forward, the identity on the way back.
+            decoded = self.model.decode_latents(latents + (rounded - latents).detach())
+        error = decoded.float() - wanted
+        loss = error.square().mean() + training.absolute_weight * error.abs().mean()
+        (loss + training.commitment * (latents - rounded).square().mean()).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        value = loss.item()
+        if not math.isfinite(value):
+            raise JobError(f"training diverged at step {self.step}: loss {value}; lower fsq.learning_rate")
+        self._update_average()
+        return value
+
+    def _rate(self) -> float:
+        training = self.training
+        warmup = min(1.0, (self.step + 1) / max(1, training.warmup_steps))
+        return warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / training.steps)))
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        # A young average follows closely, or the first weights would linger in it.
+        weight = 1 - min(self.training.ema_decay, self.step / (self.step + 20))
+        pairs = zip(self.average.parameters(), self.model.parameters(), strict=True)
+        averages, values = zip(*pairs, strict=True)
+        torch._foreach_lerp_(list(averages), list(values), weight)
+
+    def save(self, output: Path) -> None:
+        """Write the averaged weights, and beside them what a resumed run needs."""
+        self._calibrate()
+        about = {"train": config_to_dict(self.config), "step": self.step, "provenance": provenance()}
+        save_weights(output, self.average, about)
+        state: dict[str, Any] = {
+            "config": _identity(self.config),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        target = state_file(output)
+        partial = target.with_name(target.name + ".partial")
+        torch.save(state, partial)
+        partial.replace(target)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue where a state was written."""
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+    @torch.no_grad()
+    def _calibrate(self) -> None:
+        """Measure the averaged weights' latent statistics: an average of statistics lags behind the weights."""
+        norm = self.average.latent_norm
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative mean
+        self.average.train()
+        for index in range(_CALIBRATION_BATCHES):
+            seen, _ = self.pools.batch(self.training.steps + index, self.training.batch_size)
+            self.average.encode_latents(frames_to_unit(seen))
+        self.average.eval()
+
+
+def state_file(output: Path) -> Path:
+    """Where the state of an unfinished run lies."""
+    return output.with_suffix(".state.pt")
+
+
+def _identity(config: TokenizerTrainConfig) -> str:
+    return config_hash(config_to_dict(config) | {"output": ""})
+
+
+def read_state(config: TokenizerTrainConfig) -> dict[str, Any] | None:
+    """The state that an interrupted run of this config left, or None.
+
+    Raises:
+        UserError: The state beside the output is of another config.
+    """
+    file = state_file(Path(config.output))
+    if not file.is_file():
+        return None
+    state: dict[str, Any] = torch.load(file, weights_only=True)
+    if state["config"] != _identity(config):
+        raise UserError(f"{file} belongs to a run of another config; remove it or name another output")
+    tqdm.write(f"continuing {file} at step {state['step']}", file=sys.stderr)
+    return state

@@ -1,0 +1,191 @@
+"""Measures a video tokenizer: how much it loses, and how many of its codes it uses."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lumos.tokenizers import TokenizerConfig, VideoTokenizer, load_video_tokenizer
+from pipelines.errors import UserError
+from pipelines.training.tokenizer_data import (
+    SAMPLE_CORPUS,
+    clip_starts,
+    corpus_clips,
+    held_out_corpus_specs,
+    list_videos,
+    read_video,
+)
+
+_BATCH = 8  # clips of one call; the last batch is padded to it
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerEvaluateConfig:
+    """What to measure a tokenizer on.
+
+    Attributes:
+        videos: A video, a folder of videos, or "sample-corpus" for held-out clips of the demo's corpus.
+        tokenizer: The tokenizer.
+        height: Of the frames, px, a multiple of 8.
+        width: Likewise.
+        fps: Frames per second.
+        clip_frames: Videos are cut into clips of so many frames, 1 + 4k.
+        max_clips: Of each video, and of the sample corpus.
+        seed: Of the sample corpus.
+        output: JSON file for the result, or None.
+    """
+
+    KIND: ClassVar[str] = "tokenizer-evaluation"
+
+    videos: str = SAMPLE_CORPUS
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    height: int = 48
+    width: int = 48
+    fps: float = 12.0
+    clip_frames: int = 17
+    max_clips: int = 128
+    seed: int = 0
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("height", "width"):
+            if getattr(self, name) < 8 or getattr(self, name) % 8:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a positive multiple of 8 px")
+        if self.clip_frames < 1 or self.clip_frames % 4 != 1:
+            raise ValueError(f"clip_frames is {self.clip_frames}; it must be 1 + 4k")
+        if self.fps <= 0:
+            raise ValueError(f"fps is {self.fps}; it must be positive")
+        if self.max_clips < 1:
+            raise ValueError(f"max_clips is {self.max_clips}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What a tokenizer does to some clips.
+
+    Attributes:
+        name: Of the clips.
+        clips: Their number.
+        psnr: Mean over clips of the peak signal-to-noise ratio of a whole clip, dB.
+        psnr_min: The lowest.
+        codes_used: Different codes that occur.
+        codebook_size: Codes there are.
+        entropy_bits: Entropy of the codes' frequencies.
+    """
+
+    name: str
+    clips: int
+    psnr: float
+    psnr_min: float
+    codes_used: int
+    codebook_size: int
+    entropy_bits: float
+
+    def summary(self) -> str:
+        """Figures on one line."""
+        share = self.codes_used / self.codebook_size
+        return (
+            f"PSNR {self.psnr:.2f} dB (lowest {self.psnr_min:.2f}), {self.codes_used} of {self.codebook_size} codes "
+            f"({share:.0%}), {self.entropy_bits:.2f} bits"
+        )
+
+    def __str__(self) -> str:
+        """One row of the table."""
+        return f"{self.name}: {self.clips} clips, {self.summary()}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Measurements of one tokenizer: per video, and of all clips together (last)."""
+
+    weights_hash: str
+    rows: tuple[Measurement, ...]
+
+    def __str__(self) -> str:
+        """A table for people."""
+        head = f"{'clips':>5} {'PSNR':>6} {'lowest':>6} {'codes':>11} {'bits':>5}  name"
+        lines = [
+            f"{row.clips:5d} {row.psnr:6.2f} {row.psnr_min:6.2f} {row.codes_used:5d}/{row.codebook_size:<5d} "
+            f"{row.entropy_bits:5.2f}  {row.name}"
+            for row in self.rows
+        ]
+        return "\n".join([head, *lines])
+
+
+def evaluate_tokenizer(config: TokenizerEvaluateConfig) -> Evaluation:
+    """Encode and decode videos and measure the loss.
+
+    Raises:
+        UserError: The tokenizer or the videos are missing or unusable.
+    """
+    try:
+        tokenizer = load_video_tokenizer(config.tokenizer)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"tokenizer: {error}") from error
+    clips: dict[str, Tensor] = {}
+    if config.videos == SAMPLE_CORPUS:
+        if (config.height, config.width) != (48, 48):
+            raise UserError(f"videos: {SAMPLE_CORPUS} has 48x48 px, not {config.width}x{config.height}")
+        specs = held_out_corpus_specs(config.seed, config.max_clips)
+        name = f"{SAMPLE_CORPUS} (held out)"
+        clips[name] = corpus_clips(specs, size=48, num_frames=config.clip_frames, label="render sample corpus")
+    else:
+        for path in tqdm(list_videos(config.videos), desc="read videos", unit="file", leave=False, disable=None):
+            clips |= _cut(path, config)
+        if not clips:
+            raise UserError(f"videos: none of {config.videos} has {config.clip_frames} frames at {config.fps:g} fps")
+    rows = [measure(tokenizer, value, name=name) for name, value in clips.items()]
+    if len(clips) > 1:
+        rows.append(measure_all(tokenizer, list(clips.values()), name="all"))
+    result = Evaluation(weights_hash=tokenizer.weights_hash, rows=tuple(rows))
+    if config.output is not None:
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(config.output).write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def _cut(path: Path, config: TokenizerEvaluateConfig) -> dict[str, Tensor]:
+    limit = config.max_clips * config.clip_frames
+    frames = read_video(path, height=config.height, width=config.width, fps=config.fps, max_frames=limit)
+    starts = clip_starts(len(frames), config.clip_frames)
+    if not starts:
+        return {}
+    return {path.name: torch.stack([torch.from_numpy(frames[i : i + config.clip_frames]) for i in starts])}
+
+
+def measure(tokenizer: VideoTokenizer, clips: Tensor, *, name: str) -> Measurement:
+    """Measure on clips uint8 [clips, T, H, W, 3]."""
+    return measure_all(tokenizer, [clips], name=name)
+
+
+def measure_all(tokenizer: VideoTokenizer, groups: list[Tensor], *, name: str) -> Measurement:
+    """Measure on several groups of clips at once; sizes may differ between groups."""
+    psnrs: list[float] = []
+    counts = torch.zeros(tokenizer.codebook_size, dtype=torch.long)
+    for clips in groups:
+        for batch in clips.split(_BATCH):
+            codes = tokenizer.encode(batch)
+            counts += torch.bincount(codes.flatten(), minlength=tokenizer.codebook_size)
+            error = tokenizer.decode(codes).float() - batch.float()
+            psnrs += [_psnr(float(value)) for value in error.square().flatten(1).mean(1)]
+    shares = counts[counts > 0] / counts.sum()
+    return Measurement(
+        name=name,
+        clips=len(psnrs),
+        psnr=sum(psnrs) / len(psnrs),
+        psnr_min=min(psnrs),
+        codes_used=int((counts > 0).sum()),
+        codebook_size=tokenizer.codebook_size,
+        entropy_bits=float(-(shares * shares.log2()).sum()),
+    )
+
+
+def _psnr(mean_squared_error: float) -> float:
+    """PSNR in dB of an error in units of pixels 0..255; at most 100."""
+    return min(100.0, 10 * math.log10(255**2 / max(mean_squared_error, 1e-12)))
