@@ -1,7 +1,7 @@
 """The sample corpus: one coloured shape moving over one background, as real H.264 files.
 
 Everything is drawn here, so the demo needs no data and no network. Source frames are 96x96 px at 12 fps; curation
-halves them to 48x48 px and keeps 17 frames, which is a latent grid of 5x6x6 under a 4x8x8 tokenizer. The geometry is
+halves them to 48x48 px and keeps 13 frames, which is a latent grid of 4x6x6 under a 4x8x8 tokenizer. The geometry is
 chosen for that grid: start positions lie on a lattice of half a latent cell and a subject moves half a cell in the
 time of one latent step, so a small codebook meets the same few alignments again and again.
 

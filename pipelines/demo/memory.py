@@ -20,7 +20,7 @@ class PeakMemory:
         peak_gb: Highest total seen so far, in GB of 10^9 bytes.
     """
 
-    def __init__(self, interval_s: float = 1.0) -> None:
+    def __init__(self, interval_s: float = 3.0) -> None:
         self.peak_gb = 0.0
         self._interval_s = interval_s
         self._done = threading.Event()

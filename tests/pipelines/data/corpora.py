@@ -48,9 +48,11 @@ FATES = {
 
 
 def curate_config(corpus: Path, dataset: Path, tokenizer: Path, *overrides: str) -> CurateConfig:
-    """The demo's config on another corpus."""
+    """The demo's config on another corpus, for clips of 17 frames."""
     paths = [f"source.path={corpus}", f"dataset={dataset}", f"tokens.tokenizer.path={tokenizer}"]
-    return load_config(CurateConfig, "demo", [*paths, "progress=false", "resources.workers=1", *overrides])
+    length = ["tokens.num_frames=[17]", "thresholds.min_duration=1.41"]
+    means = ["progress=false", "resources.workers=1"]
+    return load_config(CurateConfig, "demo", [*paths, *length, *means, *overrides])
 
 
 def published(snapshot: Snapshot) -> dict[str, str]:

@@ -196,7 +196,7 @@ def test_an_empty_folder_and_missing_captions_are_told(tmp_path, tokenizer_file)
     with pytest.raises(UserError, match="no video files under"):
         curate(curate_config(tmp_path / "empty", tmp_path / "d", tokenizer_file))
     write_video(tmp_path / "empty" / "a.mp4", moving_square(18))
-    with pytest.raises(UserError, match="captions.require is true"):
+    with pytest.raises(UserError, match=r"captions\.require is true"):
         curate(curate_config(tmp_path / "empty", tmp_path / "d", tokenizer_file))
 
 
@@ -206,7 +206,7 @@ def test_too_many_failures_stop_the_run_and_a_larger_budget_continues(tmp_path, 
     write_video(folder / "a.mp4", moving_square(18))
     for name in ("b", "c"):
         (folder / f"{name}.mp4").write_text(f"no video {name}")
-    with pytest.raises(JobError, match="2 of 3 sources failed, more than resources.max_failed_share = 0.5"):
+    with pytest.raises(JobError, match=r"2 of 3 sources failed, more than resources\.max_failed_share = 0\.5"):
         curate(curate_config(folder, tmp_path / "d", tokenizer_file, "captions.require=false"))
     options = ["captions.require=false", "resources.max_failed_share=0.7"]
     result = curate(curate_config(folder, tmp_path / "d", tokenizer_file, *options))

@@ -112,5 +112,5 @@ def test_bad_values_are_named(override, message):
 
 
 def test_a_threshold_as_text_is_refused():
-    with pytest.raises(UserError, match="thresholds.min_duration"):
+    with pytest.raises(UserError, match=r"thresholds\.min_duration"):
         load_config(CurateConfig, "demo", [f"thresholds.min_duration={json.dumps('long')}"])

@@ -85,7 +85,7 @@ def test_another_configuration_is_another_table(tmp_path):
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_failed_run_keeps_what_was_committed_and_names_the_cause(tmp_path):
-    with pytest.raises(JobError, match="stage double stopped: .*cannot take 30"):
+    with pytest.raises(JobError, match=r"stage double stopped: .*cannot take 30"):
         run(stage(fail_on=30, rows_per_part=1), inputs(range(31)), tmp_path)
     before = len(values(stage(), tmp_path))
     assert run(stage(), inputs(range(31)), tmp_path) == 31 - before

@@ -127,7 +127,7 @@ def test_a_stream_without_a_whole_frame_is_an_error(tmp_path):
     data = path.read_bytes()
     begin = data.index(b"mdat") + 4
     path.write_bytes(data[:begin] + bytes(len(data) - begin))
-    with pytest.raises(VideoError, match="decode_error|no_frames"):
+    with pytest.raises(VideoError, match=r"decode_error|no_frames"):
         split(path)
 
 

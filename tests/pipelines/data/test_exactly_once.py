@@ -1,0 +1,119 @@
+"""Runs that are killed and continued end with the very files of a run that was left alone."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.data.curate import curate
+from pipelines.data.snapshot import open_snapshot
+from tests.pipelines.data.corpora import curate_config, published, write_corpus
+
+# A run as another process with a Ray cluster of its own, so that anything in it can be killed.
+_DRIVER = """
+import sys
+from pathlib import Path
+from pipelines.data.curate import curate
+from tests.pipelines.data.corpora import curate_config
+curate(curate_config(*map(Path, sys.argv[1:4]), "resources.workers=2"))
+"""
+
+
+class Run:
+    """A curation in a process of its own."""
+
+    def __init__(self, corpus: Path, dataset: Path, tokenizer: Path) -> None:
+        command = [sys.executable, "-c", _DRIVER, str(corpus), str(dataset), str(tokenizer)]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def descendants(self) -> Iterator[tuple[int, str]]:
+        """Process ids and command lines of all that the run started."""
+        waiting = [self.process.pid]
+        while waiting:
+            try:
+                for task in Path(f"/proc/{waiting.pop()}/task").iterdir():
+                    for child in (task / "children").read_text().split():
+                        waiting.append(int(child))
+                        yield int(child), Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+
+    def targets(self, kind: str) -> list[int]:
+        """What can be killed: the driver, Ray workers that hold a stage, or decode children."""
+        if kind == "driver":
+            return [self.process.pid] if self.process.poll() is None else []
+        mark = {"worker": "ray::MapWorker", "child": "decode_child"}[kind]
+        return sorted(pid for pid, command in self.descendants() if mark in command)
+
+    def kill(self, kind: str, *, when: Callable[[], bool], random_state: random.Random) -> bool:
+        """SIGKILL one target once there is one and ``when`` holds; whether that came before the run's end."""
+        while self.process.poll() is None:
+            if when() and (found := self.targets(kind)):
+                os.kill(random_state.choice(found), signal.SIGKILL)
+                return True
+            time.sleep(0.02)
+        return False
+
+
+def parts(dataset: Path, stage: str) -> int:
+    return len(list((dataset / "stages").glob(f"{stage}/*/part-*.parquet")))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "videos", good=24)
+
+
+@pytest.fixture(scope="module")
+def untouched(corpus, tokenizer_file, tmp_path_factory, ray_cluster):
+    """Files of a run that nobody disturbed."""
+    config = curate_config(corpus, tmp_path_factory.mktemp("untouched") / "d", tokenizer_file)
+    return published(open_snapshot(curate(config).snapshot_uri))
+
+
+def test_exactly_once_after_three_kills(corpus, tokenizer_file, untouched, tmp_path):
+    dataset, chance = tmp_path / "d", random.Random(0)
+    first = Run(corpus, dataset, tokenizer_file)
+    assert first.kill("driver", when=lambda: parts(dataset, "split") > 1, random_state=chance)
+    first.process.wait()
+    committed = {path: path.stat().st_mtime_ns for path in (dataset / "stages").rglob("part-*.parquet")}
+    assert committed
+    second = Run(corpus, dataset, tokenizer_file)
+    assert second.kill("child", when=lambda: True, random_state=chance)
+    assert second.kill("worker", when=lambda: parts(dataset, "tokens") > 0, random_state=chance)
+    assert second.process.wait(timeout=200) == 0
+    assert published(open_snapshot(str(dataset))) == untouched
+    assert {path: path.stat().st_mtime_ns for path in committed} == committed  # what was done was not done again
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_exactly_once_after_twenty_kills(corpus, tokenizer_file, untouched, tmp_path):
+    dataset, chance = tmp_path / "d", random.Random(1)
+    kills = {"driver": 0, "worker": 0, "child": 0}
+    while sum(kills.values()) < 20 or min(kills.values()) < 3:
+        if (dataset / "snapshots").exists():  # too quick: begin once more with less of what was done
+            for path in sorted((dataset / "stages").rglob("part-*.parquet"))[::2]:
+                path.unlink()
+            for path in (dataset / "snapshots").glob("*/manifest.json"):
+                path.unlink()
+        run = Run(corpus, dataset, tokenizer_file)
+        while run.process.poll() is None and sum(kills.values()) < 25:
+            time.sleep(chance.uniform(0.1, 4.0))
+            kind = chance.choice(sorted(kills))
+            if found := run.targets(kind):
+                os.kill(chance.choice(found), signal.SIGKILL)
+                kills[kind] += 1
+        run.process.wait()
+    last = Run(corpus, dataset, tokenizer_file)
+    assert last.process.wait(timeout=600) == 0
+    files = published(open_snapshot(str(dataset)))
+    assert {name: value for name, value in files.items() if name != "id"} == {
+        name: value for name, value in untouched.items() if name != "id"
+    }
