@@ -16,6 +16,8 @@ from pipelines.errors import UserError
 # Read when MLflow is imported, which happens in functions here: its import takes seconds.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
+logger = logging.getLogger(__name__)
+
 _KEY_TAG = "lumos.key"
 _MAX_METRICS = 1000  # of one request
 _MAX_PARAMS = 100
@@ -107,9 +109,18 @@ class Tracker:
         else:
             self._client.log_artifact(self.run_id, str(path), folder)
 
-    def finish(self, status: str) -> None:
-        """End the run: "FINISHED", "FAILED" or "KILLED"."""
-        self._client.set_terminated(self.run_id, status)
+    def finish(self) -> None:
+        """End the run as finished."""
+        self._client.set_terminated(self.run_id, "FINISHED")
+
+    def abandon(self, status: str) -> None:
+        """End the run as "FAILED" or "KILLED" if the store can be reached: there is an error to tell about already."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.set_terminated(self.run_id, status)
+        except (MlflowException, OSError) as error:
+            logger.warning("MLflow run %s could not be marked as %s: %s", self.run_id, status, error)
 
 
 def sqlite_uri(folder: Path) -> str:

@@ -52,11 +52,13 @@ def _encode_mp4(frames: np.ndarray, rate: Fraction) -> bytes:
         with av.open(path, "w", format="mp4", options={"movflags": "+faststart"}) as container:
             stream = container.add_stream("libx264", rate=rate, options=_X264_OPTIONS)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            # The matrix and range that the conversion from RGB uses; untagged, players guess by size.
-            stream.codec_context.colorspace = Colorspace.ITU601
-            stream.codec_context.color_range = ColorRange.MPEG
+            # Untagged, players guess the colour matrix by the size.
+            stream.codec_context.colorspace, stream.codec_context.color_range = Colorspace.ITU601, ColorRange.MPEG
             for image in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+                picture = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
+                    format="yuv420p", dst_colorspace=Colorspace.ITU601, dst_color_range=ColorRange.MPEG, threads=1
+                )
+                container.mux(stream.encode(picture))
             container.mux(stream.encode())
         return path.read_bytes()
 

@@ -76,8 +76,8 @@ def train(config: TrainConfig) -> TrainResult:
             state.prune(output.storage, checkpoints[: config.checkpoint.keep])
             try:
                 _fit(config, output, prepared, history, latest=latest, tracker=tracker)
-            except BaseException:
-                tracker.finish("FAILED")
+            except BaseException as error:
+                tracker.abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
                 raise
     checkpoints = state.find_checkpoints(output.storage)
     state.prune(output.storage, checkpoints[: config.checkpoint.keep])
@@ -244,7 +244,7 @@ def _finish(output: Output, history: History, last: state.StoredCheckpoint, trac
         tracker.log_metrics([record.metrics() for record in history.records[output.run.sent :]])
         tracker.log_artifacts(output.export, "export")
         output.update(finished=True, sent=history.last_step)
-    tracker.finish("FINISHED")
+    tracker.finish()
     return TrainResult(
         export_dir=output.export,
         run_id=tracker.run_id,

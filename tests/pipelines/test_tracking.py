@@ -29,7 +29,7 @@ def test_a_run_is_resumed_by_its_key_and_holds_each_step_once(folder, tmp_path):
     file.write_text("a: 1\n")
     again.log_artifacts(file)
     again.set_tags({"git_commit": "abc"})
-    again.finish("FINISHED")
+    again.finish()
 
     client = MlflowClient(sqlite_uri(folder))
     history = client.get_metric_history(first.run_id, "loss")

@@ -1,5 +1,6 @@
 """A tiny model with random weights and its tokenizers, as `lumos train` would export it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,15 @@ from lumos.vocabulary import Vocabulary
 from pipelines.generation.config import BatchConfig, GenerateConfig, ReplicaConfig, ServeConfig, TokenizerSource
 
 CAPTIONS = ("a red square moves left", "a blue circle moves up over a green background")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """More would spend their time on waiting for each other in a model this small, and replicas set what they need."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def save_tokenizer(path: Path, seed: int) -> Path:

@@ -22,10 +22,10 @@ def test_shipped_configs_are_valid(name):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("global_batch=30", r"global_batch = 30 is not a multiple of num_workers x micro_batch = 2 x 16 = 32"),
-        ("num_workers=3", r"global_batch = 32 is not a multiple.*3 x 16 = 48; nearest that are: 48"),
+        ("global_batch=3", r"global_batch = 3 is not a multiple of num_workers x micro_batch = 2 x 1 = 2;.* 2 and 4"),
+        ("num_workers=3", r"global_batch = 2 is not a multiple.*3 x 1 = 3; nearest that are: 3"),
         ("optimizer.lr=0.0", "lr must be positive, got 0.0"),
-        ("optimizer.warmup_steps=501", "warmup_steps = 501 exceeds steps = 500"),
+        ("optimizer.warmup_steps=21", "warmup_steps = 21 exceeds steps = 20"),
         ("model.head_dim=48", "head_dim must be a multiple of 32, got 48"),
         ("data.grid_unit=12", "grid_unit must be a positive multiple of 8 px, got 12"),
         ("optimiser.lr=1.0", "unknown key 'optimiser'.*did you mean 'optimizer'"),
@@ -34,7 +34,7 @@ def test_shipped_configs_are_valid(name):
 )
 def test_bad_values_are_errors_that_name_them(override, message):
     with pytest.raises(UserError, match=message):
-        load_config(TrainConfig, "demo", [override])
+        load_config(TrainConfig, "quickstart", [override])
 
 
 def test_learning_rate_warms_up_and_falls_along_a_cosine():

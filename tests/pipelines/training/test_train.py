@@ -209,9 +209,11 @@ def test_world_size_and_zero_stage_do_not_change_the_loss(uninterrupted, dataset
         torch.testing.assert_close(weight, theirs[key], atol=1e-2, rtol=0)
 
 
+@pytest.mark.slow
 def test_bf16_follows_float32(uninterrupted, dataset, folder):
     half = train(tiny_config(dataset, folder / "bf16", precision="bf16"))
-    assert losses(half.records) == pytest.approx(losses(uninterrupted.records), abs=0.1)
+    assert losses(half.records)[:10] == pytest.approx(losses(uninterrupted.records)[:10], abs=0.05)
+    assert losses(half.records) == pytest.approx(losses(uninterrupted.records), abs=0.3)
     assert load_file(half.export_dir / "model.safetensors")["lm_head.weight"].dtype == torch.float32
 
 

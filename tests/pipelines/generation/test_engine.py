@@ -1,0 +1,63 @@
+from dataclasses import replace
+
+import pytest
+
+from lumos.config import SamplingConfig
+from pipelines.generation.card import read_card
+from pipelines.generation.config import GenerateConfig, SizeConfig
+from pipelines.generation.engine import AbandonedError, Engine
+from pipelines.generation.request import VideoRequest
+
+PROMPTS = ("a red square moves left", "a blue circle moves up over a green background", "x")
+
+
+@pytest.fixture
+def engine(generate_config: GenerateConfig) -> Engine:
+    return Engine(read_card(generate_config), generate_config.replicas)
+
+
+def requests_of(engine: Engine, count: int, num_steps: int = 4) -> list[VideoRequest]:
+    """Prompts of several lengths, with settings of their own."""
+    size = engine.encoder.size(SizeConfig())
+    sampling = SamplingConfig(num_steps=num_steps)
+    return [
+        VideoRequest(
+            prompt=PROMPTS[i % 3],
+            seed=i,
+            size=size,
+            sampling=replace(sampling, guidance_scale=(1.0, 3.0, 7.5)[i % 3], history_ratio=(0.7, 0.2)[i % 2]),
+        )
+        for i in range(count)
+    ]
+
+
+def never() -> bool:
+    return False
+
+
+def test_invariance_a_video_does_not_depend_on_its_batch(engine: Engine) -> None:
+    requests = requests_of(engine, 8)
+    alone = [engine.run([request], never)[0] for request in requests]
+    assert len(set(alone)) == 8
+    for size in (2, 3, 5, 8):
+        batches = [requests[start : start + size] for start in range(0, 8, size)]
+        assert [data for batch in batches for data in engine.run(batch, never)] == alone
+    assert engine.run(requests[::-1], never) == alone[::-1]
+
+
+def test_a_batch_nobody_waits_for_is_stopped_after_a_frame(engine: Engine) -> None:
+    asked = 0
+
+    def after_two() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == 2
+
+    with pytest.raises(AbandonedError):
+        engine.run(requests_of(engine, 1), after_two)
+    assert asked == 2
+
+
+def test_more_steps_than_cells_end_with_every_cell_drawn(engine: Engine) -> None:
+    request = requests_of(engine, 2, num_steps=40)[1]  # 16 cells a frame
+    assert engine.run([request], never) == [engine.run([*requests_of(engine, 1, num_steps=40), request], never)[1]]
