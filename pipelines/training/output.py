@@ -49,18 +49,19 @@ class Output:
         self.storage = config.checkpoint.storage or str(self.folder / "checkpoints")
         self.tracking_uri = config.tracking.uri or sqlite_uri(self.folder)
         self._file = self.folder / "run.json"
+        self._building = self.folder / "run.tmp"
         self.run = self._open(config, snapshot_digest)
 
     def begin(self, config: TrainConfig) -> None:
         """Make the folder and write down what will run in it."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.update()  # first: a folder with anything but this file is not taken for ours
         self.config_file.write_text(config_to_yaml(config))
-        self.update()
 
     def update(self, **changes: Any) -> None:
         """Change the run file."""
         self.run = replace(self.run, **changes)
-        building = self._file.with_suffix(".tmp")
+        building = self._building
         building.write_text(json.dumps(asdict(self.run), indent=2) + "\n")
         with building.open() as file:
             os.fsync(file.fileno())
@@ -68,7 +69,7 @@ class Output:
 
     def _open(self, config: TrainConfig, snapshot_digest: str) -> RunFile:
         if not self._file.exists():
-            if self.folder.exists() and any(self.folder.iterdir()):
+            if self.folder.exists() and set(self.folder.iterdir()) - {self._building}:
                 raise UserError(
                     f"output = {self.folder} is not empty and holds no training run: name another folder, or empty it"
                 )

@@ -148,6 +148,8 @@ def test_a_finished_run_is_returned_and_not_repeated(uninterrupted, dataset, fol
     assert (again.run_id, again.records) == (uninterrupted.run_id, uninterrupted.records)
     with pytest.raises(UserError, match=r"holds another run \(seed: 0 there, 1 asked for\)"):
         train(tiny_config(dataset, folder / "uninterrupted", seed=1))
+    with pytest.raises(UserError, match=r"was written by 2 workers, this run has num_workers = 1: continue with num_w"):
+        train(tiny_config(dataset, folder / "uninterrupted", num_workers=1, micro_batch=4))
 
 
 def test_resume_after_a_worker_was_killed(uninterrupted, dataset, folder):
@@ -168,6 +170,7 @@ def test_resume_after_a_worker_was_killed(uninterrupted, dataset, folder):
     check_tracked_once(result)
 
 
+@pytest.mark.timeout(600)  # three starts of Ray
 def test_resume_after_the_driver_was_killed_without_a_compiler(uninterrupted, dataset, folder):
     """The command itself, with neither compiler nor ninja on PATH, killed once and run again."""
     output = folder / "driver-killed"
