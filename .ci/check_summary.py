@@ -1,8 +1,4 @@
-"""Look at the summary of a demo; CI runs this after ``lumos demo``.
-
-Every attribute must be better than chance (the lower end of its 95 % interval above it). The targets of the project are
-printed where they are missed; they become the condition once seeds 0, 1 and 2 reach them.
-"""
+"""Hold the summary of a demo against the project's thresholds; CI runs this after ``lumos demo``."""
 
 import json
 import sys
@@ -14,13 +10,10 @@ MAX_SECONDS = 600
 
 summary = json.loads(Path(sys.argv[1]).read_text())
 failures = [
-    f"accuracy.{name} is {summary['accuracy'][name]:.3f}, no better than chance ({summary['chance'][name]:.3f})"
-    for name in TARGETS
-    if summary["interval95"][name][0] <= summary["chance"][name]
+    f"accuracy.{name} is {summary['accuracy'][name]:.3f}, at least {target} is asked for"
+    for name, target in TARGETS.items()
+    if summary["accuracy"][name] < target
 ]
-for name, target in TARGETS.items():
-    if summary["accuracy"][name] < target:
-        sys.stdout.write(f"warning: accuracy.{name} is {summary['accuracy'][name]:.3f}, the target is {target}\n")
 if summary["schema"] != 1:
     failures.append(f"schema is {summary['schema']}, not 1")
 if summary["samples"] != 128:

@@ -11,6 +11,7 @@ from typing import Any
 # Ray reads these when it is imported or starts its processes, so they are set before.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its coming default; silences a warning per worker
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin starve the others on a busy machine
 
 import ray
 

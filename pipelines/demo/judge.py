@@ -7,6 +7,7 @@ equals the prompt's words; chance is the same share after the prompts have been 
 """
 
 import functools
+import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -197,29 +198,27 @@ def _nearest_shape(weight: NDArray[np.float32]) -> str:
     areas = weight.sum(axis=(1, 2))
     spectra = np.fft.rfft2(weight[areas >= 0.5 * areas.mean()])
     energy = float((weight[areas >= 0.5 * areas.mean()] ** 2).sum())
-    costs = {}
-    for shape in SHAPES:
-        costs[shape] = math.inf
-        for side in _sides(min(height, width)):
-            template, template_energy = _template(shape, side, height, width)
+    costs: dict[str, float] = {}
+    for shape, size in itertools.product(SHAPES, SIZES):
+        for side in _sides(size, min(height, width)):
+            template, template_energy = _template(shape, size, side, (height, width))
             overlap = np.fft.irfft2(spectra * template, s=(height, width)).max(axis=(1, 2))
             cost = energy - 2 * float(overlap.sum()) + len(spectra) * template_energy
-            costs[shape] = min(costs[shape], cost)
+            costs[shape] = min(costs.get(shape, math.inf), cost)
     return min(costs, key=lambda name: costs[name])
 
 
-def _sides(frame_side: int) -> list[int]:
-    """Candidate sizes in px: from a fifth below the smallest subject to a fifth above the largest."""
-    low = round(0.8 * min(SIZES.values()) * frame_side / SIDE)
-    high = round(1.2 * max(SIZES.values()) * frame_side / SIDE)
-    return list(range(max(3, low), max(4, high) + 1, max(1, frame_side // 48)))
+def _sides(size: str, frame_side: int) -> list[int]:
+    """Candidate sides of a size's bounding box in px, up to a sixth smaller or larger than drawn."""
+    nominal = SIZES[size] * frame_side / SIDE
+    return list(range(max(3, round(nominal * 5 / 6)), round(nominal * 7 / 6) + 1, max(1, frame_side // 48)))
 
 
 @functools.cache
-def _template(shape: str, side: int, height: int, width: int) -> tuple[NDArray[np.complex64], float]:
-    """Conjugate spectrum of a silhouette at the origin, and its energy."""
-    canvas = np.zeros((height, width), dtype=np.float32)
-    canvas[:side, :side] = shape_mask(shape, side)
+def _template(shape: str, size: str, side: int, frame: tuple[int, int]) -> tuple[NDArray[np.complex64], float]:
+    """Conjugate spectrum of a silhouette at the origin of a frame of (height, width), and its energy."""
+    canvas = np.zeros(frame, dtype=np.float32)
+    canvas[:side, :side] = shape_mask(shape, size, side)
     return np.conj(np.fft.rfft2(canvas)), float((canvas**2).sum())
 
 

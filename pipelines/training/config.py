@@ -69,9 +69,16 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and its schedule: linear warm-up, then constant or a cosine down to ``min_lr_ratio``."""
+    """AdamW, or Muon with AdamW, and the schedule: linear warm-up, then constant or a cosine to ``min_lr_ratio``.
 
-    lr: float = 1e-4
+    Muon (DeepSpeed's) takes the matrices between embedding and head, AdamW the rest. It needs no clipping, since its
+    updates have a set norm, and DeepSpeed would clip those updates rather than gradients.
+    """
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-4  # of AdamW, at its peak
+    muon_lr: float = 0.02  # of Muon, at its peak: the spectral norm of an update
+    muon_momentum: float = 0.95
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 0
     min_lr_ratio: float = 0.1  # of lr, at the end of a cosine
@@ -84,12 +91,16 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _require(self.lr > 0, f"lr must be positive, got {self.lr}")
+        for name in ("lr", "muon_lr", "eps"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         for name in ("warmup_steps", "weight_decay", "clip_norm", "z_loss_weight"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_momentum"):
             _require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")
-        _require(self.eps > 0, f"eps must be positive, got {self.eps}")
+        _require(
+            self.kind == "adamw" or self.clip_norm == 0,
+            f"clip_norm is {self.clip_norm:g}; it must be 0 with kind muon, whose updates need no clipping",
+        )
         _require(0 <= self.min_lr_ratio <= 1, f"min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
 
 

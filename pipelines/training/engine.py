@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from pipelines.config import PROJECT_DIR
 from pipelines.errors import UserError
-from pipelines.training.config import TrainConfig
+from pipelines.training.config import OptimizerConfig, TrainConfig
 
 DEEPSPEED_DIR = PROJECT_DIR / "infra" / "deepspeed"
 
@@ -104,6 +105,8 @@ def prepare_process(device: torch.device, *, threads: int) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if device.type == "cpu":
         _disable_shm_comm()
+        # DeepSpeed's Muon compiles its update, which needs a C++ compiler and gains nothing at a CPU's sizes.
+        torch.compiler.set_stance("force_eager")
 
 
 def _disable_shm_comm() -> None:
@@ -119,29 +122,79 @@ def _disable_shm_comm() -> None:
 
 
 def make_engine(module: nn.Module, config: TrainConfig) -> Engine:
-    """A DeepSpeed engine with AdamW around a module. Every worker must call it, within an initialised process group."""
+    """A DeepSpeed engine with its optimizer around a module.
+
+    Every worker must call it, within an initialised process group. The optimizer's groups hold ``lr_factor``: what
+    the step's learning rate is multiplied by.
+    """
     import deepspeed
 
-    options = config.optimizer
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(module, options.weight_decay),
-        lr=options.lr,
-        betas=(options.beta1, options.beta2),
-        eps=options.eps,
-    )
+    optimizer = _muon(module, config.optimizer) if config.optimizer.kind == "muon" else _adamw(module, config.optimizer)
     settings = engine_settings(config)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
     made: Engine = engine
     return made
 
 
-def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay for matrices; none for norms, and none for the embedding, most of whose rows a batch never touches."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+def _adamw(module: nn.Module, options: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW: decay for matrices; none for norms, and none for the embedding, most of whose rows a batch never meets."""
+    groups = _groups(module, hidden_apart=False)
+    return torch.optim.AdamW(
+        [
+            {"params": groups.decayed, "weight_decay": options.weight_decay, "lr_factor": 1.0},
+            {"params": groups.plain, "weight_decay": 0.0, "lr_factor": 1.0},
+        ],
+        lr=options.lr,
+        betas=(options.beta1, options.beta2),
+        eps=options.eps,
+    )
+
+
+def _muon(module: nn.Module, options: OptimizerConfig) -> torch.optim.Optimizer:
+    """Muon for the matrices of the decoder's blocks, AdamW as above for the rest."""
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    groups = _groups(module, hidden_apart=True)
+    for parameter in module.parameters():
+        parameter.use_muon = False  # type: ignore[attr-defined]
+    for parameter in groups.hidden:
+        parameter.use_muon = True  # type: ignore[attr-defined]
+    adam = {"betas": (options.beta1, options.beta2), "eps": options.eps, "lr": options.lr, "lr_factor": 1.0}
+    made: torch.optim.Optimizer = MuonWithAuxAdam(
+        [
+            {
+                "params": groups.hidden,
+                "use_muon": True,
+                "lr": options.muon_lr,
+                "lr_factor": options.muon_lr / options.lr,
+                "momentum": options.muon_momentum,
+                "weight_decay": options.weight_decay,
+                "ns_method": "standard",
+            },
+            {"params": groups.decayed, "use_muon": False, "weight_decay": options.weight_decay, **adam},
+            {"params": groups.plain, "use_muon": False, "weight_decay": 0.0, **adam},
+        ]
+    )
+    return made
+
+
+@dataclass(frozen=True)
+class _Groups:
+    hidden: list[nn.Parameter]  # matrices of the blocks, if asked for apart
+    decayed: list[nn.Parameter]
+    plain: list[nn.Parameter]
+
+
+def _groups(module: nn.Module, *, hidden_apart: bool) -> _Groups:
+    groups = _Groups([], [], [])
     for name, parameter in module.named_parameters():
-        (decayed if parameter.ndim == 2 and "norm" not in name and "embed" not in name else plain).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        if parameter.ndim != 2 or "norm" in name or "embed" in name:
+            groups.plain.append(parameter)
+        elif hidden_apart and "lm_head" not in name:
+            groups.hidden.append(parameter)
+        else:
+            groups.decayed.append(parameter)
+    return groups
 
 
 def gather_weights(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ class StepResult:
 
     loss: float
     frame_losses: tuple[float, ...]  # by latent frame
-    grad_norm: float  # before clipping
+    grad_norm: float  # before clipping; with Muon, its updates stand in for its gradients
     tokens: int  # of all documents, markup and text included
     masked_tokens: int  # visual tokens the loss was taken over
     masked_share: float  # masked grid cells among all, row ends included
@@ -108,7 +108,7 @@ class TrainStep:
         scale = self.world_size * len(micro_batches) / float(count)
         totals = torch.zeros(2, num_frames, dtype=torch.float64, device=self.device)
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         own_norm = 0.0
         for micro in micro_batches:
             loss, sums, counts = self.engine(micro, num_frames)

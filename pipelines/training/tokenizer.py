@@ -19,6 +19,7 @@ from lumos.tokenizers import FsqTokenizer
 from lumos.tokenizers.fsq import FsqAutoencoder, FsqConfig, save_weights
 from lumos.tokenizers.video import frames_to_unit
 from pipelines.config import config_hash, config_to_dict, provenance
+from pipelines.demo import corpus
 from pipelines.errors import JobError, UserError
 from pipelines.training.text_tokenizer import TextCorpus, read_corpus, train_text_tokenizer
 from pipelines.training.tokenizer_data import ClipPools, ClipSource, corpus_clips, held_out_corpus_specs
@@ -191,7 +192,7 @@ class FsqRun:
         self.held_out = corpus_clips(
             held_out_corpus_specs(_REPORT_SEED, training.report_clips),
             size=48,
-            num_frames=17,
+            num_frames=corpus.NUM_FRAMES,
             label="render held-out clips",
         )
         with torch.random.fork_rng(devices=[]):

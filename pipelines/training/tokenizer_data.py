@@ -55,7 +55,7 @@ class ClipSource:
     corpus_clips: int = 1280
     texture_clips: int = 1500
     size: int = 48
-    num_frames: int = 17
+    num_frames: int = 13
     fps: float = 12.0
     corpus_share: float = 0.7
     aligned_share: float = 0.85

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lumos.tokenizers import TokenizerConfig, VideoTokenizer, load_video_tokenizer
+from pipelines.demo import corpus
 from pipelines.errors import UserError
 from pipelines.training.tokenizer_data import (
     SAMPLE_CORPUS,
@@ -47,7 +48,7 @@ class TokenizerEvaluateConfig:
     height: int = 48
     width: int = 48
     fps: float = 12.0
-    clip_frames: int = 17
+    clip_frames: int = corpus.NUM_FRAMES
     max_clips: int = 128
     seed: int = 0
     output: str | None = None

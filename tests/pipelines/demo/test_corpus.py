@@ -41,6 +41,11 @@ def test_held_out_combinations_are_absent_from_training():
     assert len(trained) == 4 * 6 * 4 * 4 - 64
 
 
+def test_no_two_clips_show_the_same():
+    specs = corpus.sample_specs(0, 2560)
+    assert len({(*spec.combination, spec.size, spec.top, spec.left) for spec in specs}) == len(specs)
+
+
 def test_every_pair_of_values_remains_in_training():
     trained = {spec.combination for spec in corpus.sample_specs(0, 640)}
     sizes = [len(corpus.SHAPES), len(corpus.COLORS), len(corpus.BACKGROUNDS), len(corpus.DIRECTIONS)]
@@ -64,8 +69,8 @@ def test_captions_name_every_attribute_in_several_wordings():
 
 
 def test_spec_rejects_unknown_values_and_subjects_out_of_view():
-    good = {"shape": "circle", "size": "small", "color": "red", "background": "dark", "direction": "right"}
-    assert ClipSpec(**good, top=0, left=0).combination == ("circle", "red", "dark", "right")
+    good = {"shape": "diagonal", "size": "small", "color": "red", "background": "dark", "direction": "right"}
+    assert ClipSpec(**good, top=0, left=0).combination == ("diagonal", "red", "dark", "right")
     with pytest.raises(ValueError, match="color 'pink' is not one of red"):
         ClipSpec(**(good | {"color": "pink"}), top=0, left=0)
     with pytest.raises(ValueError, match="left 32 moves the small subject out"):
@@ -87,12 +92,23 @@ def test_subject_moves_as_named_and_stays_in_view():
         np.testing.assert_allclose(drift, expected, atol=1.0)
 
 
-def test_shapes_are_antialiased_and_of_known_area():
-    areas = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5, "bar": 1 / 3}
-    for shape, area in areas.items():
-        assert corpus.shape_mask(shape, 40).mean() == pytest.approx(area, abs=0.01)
-    circle = corpus.shape_mask("circle", 40)
-    assert ((circle > 0) & (circle < 1)).any()
+def test_shapes_are_made_of_whole_cells():
+    areas = {"square": (4, 9), "bar": (2, 3), "column": (2, 3), "diagonal": (2, 3)}
+    assert set(areas) == set(corpus.SHAPES)
+    for shape, cells in areas.items():
+        for size, count in zip(corpus.SIZES, cells, strict=True):
+            mask = corpus.shape_mask(shape, size)
+            assert mask.sum() == count * corpus.CELL**2
+            blocks = mask.reshape(len(mask) // corpus.CELL, corpus.CELL, -1, corpus.CELL)
+            assert set(np.unique(blocks.mean(axis=(1, 3)))) <= {0.0, 1.0}
+    with pytest.raises(ValueError, match="shape 'star' is not one of square, bar"):
+        corpus.shape_mask("star", "small")
+
+
+def test_shapes_of_other_sides_are_antialiased():
+    mask = corpus.shape_mask("diagonal", "large", 40)
+    assert mask.mean() == pytest.approx(3 / 9, abs=0.001)
+    assert ((mask > 0) & (mask < 1)).any()
 
 
 def test_write_corpus_writes_real_videos_and_metadata(tmp_path: Path):

@@ -21,7 +21,7 @@ def make_samples(root: Path, count: int) -> list[Sample]:
         asked = Reading(color=spec.color, background=spec.background, shape=spec.shape, direction=spec.direction)
         for seed in range(2):
             shown = specs[(index + 1) % count] if seed == 1 and index % 3 == 0 else spec
-            frames = corpus.render_clip(shown, 17)[:, ::2, ::2]
+            frames = corpus.render_clip(shown)[:, ::2, ::2]
             path = root / f"{index:03d}_{seed}.mp4"
             corpus.write_video(path, frames)
             samples.append(

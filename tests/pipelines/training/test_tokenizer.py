@@ -112,7 +112,7 @@ def test_bad_videos_and_folders_are_named(tmp_path):
     with pytest.raises(UserError, match=r"fake\.mp4 cannot be decoded"):
         train_tokenizer(tiny_config(tmp_path, source=ClipSource(videos=str(tmp_path), **source)))
     texture_video(tmp_path / "fake.mp4", num_frames=10)
-    with pytest.raises(UserError, match="has 17 frames at 12 fps; name longer videos"):
+    with pytest.raises(UserError, match="has 13 frames at 12 fps; name longer videos"):
         train_tokenizer(tiny_config(tmp_path, source=ClipSource(videos=str(tmp_path), **source)))
 
 
@@ -136,9 +136,9 @@ def test_evaluation_of_videos(tmp_path):
     output = tmp_path / "result" / "evaluation.json"
     config = TokenizerEvaluateConfig(videos=str(tmp_path), height=32, width=48, output=str(output))
     result = evaluate_tokenizer(config)
-    assert [(row.name, row.clips) for row in result.rows] == [("a.mp4", 2), ("b.mp4", 1), ("all", 3)]
+    assert [(row.name, row.clips) for row in result.rows] == [("a.mp4", 5), ("b.mp4", 3), ("all", 8)]
     total = result.rows[-1]
-    assert total.psnr == pytest.approx((2 * result.rows[0].psnr + result.rows[1].psnr) / 3)
+    assert total.psnr == pytest.approx((5 * result.rows[0].psnr + 3 * result.rows[1].psnr) / 8)
     assert json.loads(output.read_text())["rows"][2]["codes_used"] == total.codes_used
     assert "a.mp4" in str(result)
 
@@ -149,7 +149,7 @@ def test_evaluation_refuses_what_is_not_there(tmp_path):
             TokenizerEvaluateConfig(tokenizer=TokenizerConfig(path=str(tmp_path / "absent.safetensors")))
         )
     texture_video(tmp_path / "short.mp4", num_frames=8)
-    with pytest.raises(UserError, match="has 17 frames at 12 fps"):
+    with pytest.raises(UserError, match="has 13 frames at 12 fps"):
         evaluate_tokenizer(TokenizerEvaluateConfig(videos=str(tmp_path)))
 
 
