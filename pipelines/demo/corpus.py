@@ -39,15 +39,16 @@ COLORS = {
     "purple": (190, 56, 206),
     "cyan": (48, 200, 216),
 }
-BACKGROUNDS = {"white": (240, 240, 236), "gray": (138, 146, 152), "dark": (40, 42, 50), "sandy": (222, 184, 140)}
+BACKGROUNDS = {"white": (240, 240, 236), "gray": (138, 146, 152), "dark": (40, 42, 50), "brown": (116, 80, 56)}
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (dy, dx)
 
+# All of one length in tokens, since sequences of equal length are attended together, which is faster.
 WORDINGS = (
-    "A {size} {color} {shape} moves {direction} on a {background} background.",
+    "A {size} {color} {shape} moves {direction} in front of a {background} background.",
     "On a {background} background, a {size} {color} {shape} is moving {direction}.",
     "A {color} {shape} of {size} size slides {direction} across a {background} background.",
-    "A {background} background with a {size} {color} {shape} that travels {direction}.",
-    "Video of a {size} {color} {shape} going {direction}, the background is {background}.",
+    "A {background} background with a {size} {color} {shape} that is traveling {direction}.",
+    "Video of a {size} {color} {shape} going {direction} on a {background} background.",
 )
 
 # The files that curation must not keep, and why; `write_corpus` adds them to every corpus.

@@ -49,7 +49,9 @@ def test_a_prefix_encodes_and_decodes_to_a_prefix(embedded, time):
     frames = video(1, 17, 32, 32)
     codes, part = embedded.encode(frames), embedded.encode(frames[:, :time])
     assert torch.equal(codes[:, : part.shape[1]], part)
-    assert torch.equal(embedded.decode(codes)[:, :time], embedded.decode(part))
+    # Products of other sizes round otherwise, which may move a value across the border between two levels.
+    difference = embedded.decode(codes)[:, :time].int() - embedded.decode(part).int()
+    assert difference.abs().max() <= 1
 
 
 def test_a_code_depends_on_no_later_frame_and_on_its_own(small):

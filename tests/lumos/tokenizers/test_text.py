@@ -5,7 +5,7 @@ from lumos.tokenizers import TextTokenizer
 from lumos.tokenizers.text import BOS_ID
 
 TEXTS = [
-    "A small red circle moves left on a striped background.",
+    "A small red column moves left on a brown background.",
     "",
     " leading, trailing and  double spaces ",
     "line one\nline two\ttab",
@@ -30,7 +30,7 @@ def test_any_text_comes_back(embedded, text):
 
 def test_embedded_is_small_and_short_on_captions(embedded):
     assert embedded.vocab_size <= 4096
-    assert len(embedded.encode("A small red circle moves left on a striped background.")) <= 12
+    assert len(embedded.encode("A small red column moves left on a brown background.")) <= 12
     assert embedded.decode([BOS_ID, *embedded.encode("text"), BOS_ID]) == "text"
 
 
