@@ -89,6 +89,7 @@ class CurateConfig:
     source: SourceConfig
     split: SplitConfig = field(default_factory=SplitConfig)
     thresholds: Thresholds = field(default_factory=Thresholds)
+    near_duplicates: float | None = 0.99  # cosine of fingerprints from which clips count as the same; none: keep all
     captions: CaptionConfig = field(default_factory=CaptionConfig)
     tokens: TokenConfig = field(default_factory=TokenConfig)
     publish: PublishConfig = field(default_factory=PublishConfig)
@@ -99,3 +100,5 @@ class CurateConfig:
     def __post_init__(self) -> None:
         """Check that there is a place to write to."""
         require(bool(self.dataset), "dataset is empty; name a folder or an s3:// prefix to write to")
+        cosine = self.near_duplicates
+        require(cosine is None or 0 < cosine <= 1, f"near_duplicates must be a cosine in (0, 1], got {cosine}")

@@ -11,6 +11,7 @@ from pipelines.data.captions import CAPTION_INPUTS, CaptionSource, caption_key, 
 from pipelines.data.codes import CodeReader
 from pipelines.data.config import CurateConfig
 from pipelines.data.decide import decide
+from pipelines.data.duplicates import find_near_duplicates, linked_groups, unpack_fingerprint
 from pipelines.data.ledger import Verdicts, build_ledger, count_reasons
 from pipelines.data.lock import dataset_lock
 from pipelines.data.publish import PUBLISHED_CLIPS, SnapshotContent, draw_split, write_snapshot
@@ -104,13 +105,14 @@ class _Curation:
 
         rows = clips.to_pylist()
         verdicts = self._decide(rows)
+        groups = self._drop_near_duplicates(rows, verdicts)
         captions = self._caption(rows, uris, verdicts)
         tokens = self._tokenize(rows, uris, verdicts)
 
         ledger = build_ledger(
             sources, first, clips, failed, verdicts, {name: stage.hash for name, stage in self.stages.items()}
         )
-        content = self._content(rows, verdicts, captions, tokens, ledger)
+        content = self._content(rows, verdicts, captions, tokens, ledger, groups)
         snapshot = write_snapshot(self.config.dataset, content, self.config.publish)
         return self._result(snapshot, ledger, content.clips)
 
@@ -163,6 +165,21 @@ class _Curation:
             rows[index]["shape"] = shape
         return verdicts
 
+    def _drop_near_duplicates(self, rows: list[Row], verdicts: Verdicts) -> dict[str, str]:
+        """Mark them; returns the group of each source that has some, by which its split is drawn."""
+        threshold = self.config.near_duplicates
+        if threshold is None:
+            return {}
+        kept = verdicts.kept
+        keys = [rows[index]["key"] for index in kept]
+        prints = [unpack_fingerprint(rows[index]["fingerprint"]) for index in kept]
+        pairs = []
+        for place, duplicate in find_near_duplicates(keys, prints, threshold).items():
+            index, of = kept[place], kept[duplicate.of]
+            verdicts.set(index, "duplicate", f"near: of {rows[of]['key']} (cosine {duplicate.cosine:.3f})")
+            pairs.append((rows[index]["work_key"], rows[of]["work_key"]))
+        return linked_groups(pairs)
+
     def _caption(self, rows: list[Row], uris: list[str], verdicts: Verdicts) -> dict[int, list[dict[str, str]]]:
         """Captions of the clips kept so far, by index."""
         captioner = self.captions.captioner
@@ -191,7 +208,7 @@ class _Curation:
         for index in kept:
             row, shape = rows[index], rows[index]["shape"]
             request = {name: row[name] for name in REQUEST_COLUMNS}
-            work_key = shape.work_key(row["key"])
+            work_key = shape.work_key(row["key"], row["picture"])
             inputs.append({"work_key": work_key, "key": row["key"], "uri": uris[index], **asdict(shape), **request})
         table = self._compute("tokens", pa.Table.from_pylist(inputs, schema=TOKEN_INPUTS))
         done = table.read(["work_key", "fps", "t", "h", "w", "codes_sha256", "error"]).to_pylist()
@@ -210,13 +227,15 @@ class _Curation:
         captions: dict[int, list[dict[str, str]]],
         tokens: dict[int, Row],
         ledger: pa.Table,
+        groups: dict[str, str],
     ) -> SnapshotContent:
         publish = self.config.publish
         clips = []
         for index in verdicts.kept:
-            source_id, made = rows[index]["work_key"], tokens[index]
+            made = tokens[index]
+            source_id: str = rows[index]["work_key"]
             clip = {name: made[name] for name in ("fps", "t", "h", "w", "codes_sha256")}
-            split = draw_split(source_id, seed=publish.seed, val_share=publish.val_share)
+            split = draw_split(groups.get(source_id, source_id), seed=publish.seed, val_share=publish.val_share)
             ids = {"clip_id": rows[index]["key"], "source_id": source_id, "split": split}
             clips.append(ids | clip | {"captions": captions[index]})
         work_keys = {rows[index]["key"]: tokens[index]["work_key"] for index in verdicts.kept}
@@ -253,6 +272,7 @@ def _portable(config: CurateConfig) -> dict[str, Any]:
     return {
         "split": asdict(config.split),
         "thresholds": asdict(config.thresholds),
+        "near_duplicates": config.near_duplicates,
         "captions": {"require": config.captions.require},
         "tokens": tokens,
     }

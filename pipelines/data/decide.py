@@ -5,10 +5,11 @@ from dataclasses import fields
 
 from pipelines.data.settings import Thresholds
 
-# In this order reasons are told; the first names the class that a rejection is counted under.
+# In this order reasons are told; the first names the class that a rejection is counted under. Damage comes first, as
+# other scores may follow from it.
 _ORDER = (
-    "duration",
     "decoded_share",
+    "duration",
     "fps",
     "width",
     "height",

@@ -94,19 +94,20 @@ class StageTable:
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows, each key's from one part."""
         wanted = list(columns if columns is not None else self.schema.names)
-        tables = list(self._read_parts(wanted))
-        schema = pa.schema([self.schema.field(name) for name in wanted])
-        return pa.concat_tables(tables).cast(schema) if tables else schema.empty_table()
+        schema = pa.schema([self.schema.field(name) for name in dict.fromkeys([WORK_KEY, *wanted])])
+        tables = [read_columns(part, schema.names).cast(schema) for part in self.parts()]
+        keys = [pc.unique(table[WORK_KEY]) for table in tables]
+        if sum(map(len, keys)) > len(pc.unique(pa.chunked_array(keys, pa.string()))):
+            tables = list(_each_key_once(tables))
+        return pa.concat_tables(tables or [schema.empty_table()]).select(wanted)
 
-    def _read_parts(self, columns: list[str]) -> Iterator[pa.Table]:
-        seen: set[str] = set()
-        for part in self.parts():
-            table = read_columns(part, list(dict.fromkeys([WORK_KEY, *columns])))
-            keys = set(table[WORK_KEY].to_pylist())
-            if not seen.isdisjoint(keys):
-                table = table.filter(pc.invert(pc.is_in(table[WORK_KEY], pa.array(sorted(seen & keys)))))
-            seen |= keys
-            yield table.select(columns)
+
+def _each_key_once(tables: Sequence[pa.Table]) -> Iterator[pa.Table]:
+    """The tables without the keys that an earlier one has."""
+    seen = pa.array([], pa.string())
+    for table in tables:
+        yield table.filter(pc.invert(pc.is_in(table[WORK_KEY], seen)))
+        seen = pa.concat_arrays([seen, pc.unique(table[WORK_KEY])])
 
 
 def read_columns(uri: str, columns: list[str]) -> pa.Table:

@@ -12,6 +12,7 @@ SCORES = (
     "width",
     "height",
     "aspect",
+    "picture_share",
     "declared_frames",
     "decoded_frames",
     "decoded_share",

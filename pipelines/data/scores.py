@@ -50,14 +50,20 @@ class FrameMeter:
             self.looks.append((before, time, changed_share(reference, luma)))
             self._last_look = (time, luma)
 
-    def clip_scores(self, first: int, end: int) -> dict[str, float]:
-        """Scores of the frames ``first`` up to but not including ``end``."""
+    def clip_scores(self, first: int, end: int, picture_share: float = 1.0) -> dict[str, float]:
+        """Scores of the frames ``first`` up to but not including ``end``.
+
+        Args:
+            first: Frame number.
+            end: Frame number.
+            picture_share: Of the frame, that lies between black bars; what is measured is told of the picture alone.
+        """
         start_time, last_time = self.times[first], self.times[end - 1]
         shares = [share for begin, to, share in self.looks if begin >= start_time and to <= last_time]
         return {
-            "brightness": float(np.mean(self.brightness[first:end])),
+            "brightness": min(1.0, float(np.mean(self.brightness[first:end])) / picture_share),
             "dark_share": float(np.mean(self.dark[first:end])),
-            "motion": float(np.mean(shares)) if shares else 0.0,
+            "motion": min(1.0, float(np.mean(shares)) / picture_share) if shares else 0.0,
             "motion_time": float(np.mean([share > 0 for share in shares])) if shares else 0.0,
         }
 

@@ -8,15 +8,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import cv2
 import numpy as np
 from scenedetect import FrameTimecode
 from scenedetect.detectors import AdaptiveDetector, ContentDetector
 
-from pipelines.data.scores import FrameMeter
+from pipelines.data.duplicates import STEP_SECONDS, THUMBNAIL
+from pipelines.data.picture import BorderMeter, Box, turn_box
+from pipelines.data.scores import LOOK_SECONDS, FrameMeter
 from pipelines.data.settings import SplitConfig
-from pipelines.data.video import DecodedSource, VideoError, VideoFile, VideoInfo
+from pipelines.data.video import DecodedSource, TimedFrame, VideoError, VideoFile, VideoInfo
 
 _BEAT_FRAMES = 16
 
@@ -32,49 +35,103 @@ def split_source(path: str, config: SplitConfig, *, beat: Callable[[], None]) ->
     Raises:
         VideoError: the file is no video, or nothing of it can be decoded.
     """
-    meter = FrameMeter()
-    rotation, origin, last_duration = 0, 0.0, 0.0
     with VideoFile(path) as video:
         info = video.info()
-        detector = _ShotDetector(config, info.declared_fps)
+        seen = _Pass(config, info.declared_fps)
         for index, timed in enumerate(video.frames()):
-            frame = timed.frame
-            if index == 0:
-                rotation, origin = frame.rotation % 360 // 90 * 90, timed.time
-                size = _small_size(frame.width, frame.height, config.width)
             if index % _BEAT_FRAMES == 0:
                 beat()
-            small = frame.reformat(width=size[0], height=size[1], format="bgr24", interpolation="AREA").to_ndarray()
-            meter.add(timed.time - origin, np.asarray(cv2.cvtColor(small, cv2.COLOR_BGR2GRAY), np.uint8))
-            detector.add(small)
-            last_duration = timed.duration
+            seen.add(timed)
         clean_clock, errors = video.clean_clock, video.errors
-    count = len(meter.times)
+    count = len(seen.meter.times)
     if count == 0:
         code = "decode_error" if errors else "no_frames"
         raise VideoError(code, f"{errors} damaged packets and no frame" if errors else "a video stream without frames")
-    end = meter.times[-1] + (last_duration or _mean_step(meter.times, info.declared_fps))
-    info = _upright(info, rotation)
-    share = _decoded_share(info, count, end)
-    clips = []
-    for first, stop in _spans(meter.times, detector.finish(), end, config):
-        start_s, end_s = meter.times[first], meter.times[stop] if stop < count else end
-        scores = {
-            "duration": end_s - start_s,
-            "fps": (stop - first) / (end_s - start_s),
-            "width": info.width,
-            "height": info.height,
-            "aspect": info.width * info.pixel_aspect / info.height,
-            "declared_frames": info.declared_frames,
-            "decoded_frames": count,
-            "decoded_share": share,
-            **meter.clip_scores(first, stop),
-        }
-        rounded = {name: round(float(value), 6) for name, value in scores.items()}
-        clips.append({"start_s": round(start_s, 3), "end_s": round(end_s, 3), "scores": rounded})
+    info = _upright(replace(info, width=seen.frame_size[0], height=seen.frame_size[1]), seen.rotation)
     return DecodedSource(
-        info=info, rotation=rotation, origin_s=origin, clean_clock=clean_clock, decoded_frames=count, clips=clips
+        info=info,
+        rotation=seen.rotation,
+        picture=seen.picture(),
+        origin_s=seen.origin,
+        clean_clock=clean_clock,
+        decoded_frames=count,
+        clips=_clips(seen, info, config),
     )
+
+
+class _Pass:
+    """What one look at every frame, in order, leaves behind."""
+
+    def __init__(self, config: SplitConfig, declared_fps: float) -> None:
+        self.meter, self.borders = FrameMeter(), BorderMeter()
+        self.shots = _ShotDetector(config, declared_fps)
+        self.rotation = 0
+        self.origin = 0.0  # seconds, as the file counts
+        self.frame_size = (0, 0)  # of the first frame, as coded
+        self.last_duration = 0.0
+        self.thumbnails: list[tuple[float, bytes]] = []  # several a second, of which clips take some
+        self._target = config.width
+        self._small = (0, 0)
+
+    def add(self, timed: TimedFrame) -> None:
+        """See the next frame."""
+        frame = timed.frame
+        if not self.meter.times:
+            self.rotation, self.origin = frame.rotation % 360 // 90 * 90, timed.time
+            self.frame_size = (frame.width, frame.height)
+            self._small = _small_size(frame.width, frame.height, self._target)
+        time, self.last_duration = timed.time - self.origin, timed.duration
+        width, height = self._small
+        small = frame.reformat(width=width, height=height, format="bgr24", interpolation="AREA").to_ndarray()
+        self.meter.add(time, np.asarray(cv2.cvtColor(small, cv2.COLOR_BGR2GRAY), np.uint8))
+        self.shots.add(small)
+        if not self.thumbnails or time - self.thumbnails[-1][0] >= LOOK_SECONDS - 1e-3:
+            tiny = cv2.resize(small, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
+            self.thumbnails.append((time, tiny.tobytes()))
+        if self.borders.wants(time):
+            self.borders.add(time, np.asarray(frame.to_ndarray(format="gray"), np.uint8))
+
+    def fingerprint(self, start: float, end: float) -> bytes:
+        """Thumbnails of a span, one for every half second: the nearest to each instant."""
+        inside = [(time, tiny) for time, tiny in self.thumbnails if start - 1e-6 <= time < end - 1e-6]
+        if not inside:
+            return b""
+        times = np.array([time for time, _ in inside])
+        wanted = np.arange(start, inside[-1][0] + 1e-6, STEP_SECONDS)
+        nearest = np.abs(times[None, :] - wanted[:, None]).argmin(axis=1)
+        return b"".join(inside[index][1] for index in nearest)
+
+    def picture(self) -> Box:
+        """What lies between black bars, px of the upright frame."""
+        return turn_box(self.borders.box() or (0, 0, *self.frame_size), self.frame_size, self.rotation)
+
+
+def _clips(seen: _Pass, info: VideoInfo, config: SplitConfig) -> list[dict[str, Any]]:
+    """Span and scores of each clip."""
+    meter, (_, _, width, height) = seen.meter, seen.picture()
+    count = len(meter.times)
+    end = meter.times[-1] + (seen.last_duration or _mean_step(meter.times, info.declared_fps))
+    picture_share = width * height / (info.width * info.height)
+    of_the_source = {
+        "width": width,
+        "height": height,
+        "aspect": width * info.pixel_aspect / height,
+        "picture_share": picture_share,
+        "declared_frames": info.declared_frames,
+        "decoded_frames": count,
+        "decoded_share": _decoded_share(info, count, end),
+    }
+    clips = []
+    for first, stop in _spans(meter.times, seen.shots.finish(), end, config):
+        start_s, end_s = meter.times[first], meter.times[stop] if stop < count else end
+        span = {"duration": end_s - start_s, "fps": (stop - first) / (end_s - start_s)}
+        scores = span | of_the_source | meter.clip_scores(first, stop, picture_share)
+        rounded = {name: round(float(value), 6) for name, value in scores.items()}
+        fingerprint = seen.fingerprint(start_s, end_s)
+        clips.append(
+            {"start_s": round(start_s, 3), "end_s": round(end_s, 3), "scores": rounded, "fingerprint": fingerprint}
+        )
+    return clips
 
 
 class _ShotDetector:

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import stat
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from pipelines import storage
 from pipelines.data.runner import Row, Stage
 from pipelines.data.settings import SourceConfig
 from pipelines.data.tables import TABLE_SUFFIXES, is_table, read_table, resolve_paths
-from pipelines.data.video import unreadable_error
+from pipelines.data.video import VideoError, unreadable_error
 from pipelines.errors import UserError
 
 # One row per file that was named; ``path`` is relative to what was named, so it does not tell where the work is done.
@@ -118,6 +119,10 @@ class HashFunction:
 def hash_file(uri: str) -> dict[str, str | None]:
     """``source_id`` of one file, or ``error``."""
     try:
+        if storage.is_local(uri) and not stat.S_ISREG(os.stat(storage.filesystem(uri)[1]).st_mode):
+            # A pipe or a device may never end.
+            error = VideoError("not_a_video", "a folder, a pipe or a device")
+            return {"source_id": None, "error": error.reason}
         return {"source_id": storage.sha256_file(uri), "error": None}
     except OSError as error:
         return {"source_id": None, "error": unreadable_error(error).reason}

@@ -23,10 +23,14 @@ CLIPS = pa.schema(
         pa.field("start_s", pa.float64()),
         pa.field("end_s", pa.float64()),
         pa.field("scores", pa.struct([pa.field(name, pa.float64()) for name in SCORES])),
+        pa.field("fingerprint", pa.binary()),  # thumbnails, see duplicates.py
         pa.field("codec", pa.string()),
         pa.field("pixel_format", pa.string()),
         pa.field("pixel_aspect", pa.float64()),
         pa.field("rotation", pa.int16()),
+        pa.field(
+            "picture", pa.list_(pa.int32())
+        ),  # left, top, width, height between black bars, px of the upright frame
         pa.field("origin_s", pa.float64()),
         pa.field("clean_clock", pa.bool_()),
         pa.field("source_frames", pa.int64()),
@@ -105,6 +109,7 @@ def clip_rows(source_id: str, result: DecodedSource | VideoError) -> list[Row]:
         "pixel_format": result.info.pixel_format,
         "pixel_aspect": result.info.pixel_aspect,
         "rotation": result.rotation,
+        "picture": list(result.picture),
         "origin_s": result.origin_s,
         "clean_clock": result.clean_clock,
         "source_frames": result.decoded_frames,
@@ -116,7 +121,7 @@ def split_stage(config: SplitConfig, decode: DecodeConfig, resources: ResourceCo
     """The stage that probes, splits and scores."""
     return Stage(
         name="split",
-        settings={"version": 1, **asdict(config)},
+        settings={"version": 2, **asdict(config)},
         schema=CLIPS,
         function=partial(SplitFunction, config=config, decode=decode),
         rows_per_part=32,

@@ -34,6 +34,7 @@ TOKEN_INPUTS = pa.schema(
         ("start_s", pa.float64()),
         ("end_s", pa.float64()),
         ("rotation", pa.int16()),
+        ("picture", pa.list_(pa.int32())),
         ("pixel_aspect", pa.float64()),
         ("source_frames", pa.int64()),
         ("origin_s", pa.float64()),
@@ -54,7 +55,16 @@ TOKENIZED = pa.schema(
     ]
 )
 # Of the split stage's row, what decoding a clip takes.
-REQUEST_COLUMNS = ("start_s", "end_s", "rotation", "pixel_aspect", "source_frames", "origin_s", "clean_clock")
+REQUEST_COLUMNS = (
+    "start_s",
+    "end_s",
+    "rotation",
+    "picture",
+    "pixel_aspect",
+    "source_frames",
+    "origin_s",
+    "clean_clock",
+)
 
 
 @dataclass(frozen=True)
@@ -65,9 +75,9 @@ class ClipShape:
     width: int  # px
     height: int
 
-    def work_key(self, clip_key: str) -> str:
-        """Names the work of encoding a clip so."""
-        return f"{clip_key}@{self.num_frames}x{self.width}x{self.height}"
+    def work_key(self, clip_key: str, picture: Sequence[int]) -> str:
+        """Names the work of encoding a clip so; the picture is the part of its frame that counts."""
+        return f"{clip_key}@{self.num_frames}x{self.width}x{self.height}+{','.join(map(str, picture))}"
 
 
 def plan_shape(duration: float, aspect: float, config: TokenConfig) -> ClipShape | None:

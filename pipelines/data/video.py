@@ -1,6 +1,6 @@
 """Opening and reading video files, defensively. Runs only in decode children (decode.py), never in a worker itself."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -18,6 +18,12 @@ _MAGIC = {
     "mpeg": ((0, b"\x00\x00\x01\xba"), (0, b"\x00\x00\x01\xb3")),
     "flv": ((0, b"FLV"),),
     "gif": ((0, b"GIF8"),),
+}
+# Containers of frames only: a playlist under the name of a video must not make us read other files or the network.
+_OPEN_OPTIONS = {
+    "protocol_whitelist": "file",
+    "format_whitelist": "mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,flv,gif,ogg,asf,mxf,nut,rm,dv,ivf,h264,hevc,obu,"
+    "yuv4mpegpipe,apng,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe",
 }
 _SAME_TIME = 5e-4  # seconds; spans are stored in milliseconds
 _FALLBACK_FPS = 25.0  # of a file that names no rate
@@ -71,14 +77,16 @@ class DecodedSource:
     Attributes:
         info: What the file says of itself, as the upright picture has it.
         rotation: Degrees counter-clockwise that stand its picture upright.
+        picture: (left, top, width, height) of what lies between black bars, px of the upright frame.
         origin_s: Time of its first frame, as the file counts.
         clean_clock: Whether every frame had a time, later than the one before.
         decoded_frames: Frames in the whole file.
-        clips: start_s, end_s and scores of each clip, in order.
+        clips: start_s, end_s, scores and fingerprint of each clip, in order.
     """
 
     info: VideoInfo
     rotation: int
+    picture: tuple[int, int, int, int]
     origin_s: float
     clean_clock: bool
     decoded_frames: int
@@ -103,7 +111,7 @@ class VideoFile:
 
     def __init__(self, path: str) -> None:
         try:
-            self.container = av.open(path, metadata_errors="ignore")
+            self.container = av.open(path, options=dict(_OPEN_OPTIONS), metadata_errors="ignore")
         except (av.error.FFmpegError, ValueError) as error:
             raise _open_error(path, error) from error
         streams = [
@@ -256,7 +264,7 @@ class ClipRequest:
     num_frames: int
     width: int
     height: int
-    picture: tuple[int, int, int, int] | None = None
+    picture: Sequence[int] | None = None
     rotation: int = 0
     pixel_aspect: float = 1.0
     source_frames: int = 0

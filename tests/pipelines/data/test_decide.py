@@ -16,6 +16,7 @@ GOOD = {
     "width": 640,
     "height": 360,
     "aspect": 16 / 9,
+    "picture_share": 1.0,
     "declared_frames": 120,
     "decoded_frames": 120,
     "decoded_share": 1.0,

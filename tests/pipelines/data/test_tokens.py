@@ -9,7 +9,7 @@ from pipelines.data.tokens import TokenFunction, load_tokenizer_info
 from pipelines.data.video import ClipRequest, read_clip
 from tests.pipelines.data.videos import moving_square, write_video
 
-SPAN = {"start_s": 0.0, "rotation": 0, "pixel_aspect": 1.0, "origin_s": 0.0, "clean_clock": True}
+SPAN = {"start_s": 0.0, "rotation": 0, "picture": None, "pixel_aspect": 1.0, "origin_s": 0.0, "clean_clock": True}
 
 
 @pytest.fixture

@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+
+from pipelines.data.duplicates import DIMENSIONS, find_near_duplicates, linked_groups, similarity, unpack_fingerprint
+from pipelines.data.settings import SplitConfig
+from pipelines.data.shots import split_source
+from tests.pipelines.data.videos import moving_square, write_video
+
+
+def film(frames, seed):
+    """Thumbnails that change a little from one to the next, as shots do."""
+    generator = np.random.default_rng(seed)
+    start, drift = generator.uniform(40, 200, DIMENSIONS), generator.normal(0, 12, (frames, DIMENSIONS))
+    return np.clip(start + np.cumsum(drift, axis=0), 0, 255).astype(np.uint8)
+
+
+def prints(*films):
+    return [unpack_fingerprint(frames.tobytes()) for frames in films]
+
+
+def test_copies_and_parts_are_found_and_the_lowest_key_is_kept():
+    original = film(20, seed=0)
+    noisy = np.clip(original + np.random.default_rng(1).normal(0, 2, original.shape), 0, 255).astype(np.uint8)
+    others = [film(20, seed=seed) for seed in range(2, 40)]
+    clips = [noisy, *others, original, original[5:15]]
+    keys = ["k9", *(f"x{index:02d}" for index in range(len(others))), "k1", "k5"]
+    found = find_near_duplicates(keys, prints(*clips), 0.99)
+    kept = keys.index("k1")
+    assert {index: duplicate.of for index, duplicate in found.items()} == {0: kept, len(clips) - 1: kept}
+    assert all(0.99 <= duplicate.cosine <= 1.0001 for duplicate in found.values())
+
+
+def test_the_result_does_not_depend_on_order():
+    clips = [film(12, seed=index // 2) for index in range(40)]
+    keys = [f"k{(index * 7) % 40:02d}" for index in range(40)]
+    found = {keys[i]: keys[d.of] for i, d in find_near_duplicates(keys, prints(*clips), 0.99).items()}
+    order = np.random.default_rng(0).permutation(40)
+    shuffled = [keys[i] for i in order]
+    again = find_near_duplicates(shuffled, prints(*(clips[i] for i in order)), 0.99)
+    assert {shuffled[i]: shuffled[d.of] for i, d in again.items()} == found
+    assert len(found) == 20
+
+
+def test_time_counts():
+    forward = film(12, seed=0)
+    assert similarity(*prints(forward, forward)) == pytest.approx(1.0)
+    assert similarity(*prints(forward, forward[::-1])) < 0.99
+
+
+def test_what_shows_nothing_is_like_nothing():
+    flat = np.full((10, DIMENSIONS), 3, np.uint8)
+    assert similarity(*prints(flat, flat)) == 0.0
+    short = film(2, seed=0)
+    assert similarity(*prints(short, short)) == 0.0
+    assert find_near_duplicates(["a", "b", "c"], prints(flat, flat, flat[:0]), 0.99) == {}
+    assert find_near_duplicates([], [], 0.99) == {}
+
+
+def test_links_make_groups():
+    groups = linked_groups([("b", "c"), ("e", "d"), ("a", "c")])
+    assert groups == {"a": "a", "b": "a", "c": "a", "d": "d", "e": "d"}
+
+
+def test_another_encoding_and_size_of_a_video_is_near_and_another_video_is_not(tmp_path):
+    frames = moving_square(48, size=(128, 96), seed=0)
+    half = np.stack([frame[::2, ::2] for frame in frames])
+    other = moving_square(48, size=(128, 96), seed=1)
+    paths = [
+        write_video(tmp_path / "a.mp4", frames),
+        write_video(tmp_path / "b.webm", half, codec="libvpx-vp9", options={"crf": "40", "b:v": "0"}),
+        write_video(tmp_path / "c.mp4", other),
+    ]
+    config = SplitConfig(detector="none")
+    sources = [split_source(str(path), config, beat=lambda: None) for path in paths]
+    first, second, third = (unpack_fingerprint(source.clips[0]["fingerprint"]) for source in sources)
+    assert len(first) == 8
+    assert similarity(first, second) > 0.99
+    assert similarity(first, third) < 0.9
