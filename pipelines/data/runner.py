@@ -37,7 +37,7 @@ RowFunction = Callable[[list[Row]], list[Row]]
 STAGES = "stages"
 WORK_KEY = "work_key"
 _WAVE_ROWS = 1 << 18  # inputs handed to Ray at a time, which bounds what the driver holds
-_PART_ROW_GROUP = 1 << 12
+PART_ROW_GROUP = 1 << 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ class StageWorker:
         if covered != set(keys):
             raise RuntimeError(f"stage {self.stage.name} left out or made up keys: {sorted(covered ^ set(keys))[:3]}")
         name = "part-" + hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:24] + ".parquet"
-        storage.write_bytes_atomic(storage.join(self.uri, name), parquet_bytes(table, row_group_rows=_PART_ROW_GROUP))
+        storage.write_bytes_atomic(storage.join(self.uri, name), parquet_bytes(table, row_group_rows=PART_ROW_GROUP))
         return pa.table({"inputs": [len(keys)], "outputs": [len(rows)]})
 
 

@@ -1,0 +1,84 @@
+"""``lumos data``: look after datasets that ``lumos curate`` made."""
+
+import sys
+from pathlib import Path
+
+import click
+
+if __name__ == "__main__":  # run as a script: import from the checkout, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from jobs.command import run
+
+
+@click.group()
+def command() -> None:
+    """Look after a dataset: what it holds, whether it is whole, what to try again or delete.
+
+    DATASET is the folder or s3:// prefix that `lumos curate` wrote to.
+    """
+
+
+@command.command(short_help="What a dataset holds and what failed.")
+@click.argument("dataset")
+def status(dataset: str) -> None:
+    """Show the snapshots, what became of clips and sources, and each stage's rows and failures."""
+    from pipelines.data.upkeep import dataset_status
+
+    click.echo(dataset_status(dataset))
+
+
+@command.command(short_help="Check a snapshot's files, counts and codes.")
+@click.argument("dataset")
+def verify(dataset: str) -> None:
+    """Read a snapshot whole and check it: hashes, counts, codes, and the ledger against the shards.
+
+    DATASET may also be the folder of one snapshot; otherwise its newest one is checked. Exit status 1 if anything is
+    wrong.
+    """
+    from pipelines.data.snapshot import open_snapshot
+    from pipelines.data.verify import verify_snapshot
+
+    snapshot = open_snapshot(dataset)
+    found = verify_snapshot(snapshot)
+    click.echo(f"{snapshot.uri}\n{found}")
+    if found.problems:
+        sys.exit(1)
+
+
+@command.command(short_help="Forget failures, so that they are tried again.")
+@click.argument("dataset")
+@click.option(
+    "--class",
+    "failure_class",
+    default="transient",
+    show_default=True,
+    metavar="CLASS",
+    help="transient, permanent, or a code that `lumos data status` shows.",
+)
+def retry(dataset: str, failure_class: str) -> None:
+    """Forget failures of a class. The next `lumos curate` of the dataset computes their inputs again, and no other."""
+    from pipelines.data.upkeep import retry as forget
+
+    forgotten = forget(dataset, failure_class)
+    for stage, count in forgotten.items():
+        click.echo(f"{stage}: {count} failures forgotten")
+    click.echo("give the same `lumos curate` again to retry them" if forgotten else f"no failure is {failure_class}")
+
+
+@command.command(short_help="Delete what no snapshot needs.")
+@click.argument("dataset")
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+def gc(dataset: str, dry_run: bool) -> None:
+    """Delete stage tables of configurations that no snapshot was made from, and unfinished snapshots."""
+    from pipelines.data.upkeep import collect_garbage
+
+    paths = collect_garbage(dataset, dry_run=dry_run)
+    for path in paths:
+        click.echo(f"{'would delete' if dry_run else 'deleted'} {path}")
+    if not paths:
+        click.echo("nothing to delete")
+
+
+if __name__ == "__main__":
+    run(command)

@@ -1,0 +1,211 @@
+"""Looking after a dataset's stage tables: what is there, what to try again, what no snapshot needs."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import storage
+from pipelines.data.ledger import count_reasons
+from pipelines.data.lock import dataset_lock
+from pipelines.data.publish import parquet_bytes
+from pipelines.data.runner import PART_ROW_GROUP, STAGES
+from pipelines.data.snapshot import SNAPSHOTS, list_snapshots, open_snapshot
+from pipelines.errors import UserError
+
+ERROR = "error"  # column of a stage table whose inputs may fail
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableStatus:
+    """One stage table.
+
+    Attributes:
+        stage: Its stage.
+        hash: Of the stage's configuration.
+        rows: Committed rows.
+        parts: Files they are in.
+        failed: Rows that hold a failure, by its code and class, such as "decode_error (transient)".
+        used_by: Snapshots made from it, oldest first.
+    """
+
+    stage: str
+    hash: str
+    rows: int
+    parts: int
+    failed: dict[str, int]
+    used_by: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetStatus:
+    """A dataset at a glance.
+
+    Attributes:
+        snapshots: Ids, oldest first.
+        counts: Of the newest snapshot: ledger rows by status.
+        reasons: Likewise: rows not kept by "status: class of reason", most frequent first.
+        tables: Stage tables, by stage and hash.
+    """
+
+    snapshots: tuple[str, ...]
+    counts: dict[str, int]
+    reasons: dict[str, int]
+    tables: tuple[TableStatus, ...]
+
+    def __str__(self) -> str:
+        """Lines for a person."""
+        lines = [f"snapshots: {', '.join(self.snapshots) or 'none yet'}"]
+        if self.snapshots:
+            lines.append(f"newest: {'  '.join(f'{name} {count}' for name, count in self.counts.items())}")
+            lines += [f"  {count:6d}  {reason}" for reason, count in self.reasons.items()]
+        lines.append(f"{'stage':10s} {'config':18s} {'rows':>9s} {'files':>6s}  used by")
+        for table in self.tables:
+            used = table.used_by[-1] if table.used_by else "no snapshot"
+            lines.append(f"{table.stage:10s} {table.hash:18s} {table.rows:9d} {table.parts:6d}  {used}")
+            lines += [f"{'':30s}{count:9d} failed: {code}" for code, count in table.failed.items()]
+        return "\n".join(lines)
+
+
+def dataset_status(dataset: str) -> DatasetStatus:
+    """What a dataset holds.
+
+    Raises:
+        UserError: if there is none.
+    """
+    snapshots = _snapshots_of(dataset)
+    used = _users(dataset, snapshots)
+    tables = []
+    for stage, name in _tables(dataset):
+        uri = storage.join(dataset, STAGES, stage, name)
+        parts, rows, failed = _parts(uri), 0, Counter[str]()
+        for part in parts:
+            table = _read(part)
+            rows += table.num_rows
+            failed.update(_code(error) for error in _errors(table) if error is not None)
+        tables.append(
+            TableStatus(
+                stage=stage,
+                hash=name,
+                rows=rows,
+                parts=len(parts),
+                failed=dict(sorted(failed.items(), key=lambda item: (-item[1], item[0]))),
+                used_by=tuple(used.get(f"{stage}/{name}", ())),
+            )
+        )
+    if not snapshots:
+        return DatasetStatus(snapshots=(), counts={}, reasons={}, tables=tuple(tables))
+    newest = open_snapshot(storage.join(dataset, SNAPSHOTS, snapshots[-1]))
+    return DatasetStatus(
+        snapshots=snapshots,
+        counts=newest.manifest.ledger.counts,
+        reasons=count_reasons(newest.read_ledger()),
+        tables=tuple(tables),
+    )
+
+
+def retry(dataset: str, failure_class: str) -> dict[str, int]:
+    """Forget committed failures, so that the next run computes their inputs again.
+
+    Args:
+        dataset: The dataset; no run may be using it.
+        failure_class: "transient", "permanent", or the code of a failure such as "decode_error".
+
+    Returns:
+        Failures forgotten, by stage.
+
+    Raises:
+        UserError: if there is no such dataset, or a run is using it.
+    """
+    _snapshots_of(dataset)
+    forgotten: Counter[str] = Counter()
+    with dataset_lock(dataset):
+        for stage, name in _tables(dataset):
+            for part in _parts(storage.join(dataset, STAGES, stage, name)):
+                table = _read(part)
+                chosen = [error is not None and failure_class in _words(error) for error in _errors(table)]
+                if any(chosen):
+                    forgotten[stage] += sum(chosen)
+                    _rewrite(part, table.filter(pa.array([not flag for flag in chosen])))
+    return dict(forgotten)
+
+
+def collect_garbage(dataset: str, *, dry_run: bool) -> list[str]:
+    """Delete what no snapshot needs: stage tables of configurations that none was made from.
+
+    Tables that the newest snapshot was not made from but an older one was stay, as a later config may return to them.
+
+    Args:
+        dataset: The dataset; no run may be using it.
+        dry_run: Only say what would go.
+
+    Returns:
+        What went, relative to the dataset.
+
+    Raises:
+        UserError: if there is no such dataset, a run is using it, or it has no snapshot yet (all would go).
+    """
+    snapshots = _snapshots_of(dataset)
+    if not snapshots:
+        raise UserError(f"dataset {dataset} has no published snapshot yet: what its stages hold is all there is")
+    with dataset_lock(dataset):
+        used = _users(dataset, snapshots)
+        unused = [f"{STAGES}/{stage}/{name}" for stage, name in _tables(dataset) if f"{stage}/{name}" not in used]
+        folder = storage.join(dataset, SNAPSHOTS)
+        unused += [f"{SNAPSHOTS}/{name}" for name in storage.list_names(folder) if name not in snapshots]
+        for path in unused if not dry_run else ():
+            storage.remove(storage.join(dataset, path))
+    return unused
+
+
+def _snapshots_of(dataset: str) -> tuple[str, ...]:
+    if not storage.is_dir(storage.join(dataset, STAGES)) and not list_snapshots(dataset):
+        raise UserError(f"{dataset} is no dataset; name the folder or s3:// prefix that `lumos curate` wrote to")
+    return tuple(list_snapshots(dataset))
+
+
+def _users(dataset: str, snapshots: tuple[str, ...]) -> dict[str, list[str]]:
+    """Snapshots by "stage/hash" of the tables they were made from."""
+    used: dict[str, list[str]] = {}
+    for snapshot in snapshots:
+        manifest = open_snapshot(storage.join(dataset, SNAPSHOTS, snapshot)).manifest
+        for stage, name in manifest.created_from.get("stage_hashes", {}).items():
+            used.setdefault(f"{stage}/{name}", []).append(snapshot)
+    return used
+
+
+def _tables(dataset: str) -> Iterator[tuple[str, str]]:
+    folder = storage.join(dataset, STAGES)
+    for stage in storage.list_names(folder):
+        for name in storage.list_names(storage.join(folder, stage)):
+            yield stage, name
+
+
+def _parts(uri: str) -> list[str]:
+    return [storage.join(uri, name) for name in storage.list_names(uri) if name.startswith("part-")]
+
+
+def _read(part: str) -> pa.Table:
+    return pq.read_table(pa.BufferReader(storage.read_bytes(part)))
+
+
+def _errors(table: pa.Table) -> list[str | None]:
+    """The failure of each row, or None."""
+    return list(table[ERROR].to_pylist()) if ERROR in table.column_names else [None] * table.num_rows
+
+
+def _code(error: str) -> str:
+    return error.partition(":")[0]
+
+
+def _words(error: str) -> set[str]:
+    return set(_code(error).replace("(", " ").replace(")", " ").split())
+
+
+def _rewrite(part: str, table: pa.Table) -> None:
+    if table.num_rows:
+        storage.write_bytes_atomic(part, parquet_bytes(table, row_group_rows=PART_ROW_GROUP))
+    else:
+        storage.remove(part)

@@ -1,0 +1,166 @@
+"""Looking after a dataset: what its status says, what verification finds, what is retried and deleted."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from jobs.data import command
+from pipelines.data.curate import curate
+from pipelines.data.lock import dataset_lock
+from pipelines.data.snapshot import open_snapshot
+from pipelines.data.upkeep import collect_garbage, dataset_status, retry
+from pipelines.data.verify import verify_snapshot
+from pipelines.errors import UserError
+from tests.pipelines.data.corpora import GOOD, curate_config, published, write_corpus
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "videos")
+
+
+@pytest.fixture(scope="module")
+def made(corpus, tokenizer_file, tmp_path_factory, ray_cluster):
+    dataset = tmp_path_factory.mktemp("made") / "dataset"
+    curate(curate_config(corpus, dataset, tokenizer_file))
+    return dataset
+
+
+@pytest.fixture
+def dataset(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "dataset")
+
+
+def shards(dataset: Path) -> list[Path]:
+    return sorted((dataset / "snapshots").glob("*/data/**/*.parquet"))
+
+
+def problems(dataset: Path) -> str:
+    return "\n".join(verify_snapshot(open_snapshot(str(dataset))).problems)
+
+
+def rewrite(dataset: Path, change, path: Path | None = None) -> None:
+    """Change a shard's rows and tell the manifest its new hash and size, so that only the content is wrong."""
+    import hashlib
+
+    path = path or shards(dataset)[0]
+    table = change(pq.read_table(path))
+    pq.write_table(table, path)
+    manifest = next((dataset / "snapshots").glob("*/manifest.json"))
+    value = json.loads(manifest.read_text())
+    for bucket in value["buckets"]:
+        for shard in bucket["shards"]:
+            if path.as_posix().endswith(shard["path"]):
+                shard |= {"rows": table.num_rows, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+                bucket["rows"] = sum(part["rows"] for part in bucket["shards"])
+                value["totals"][bucket["split"]]["rows"] = bucket["rows"]
+    manifest.write_text(json.dumps(value))
+
+
+def test_a_whole_snapshot_verifies(dataset):
+    found = verify_snapshot(open_snapshot(str(dataset)))
+    assert found.problems == ()
+    assert found.rows == GOOD + 1
+    assert found.tokens == found.rows * 5 * 6 * 6
+    shown = CliRunner().invoke(command, ["verify", str(dataset)])
+    assert shown.exit_code == 0
+    assert "all well" in shown.output
+
+
+def test_verification_finds_changed_and_missing_files(dataset):
+    path = shards(dataset)[0]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert "SHA-256" in problems(dataset)
+    path.unlink()
+    assert "cannot be read" in problems(dataset)
+    assert "kept by the ledger but in no shard" in problems(dataset)
+    shown = CliRunner().invoke(command, ["verify", str(dataset)])
+    assert shown.exit_code == 1
+
+
+def test_verification_finds_lost_doubled_and_foreign_rows(dataset):
+    rewrite(dataset, lambda table: table.slice(1))
+    assert "kept by the ledger but in no shard" in problems(dataset)
+    rewrite(dataset, lambda table: pa.concat_tables([table, table.slice(0, 1)]))
+    assert "in more than one row" in problems(dataset)
+    strange = pa.array(["stranger"], pa.string())
+    rewrite(
+        dataset,
+        lambda table: pa.concat_tables([table, table.slice(0, 1).set_column(0, table.schema.field(0), strange)]),
+    )
+    assert "in a shard but not kept by the ledger: stranger" in problems(dataset)
+
+
+def test_verification_finds_codes_that_do_not_fit(dataset):
+    def shorter(table):
+        codes = pa.array([row[:-1] for row in table["codes"].to_pylist()], table.schema.field("codes").type)
+        return table.set_column(table.schema.get_field_index("codes"), table.schema.field("codes"), codes)
+
+    def beyond(table):
+        codes = pa.array([[9999, *row[1:]] for row in table["codes"].to_pylist()], table.schema.field("codes").type)
+        return table.set_column(table.schema.get_field_index("codes"), table.schema.field("codes"), codes)
+
+    rewrite(dataset, beyond)
+    assert "code 9999 is outside the codebook" in problems(dataset)
+    rewrite(dataset, shorter)
+    assert "codes do not fill the grid" in problems(dataset)
+
+
+def test_status_tells_what_is_there_and_what_failed(dataset):
+    status = dataset_status(str(dataset))
+    assert len(status.snapshots) == 1
+    assert status.counts["kept"] == GOOD + 1
+    tables = {table.stage: table for table in status.tables}
+    assert set(tables) == {"sources", "split", "captions", "tokens"}
+    assert tables["tokens"].rows == GOOD + 1
+    assert tables["split"].failed == {"empty_file (permanent)": 1, "not_a_video (permanent)": 1}
+    assert tables["sources"].failed == {"missing_file (permanent)": 1}
+    assert all(table.used_by == status.snapshots for table in status.tables)
+    shown = CliRunner().invoke(command, ["status", str(dataset)])
+    assert f"kept {GOOD + 1}" in shown.output
+    assert "failed: not_a_video (permanent)" in shown.output
+
+
+def test_retry_computes_the_forgotten_inputs_alone_and_changes_nothing_else(dataset, corpus, tokenizer_file):
+    before = published(open_snapshot(str(dataset)))
+    assert retry(str(dataset), "transient") == {}
+    forgotten = retry(str(dataset), "not_a_video")
+    assert forgotten == {"split": 1}
+    result = curate(curate_config(corpus, dataset, tokenizer_file))
+    assert result.computed["split"] == 1
+    assert result.computed["tokens"] == 0
+    assert published(open_snapshot(str(dataset))) == before
+
+
+def test_gc_deletes_what_no_snapshot_needs_and_a_rerun_makes_it_again(dataset, corpus, tokenizer_file):
+    (dataset / "stages" / "split" / "0123456789abcdef").mkdir()
+    (dataset / "snapshots" / "v0009-00000000").mkdir()
+    doomed = ["stages/split/0123456789abcdef", "snapshots/v0009-00000000"]
+    assert collect_garbage(str(dataset), dry_run=True) == doomed
+    assert (dataset / doomed[0]).is_dir()
+    shown = CliRunner().invoke(command, ["gc", str(dataset)])
+    assert f"deleted {doomed[0]}" in shown.output
+    assert not (dataset / doomed[0]).exists()
+    assert not (dataset / doomed[1]).exists()
+    assert collect_garbage(str(dataset), dry_run=False) == []
+    assert curate(curate_config(corpus, dataset, tokenizer_file)).computed["tokens"] == 0
+
+
+def test_upkeep_refuses_what_is_no_dataset_or_in_use(dataset, tmp_path):
+    for call in (lambda uri: dataset_status(uri), lambda uri: retry(uri, "transient")):
+        with pytest.raises(UserError, match="is no dataset"):
+            call(str(tmp_path / "nothing"))
+    with dataset_lock(str(dataset)), pytest.raises(UserError, match="in use by another run"):
+        collect_garbage(str(dataset), dry_run=True)
+    shutil.rmtree(dataset / "snapshots")
+    with pytest.raises(UserError, match="no published snapshot yet"):
+        collect_garbage(str(dataset), dry_run=False)
