@@ -66,6 +66,22 @@ def retry(dataset: str, failure_class: str) -> None:
     click.echo("give the same `lumos curate` again to retry them" if forgotten else f"no failure is {failure_class}")
 
 
+@command.command(short_help="Take sources out of all later snapshots.")
+@click.argument("dataset")
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+def remove(dataset: str, sources: tuple[str, ...]) -> None:
+    """Take sources out of all snapshots to come, by their content, whatever name they come back under.
+
+    SOURCE is a path as the ledger has it, or a source_id. Published snapshots stay as they are: curate again, then
+    delete the older ones where the content must not be kept at all.
+    """
+    from pipelines.data.removal import remove_sources
+
+    for source_id in remove_sources(dataset, list(sources)):
+        click.echo(f"removed {source_id}")
+    click.echo("the next `lumos curate` publishes a snapshot without it")
+
+
 @command.command(short_help="Delete what no snapshot needs.")
 @click.argument("dataset")
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")

@@ -12,9 +12,10 @@ from pipelines.data.codes import CodeReader
 from pipelines.data.config import CurateConfig
 from pipelines.data.decide import decide
 from pipelines.data.duplicates import find_near_duplicates, linked_groups, unpack_fingerprint
-from pipelines.data.ledger import Verdicts, build_ledger, count_reasons
+from pipelines.data.ledger import Verdicts, build_ledger, count_reasons, removed_rows
 from pipelines.data.lock import dataset_lock
 from pipelines.data.publish import PUBLISHED_CLIPS, SnapshotContent, draw_split, write_snapshot
+from pipelines.data.removal import read_removed
 from pipelines.data.runner import Row, StageTable, run_stage
 from pipelines.data.snapshot import Snapshot, TokenizerInfo
 from pipelines.data.sources import first_paths, list_sources, sources_stage
@@ -96,7 +97,7 @@ class _Curation:
         self.computed: dict[str, int] = {}
 
     def run(self, listing: pa.Table) -> CurateResult:
-        sources = self._hash(listing)
+        sources, removed = self._without_removed(self._hash(listing))
         first = first_paths(sources)
         clips, failed = self._split(first)
         self._check_failures(sources, failed)
@@ -112,6 +113,7 @@ class _Curation:
         ledger = build_ledger(
             sources, first, clips, failed, verdicts, {name: stage.hash for name, stage in self.stages.items()}
         )
+        ledger = pa.concat_tables([ledger, removed_rows(removed)])
         content = self._content(rows, verdicts, captions, tokens, ledger, groups)
         snapshot = write_snapshot(self.config.dataset, content, self.config.publish)
         return self._result(snapshot, ledger, content.clips)
@@ -131,6 +133,11 @@ class _Curation:
         for name in ("source_id", "error"):
             listing = listing.append_column(name, hashed[name].take(places))
         return listing
+
+    def _without_removed(self, sources: pa.Table) -> tuple[pa.Table, pa.Table]:
+        """The sources that may be used, and those that were taken out of the dataset."""
+        flags = pc.is_in(sources["source_id"], pa.array(read_removed(self.config.dataset), pa.string()))
+        return sources.filter(pc.invert(flags)), sources.filter(flags)
 
     def _split(self, first: pa.Table) -> tuple[pa.Table, pa.Table]:
         """Clips of the sources, and rows of the sources that have none."""

@@ -76,6 +76,18 @@ def build_ledger(
     return pa.concat_tables([clip_rows, failed_rows, *_source_rows(sources, first)])
 
 
+def removed_rows(removed: pa.Table) -> pa.Table:
+    """Ledger rows of sources that were taken out of the dataset."""
+    return _plain_rows(
+        keys=[f"{row['source_id']}@{row['path']}" for row in removed.to_pylist()],
+        source_ids=removed["source_id"].to_pylist(),
+        paths=removed["path"].to_pylist(),
+        status="rejected",
+        reasons=["removed: taken out of the dataset"] * removed.num_rows,
+        split=None,
+    )
+
+
 def paths_of(source_ids: pa.ChunkedArray, first: pa.Table) -> pa.ChunkedArray:
     """The path that stands for each content."""
     return first["path"].take(pc.index_in(source_ids, first["source_id"].combine_chunks()))

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from jobs.data import command
 from pipelines.data.curate import curate
 from pipelines.data.lock import dataset_lock
+from pipelines.data.removal import remove_sources
 from pipelines.data.snapshot import open_snapshot
 from pipelines.data.upkeep import collect_garbage, dataset_status, retry
 from pipelines.data.verify import verify_snapshot
@@ -139,6 +140,28 @@ def test_retry_computes_the_forgotten_inputs_alone_and_changes_nothing_else(data
     assert result.computed["split"] == 1
     assert result.computed["tokens"] == 0
     assert published(open_snapshot(str(dataset))) == before
+
+
+def test_a_removed_source_is_in_no_later_snapshot_under_any_name(dataset, corpus, tokenizer_file):
+    before = open_snapshot(str(dataset))
+    shown = CliRunner().invoke(command, ["remove", str(dataset), "good_001.mp4"])
+    assert shown.exit_code == 0, shown.output
+    with pytest.raises(UserError, match=r"has a source 'good_999\.mp4'"):
+        remove_sources(str(dataset), ["good_999.mp4"])
+    result = curate(curate_config(corpus, dataset, tokenizer_file))
+    assert result.computed == {"sources": 0, "split": 0, "captions": 0, "tokens": 0}
+    after = open_snapshot(str(dataset))
+    assert after.manifest.snapshot_id != before.manifest.snapshot_id
+    [row] = [row for row in after.read_ledger().to_pylist() if row["path"] == "good_001.mp4"]
+    assert (row["status"], row["reason"]) == ("rejected", "removed: taken out of the dataset")
+    assert verify_snapshot(after).rows == GOOD
+    # The same content twice: neither name brings it back.
+    [twin] = [row for row in after.read_ledger().to_pylist() if row["path"] == "good_000.mp4"]
+    remove_sources(str(dataset), [twin["source_id"]])
+    curate(curate_config(corpus, dataset, tokenizer_file))
+    fates = {row["path"]: row["status"] for row in open_snapshot(str(dataset)).read_ledger().to_pylist()}
+    assert fates["good_000.mp4"] == fates["twin of 'good' 0.mp4"] == "rejected"
+    assert verify_snapshot(open_snapshot(str(dataset))).rows == GOOD - 1
 
 
 def test_gc_deletes_what_no_snapshot_needs_and_a_rerun_makes_it_again(dataset, corpus, tokenizer_file):
