@@ -45,7 +45,7 @@ def test_embedded_tokenizer_on_held_out_corpus_clips():
 
 def test_embedded_tokenizer_on_natural_like_texture():
     clips = [texture_clip(np.random.default_rng([99, i]), num_frames=17, side=64) for i in range(24)]
-    assert measure(FsqTokenizer(), torch.from_numpy(np.stack(clips)), name="textures").psnr >= 22
+    assert measure(FsqTokenizer(), torch.from_numpy(np.stack(clips)), name="textures").psnr >= 21
 
 
 def test_embedded_weights_carry_the_shipped_config():
@@ -136,9 +136,9 @@ def test_evaluation_of_videos(tmp_path):
     output = tmp_path / "result" / "evaluation.json"
     config = TokenizerEvaluateConfig(videos=str(tmp_path), height=32, width=48, output=str(output))
     result = evaluate_tokenizer(config)
-    assert [(row.name, row.clips) for row in result.rows] == [("a.mp4", 5), ("b.mp4", 3), ("all", 8)]
+    assert [(row.name, row.clips) for row in result.rows] == [("a.mp4", 2), ("b.mp4", 1), ("all", 3)]
     total = result.rows[-1]
-    assert total.psnr == pytest.approx((5 * result.rows[0].psnr + 3 * result.rows[1].psnr) / 8)
+    assert total.psnr == pytest.approx((2 * result.rows[0].psnr + result.rows[1].psnr) / 3)
     assert json.loads(output.read_text())["rows"][2]["codes_used"] == total.codes_used
     assert "a.mp4" in str(result)
 
