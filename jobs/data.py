@@ -46,6 +46,22 @@ def verify(dataset: str) -> None:
         sys.exit(1)
 
 
+@command.command(short_help="A page with yields, score histograms and other thresholds.")
+@click.argument("dataset")
+@click.option("--out", default="report.html", show_default=True, help="The HTML file to write.")
+def report(dataset: str, out: str) -> None:
+    """Write a page about a snapshot: what was kept and why not, how scores lie, what another threshold would keep.
+
+    DATASET may also be the folder of one snapshot; otherwise the page is about its newest one.
+    """
+    from pipelines.data.report import write_report
+    from pipelines.data.snapshot import open_snapshot
+
+    snapshot = open_snapshot(dataset)
+    write_report(Path(out), snapshot)
+    click.echo(f"{snapshot.manifest.snapshot_id}: open {out}")
+
+
 @command.command(short_help="Forget failures, so that they are tried again.")
 @click.argument("dataset")
 @click.option(

@@ -13,6 +13,7 @@ from jobs.data import command
 from pipelines.data.curate import curate
 from pipelines.data.lock import dataset_lock
 from pipelines.data.removal import remove_sources
+from pipelines.data.report import what_if
 from pipelines.data.snapshot import open_snapshot
 from pipelines.data.upkeep import collect_garbage, dataset_status, retry
 from pipelines.data.verify import verify_snapshot
@@ -187,3 +188,27 @@ def test_upkeep_refuses_what_is_no_dataset_or_in_use(dataset, tmp_path):
     shutil.rmtree(dataset / "snapshots")
     with pytest.raises(UserError, match="no published snapshot yet"):
         collect_garbage(str(dataset), dry_run=False)
+
+
+def test_the_report_shows_yields_scores_and_other_thresholds(dataset, tmp_path):
+    shown = CliRunner().invoke(command, ["report", str(dataset), "--out", str(tmp_path / "page" / "report.html")])
+    assert shown.exit_code == 0, shown.output
+    page = (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
+    assert "$" not in page
+    assert "twin of &#x27;good&#x27; 0.mp4" in page
+    assert f'<li class="kept"><b>{GOOD + 1}</b> kept</li>' in page
+    assert "thresholds.min_motion_time=0.25" in page
+    assert page.count("<svg") == page.count("</svg>") > 4
+
+
+def test_what_another_threshold_would_keep_is_what_it_keeps(dataset, corpus, tokenizer_file):
+    ledger = open_snapshot(str(dataset)).read_ledger().to_pylist()
+    scores = [row["scores"] for row in ledger if row["scores"] is not None]
+    config = curate_config(corpus, dataset, tokenizer_file)
+    found = {item.name: item for item in what_if(scores, config.thresholds)}
+    item = found["min_motion_time"]
+    assert item.passing == GOOD + 1
+    without = dict(item.others)[None]
+    result = curate(curate_config(corpus, dataset, tokenizer_file, "thresholds.min_motion_time=null"))
+    assert result.counts["kept"] == without == GOOD + 2
+    assert result.computed["split"] == 0
