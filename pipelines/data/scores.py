@@ -2,11 +2,11 @@
 
 Everything is measured on decoded pixels, so it does not depend on the codec.
 
-Motion is looked for between frames 1/8 s apart, in 8x8 px blocks of the small luma picture: a block has changed if its
-mean absolute difference exceeds what compression does to a still picture. ``motion`` is the mean share of changed
-blocks, which a moving camera drives up. ``motion_time`` is the share of looks with any changed block: it tells a
-static camera with a small moving subject (always something moves) from a still shot or a slide that is turned now and
-then (nothing moves most of the time).
+Motion is looked for between frames 1/8 s apart, in 8x8 px blocks of the small picture: a block has changed if its mean
+absolute difference, in luma or in chroma, exceeds what compression does to a still picture. ``motion`` is the mean
+share of changed blocks, which a moving camera drives up. ``motion_time`` is the share of looks with any changed block:
+it tells a static camera with a small moving subject (always something moves) from a still shot or a slide that is
+turned now and then (nothing moves most of the time).
 """
 
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 LOOK_SECONDS = 1 / 8
 BLOCK = 8  # px
 BLOCK_CHANGE = 4.0  # mean absolute difference of a block's luma, 0..255; grain and usual compression stay below
+CHROMA_CHANGE = 12.0  # likewise of Cb or Cr, in which codecs save most
 DARK_PIXEL = 32  # luma, 0..255
 DARK_FRAME = 0.01  # share of brighter pixels that a frame may have and still count as black
 
@@ -32,23 +33,24 @@ class FrameMeter:
     looks: list[tuple[float, float, float]] = field(default_factory=list)  # from, to (seconds), share of changed blocks
     _last_look: tuple[float, NDArray[np.uint8]] | None = None
 
-    def add(self, time: float, luma: NDArray[np.uint8]) -> None:
+    def add(self, time: float, planes: NDArray[np.uint8]) -> None:
         """Measure the next frame.
 
         Args:
             time: Seconds since the first frame.
-            luma: [height, width], 0 black, 255 white, of the same size as all before.
+            planes: Y, Cb and Cr, [3, height, width], luma 0 black to 255 white; of the same size as all before.
         """
+        luma = planes[0]
         self.times.append(time)
         self.brightness.append(float(luma.mean()) / 255)
         self.dark.append(bool(np.count_nonzero(luma > DARK_PIXEL) <= DARK_FRAME * luma.size))
         if self._last_look is None:
-            self._last_look = (time, luma)
+            self._last_look = (time, planes)
             return
         before, reference = self._last_look
         if time - before >= LOOK_SECONDS - 1e-3:
-            self.looks.append((before, time, changed_share(reference, luma)))
-            self._last_look = (time, luma)
+            self.looks.append((before, time, changed_share(reference, planes)))
+            self._last_look = (time, planes)
 
     def clip_scores(self, first: int, end: int, picture_share: float = 1.0) -> dict[str, float]:
         """Scores of the frames ``first`` up to but not including ``end``.
@@ -69,12 +71,14 @@ class FrameMeter:
 
 
 def changed_share(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> float:
-    """Share of the blocks of a picture that differ between two frames."""
-    height, width = before.shape
-    difference = cv2.absdiff(cv2.blur(before, (3, 3)), cv2.blur(after, (3, 3)))  # grain averages out, subjects do not
-    blocks = cv2.resize(
-        difference.astype(np.float32),
-        (max(1, width // BLOCK), max(1, height // BLOCK)),
-        interpolation=cv2.INTER_AREA,
-    )
-    return float(np.count_nonzero(blocks > BLOCK_CHANGE) / blocks.size)
+    """Share of the blocks of a picture, [planes, height, width], that differ between two frames in any plane.
+
+    Chroma counts too: a red subject before a brown wall may have the wall's luma.
+    """
+    height, width = before.shape[1:]
+    size = (max(1, width // BLOCK), max(1, height // BLOCK))
+    changed = np.zeros(size[::-1], dtype=bool)
+    for one, other, limit in zip(before, after, (BLOCK_CHANGE, CHROMA_CHANGE, CHROMA_CHANGE), strict=True):
+        difference = cv2.absdiff(cv2.blur(one, (3, 3)), cv2.blur(other, (3, 3)))  # grain averages out, subjects do not
+        changed |= cv2.resize(difference.astype(np.float32), size, interpolation=cv2.INTER_AREA) > limit
+    return float(np.count_nonzero(changed) / changed.size)

@@ -82,10 +82,10 @@ class _Pass:
             self._small = _small_size(frame.width, frame.height, self._target)
         time, self.last_duration = timed.time - self.origin, timed.duration
         width, height = self._small
-        # Luma is averaged, so that grain is no motion. Shots are told on a picture made as PySceneDetect makes its
-        # own, by interpolation: on an averaged one, hues in the dark differ and it sees other cuts.
-        luma = frame.reformat(width=width, height=height, format="gray", interpolation="AREA").to_ndarray()
-        self.meter.add(time, np.asarray(luma, np.uint8))
+        # What is measured is averaged, so that grain is no motion. Shots are told on a picture made as PySceneDetect
+        # makes its own, by interpolation: on an averaged one, hues in the dark differ and it sees other cuts.
+        planes = frame.reformat(width=width, height=height, format="yuvj444p", interpolation="AREA").to_ndarray()
+        self.meter.add(time, np.asarray(planes, np.uint8))
         small = cv2.resize(frame.to_ndarray(format="bgr24"), self._small, interpolation=cv2.INTER_LINEAR)
         self.shots.add(small)
         if not self.thumbnails or time - self.thumbnails[-1][0] >= LOOK_SECONDS - 1e-3:

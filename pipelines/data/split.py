@@ -121,7 +121,7 @@ def split_stage(config: SplitConfig, decode: DecodeConfig, resources: ResourceCo
     """The stage that probes, splits and scores."""
     return Stage(
         name="split",
-        settings={"version": 3, **asdict(config)},
+        settings={"version": 4, **asdict(config)},
         schema=CLIPS,
         function=partial(SplitFunction, config=config, decode=decode),
         rows_per_part=32,

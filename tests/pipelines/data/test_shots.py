@@ -75,6 +75,13 @@ def test_a_still_shot_is_told_from_a_still_camera_with_a_small_moving_subject(tm
     assert small["motion"] < 0.03  # most of the picture stands still
 
 
+def test_a_subject_as_bright_as_its_background_moves(tmp_path):
+    frames = np.full((24, 96, 96, 3), (116, 80, 56), np.uint8)  # brown, of the same luma as the red below
+    for index in range(24):
+        frames[index, 32:64, 3 * index : 3 * index + 24] = (208, 38, 44)
+    assert scores(write_video(tmp_path / "a.mp4", frames))["motion_time"] == 1.0
+
+
 def test_grain_and_hard_compression_are_no_motion(tmp_path):
     generator = np.random.default_rng(0)
     picture = still(48, size=(320, 240)).astype(np.float32)
@@ -131,9 +138,10 @@ def test_a_stream_without_a_whole_frame_is_an_error(tmp_path):
         split(path)
 
 
-def test_changed_share_counts_blocks():
-    before = np.full((64, 64), 100, np.uint8)
+@pytest.mark.parametrize("plane", [0, 1, 2])
+def test_changed_share_counts_blocks_of_any_plane(plane):
+    before = np.full((3, 64, 64), 100, np.uint8)
     after = before.copy()
-    after[16:32, 16:48] = 180
+    after[plane, 16:32, 16:48] = 180
     assert changed_share(before, before) == 0.0
     assert 8 / 64 <= changed_share(before, after) <= 24 / 64
