@@ -82,9 +82,9 @@ def dataset_status(dataset: str) -> DatasetStatus:
         uri = storage.join(dataset, STAGES, stage, name)
         parts, rows, failed = _parts(uri), 0, Counter[str]()
         for part in parts:
-            table = _read(part)
-            rows += table.num_rows
-            failed.update(_code(error) for error in _errors(table) if error is not None)
+            errors = _errors(part)
+            rows += len(errors)
+            failed.update(_code(error) for error in errors if error is not None)
         tables.append(
             TableStatus(
                 stage=stage,
@@ -124,11 +124,10 @@ def retry(dataset: str, failure_class: str) -> dict[str, int]:
     with dataset_lock(dataset):
         for stage, name in _tables(dataset):
             for part in _parts(storage.join(dataset, STAGES, stage, name)):
-                table = _read(part)
-                chosen = [error is not None and failure_class in _words(error) for error in _errors(table)]
+                chosen = [error is not None and failure_class in _words(error) for error in _errors(part)]
                 if any(chosen):
                     forgotten[stage] += sum(chosen)
-                    _rewrite(part, table.filter(pa.array([not flag for flag in chosen])))
+                    _rewrite(part, _read(part).filter(pa.array([not flag for flag in chosen])))
     return dict(forgotten)
 
 
@@ -191,9 +190,14 @@ def _read(part: str) -> pa.Table:
     return pq.read_table(pa.BufferReader(storage.read_bytes(part)))
 
 
-def _errors(table: pa.Table) -> list[str | None]:
-    """The failure of each row, or None."""
-    return list(table[ERROR].to_pylist()) if ERROR in table.column_names else [None] * table.num_rows
+def _errors(part: str) -> list[str | None]:
+    """The failure of each row, or None. Codes and scores are not read."""
+    fs, path = storage.filesystem(part)
+    with fs.open(path, "rb") as file:
+        parquet = pq.ParquetFile(file)
+        if ERROR not in parquet.schema_arrow.names:
+            return [None] * parquet.metadata.num_rows
+        return list(parquet.read(columns=[ERROR])[ERROR].to_pylist())
 
 
 def _code(error: str) -> str:

@@ -12,15 +12,10 @@ from pipelines.data.curate import curate
 from pipelines.data.lock import dataset_lock
 from pipelines.data.snapshot import list_snapshots, open_snapshot
 from pipelines.errors import JobError, UserError
-from tests.pipelines.data.corpora import FATES, GOOD, curate_config, published, write_corpus
+from tests.pipelines.data.corpora import FATES, GOOD, curate_config, published
 from tests.pipelines.data.videos import moving_square, write_video
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "videos")
 
 
 @pytest.fixture(scope="module")

@@ -18,14 +18,9 @@ from pipelines.data.snapshot import open_snapshot
 from pipelines.data.upkeep import collect_garbage, dataset_status, retry
 from pipelines.data.verify import verify_snapshot
 from pipelines.errors import UserError
-from tests.pipelines.data.corpora import GOOD, curate_config, published, write_corpus
+from tests.pipelines.data.corpora import GOOD, curate_config, published
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "videos")
 
 
 @pytest.fixture(scope="module")
