@@ -12,6 +12,7 @@ _VERBS = {
     "serve": "Serve a model over HTTP until interrupted.",
     "data": "Look after a dataset: status, report, verify, retry, remove, gc.",
     "tokenizer": "Train a tokenizer, or evaluate a video tokenizer.",
+    "benchmark": "Measure parts of the pipeline against the least they could cost.",
 }
 
 

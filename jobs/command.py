@@ -1,7 +1,9 @@
 """What the verbs share: the CONFIG argument, the shipped configs in ``--help``, and exit statuses."""
 
+import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -46,6 +48,13 @@ def config_arguments(required: bool = True) -> Callable[[CommandT], CommandT]:
         return click.argument("config", required=required, metavar="CONFIG" if required else "[CONFIG]")(function)
 
     return decorate
+
+
+def curate_arguments(config: str, overrides: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """CONFIG and overrides of a curation; a folder stands for the default config with that source."""
+    if not Path(config).is_dir():
+        return config, overrides
+    return "default", (f"source.path={json.dumps(config, ensure_ascii=False)}", *overrides)
 
 
 def resolve(cls: type[ConfigT], config: str, overrides: Sequence[str], print_config: bool) -> ConfigT:

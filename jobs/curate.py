@@ -1,6 +1,5 @@
 """``lumos curate``: videos to a published snapshot of token shards."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import click
 if __name__ == "__main__":  # run as a script: import from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.command import ConfigCommand, config_arguments, resolve, run
+from jobs.command import ConfigCommand, config_arguments, curate_arguments, resolve, run
 
 
 @click.command(
@@ -32,10 +31,7 @@ def command(config: str, overrides: tuple[str, ...], print_config: bool) -> None
     """
     from pipelines.data.config import CurateConfig
 
-    if Path(config).is_dir():
-        overrides = (f"source.path={json.dumps(config, ensure_ascii=False)}", *overrides)
-        config = "default"
-    resolved = resolve(CurateConfig, config, overrides, print_config)
+    resolved = resolve(CurateConfig, *curate_arguments(config, overrides), print_config)
 
     from pipelines.data.curate import curate
 

@@ -1,5 +1,6 @@
 """``lumos data``: look after datasets that ``lumos curate`` made."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,9 +9,8 @@ import click
 if __name__ == "__main__":  # run as a script: import from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.command import run
-
-dataset_argument = click.argument("dataset")
+from jobs.command import config_arguments, curate_arguments, resolve, run
+from jobs.data_upkeep import dataset_argument, gc, remove, repair, retry
 
 
 @click.group()
@@ -57,42 +57,28 @@ def verify(dataset: str) -> None:
     sys.exit(1 if found.problems else 0)
 
 
-@command.command(short_help="Forget failures, so that they are tried again.")
-@dataset_argument
-@click.option("--class", "failure_class", default="transient", show_default=True, help="Or permanent, or a code.")
-def retry(dataset: str, failure_class: str) -> None:
-    """Forget failures of a class that `status` shows. The next `lumos curate` tries just their inputs again."""
-    from pipelines.data.upkeep import retry as forget
+@command.command(short_help="Expected yield, time, disk, memory and cost, from a sample.")
+@config_arguments()
+@click.option("--sources", default=8, show_default=True, help="Curated in a scratch folder to tell.")
+@click.option("--cpus", type=float, default=os.cpu_count(), show_default="this machine's", help="Of the cluster.")
+@click.option("--gpus", type=float, default=0.0, show_default=True, help="Of the cluster.")
+@click.option("--price", type=float, default=0.0, help="Of an hour of the cluster, in any currency.")
+@click.option("--seed", default=0, show_default=True, help="Of the draw.")
+def plan(config: str, overrides: tuple[str, ...], print_config: bool, **options: float) -> None:
+    """Curate a few sources of a run in a scratch folder and tell what all of it will yield and take.
 
-    forgotten = forget(dataset, failure_class)
-    for stage, count in forgotten.items():
-        click.echo(f"{stage}: {count} failures forgotten")
-    click.echo("give the same `lumos curate` again to retry them" if forgotten else f"no failure is {failure_class}")
+    CONFIG is that of `lumos curate`; the sample is drawn over all file sizes.
+    """
+    from pipelines.data.config import CurateConfig
+    from pipelines.data.plan import Cluster, plan_curation
 
-
-@command.command(short_help="Take sources out of all later snapshots.")
-@dataset_argument
-@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
-def remove(dataset: str, sources: tuple[str, ...]) -> None:
-    """Take sources (paths as the ledger has them, or source_ids) out of all snapshots to come, under any name."""
-    from pipelines.data.removal import remove_sources
-
-    for source_id in remove_sources(dataset, list(sources)):
-        click.echo(f"removed {source_id}")
-    click.echo("the next `lumos curate` publishes a snapshot without it; published ones stay as they are")
+    cluster = Cluster(cpus=options["cpus"], gpus=options["gpus"], price=options["price"])
+    resolved = resolve(CurateConfig, *curate_arguments(config, overrides), print_config)
+    click.echo(plan_curation(resolved, cluster, sources=int(options["sources"]), seed=int(options["seed"])))
 
 
-@command.command(short_help="Delete what no snapshot needs.")
-@dataset_argument
-@click.option("--dry-run", is_flag=True, help="Only say what would go.")
-def gc(dataset: str, dry_run: bool) -> None:
-    """Delete stage tables of configurations that no snapshot was made from, and unfinished snapshots."""
-    from pipelines.data.upkeep import collect_garbage
-
-    paths = collect_garbage(dataset, dry_run=dry_run)
-    for path in paths or ["nothing"]:
-        click.echo(f"{'would delete' if dry_run else 'deleted'} {path}")
-
+for changing in (repair, retry, remove, gc):
+    command.add_command(changing)
 
 if __name__ == "__main__":
     run(command)

@@ -1,4 +1,4 @@
-"""Captions from a table or from .txt files beside the videos, cleaned and attached to clips."""
+"""Captions that users bring, in a table or in .txt files beside the videos; and which captions are fit to be used."""
 
 import hashlib
 import os
@@ -6,13 +6,16 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import pyarrow as pa
 
 from pipelines import storage
+from pipelines.data.model_settings import CaptionConfig
 from pipelines.data.runner import Row, Stage
 from pipelines.data.schemas import CAPTIONS
-from pipelines.data.settings import CaptionConfig, SourceConfig
+from pipelines.data.settings import SourceConfig, StageResources
 from pipelines.data.tables import TABLE_SUFFIXES, is_table, read_table, resolve_paths
 from pipelines.errors import UserError
 
@@ -24,6 +27,9 @@ CAPTIONED = pa.schema(
         pa.field("work_key", pa.string(), nullable=False),
         pa.field("key", pa.string(), nullable=False),
         pa.field("captions", CAPTIONS),
+        pa.field("input_tokens", pa.int64()),  # that an endpoint counted, asks money for
+        pa.field("output_tokens", pa.int64()),
+        pa.field("error", pa.string()),  # why a captioner has none
     ]
 )
 _SPACE = re.compile(r"\s+")
@@ -96,6 +102,14 @@ def clean_captions(texts: Sequence[str], captioner: str) -> list[dict[str, str]]
     return [{"text": text, "captioner": captioner} for text in cleaned if text]
 
 
+def unique_captions(captions: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """The captions in their order, each text once, by whoever said it first."""
+    unique: dict[str, dict[str, str]] = {}
+    for caption in captions:
+        unique.setdefault(caption["text"], caption)
+    return list(unique.values())
+
+
 def caption_key(clip_key: str, texts: Sequence[str], captioner: str) -> str:
     """Names a clip with these very captions, so that another text is other work."""
     digest = hashlib.sha256("\0".join([captioner, *texts]).encode()).hexdigest()[:16]
@@ -120,14 +134,36 @@ class CaptionFunction:
         ]
 
 
-def captions_stage() -> Stage:
+def captions_stage(resources: StageResources) -> Stage:
     """The stage that attaches captions."""
     return Stage(
         name="captions",
-        settings={"version": 1, "captioner": "given"},
+        settings={"version": 2, "captioner": "given"},
         schema=CAPTIONED,
         function=CaptionFunction,
         rows_per_part=8192,
         min_rows_per_part=4096,
+        resources=resources,
         stateful=False,
     )
+
+
+def caption_fault(text: str, config: CaptionConfig) -> str | None:
+    """Why a caption is not to be used, such as "words 2 < 3" or "language de"; None if it is."""
+    words = len(text.split())
+    if config.min_words is not None and words < config.min_words:
+        return f"words {words} < {config.min_words}"
+    if config.max_words is not None and words > config.max_words:
+        return f"words {words} > {config.max_words}"
+    if config.languages:
+        language, certainty = _language_identifier().classify(text)
+        if language not in config.languages and certainty >= config.language_certainty:
+            return f"language {language}"
+    return None
+
+
+@lru_cache(maxsize=1)
+def _language_identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

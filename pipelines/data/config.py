@@ -1,12 +1,13 @@
 """What a curation run is: sources, splitting, thresholds, captions, tokens, publication, and the means to do it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from lumos.tokenizers.video import TokenizerConfig, latent_frames
+from pipelines.data.model_settings import CaptionConfig, FeatureConfig
 from pipelines.data.publish import PublishConfig
+from pipelines.data.schemas import MODEL_SCORES
 from pipelines.data.settings import (
-    CaptionConfig,
     DecodeConfig,
     ResourceConfig,
     SourceConfig,
@@ -21,13 +22,19 @@ class TokenConfig:
     """What is encoded of a kept clip, and how."""
 
     fps: float = 12.0
-    num_frames: tuple[int, ...] = (25, 49, 97, 177)  # allowed lengths, each 1 + 4k; a clip gets the longest that fits
+    num_frames: tuple[int, ...] = (
+        25,
+        49,
+        97,
+        177,
+    )  # allowed lengths, each 1 + 4k: the longest that fits; with 1, images too
     sizes: tuple[str, ...] | None = None  # allowed sizes, WIDTHxHEIGHT, or none for buckets by area
     area: int = (
         352 * 352
     )  # px at most; sizes are the largest multiples of ``multiple`` within it, of several aspect ratios
     multiple: int = 32  # px
     batch_size: int = 1  # clips in one call of the encoder, always of this very shape (filled up where fewer are left)
+    decode_back_share: float = 0.01  # of the clips whose codes are decoded again, for the score psnr
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
     def __post_init__(self) -> None:
@@ -39,6 +46,7 @@ class TokenConfig:
         require(self.multiple > 0 and self.multiple % 8 == 0, f"multiple must be a multiple of 8, got {self.multiple}")
         require(self.area >= self.multiple**2, f"area must be at least {self.multiple}^2 px, got {self.area}")
         require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
+        require(0 <= self.decode_back_share <= 1, f"decode_back_share must be in [0, 1], got {self.decode_back_share}")
         require(self.sizes is None or bool(self.sizes), "sizes is empty; name sizes such as 448x256, or none")
         for width, height in self.frame_sizes:
             require(width % 8 == 0 and height % 8 == 0, f"sizes must be multiples of 8 px, got {width}x{height}")
@@ -79,6 +87,15 @@ def area_buckets(area: int, multiple: int, max_aspect: float = 3.0) -> tuple[tup
     return tuple(sorted(sizes))
 
 
+# What has to be named for a score by a model.
+_FILES = {
+    "text_area": "text_detector",
+    "aesthetic": "aesthetic_head",
+    "nsfw": "nsfw_head",
+    "similarity": "clip.weights",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class CurateConfig:
     """One curation run: videos in, a published snapshot of token shards out."""
@@ -90,6 +107,7 @@ class CurateConfig:
     split: SplitConfig = field(default_factory=SplitConfig)
     thresholds: Thresholds = field(default_factory=Thresholds)
     near_duplicates: float | None = 0.99  # cosine of fingerprints from which clips count as the same; none: keep all
+    features: FeatureConfig = field(default_factory=FeatureConfig)
     captions: CaptionConfig = field(default_factory=CaptionConfig)
     tokens: TokenConfig = field(default_factory=TokenConfig)
     publish: PublishConfig = field(default_factory=PublishConfig)
@@ -102,3 +120,12 @@ class CurateConfig:
         require(bool(self.dataset), "dataset is empty; name a folder or an s3:// prefix to write to")
         cosine = self.near_duplicates
         require(cosine is None or 0 < cosine <= 1, f"near_duplicates must be a cosine in (0, 1], got {cosine}")
+        for field_ in fields(self.thresholds):
+            _, _, score = field_.name.partition("_")
+            require(
+                score not in MODEL_SCORES
+                or score in self.features.scores
+                or getattr(self.thresholds, field_.name) is None,
+                f"thresholds.{field_.name} needs a score that nothing computes: name the file in "
+                f"features.{_FILES.get(score)}, or set thresholds.{field_.name}=null",
+            )

@@ -3,6 +3,7 @@
 Started by ``decode.DecodeChild`` as ``python -m pipelines.data.decode_child FD MEMORY_MB``.
 """
 
+import importlib
 import logging
 import os
 import resource
@@ -46,7 +47,7 @@ def serve(connection: Connection) -> None:
         except EOFError:
             return
         try:
-            answer: tuple[Any, ...] = ("done", JOBS[name](**arguments, beat=beat))
+            answer: tuple[Any, ...] = ("done", _job(name)(**arguments, beat=beat))
         except VideoError as error:
             answer = ("error", error.code, error.detail, error.transient)
         except Exception as error:
@@ -54,6 +55,15 @@ def serve(connection: Connection) -> None:
             logging.exception("%s %s", name, arguments)
             answer = ("error", *_classify(error), False)
         connection.send(answer)
+
+
+def _job(name: str) -> Callable[..., Any]:
+    """A function of ``JOBS``, or any other as MODULE:FUNCTION."""
+    if name in JOBS:
+        return JOBS[name]
+    module, _, function = name.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
 
 
 def _classify(error: Exception) -> tuple[str, str]:

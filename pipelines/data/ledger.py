@@ -50,7 +50,10 @@ def build_ledger(
         hashes: Configuration hash of each stage.
     """
     seen = {"split": [True] * clips.num_rows, **verdicts.stages}
-    columns = [pa.array([hashes[stage] if flag else None for flag in seen[stage]], pa.string()) for stage in STAGES]
+    unseen = [False] * clips.num_rows  # by a stage that is switched off
+    columns = [
+        pa.array([hashes[stage] if flag else None for flag in seen.get(stage, unseen)], pa.string()) for stage in STAGES
+    ]
     clip_rows = pa.table(
         [
             clips["key"],

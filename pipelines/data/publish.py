@@ -179,18 +179,32 @@ def _write_bucket(
 ) -> Bucket:
     split, t, h, w = (rows[name][0].as_py() for name in ("split", "t", "h", "w"))
     ids = rows["clip_id"].to_pylist()
-    order = sorted(range(len(ids)), key=lambda index: _hash_int(f"order:{config.seed}:{ids[index]}"))
     per_shard = max(1, int(config.shard_mb * 1e6) // (2 * t * h * w + _BYTES_BESIDE_CODES))
     shards = []
-    for number, chosen in enumerate(np.array_split(np.array(order), -(-len(ids) // per_shard))):
+    for number, chosen in enumerate(deal_shards(ids, -(-len(ids) // per_shard), seed=config.seed)):
         part = rows.take(pa.array(chosen))
-        codes = read_codes(part["clip_id"].to_pylist())
-        table = part.drop_columns(["codes_sha256"]).append_column(TOKENS.field("codes"), codes).select(TOKENS.names)
-        data = parquet_bytes(table.cast(TOKENS), row_group_rows=ROW_GROUP_ROWS)
+        data = shard_bytes(part, read_codes(part["clip_id"].to_pylist()))
         path = f"data/{split}/{t}x{h}x{w}/shard-{number:05d}.parquet"
         storage.write_bytes_atomic(storage.join(uri, path), data)
         shards.append(Shard(path, part.num_rows, len(data), hashlib.sha256(data).hexdigest()))
     return Bucket(split, t, h, w, rows.num_rows, sum(shard.bytes for shard in shards), tuple(shards))
+
+
+def deal_shards(ids: Sequence[str], count: int, *, seed: int) -> list[np.ndarray]:
+    """Which clips, by index and in which order, each of ``count`` shards of a bucket holds: a pure function."""
+    order = sorted(range(len(ids)), key=lambda index: _hash_int(f"order:{seed}:{ids[index]}"))
+    return np.array_split(np.array(order), count)
+
+
+def shard_bytes(clips: pa.Table, codes: pa.Array) -> bytes:
+    """The file of a shard.
+
+    Args:
+        clips: Its rows, as ``PUBLISHED_CLIPS``, in order.
+        codes: Of each, list<uint16>.
+    """
+    table = clips.drop_columns(["codes_sha256"]).append_column(TOKENS.field("codes"), codes).select(TOKENS.names)
+    return parquet_bytes(table.cast(TOKENS), row_group_rows=ROW_GROUP_ROWS)
 
 
 def _total(buckets: Sequence[Bucket], split: str) -> SplitTotal:

@@ -13,8 +13,9 @@ import logging
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,8 @@ from tqdm import tqdm
 from pipelines import storage
 from pipelines.config import config_hash
 from pipelines.data.publish import parquet_bytes
+from pipelines.data.runlog import BatchReport, RunLog, StageProgress
+from pipelines.data.settings import StageResources
 from pipelines.errors import JobError, UserError
 
 Row = dict[str, Any]
@@ -36,6 +39,8 @@ RowFunction = Callable[[list[Row]], list[Row]]
 
 STAGES = "stages"
 WORK_KEY = "work_key"
+WORK = "work"  # column that inputs may have: how much work each is, in whatever measure; for the time left
+ERROR = "error"  # column of a table whose inputs may fail
 _WAVE_ROWS = 1 << 18  # inputs handed to Ray at a time, which bounds what the driver holds
 PART_ROW_GROUP = 1 << 12
 
@@ -52,8 +57,7 @@ class Stage:
             of rows. Called once in each worker process, so models load there.
         rows_per_part: Rows in one batch, at most; what is lost when a worker dies.
         min_rows_per_part: Rows below which a batch is not worth another worker.
-        cpus: CPUs that each worker holds.
-        gpus: GPUs likewise.
+        resources: What each worker holds, and how many there may be.
         stateful: Whether workers are worth keeping (they hold a model or a child process).
     """
 
@@ -63,8 +67,7 @@ class Stage:
     function: Callable[[str], RowFunction]
     rows_per_part: int
     min_rows_per_part: int = 1
-    cpus: float = 1.0
-    gpus: float = 0.0
+    resources: StageResources = field(default_factory=StageResources)
     stateful: bool = True
 
     @property
@@ -90,6 +93,17 @@ class StageTable:
         read = [read_columns(part, [WORK_KEY])[WORK_KEY] for part in self.parts()]
         chunks = [chunk for column in read for chunk in column.chunks]
         return pc.unique(pa.chunked_array(chunks, type=pa.string()))
+
+    def failures(self, keys: pa.ChunkedArray) -> int:
+        """How many of these keys hold a failure."""
+        if ERROR not in self.schema.names:
+            return 0
+        found = 0
+        for part in self.parts():
+            rows = read_columns(part, [WORK_KEY, ERROR])
+            failed = rows[WORK_KEY].filter(pc.is_valid(rows[ERROR]))
+            found += int(pc.sum(pc.is_in(failed, keys.combine_chunks())).as_py() or 0)
+        return found
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows, each key's from one part."""
@@ -127,17 +141,30 @@ class StageWorker:
         self.lock = threading.Lock()  # Ray may call from several threads
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Compute and commit; returns one row of counts."""
+        """Compute and commit; returns one row, a ``BatchReport``."""
+        begin = time.perf_counter()
+        inputs = batch.to_pylist()
+        keys = [row[WORK_KEY] for row in inputs]
         with self.lock:
-            keys = batch[WORK_KEY].to_pylist()
-            rows = self.function(batch.to_pylist())
+            rows = self.function(inputs)
         table = pa.Table.from_pylist(rows, schema=self.stage.schema)
         covered = set(table[WORK_KEY].to_pylist())
         if covered != set(keys):
             raise RuntimeError(f"stage {self.stage.name} left out or made up keys: {sorted(covered ^ set(keys))[:3]}")
         name = "part-" + hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:24] + ".parquet"
         storage.write_bytes_atomic(storage.join(self.uri, name), parquet_bytes(table, row_group_rows=PART_ROW_GROUP))
-        return pa.table({"inputs": [len(keys)], "outputs": [len(rows)]})
+        failures = pc.drop_null(table[ERROR]) if ERROR in table.column_names else pa.array([], pa.string())
+        report = BatchReport(
+            inputs=len(keys),
+            outputs=len(rows),
+            failed=len(failures),
+            first_failure=failures[0].as_py() if len(failures) else "",
+            busy_s=time.perf_counter() - begin,
+            source_s=_source_seconds(table if "end_s" in table.column_names else batch),
+            work=_sum(batch, WORK),
+        )
+        report.publish(self.stage.name)
+        return pa.table({name: [value] for name, value in asdict(report).items()})
 
 
 def _commit_stateless(batch: pa.Table, stage: Stage, uri: str) -> pa.Table:
@@ -145,41 +172,91 @@ def _commit_stateless(batch: pa.Table, stage: Stage, uri: str) -> pa.Table:
     return StageWorker(stage, uri)(batch)
 
 
-def run_stage(stage: Stage, inputs: pa.Table, *, dataset: str, workers: int | None, progress: bool) -> int:
+def _sum(table: pa.Table, column: str) -> float:
+    return float(pc.sum(table[column]).as_py() or 0.0) if column in table.column_names else 0.0
+
+
+def _source_seconds(table: pa.Table) -> float:
+    return _sum(table, "end_s") - _sum(table, "start_s")
+
+
+def run_stage(
+    stage: Stage,
+    inputs: pa.Table,
+    *,
+    dataset: str,
+    progress: bool = False,
+    log: RunLog | None = None,
+    max_failed: float = math.inf,
+) -> int:
     """Compute what a stage's table lacks.
 
     Args:
         stage: What to compute.
-        inputs: One row per ``work_key``, with the columns its function wants.
+        inputs: One row per ``work_key``, with the columns its function wants, and perhaps ``work``.
         dataset: Where the table is.
-        workers: Processes; None: as many as the cluster has cores for.
         progress: Whether to show a bar on stderr.
+        log: Where to note how far it is.
+        max_failed: Inputs that may fail, earlier runs' among them, before the stage stops.
 
     Returns:
         How many inputs were computed; 0 where all were done before.
 
     Raises:
-        JobError: a worker failed. What was committed is kept.
+        JobError: a worker failed, or too many inputs did. What was committed is kept.
     """
     table = StageTable(dataset, stage)
     computed = 0
     last_pending = -1
     while True:
         pending = anti_join(inputs, table.keys())
-        if pending.num_rows == 0:
-            return computed
         if pending.num_rows == last_pending:
             raise JobError(
                 f"stage {stage.name}: {last_pending} inputs stay pending though their workers reported success"
             )
         last_pending = pending.num_rows
+        state = StageProgress(total=inputs.num_rows, before=inputs.num_rows - pending.num_rows)
+        if pending.num_rows == 0:
+            if log is not None and stage.name not in log.stages:
+                log.update(stage.name, state)
+            return computed
+        state.work_total = _sum(pending, WORK)
         _record_settings(stage, table)
-        done = inputs.num_rows - pending.num_rows
-        with tqdm(total=inputs.num_rows, initial=done, desc=stage.name, unit="row", disable=not progress) as bar:
+        failed_before = table.failures(inputs[WORK_KEY]) if math.isfinite(max_failed) else 0
+        begin = time.monotonic()
+        with tqdm(total=state.total, initial=state.before, desc=stage.name, unit="row", disable=not progress) as bar:
             for start in range(0, pending.num_rows, _WAVE_ROWS):
-                for inputs_done in _execute(stage, table, pending.slice(start, _WAVE_ROWS), workers):
-                    bar.update(inputs_done)
-                    computed += inputs_done
+                for report in _execute(stage, table, pending.slice(start, _WAVE_ROWS)):
+                    _count(state, report, time.monotonic() - begin)
+                    computed += report.inputs
+                    bar.update(report.inputs)
+                    if log is not None:
+                        log.update(stage.name, state)
+                    if failed_before + state.failed > max_failed:
+                        raise TooManyFailuresError(report.first_failure, failed_before + state.failed)
+
+
+class TooManyFailuresError(Exception):
+    """More inputs failed than the run bears.
+
+    Attributes:
+        reason: One of the failures.
+        count: How many there are.
+    """
+
+    def __init__(self, reason: str, count: int) -> None:
+        super().__init__(f"{count} inputs failed, such as: {reason}")
+        self.reason = reason
+        self.count = count
+
+
+def _count(state: StageProgress, report: BatchReport, seconds: float) -> None:
+    state.computed += report.inputs
+    state.failed += report.failed
+    state.busy_s += report.busy_s
+    state.source_s += report.source_s
+    state.work += report.work
+    state.seconds = seconds
 
 
 def anti_join(inputs: pa.Table, done: pa.Array) -> pa.Table:
@@ -194,6 +271,14 @@ def cluster_cores() -> int:
     return max(1, min(declared, len(os.sched_getaffinity(0))) if alone else declared)
 
 
+def _processes(resources: StageResources) -> int:
+    """Processes that a stage may have: what it is allowed, else as many as the cluster can hold."""
+    fitting = int(cluster_cores() / resources.num_cpus) if resources.num_cpus else cluster_cores()
+    if resources.num_gpus:
+        fitting = min(fitting, int(ray.cluster_resources().get("GPU", 0) / resources.num_gpus))
+    return max(1, resources.max_workers or fitting)
+
+
 def _record_settings(stage: Stage, table: StageTable) -> None:
     """For people: what the hash in the folder's name stands for."""
     uri = storage.join(table.uri, "stage.json")
@@ -201,9 +286,10 @@ def _record_settings(stage: Stage, table: StageTable) -> None:
         storage.write_json_atomic(uri, {"stage": stage.name, "settings": stage.settings})
 
 
-def _execute(stage: Stage, table: StageTable, pending: pa.Table, workers: int | None) -> Iterator[int]:
-    """Run one wave; yields the inputs of each part as it is committed."""
-    processes = workers or max(1, int(cluster_cores() / stage.cpus))
+def _execute(stage: Stage, table: StageTable, pending: pa.Table) -> Iterator[BatchReport]:
+    """Run one wave; yields what is told of each part as it is committed."""
+    resources = stage.resources
+    processes = _processes(resources)
     # Enough parts that workers end at about the same time, few enough that commits cost little.
     even = math.ceil(pending.num_rows / (4 * processes))
     size = min(stage.rows_per_part, max(stage.min_rows_per_part, even))
@@ -212,20 +298,25 @@ def _execute(stage: Stage, table: StageTable, pending: pa.Table, workers: int | 
     blocks = [pending.take(pa.array(np.arange(s, min(s + size, pending.num_rows)))) for s in starts]
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it tells the plan of every execution, and errors twice
     data: ray.data.Dataset = ray.data.from_arrow(blocks)
-    options: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": stage.cpus}
-    if stage.gpus:
-        options["num_gpus"] = stage.gpus
+    options: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": resources.num_cpus}
+    if resources.num_gpus:
+        options["num_gpus"] = resources.num_gpus
+    if resources.memory_mb:
+        options["memory"] = resources.memory_mb * 1_000_000
     if stage.stateful:
-        pool = ray.data.ActorPoolStrategy(min_size=1, max_size=min(processes, len(blocks)))
+        most = min(processes, len(blocks))
+        pool = ray.data.ActorPoolStrategy(min_size=min(resources.min_workers, most), max_size=most)
         data = data.map_batches(StageWorker, fn_constructor_args=(stage, table.uri), compute=pool, **options)
     else:
+        if resources.max_workers is not None:
+            options["concurrency"] = resources.max_workers
         data = data.map_batches(partial(_commit_stateless, stage=stage, uri=table.uri), **options)
     data.context.enable_progress_bars = False  # ours count rows, across waves
     data.context.raise_original_map_exception = True
     data.context.execution_no_progress_timeout_s = -1  # one batch may hold hours of film; decoding has its own bounds
     try:
         for row in data.iter_rows():
-            yield int(row["inputs"])
+            yield BatchReport(**row)
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None) or error
         told = str(cause).partition("\nFailed to apply UDF")[0].strip()[-2000:]  # Ray adds advice about its settings

@@ -6,7 +6,8 @@ SCHEMA_VERSION = 1  # of published snapshots
 
 # What the low-resolution pass measures of a clip (pipelines/data/scores.py says how). All are stored; which of them
 # decide is the thresholds' matter.
-SCORES = (
+PASS_SCORES = (
+    "image",  # 1 for an image, 0 for a video
     "duration",
     "fps",
     "width",
@@ -18,11 +19,19 @@ SCORES = (
     "decoded_share",
     "brightness",
     "dark_share",
+    "flash_share",
+    "repeat_share",
+    "freeze",
+    "sharpness",
     "motion",
     "motion_time",
 )
+# What models say of the clips that the other scores keep (pipelines/data/features.py), and how well the tokenizer does
+# on a sample of them (pipelines/data/tokens.py); null where nobody looked.
+MODEL_SCORES = ("text_area", "aesthetic", "nsfw", "similarity", "psnr")
+SCORES = (*PASS_SCORES, *MODEL_SCORES)
 # The stages whose configuration a ledger row names.
-STAGES = ("split", "captions", "tokens")
+STAGES = ("split", "features", "captions", "tokens")
 
 STATUSES = ("kept", "rejected", "failed", "duplicate")
 

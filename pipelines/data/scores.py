@@ -7,12 +7,17 @@ absolute difference, in luma or in chroma, exceeds what compression does to a st
 share of changed blocks, which a moving camera drives up. ``motion_time`` is the share of looks with any changed block:
 it tells a static camera with a small moving subject (always something moves) from a still shot or a slide that is
 turned now and then (nothing moves most of the time).
+
+A flash is a frame much brighter or darker than the frames around it; a repeat shows the very picture of the frame
+before, as a stalled recording does.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 LOOK_SECONDS = 1 / 8
@@ -20,6 +25,9 @@ BLOCK = 8  # px
 BLOCK_CHANGE = 4.0  # mean absolute difference of a block's luma, 0..255; grain and usual compression stay below
 CHROMA_CHANGE = 12.0  # likewise of Cb or Cr, in which codecs save most
 DARK_PIXEL = 32  # luma, 0..255
+FLASH = 0.1  # of the range of luma, by which a flash differs from the median of the frames around it
+FLASH_REACH = 3  # frames before and after that count as around it
+REPEAT = 0.1  # mean absolute difference of luma, 0..255, at which a frame repeats the one before
 DARK_FRAME = 0.01  # share of brighter pixels that a frame may have and still count as black
 
 
@@ -31,6 +39,9 @@ class FrameMeter:
     brightness: list[float] = field(default_factory=list)  # mean luma, 0..1
     dark: list[bool] = field(default_factory=list)
     looks: list[tuple[float, float, float]] = field(default_factory=list)  # from, to (seconds), share of changed blocks
+    repeats: list[bool] = field(default_factory=list)
+    sharpness: list[tuple[float, float]] = field(default_factory=list)  # seconds, variance of the Laplacian
+    _last: NDArray[np.uint8] | None = None
     _last_look: tuple[float, NDArray[np.uint8]] | None = None
 
     def add(self, time: float, planes: NDArray[np.uint8]) -> None:
@@ -44,6 +55,9 @@ class FrameMeter:
         self.times.append(time)
         self.brightness.append(float(luma.mean()) / 255)
         self.dark.append(bool(np.count_nonzero(luma > DARK_PIXEL) <= DARK_FRAME * luma.size))
+        same = self._last is not None and cv2.norm(self._last, luma, cv2.NORM_L1) <= REPEAT * luma.size
+        self.repeats.append(same)
+        self._last = luma
         if self._last_look is None:
             self._last_look = (time, planes)
             return
@@ -51,6 +65,11 @@ class FrameMeter:
         if time - before >= LOOK_SECONDS - 1e-3:
             self.looks.append((before, time, changed_share(reference, planes)))
             self._last_look = (time, planes)
+
+    def add_full(self, time: float, luma: NDArray[np.uint8]) -> None:
+        """Measure a frame at full size, [height, width]; now and then is enough."""
+        _, deviation = cv2.meanStdDev(cv2.Laplacian(luma, cv2.CV_16S))
+        self.sharpness.append((time, float(deviation[0, 0]) ** 2))
 
     def clip_scores(self, first: int, end: int, picture_share: float = 1.0) -> dict[str, float]:
         """Scores of the frames ``first`` up to but not including ``end``.
@@ -65,9 +84,38 @@ class FrameMeter:
         return {
             "brightness": min(1.0, float(np.mean(self.brightness[first:end])) / picture_share),
             "dark_share": float(np.mean(self.dark[first:end])),
+            "flash_share": float(np.mean(_flashes(self.brightness[first:end]))),
+            "repeat_share": float(np.mean(self.repeats[first:end])),
+            "freeze": self._longest_freeze(first, end),
+            "sharpness": self._sharpness(start_time, last_time) / picture_share,
             "motion": min(1.0, float(np.mean(shares)) / picture_share) if shares else 0.0,
             "motion_time": float(np.mean([share > 0 for share in shares])) if shares else 0.0,
         }
+
+    def _longest_freeze(self, first: int, end: int) -> float:
+        longest, since = 0.0, first
+        for index in range(first + 1, end):
+            if self.repeats[index]:
+                longest = max(longest, self.times[index] - self.times[since])
+            else:
+                since = index
+        return longest
+
+    def _sharpness(self, start: float, last: float) -> float:
+        inside = [value for time, value in self.sharpness if start - 1e-6 <= time <= last + 1e-6]
+        if not inside:  # a clip between two looks
+            inside = [min(self.sharpness, key=lambda look: abs(look[0] - start))[1]] if self.sharpness else [0.0]
+        return float(np.mean(inside))
+
+
+def _flashes(brightness: Sequence[float]) -> NDArray[np.bool_]:
+    """Whether each frame differs much from the median of those around it; only clips of some length can tell."""
+    values = np.asarray(brightness)
+    if len(values) < 2 * FLASH_REACH + 1:
+        return np.zeros(len(values), bool)
+    around = sliding_window_view(np.pad(values, FLASH_REACH, mode="edge"), 2 * FLASH_REACH + 1)
+    flashes: NDArray[np.bool_] = np.abs(values - np.median(around, axis=1)) > FLASH
+    return flashes
 
 
 def changed_share(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> float:

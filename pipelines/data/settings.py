@@ -1,6 +1,6 @@
 """Settings of the single stages. Apart from config.py, which needs torch: workers and decode children do without it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
@@ -12,7 +12,7 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Where the videos are."""
+    """Where the videos are. Extensions of images (.jpg, .png, ...) may be named too: an image is a one-frame video."""
 
     path: str  # a folder, a glob, one video, or a table (CSV, JSONL, Parquet) with a column "path"; local or s3://
     extensions: tuple[str, ...] = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".gif")
@@ -58,21 +58,17 @@ class Thresholds:
     min_brightness: float | None = 0.02  # mean luma, 0 black, 1 white
     max_brightness: float | None = 0.98
     max_dark_share: float | None = 0.5  # of the frames that are as good as black
+    max_flash_share: float | None = 0.1  # of the frames that are much brighter or darker than those around them
+    max_repeat_share: float | None = None  # of the frames that show the very picture of the one before
+    max_freeze: float | None = None  # seconds of the longest stretch of such frames
+    min_sharpness: float | None = None  # variance of the Laplacian of the full-size luma, 0..255; depends on contrast
     min_motion: float | None = None  # mean share of the picture that changes between looks 1/8 s apart
     min_motion_time: float | None = 0.25  # share of the time in which anything moves: a static camera with a small
     # moving subject has nearly 1, a slide that is turned now and then nearly 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaptionConfig:
-    """Where captions come from: a table, or .txt files beside the videos."""
-
-    file: str | None = (
-        None  # CSV, JSONL or Parquet; none: captions.{csv,jsonl,parquet} in the source folder, or sidecars
-    )
-    path_column: str = "path"  # relative to the table's folder, or absolute
-    caption_column: str = "caption"
-    require: bool = False  # whether clips without a caption are rejected
+    max_text_area: float | None = None  # share of the picture that text covers; needs features.text_detector
+    min_aesthetic: float | None = None  # 1..10 by LAION's heads, 4.5-5 in the field; needs features.aesthetic_head
+    max_nsfw: float | None = None  # as the head gives it; needs features.nsfw_head
+    min_similarity: float | None = None  # cosine of frames and best caption, -1..1; needs features.clip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,17 +87,46 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResourceConfig:
-    """What the run takes of the cluster, and how much failure it bears."""
+class StageResources:
+    """What each process of one stage holds of the cluster, and how many processes there may be."""
 
-    workers: int | None = None  # processes per stage; none: one per CPU
-    cpus_per_worker: float = 1.0
-    gpus_per_tokenizer: float = 0.0  # GPUs (or a share of one) that each process of the token stage holds
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0  # or a share of one
+    memory_mb: float | None = None  # that Ray sets aside for each
+    min_workers: int = 1
+    max_workers: int | None = None  # none: as many as the cluster can hold
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(self.num_cpus >= 0, f"num_cpus must not be negative, got {self.num_cpus}")
+        require(self.num_gpus >= 0, f"num_gpus must not be negative, got {self.num_gpus}")
+        require(self.num_cpus > 0 or self.num_gpus > 0, "num_cpus and num_gpus are both 0; a process needs one of them")
+        require(self.memory_mb is None or self.memory_mb > 0, f"memory_mb must be positive, got {self.memory_mb}")
+        require(self.min_workers >= 1, f"min_workers must be at least 1, got {self.min_workers}")
+        most = self.max_workers
+        require(most is None or most >= self.min_workers, f"max_workers must be at least min_workers, got {most}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResourceConfig:
+    """What the run takes of the cluster, stage by stage, and how much failure it bears."""
+
+    sources: StageResources = field(default_factory=StageResources)
+    split: StageResources = field(default_factory=StageResources)
+    features: StageResources = field(default_factory=StageResources)
+    captions: StageResources = field(default_factory=StageResources)
+    tokens: StageResources = field(default_factory=StageResources)
+    workers: int | None = None  # processes of every stage that names no max_workers; none: what the cluster can hold
     max_failed_share: float = 0.5  # of the sources that may fail before the run stops, as something else is wrong then
 
     def __post_init__(self) -> None:
         """Check ranges."""
         require(self.workers is None or self.workers >= 1, f"workers must be at least 1, got {self.workers}")
-        require(self.cpus_per_worker > 0, f"cpus_per_worker must be positive, got {self.cpus_per_worker}")
-        require(self.gpus_per_tokenizer >= 0, f"gpus_per_tokenizer must not be negative, got {self.gpus_per_tokenizer}")
         require(0 <= self.max_failed_share <= 1, f"max_failed_share must be in [0, 1], got {self.max_failed_share}")
+
+    def of(self, stage: str) -> StageResources:
+        """What a stage gets."""
+        own: StageResources = getattr(self, stage)
+        if own.max_workers is None and self.workers is not None:
+            return replace(own, max_workers=max(self.workers, own.min_workers))
+        return own

@@ -10,8 +10,10 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import av
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from scenedetect import FrameTimecode
 from scenedetect.detectors import AdaptiveDetector, ContentDetector
 
@@ -22,6 +24,7 @@ from pipelines.data.settings import SplitConfig
 from pipelines.data.video import DecodedSource, TimedFrame, VideoError, VideoFile, VideoInfo
 
 _BEAT_FRAMES = 16
+_PLANAR = {f"yuv{j}{kind}p": f"yuv{j}444p" for j in ("", "j") for kind in ("420", "422", "444")}
 
 
 def split_source(path: str, config: SplitConfig, *, beat: Callable[[], None]) -> DecodedSource:
@@ -79,20 +82,21 @@ class _Pass:
         if not self.meter.times:
             self.rotation, self.origin = frame.rotation % 360 // 90 * 90, timed.time
             self.frame_size = (frame.width, frame.height)
-            self._small = _small_size(frame.width, frame.height, self._target)
+            self._small = small_size(frame.width, frame.height, self._target)
         time, self.last_duration = timed.time - self.origin, timed.duration
         width, height = self._small
         # What is measured is averaged, so that grain is no motion. Shots are told on a picture made as PySceneDetect
         # makes its own, by interpolation: on an averaged one, hues in the dark differ and it sees other cuts.
         planes = frame.reformat(width=width, height=height, format="yuvj444p", interpolation="AREA").to_ndarray()
         self.meter.add(time, np.asarray(planes, np.uint8))
-        small = cv2.resize(frame.to_ndarray(format="bgr24"), self._small, interpolation=cv2.INTER_LINEAR)
+        small = interpolate(frame, self._small)
         self.shots.add(small)
         if not self.thumbnails or time - self.thumbnails[-1][0] >= LOOK_SECONDS - 1e-3:
-            tiny = cv2.resize(small, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
-            self.thumbnails.append((time, tiny.tobytes()))
+            self.thumbnails.append((time, thumbnail(np.asarray(planes, np.uint8)).tobytes()))
         if self.borders.wants(time):
-            self.borders.add(time, np.asarray(frame.to_ndarray(format="gray"), np.uint8))
+            luma = np.asarray(frame.to_ndarray(format="gray"), np.uint8)
+            self.borders.add(time, luma)
+            self.meter.add_full(time, luma)
 
     def fingerprint(self, start: float, end: float) -> bytes:
         """Thumbnails of a span, one for every half second: the nearest to each instant."""
@@ -116,6 +120,7 @@ def _clips(seen: _Pass, info: VideoInfo, config: SplitConfig) -> list[dict[str, 
     end = meter.times[-1] + (seen.last_duration or _mean_step(meter.times, info.declared_fps))
     picture_share = width * height / (info.width * info.height)
     of_the_source = {
+        "image": info.is_image,
         "width": width,
         "height": height,
         "aspect": width * info.pixel_aspect / height,
@@ -188,7 +193,38 @@ def _spans(times: Sequence[float], cuts: Sequence[int], end: float, config: Spli
     return spans
 
 
-def _small_size(width: int, height: int, target: int) -> tuple[int, int]:
+def thumbnail(planes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A frame's Y, Cb and Cr, [3, height, width], averaged to a tiny picture in BGR, its colours half as strong.
+
+    Codecs save on colour, so that two encodings of a picture differ in it most.
+    """
+    luma, blue, red = (cv2.resize(plane, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA) for plane in planes)
+    pale = [64 + np.asarray(plane, np.float32) / 2 for plane in (red, blue)]
+    tiny = np.dstack([luma, *pale]).round().astype(np.uint8)
+    return np.asarray(cv2.cvtColor(tiny, cv2.COLOR_YCrCb2BGR), np.uint8)
+
+
+def interpolate(frame: av.VideoFrame, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """A frame as BGR of (width, height), each pixel interpolated between its nearest neighbours, as OpenCV does it.
+
+    Of planar 8-bit frames only the pixels that are needed are read: interpolation and conversion to BGR may change
+    places, as both are linear.
+    """
+    if frame.format.name not in _PLANAR:
+        whole = cv2.resize(frame.to_ndarray(format="bgr24"), size, interpolation=cv2.INTER_LINEAR)
+        return np.asarray(whole, np.uint8)
+    planes = [cv2.resize(_plane(plane), size, interpolation=cv2.INTER_LINEAR) for plane in frame.planes]
+    small = av.VideoFrame.from_ndarray(np.asarray(planes, np.uint8), format=_PLANAR[frame.format.name])
+    small.colorspace, small.color_range = frame.colorspace, frame.color_range
+    return np.asarray(small.to_ndarray(format="bgr24"), np.uint8)
+
+
+def _plane(plane: av.video.plane.VideoPlane) -> NDArray[np.uint8]:
+    rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
+    return np.asarray(rows[: plane.height, : plane.width])
+
+
+def small_size(width: int, height: int, target: int) -> tuple[int, int]:
     """Size of the low-resolution picture; its longer side is at most the target."""
     scale = min(1.0, target / max(width, height))
     return max(8, round(width * scale / 2) * 2), max(8, round(height * scale / 2) * 2)

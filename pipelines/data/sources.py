@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from pipelines import storage
 from pipelines.data.runner import Row, Stage
-from pipelines.data.settings import SourceConfig
+from pipelines.data.settings import SourceConfig, StageResources
 from pipelines.data.tables import TABLE_SUFFIXES, is_table, read_table, resolve_paths
 from pipelines.data.video import VideoError, unreadable_error
 from pipelines.errors import UserError
@@ -128,7 +128,7 @@ def hash_file(uri: str) -> dict[str, str | None]:
         return {"source_id": None, "error": unreadable_error(error).reason}
 
 
-def sources_stage() -> Stage:
+def sources_stage(resources: StageResources) -> Stage:
     """The stage that hashes files."""
     return Stage(
         name="sources",
@@ -137,6 +137,7 @@ def sources_stage() -> Stage:
         function=HashFunction,
         rows_per_part=2048,
         min_rows_per_part=256,
+        resources=resources,
         stateful=False,
     )
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 from pipelines import storage
 from pipelines.data.decode import CrashLog, DecodeChild, DecodeJob
 from pipelines.data.runner import Row, Stage
-from pipelines.data.schemas import SCORES
-from pipelines.data.settings import DecodeConfig, ResourceConfig, SplitConfig
+from pipelines.data.schemas import PASS_SCORES
+from pipelines.data.settings import DecodeConfig, SplitConfig, StageResources
 from pipelines.data.video import DecodedSource, VideoError, unreadable_error
 
 # ``key`` is null in the one row of a source that yields no clip; ``error`` says why then.
@@ -22,7 +22,7 @@ CLIPS = pa.schema(
         pa.field("key", pa.string()),
         pa.field("start_s", pa.float64()),
         pa.field("end_s", pa.float64()),
-        pa.field("scores", pa.struct([pa.field(name, pa.float64()) for name in SCORES])),
+        pa.field("scores", pa.struct([pa.field(name, pa.float64()) for name in PASS_SCORES])),
         pa.field("fingerprint", pa.binary()),  # thumbnails, see duplicates.py
         pa.field("codec", pa.string()),
         pa.field("pixel_format", pa.string()),
@@ -117,13 +117,13 @@ def clip_rows(source_id: str, result: DecodedSource | VideoError) -> list[Row]:
     return [shared | clip | {"key": clip_key(source_id, clip["start_s"], clip["end_s"])} for clip in result.clips]
 
 
-def split_stage(config: SplitConfig, decode: DecodeConfig, resources: ResourceConfig) -> Stage:
+def split_stage(config: SplitConfig, decode: DecodeConfig, resources: StageResources) -> Stage:
     """The stage that probes, splits and scores."""
     return Stage(
         name="split",
-        settings={"version": 4, **asdict(config)},
+        settings={"version": 5, **asdict(config)},
         schema=CLIPS,
         function=partial(SplitFunction, config=config, decode=decode),
         rows_per_part=32,
-        cpus=resources.cpus_per_worker,
+        resources=resources,
     )

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,33 +14,14 @@ import torch
 from numpy.typing import NDArray
 
 from lumos.tokenizers import TokenizerConfig, VideoTokenizer, load_video_tokenizer
-from pipelines import storage
 from pipelines.data.config import CurateConfig, TokenConfig
-from pipelines.data.decode import CrashLog, DecodeChild, DecodeJob
+from pipelines.data.frames import CLIP_INPUTS, ClipReader, Wanted
 from pipelines.data.runner import Row, Stage
 from pipelines.data.settings import DecodeConfig
 from pipelines.data.snapshot import TokenizerInfo
-from pipelines.data.split import LocalFiles
-from pipelines.data.video import ClipRequest, VideoError
+from pipelines.data.video import VideoError
 
-TOKEN_INPUTS = pa.schema(
-    [
-        ("work_key", pa.string()),
-        ("key", pa.string()),
-        ("uri", pa.string()),
-        ("num_frames", pa.int32()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("start_s", pa.float64()),
-        ("end_s", pa.float64()),
-        ("rotation", pa.int16()),
-        ("picture", pa.list_(pa.int32())),
-        ("pixel_aspect", pa.float64()),
-        ("source_frames", pa.int64()),
-        ("origin_s", pa.float64()),
-        ("clean_clock", pa.bool_()),
-    ]
-)
+TOKEN_INPUTS = pa.schema([*CLIP_INPUTS, ("num_frames", pa.int32()), ("width", pa.int32()), ("height", pa.int32())])
 TOKENIZED = pa.schema(
     [
         pa.field("work_key", pa.string(), nullable=False),
@@ -51,20 +32,11 @@ TOKENIZED = pa.schema(
         pa.field("w", pa.int16()),
         pa.field("codes", pa.list_(pa.uint16())),
         pa.field("codes_sha256", pa.string()),
+        pa.field("psnr", pa.float64()),  # dB of the decoded codes against what was encoded, of a sample of the clips
         pa.field("error", pa.string()),
     ]
 )
-# Of the split stage's row, what decoding a clip takes.
-REQUEST_COLUMNS = (
-    "start_s",
-    "end_s",
-    "rotation",
-    "picture",
-    "pixel_aspect",
-    "source_frames",
-    "origin_s",
-    "clean_clock",
-)
+_MAX_PSNR = 99.0  # dB, told of equal pictures
 
 
 @dataclass(frozen=True)
@@ -80,16 +52,19 @@ class ClipShape:
         return f"{clip_key}@{self.num_frames}x{self.width}x{self.height}+{','.join(map(str, picture))}"
 
 
-def plan_shape(duration: float, aspect: float, config: TokenConfig) -> ClipShape | None:
+def plan_shape(scores: Mapping[str, float], config: TokenConfig) -> ClipShape | None:
     """The longest allowed length that a clip fills, at the size nearest to its aspect ratio; None if it is too short.
 
     Args:
-        duration: Seconds.
-        aspect: Width / height of the picture.
+        scores: Of them, duration (seconds), aspect (width / height of the picture), and whether it is an image.
         config: What is allowed.
     """
-    available = math.floor(duration * config.fps + 0.01)  # spans are rounded to milliseconds
-    lengths = [count for count in config.num_frames if count <= available]
+    aspect = scores["aspect"]
+    available = math.floor(scores["duration"] * config.fps + 0.01)  # spans are rounded to milliseconds
+    if scores["image"]:
+        lengths = [count for count in config.num_frames if count == 1]
+    else:
+        lengths = [count for count in config.num_frames if 1 < count <= available]
     if not lengths:
         return None
     width, height = min(
@@ -115,17 +90,13 @@ class TokenFunction:
         torch.set_num_threads(threads)
         self.config = config
         self.tokenizer = load_video_tokenizer(config.tokenizer)
-        self.child = DecodeChild(decode, CrashLog(storage.join(uri, "crashes")))
+        self.reader = ClipReader(uri, decode)
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         """Codes of each clip, or why there are none."""
-        files = LocalFiles()
-        last_use = {row["uri"]: index for index, row in enumerate(rows)}
         waiting: dict[tuple[int, ...], list[tuple[Row, NDArray[np.uint8]]]] = defaultdict(list)
         done: list[Row] = []
-        for index, (row, result) in enumerate(zip(rows, self.child.run(self._jobs(rows, files)), strict=True)):
-            if last_use[row["uri"]] == index:
-                files.release(row["uri"])
+        for row, result in self.reader.read(rows, self._wanted):
             if isinstance(result, VideoError):
                 done.append({"work_key": row["work_key"], "key": row["key"], "error": result.reason})
                 continue
@@ -137,22 +108,8 @@ class TokenFunction:
             done += self._encode(same)
         return done
 
-    def _jobs(self, rows: Sequence[Row], files: LocalFiles) -> Iterator[DecodeJob | VideoError]:
-        for row in rows:
-            try:
-                path = files.path(row["uri"])
-            except VideoError as error:
-                yield error
-                continue
-            request = ClipRequest(
-                path=path,
-                fps=self.config.fps,
-                num_frames=row["num_frames"],
-                width=row["width"],
-                height=row["height"],
-                **{name: row[name] for name in REQUEST_COLUMNS},
-            )
-            yield DecodeJob(row["work_key"], "clip", {"request": request}, after_crash={"use_decord": False})
+    def _wanted(self, row: Row) -> Wanted:
+        return Wanted(self.config.fps, row["num_frames"], row["width"], row["height"])
 
     def _encode(self, clips: Sequence[tuple[Row, NDArray[np.uint8]]]) -> list[Row]:
         frames = np.stack([frames for _, frames in clips])
@@ -160,16 +117,30 @@ class TokenFunction:
         # Products of another shape may round otherwise, so a batch that lacks clips is filled up.
         filled = np.concatenate([frames, np.zeros((short, *frames.shape[1:]), np.uint8)]) if short else frames
         codes = self.tokenizer.encode(torch.from_numpy(filled)).numpy()[: len(clips)]
-        return [self._row(row, grid) for (row, _), grid in zip(clips, codes, strict=True)]
+        return [self._row(row, frames, grid) for (row, frames), grid in zip(clips, codes, strict=True)]
 
-    def _row(self, row: Row, grid: NDArray[Any]) -> Row:
+    def _row(self, row: Row, frames: NDArray[np.uint8], grid: NDArray[Any]) -> Row:
         flat = grid.astype("<u2").ravel()
         if not np.array_equal(flat, grid.ravel()):
             raise ValueError(f"the tokenizer gave codes outside 0..65535: {grid.min()}..{grid.max()}")
         t, h, w = grid.shape
         digest = hashlib.sha256(flat.tobytes()).hexdigest()
-        shape = {"t": t, "h": h, "w": w, "fps": self.config.fps}
-        return {"work_key": row["work_key"], "key": row["key"], **shape, "codes": flat, "codes_sha256": digest}
+        made = {"t": t, "h": h, "w": w, "fps": self.config.fps, "codes": flat, "codes_sha256": digest}
+        if is_sampled(row["key"], self.config.decode_back_share):
+            decoded = self.tokenizer.decode(torch.from_numpy(grid)[None])[0].numpy()
+            made["psnr"] = round(psnr(frames, decoded), 3)
+        return {"work_key": row["work_key"], "key": row["key"], **made}
+
+
+def is_sampled(key: str, share: float) -> bool:
+    """Whether a clip belongs to a sample of that share: a pure function of its key."""
+    return int.from_bytes(hashlib.sha256(f"sample:{key}".encode()).digest()[:8], "big") < share * 2**64
+
+
+def psnr(frames: NDArray[np.uint8], decoded: NDArray[np.uint8]) -> float:
+    """Peak signal-to-noise ratio of pixels 0..255, dB, over all frames; 99 where they are equal."""
+    error = float(np.mean((frames.astype(np.float32) - decoded.astype(np.float32)) ** 2))
+    return min(_MAX_PSNR, 10 * math.log10(255**2 / error)) if error else _MAX_PSNR
 
 
 def tokens_stage(config: CurateConfig, tokenizer: TokenizerInfo) -> Stage:
@@ -180,20 +151,20 @@ def tokens_stage(config: CurateConfig, tokenizer: TokenizerInfo) -> Stage:
     """
     tokens = config.tokens
     settings = {
-        "version": 1,
+        "version": 2,
         "fps": tokens.fps,
+        "decode_back_share": tokens.decode_back_share,
         "batch_size": tokens.batch_size,
         "tokenizer": [tokenizer.kind, tokenizer.weights_hash],
     }
-    threads = max(1, int(config.resources.cpus_per_worker))
+    resources = config.resources.of("tokens")
     return Stage(
         name="tokens",
         settings=settings,
         schema=TOKENIZED,
-        function=partial(TokenFunction, config=tokens, decode=config.decode, threads=threads),
+        function=partial(TokenFunction, config=tokens, decode=config.decode, threads=max(1, int(resources.num_cpus))),
         rows_per_part=64,
-        cpus=config.resources.cpus_per_worker,
-        gpus=config.resources.gpus_per_tokenizer,
+        resources=resources,
     )
 
 

@@ -11,6 +11,7 @@ from pipelines import storage
 from pipelines.data.ledger import count_reasons
 from pipelines.data.lock import dataset_lock
 from pipelines.data.publish import parquet_bytes
+from pipelines.data.runlog import RunRecord, last_run
 from pipelines.data.runner import PART_ROW_GROUP, STAGES
 from pipelines.data.snapshot import SNAPSHOTS, list_snapshots, open_snapshot
 from pipelines.errors import UserError
@@ -48,12 +49,14 @@ class DatasetStatus:
         counts: Of the newest snapshot: ledger rows by status.
         reasons: Likewise: rows not kept by "status: class of reason", most frequent first.
         tables: Stage tables, by stage and hash.
+        run: What the last run does or did; None before the first.
     """
 
     snapshots: tuple[str, ...]
     counts: dict[str, int]
     reasons: dict[str, int]
     tables: tuple[TableStatus, ...]
+    run: RunRecord | None
 
     def __str__(self) -> str:
         """Lines for a person."""
@@ -61,11 +64,13 @@ class DatasetStatus:
         if self.snapshots:
             lines.append(f"newest: {'  '.join(f'{name} {count}' for name, count in self.counts.items())}")
             lines += [f"  {count:6d}  {reason}" for reason, count in self.reasons.items()]
-        lines.append(f"{'stage':10s} {'config':18s} {'rows':>9s} {'files':>6s}  used by")
+        if self.run is not None:
+            lines.append(str(self.run))
+        lines.append(f"{'stage':18s} {'config':18s} {'rows':>9s} {'files':>6s}  used by")
         for table in self.tables:
             used = table.used_by[-1] if table.used_by else "no snapshot"
-            lines.append(f"{table.stage:10s} {table.hash:18s} {table.rows:9d} {table.parts:6d}  {used}")
-            lines += [f"{'':30s}{count:9d} failed: {code}" for code, count in table.failed.items()]
+            lines.append(f"{table.stage:18s} {table.hash:18s} {table.rows:9d} {table.parts:6d}  {used}")
+            lines += [f"{'':38s}{count:9d} failed: {code}" for code, count in table.failed.items()]
         return "\n".join(lines)
 
 
@@ -78,9 +83,9 @@ def dataset_status(dataset: str) -> DatasetStatus:
     snapshots = _snapshots_of(dataset)
     used = _users(dataset, snapshots)
     tables = []
-    for stage, name in _tables(dataset):
+    for stage, name in list_tables(dataset):
         uri = storage.join(dataset, STAGES, stage, name)
-        parts, rows, failed = _parts(uri), 0, Counter[str]()
+        parts, rows, failed = table_parts(uri), 0, Counter[str]()
         for part in parts:
             errors = _errors(part)
             rows += len(errors)
@@ -96,13 +101,14 @@ def dataset_status(dataset: str) -> DatasetStatus:
             )
         )
     if not snapshots:
-        return DatasetStatus(snapshots=(), counts={}, reasons={}, tables=tuple(tables))
+        return DatasetStatus(snapshots=(), counts={}, reasons={}, tables=tuple(tables), run=last_run(dataset))
     newest = open_snapshot(storage.join(dataset, SNAPSHOTS, snapshots[-1]))
     return DatasetStatus(
         snapshots=snapshots,
         counts=newest.manifest.ledger.counts,
         reasons=count_reasons(newest.read_ledger()),
         tables=tuple(tables),
+        run=last_run(dataset),
     )
 
 
@@ -122,8 +128,8 @@ def retry(dataset: str, failure_class: str) -> dict[str, int]:
     _snapshots_of(dataset)
     forgotten: Counter[str] = Counter()
     with dataset_lock(dataset):
-        for stage, name in _tables(dataset):
-            for part in _parts(storage.join(dataset, STAGES, stage, name)):
+        for stage, name in list_tables(dataset):
+            for part in table_parts(storage.join(dataset, STAGES, stage, name)):
                 chosen = [error is not None and failure_class in _words(error) for error in _errors(part)]
                 if any(chosen):
                     forgotten[stage] += sum(chosen)
@@ -151,7 +157,7 @@ def collect_garbage(dataset: str, *, dry_run: bool) -> list[str]:
         raise UserError(f"dataset {dataset} has no published snapshot yet: what its stages hold is all there is")
     with dataset_lock(dataset):
         used = _users(dataset, snapshots)
-        unused = [f"{STAGES}/{stage}/{name}" for stage, name in _tables(dataset) if f"{stage}/{name}" not in used]
+        unused = [f"{STAGES}/{stage}/{name}" for stage, name in list_tables(dataset) if f"{stage}/{name}" not in used]
         folder = storage.join(dataset, SNAPSHOTS)
         unused += [f"{SNAPSHOTS}/{name}" for name in storage.list_names(folder) if name not in snapshots]
         for path in unused if not dry_run else ():
@@ -175,14 +181,16 @@ def _users(dataset: str, snapshots: tuple[str, ...]) -> dict[str, list[str]]:
     return used
 
 
-def _tables(dataset: str) -> Iterator[tuple[str, str]]:
+def list_tables(dataset: str) -> Iterator[tuple[str, str]]:
+    """Stage and configuration hash of every stage table."""
     folder = storage.join(dataset, STAGES)
     for stage in storage.list_names(folder):
         for name in storage.list_names(storage.join(folder, stage)):
             yield stage, name
 
 
-def _parts(uri: str) -> list[str]:
+def table_parts(uri: str) -> list[str]:
+    """URIs of the committed files of a stage table."""
     return [storage.join(uri, name) for name in storage.list_names(uri) if name.startswith("part-")]
 
 

@@ -25,6 +25,7 @@ _OPEN_OPTIONS = {
     "format_whitelist": "mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,flv,gif,ogg,asf,mxf,nut,rm,dv,ivf,h264,hevc,obu,"
     "yuv4mpegpipe,apng,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe",
 }
+_IMAGES = ("png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe")
 _SAME_TIME = 5e-4  # seconds; spans are stored in milliseconds
 _FALLBACK_FPS = 25.0  # of a file that names no rate
 _DECORD_BATCH = 8  # full-size frames held at a time
@@ -68,6 +69,7 @@ class VideoInfo:
     declared_fps: float  # 0 where the file does not say
     declared_frames: int  # 0 likewise
     declared_seconds: float  # 0 likewise
+    is_image: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +156,7 @@ class VideoFile:
             declared_fps=float(stream.average_rate or 0),
             declared_frames=stream.frames,
             declared_seconds=max(seconds, 0.0),
+            is_image=self.container.format.name in _IMAGES,
         )
 
     def seek(self, time: float) -> None:

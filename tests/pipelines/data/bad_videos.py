@@ -71,7 +71,7 @@ def _not_videos(folder: Path) -> dict[str, Fate]:
         "playlist.mp4": "failed not_a_video",
         "concat.mp4": "failed not_a_video",
         "sound.mp4": "failed no_video_stream",
-        "photo.mp4": "rejected duration",
+        "photo.mp4": "rejected frames",
     }
 
 

@@ -5,12 +5,13 @@ import pytest
 from pipelines.config import load_config
 from pipelines.data.config import CurateConfig, TokenConfig, area_buckets
 from pipelines.data.decide import decide
-from pipelines.data.schemas import SCORES
+from pipelines.data.schemas import PASS_SCORES
 from pipelines.data.settings import Thresholds
 from pipelines.data.tokens import ClipShape, plan_shape
 from pipelines.errors import UserError
 
 GOOD = {
+    "image": 0.0,
     "duration": 5.0,
     "fps": 24.0,
     "width": 640,
@@ -22,13 +23,21 @@ GOOD = {
     "decoded_share": 1.0,
     "brightness": 0.4,
     "dark_share": 0.0,
+    "flash_share": 0.0,
+    "repeat_share": 0.1,
+    "freeze": 0.1,
+    "sharpness": 300.0,
     "motion": 0.1,
     "motion_time": 0.9,
 }
 
 
+def scores(duration, aspect, image=0.0):
+    return {"duration": duration, "aspect": aspect, "image": image}
+
+
 def test_a_good_clip_is_kept():
-    assert set(GOOD) == set(SCORES)
+    assert set(GOOD) == set(PASS_SCORES)
     assert decide(GOOD, Thresholds()) == ("kept", "")
 
 
@@ -80,12 +89,22 @@ def test_area_buckets_hold_the_release_targets():
     ],
 )
 def test_a_clip_gets_the_longest_length_and_the_nearest_aspect(duration, aspect, expected):
-    assert plan_shape(duration, aspect, TokenConfig(num_frames=(17, 49))) == expected
+    assert plan_shape(scores(duration, aspect), TokenConfig(num_frames=(17, 49))) == expected
 
 
 def test_sizes_can_be_listed():
     config = TokenConfig(sizes=("448x256", "256x448", "320x320"))
-    assert plan_shape(3.0, 1.7, config) == ClipShape(25, 448, 256)
+    assert plan_shape(scores(3.0, 1.7), config) == ClipShape(25, 448, 256)
+
+
+def test_an_image_is_one_frame_of_its_aspect_and_not_asked_for_time():
+    assert plan_shape(scores(0.04, 1.7, image=1.0), TokenConfig()) is None
+    assert plan_shape(scores(0.04, 1.7, image=1.0), TokenConfig(num_frames=(1, 25))) == ClipShape(1, 448, 256)
+    assert plan_shape(scores(1.0, 1.7), TokenConfig(num_frames=(1, 25))) is None  # a short clip is no image
+    image = GOOD | {"image": 1.0, "duration": 0.04, "fps": 25.0, "motion": 0.0, "motion_time": 0.0}
+    assert decide(image, Thresholds()) == ("kept", "")
+    assert decide(image | {"brightness": 0.0}, Thresholds())[1] == "brightness 0 < 0.02"
+    assert decide(image | {"image": 0.0}, Thresholds())[0] == "rejected"
 
 
 @pytest.mark.parametrize("name", ["default", "demo"])

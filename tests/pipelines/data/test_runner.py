@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.data.runner import Stage, StageTable, StageWorker, anti_join, run_stage
+from pipelines.data.settings import StageResources
 from pipelines.errors import JobError, UserError
 
 SCHEMA = pa.schema([("work_key", pa.string()), ("value", pa.int64())])
@@ -42,6 +43,7 @@ def stage(*, rows_per_part=7, stateful=False, settings=None, **options):
         schema=SCHEMA,
         function=partial(Double, **options),
         rows_per_part=rows_per_part,
+        resources=StageResources(max_workers=2),
         stateful=stateful,
     )
 
@@ -51,7 +53,7 @@ def inputs(values):
 
 
 def run(stage, table, dataset):
-    return run_stage(stage, table, dataset=str(dataset), workers=2, progress=False)
+    return run_stage(stage, table, dataset=str(dataset))
 
 
 def values(stage, dataset):

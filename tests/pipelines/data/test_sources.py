@@ -6,7 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.data.captions import clean_captions, find_captions
-from pipelines.data.settings import CaptionConfig, SourceConfig
+from pipelines.data.model_settings import CaptionConfig
+from pipelines.data.settings import SourceConfig
 from pipelines.data.sources import HASHED, first_paths, hash_file, list_sources
 from pipelines.errors import UserError
 from tests.pipelines.data.videos import write_table

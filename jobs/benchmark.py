@@ -1,0 +1,44 @@
+"""``lumos benchmark``: measure parts of the pipeline against the least they could cost."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+if __name__ == "__main__":  # run as a script: import from the checkout, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from jobs.command import run
+
+
+@click.group()
+def command() -> None:
+    """Measure parts of the pipeline on this machine. Ratios compare times taken in turns; medians count."""
+
+
+@command.command(short_help="Score pass and tokenizing against their floors; what a row costs.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write figures, samples and machine there.")
+@click.option("--repeats", default=3, show_default=True, help="Times of each ratio.")
+@click.option("--copies", default=8, show_default=True, help="Of the film (9 s at 1280x720) that is worked on.")
+@click.option("--null-rows", default=1_000_000, show_default=True, help="Rows through a stage that does nothing.")
+def data(json_path: Path | None, repeats: int, copies: int, null_rows: int) -> None:
+    """Measure the data pipeline.
+
+    score_pass_vs_floor: speed of the pass that splits and scores, over that of the same processes only decoding the
+    same frames at the same small size. tokenize_vs_floor: speed of the token stage over that of decoding and encoder
+    calls alone. null_row_ms: what a row costs in a stage that does nothing, anti-join and commit included.
+    driver_growth_mb: memory that the driver takes for a manifest of so many rows.
+    """
+    from pipelines.benchmarks.data import DataBenchmarkConfig, run_data_benchmark
+
+    config = DataBenchmarkConfig(repeats=repeats, copies=copies, null_rows=null_rows)
+    found = run_data_benchmark(config, click.echo)
+    for name in ("score_pass_vs_floor", "tokenize_vs_floor", "null_row_ms", "driver_growth_mb"):
+        click.echo(f"{name} {found[name]}")
+    if json_path is not None:
+        json_path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(command)

@@ -1,0 +1,1 @@
+"""What ``lumos benchmark`` measures."""

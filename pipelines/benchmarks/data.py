@@ -1,0 +1,288 @@
+"""How close the data pipeline comes to its floors, and what a row costs when nothing is done with it.
+
+Every figure is taken on the functions that `lumos curate` itself calls. Ratios compare times of one run, taken in
+turns; the medians count.
+"""
+
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tqdm import tqdm
+
+from lumos.tokenizers import TokenizerConfig, load_video_tokenizer
+from pipelines.benchmarks.machine import describe_machine, product_ms, ratio
+from pipelines.cluster import connect
+from pipelines.data.config import CurateConfig, TokenConfig
+from pipelines.data.decode import CrashLog, DecodeChild, DecodeJob
+from pipelines.data.frames import REQUEST_COLUMNS, clip_inputs
+from pipelines.data.runlog import RunLog
+from pipelines.data.runner import Row, Stage, StageTable, run_stage
+from pipelines.data.settings import DecodeConfig, SourceConfig, SplitConfig, StageResources
+from pipelines.data.sources import list_sources
+from pipelines.data.split import CLIPS, split_stage
+from pipelines.data.tokens import TOKEN_INPUTS, TOKENIZED, load_tokenizer_info, plan_shape, tokens_stage
+from pipelines.data.video import ClipRequest, read_clip
+
+_SIZE = (1280, 720)
+_FPS = 30
+_SHOT_SECONDS = 3
+_SHOTS = 3
+_COPIES = 8  # of the film, as so many sources
+_NULL = pa.schema([("work_key", pa.string())])
+_SAMPLE_SECONDS = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataBenchmarkConfig:
+    """How much is measured.
+
+    Attributes:
+        repeats: Times of each ratio; medians count.
+        copies: Of the film that is scored and tokenized, 9 s at 1280x720.
+        null_rows: Rows of the manifest that goes through a stage which does nothing.
+    """
+
+    repeats: int = 3
+    copies: int = _COPIES
+    null_rows: int = 1_000_000
+
+
+def render_film(path: Path) -> None:
+    """A film of a few shots: textures that move behind moving boxes, with grain, as H.264."""
+    generator = np.random.default_rng(0)
+    width, height = _SIZE
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=_FPS)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"preset": "veryfast", "crf": "21"}
+        for _ in range(_SHOTS):
+            coarse = generator.integers(30, 220, (height // 20 + 8, width // 20 + 30, 3)).astype(np.uint8)
+            wall = np.kron(coarse, np.ones((20, 20, 1), np.uint8))
+            grain = generator.normal(0, 3, (height, width, 1)).astype(np.int16)
+            for index in range(_SHOT_SECONDS * _FPS):
+                frame = wall[index : index + height, 3 * index : 3 * index + width].astype(np.int16) + grain
+                left = (11 * index) % (width - 200)
+                frame[200:400, left : left + 200] = (240, 60, 40)
+                picture = np.clip(frame, 0, 255).astype(np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+class DecodeOnly:
+    """As the split stage's function, but the child only decodes and scales."""
+
+    def __init__(self, uri: str, *, target: int) -> None:
+        self.target = target
+        self.child = DecodeChild(DecodeConfig(), CrashLog(f"{uri}/crashes"))
+
+    def __call__(self, rows: Sequence[Row]) -> list[Row]:
+        """An empty row for each source."""
+        jobs = [
+            DecodeJob(
+                row["work_key"], "pipelines.benchmarks.floors:decode_only", {"path": row["uri"], "target": self.target}
+            )
+            for row in rows
+        ]
+        return [{"work_key": row["work_key"]} for row, _ in zip(rows, self.child.run(jobs), strict=True)]
+
+
+class DecodeAndEncode:
+    """As the token stage's function, but plainly one after another, in one process."""
+
+    def __init__(self, uri: str, *, config: TokenConfig) -> None:
+        del uri
+        torch.set_num_threads(1)
+        self.config = config
+        self.tokenizer = load_video_tokenizer(config.tokenizer)
+
+    def __call__(self, rows: Sequence[Row]) -> list[Row]:
+        """An empty row for each clip."""
+        return [{"work_key": row["work_key"], "key": self._encode(row)} for row in rows]
+
+    def _encode(self, row: Row) -> str:
+        shape = {name: row[name] for name in ("num_frames", "width", "height")}
+        request = ClipRequest(
+            path=row["uri"], fps=self.config.fps, **shape, **{name: row[name] for name in REQUEST_COLUMNS}
+        )
+        frames = read_clip(request, beat=lambda: None)
+        self.tokenizer.encode(torch.from_numpy(frames)[None])
+        return str(row["key"])
+
+
+class Nothing:
+    """A stage that does nothing."""
+
+    def __init__(self, uri: str) -> None:
+        del uri
+
+    def __call__(self, rows: Sequence[Row]) -> list[Row]:
+        """The keys."""
+        return [{"work_key": row["work_key"]} for row in rows]
+
+
+def run_data_benchmark(config: DataBenchmarkConfig, say: Callable[[str], None]) -> dict[str, Any]:
+    """Measure everything.
+
+    Args:
+        config: How much.
+        say: Called with a line about each figure.
+
+    Returns:
+        JSON-able: ``score_pass_vs_floor``, ``tokenize_vs_floor``, ``null_row_ms``, ``driver_growth_mb``, and under
+        ``raw`` the samples behind them; machine, versions, and the product's time before and after.
+    """
+    before = product_ms()
+    with tempfile.TemporaryDirectory(prefix="lumos-benchmark-") as folder, connect():
+        root = Path(folder)
+        film = root / "film.mp4"
+        say("rendering the film")
+        render_film(film)
+        sources = pa.table(
+            {"work_key": [f"s{number}" for number in range(config.copies)], "uri": [str(film)] * config.copies}
+        )
+        scored = _score_pass(sources, root, config, say)
+        tokenized = _tokenize(sources, root, config, say)
+        rows = _null_rows(root, config, say)
+    figures = {
+        "score_pass_vs_floor": ratio(scored["floor_s"], scored["stage_s"]),
+        "tokenize_vs_floor": ratio(tokenized["floor_s"], tokenized["stage_s"]),
+        "null_row_ms": rows["null_row_ms"],
+        "driver_growth_mb": rows["driver_growth_mb"],
+    }
+    return {
+        "schema": 1,
+        **figures,
+        "raw": {"score_pass": scored, "tokenize": tokenized, "null": rows},
+        "config": vars(config),
+        "machine": describe_machine(),
+        "product_ms": {"before": before, "after": product_ms()},
+    }
+
+
+def _busy(stage: Stage, inputs: pa.Table, dataset: Path) -> float:
+    """Seconds that the processes of a stage worked, their start left out."""
+    log = RunLog(str(dataset))
+    run_stage(stage, inputs, dataset=str(dataset), log=log)
+    return log.stages[stage.name].busy_s
+
+
+def _in_turns(
+    stages: dict[str, Stage], inputs: pa.Table, root: Path, config: DataBenchmarkConfig, say: Callable[[str], None]
+) -> dict[str, list[float]]:
+    samples: dict[str, list[float]] = {name: [] for name in stages}
+    for repeat in tqdm(range(config.repeats), desc=" and ".join(stage.name for stage in stages.values()), unit="round"):
+        for name, stage in stages.items():
+            samples[name].append(_busy(stage, inputs, root / f"{stage.name}-{repeat}"))
+    for name, seconds in samples.items():
+        say(f"  {name} {statistics.median(seconds):.2f} s")
+    return samples
+
+
+def _score_pass(
+    sources: pa.Table, root: Path, config: DataBenchmarkConfig, say: Callable[[str], None]
+) -> dict[str, list[float]]:
+    say("score pass against decoding alone, seconds of work")
+    split, resources = SplitConfig(), StageResources()
+    floor = Stage(
+        name="floor-split",
+        settings={},
+        schema=CLIPS,
+        function=partial(DecodeOnly, target=split.width),
+        rows_per_part=32,
+        resources=resources,
+    )
+    return _in_turns(
+        {"floor_s": floor, "stage_s": split_stage(split, DecodeConfig(), resources)}, sources, root, config, say
+    )
+
+
+def _tokenize(
+    sources: pa.Table, root: Path, config: DataBenchmarkConfig, say: Callable[[str], None]
+) -> dict[str, list[float]]:
+    say("tokenizing against decode and encoder calls alone, seconds of work")
+    split = split_stage(SplitConfig(), DecodeConfig(), StageResources())
+    run_stage(split, sources, dataset=str(root / "clips"))
+    tokens = TokenConfig(decode_back_share=0.0)
+    curate = CurateConfig(dataset="-", source=SourceConfig(path="-"), tokens=tokens)
+    inputs = []
+    for row in StageTable(str(root / "clips"), split).read().to_pylist():
+        shape = plan_shape(row["scores"], tokens)
+        assert shape is not None
+        inputs.append(
+            {"work_key": row["key"] + row["work_key"], **vars(shape), **clip_inputs(row, sources["uri"][0].as_py())}
+        )
+    floor = Stage(
+        name="floor-tokens",
+        settings={},
+        schema=TOKENIZED,
+        function=partial(DecodeAndEncode, config=tokens),
+        rows_per_part=64,
+    )
+    stage = tokens_stage(curate, load_tokenizer_info(TokenizerConfig()))
+    table = pa.Table.from_pylist(inputs, schema=TOKEN_INPUTS)
+    return _in_turns({"floor_s": floor, "stage_s": stage}, table, root, config, say)
+
+
+def _null_rows(root: Path, config: DataBenchmarkConfig, say: Callable[[str], None]) -> dict[str, float]:
+    """A manifest of many rows listed and put through a stage that does nothing."""
+    say(f"{config.null_rows} manifest rows through a stage that does nothing")
+    manifest = root / "manifest.parquet"
+    names = pa.array([f"s3://bucket/folder/video-{number:08d}.mp4" for number in range(config.null_rows)])
+    pq.write_table(pa.table({"path": names}), manifest)
+    del names
+    stage = Stage(
+        name="null",
+        settings={},
+        schema=_NULL,
+        function=Nothing,
+        rows_per_part=8192,
+        min_rows_per_part=4096,
+        stateful=False,
+    )
+    warm = pa.table({"work_key": ["a", "b"]})
+    run_stage(stage, warm, dataset=str(root / "warm"))
+    with _watched() as memory:
+        listing = list_sources(SourceConfig(path=str(manifest)))
+        begin = time.perf_counter()
+        run_stage(stage, listing, dataset=str(root / "null"))
+        seconds = time.perf_counter() - begin
+    found = {
+        "null_row_ms": round(1e3 * seconds / config.null_rows, 5),
+        "driver_growth_mb": round((max(memory) - memory[0]) / 1e6, 1),
+    }
+    say(f"  {found['null_row_ms']} ms a row, driver grew by {found['driver_growth_mb']} MB")
+    return found
+
+
+@contextmanager
+def _watched() -> Iterator[list[int]]:
+    """Bytes that this process holds, sampled while the block runs; the first is that at its begin."""
+    process = psutil.Process()
+    samples = [process.memory_info().rss]
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_SAMPLE_SECONDS):
+            samples.append(process.memory_info().rss)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        over.set()
+        thread.join()

@@ -1,0 +1,119 @@
+"""Loading open_clip models from files, without a hub; and frames as they want them."""
+
+import hashlib
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines import storage
+from pipelines.data.model_settings import OpenClipConfig
+from pipelines.errors import UserError
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_CONFIG = "open_clip_config.json"
+_WHERE = (
+    "download it where there is a network, for example with `huggingface-cli download laion/"
+    "CLIP-ViT-L-14-laion2B-s32B-b82K open_clip_config.json open_clip_model.safetensors --local-dir FOLDER`"
+)
+
+
+def file_hash(path: str, key: str, *, where: str) -> str:
+    """SHA-256 of a file (or, of a folder, over the names and hashes of its config and weights).
+
+    Args:
+        path: What the user named; local.
+        key: The config key that named it.
+        where: Where such a file is to be had.
+
+    Raises:
+        UserError: if it is not there.
+    """
+    if os.path.isfile(path):
+        return storage.sha256_file(path)
+    if os.path.isdir(path):
+        names = sorted(name for name in os.listdir(path) if name == _CONFIG or name.endswith(_WEIGHTS))
+        if _CONFIG in names and len(names) > 1:
+            parts = [f"{name} {storage.sha256_file(os.path.join(path, name))}" for name in names]
+            return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        raise UserError(f"{key} {path} is a folder without {_CONFIG} and weights beside it; {where}")
+    raise UserError(f"{key} {path} does not exist; {where}, or set {key}=null to run without it")
+
+
+def open_clip_hash(config: OpenClipConfig, key: str) -> str:
+    """What identifies a model: its architecture and weights.
+
+    Raises:
+        UserError: if the weights are not there.
+    """
+    assert config.weights is not None
+    digest = file_hash(config.weights, key, where=_WHERE)
+    return digest if os.path.isdir(config.weights) else f"{config.model} {digest}"
+
+
+@dataclass(frozen=True)
+class OpenClip:
+    """A loaded model.
+
+    Attributes:
+        model: In eval mode, on its device, float32.
+        tokenizer: Texts to token ids, [batch, context].
+        size: px, both ways, of the images it takes.
+    """
+
+    model: Any
+    tokenizer: Callable[[list[str]], Tensor]
+    size: int
+    device: str
+
+    def images(self, frames: NDArray[np.uint8]) -> Tensor:
+        """Frames [n, height, width, 3] as the model wants them: shorter side fitted, centre cut, normalised."""
+        mean, std = (
+            torch.tensor(values).view(3, 1, 1) for values in (self.model.visual.image_mean, self.model.visual.image_std)
+        )
+        fitted = np.stack([fit_shorter_side(frame, self.size) for frame in frames])
+        pixels = torch.from_numpy(fitted).permute(0, 3, 1, 2).float() / 255
+        return ((pixels - mean) / std).to(self.device)
+
+
+def load_open_clip(config: OpenClipConfig, key: str) -> OpenClip:
+    """Load a model and its tokenizer.
+
+    Raises:
+        UserError: if the weights are missing, or do not fit the architecture.
+    """
+    assert config.weights is not None
+    open_clip = importlib.import_module("open_clip")  # it brings torchvision along, which takes seconds
+    if not os.path.exists(config.weights):
+        raise UserError(f"{key} {config.weights} does not exist; {_WHERE}, or set {key}=null to run without it")
+    folder = os.path.isdir(config.weights)
+    name = f"local-dir:{os.path.abspath(config.weights)}" if folder else config.model
+    pretrained = None if folder else config.weights
+    try:
+        model = open_clip.create_model(name, pretrained=pretrained, device=config.device, require_pretrained=True)
+        tokenizer = open_clip.get_tokenizer(name)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise UserError(
+            f"{key} {config.weights} cannot be loaded as {'a folder of open_clip' if folder else config.model}: "
+            f"{str(error)[:300]}; name the architecture of these weights in {key.rpartition('.')[0]}.model"
+        ) from error
+    size = model.visual.image_size
+    return OpenClip(model.eval(), tokenizer, size[0] if isinstance(size, tuple) else size, config.device)
+
+
+def fit_shorter_side(frame: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Scale a frame [height, width, 3] so that its shorter side has ``size`` px, and cut out the centre square."""
+    height, width = frame.shape[:2]
+    scale = size / min(height, width)
+    scaled_size = (max(size, round(width * scale)), max(size, round(height * scale)))
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    scaled = np.asarray(cv2.resize(frame, scaled_size, interpolation=method), np.uint8)
+    top, left = (scaled.shape[0] - size) // 2, (scaled.shape[1] - size) // 2
+    return scaled[top : top + size, left : left + size]

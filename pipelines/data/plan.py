@@ -1,0 +1,253 @@
+"""What a curation will take, told from a few of its sources: they are curated in a scratch folder, and scaled up."""
+
+import math
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+
+from pipelines.cluster import connect
+from pipelines.data.captions import find_captions
+from pipelines.data.config import CurateConfig
+from pipelines.data.curation import Curation
+from pipelines.data.publish import write_snapshot
+from pipelines.data.runlog import RunLog, StageProgress
+from pipelines.data.sources import list_sources
+from pipelines.data.tokens import load_tokenizer_info
+from pipelines.errors import UserError
+
+_SAMPLE_SECONDS = 0.2
+_GAP = 1.96  # standard deviations of an interval of 95 %
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """What the run will have.
+
+    Attributes:
+        cpus: CPUs in all.
+        gpus: GPUs in all.
+        price: Of an hour of all of it, in any currency.
+    """
+
+    cpus: float
+    gpus: float = 0.0
+    price: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.cpus <= 0 or self.gpus < 0 or self.price < 0:
+            raise UserError(f"cpus must be positive, gpus and price not negative; got {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """One stage.
+
+    Attributes:
+        name: Of the stage.
+        work_s: Seconds of work expected in all, at the speed of the processes that did the sample.
+        workers: Processes that the cluster holds.
+    """
+
+    name: str
+    work_s: float
+    workers: int
+
+    @property
+    def seconds(self) -> float:
+        """Expected on the clock."""
+        return self.work_s / self.workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is expected.
+
+    Attributes:
+        sources: In all.
+        sampled: Of these, curated for this plan.
+        gigabytes: Of the sources; 0 where their sizes are not known.
+        video_hours: In the sources.
+        kept_share: Of the sample's clips, those kept, and the bounds of a 95 % interval.
+        clips: Kept clips expected.
+        clip_hours: Their length.
+        tokens: Their codes.
+        disk_gb: Of the stages' tables and the snapshot.
+        process_gb: Memory that the largest process had (with its decode child), or 0 where it ran elsewhere.
+        stages: In the order of the work.
+        caption_cost: Of an endpoint's captions.
+        price_per_hour: Of the cluster.
+    """
+
+    sources: int
+    sampled: int
+    gigabytes: float
+    video_hours: float
+    kept_share: tuple[float, float, float]
+    clips: float
+    clip_hours: float
+    tokens: float
+    disk_gb: float
+    process_gb: float
+    stages: tuple[StagePlan, ...]
+    caption_cost: float
+    price_per_hour: float
+
+    @property
+    def hours(self) -> float:
+        """Expected on the clock, one stage after another."""
+        return sum(stage.seconds for stage in self.stages) / 3600
+
+    def __str__(self) -> str:
+        """Lines for a person."""
+        share, low, high = self.kept_share
+        lines = [
+            f"{self.sources} sources ({self.gigabytes:.3g} GB, {self.video_hours:.3g} hours of video), "
+            f"from a sample of {self.sampled}:",
+            f"  kept      {100 * share:.0f} % of clips ({100 * low:.0f} to {100 * high:.0f}): "
+            f"{self.clips:.3g} clips, {self.clip_hours:.3g} hours, {self.tokens:.3g} tokens",
+            f"  disk      {self.disk_gb:.3g} GB for stage tables and snapshot",
+        ]
+        if self.process_gb:
+            lines.append(f"  memory    {self.process_gb:.2g} GB for each process, its decode child included")
+        for stage in self.stages:
+            lines.append(
+                f"  {stage.name:18s}{stage.work_s / 3600:9.3g} process hours, {stage.workers} processes: "
+                f"{_duration(stage.seconds)}"
+            )
+        cost = self.hours * self.price_per_hour + self.caption_cost
+        lines.append(f"  in all    {_duration(3600 * self.hours)}" + (f", costs {cost:.3g}" if cost else ""))
+        lines.append("process hours are those of this machine's cores while they shared it with what else ran here")
+        return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def plan_curation(config: CurateConfig, cluster: Cluster, *, sources: int, seed: int = 0) -> Plan:
+    """Curate a sample in a scratch folder and scale what it took.
+
+    Args:
+        config: Of the run that is planned; its dataset is not touched.
+        cluster: That the run will have.
+        sources: In the sample; drawn over all sizes, as long files take most.
+        seed: Of the draw.
+
+    Raises:
+        UserError: as ``curate`` does.
+        JobError: likewise.
+    """
+    listing = list_sources(config.source)
+    captions = find_captions(config.captions, config.source, listing)
+    chosen = _draw(listing, sources, seed)
+    with tempfile.TemporaryDirectory(prefix="lumos-plan-") as folder:
+        # Of a sample any share may fail, and every clip is decoded back no more often than in the run itself.
+        scratch = replace(config, dataset=folder, resources=replace(config.resources, max_failed_share=1.0))
+        curation = Curation(scratch, captions, load_tokenizer_info(config.tokens.tokenizer))
+        with connect(), RunLog(folder).record() as log, _peak_memory() as peaks:
+            made = curation.run(chosen, log)
+            snapshot = write_snapshot(folder, made.content, config.publish)
+        disk = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+        ledger = snapshot.read_ledger()
+    scale = _scale(listing, chosen)
+    judged = [row for row in ledger.to_pylist() if row["end_s"] is not None]
+    kept = [row for row in judged if row["status"] == "kept"]
+    totals = snapshot.manifest.totals.values()
+    return Plan(
+        sources=listing.num_rows,
+        sampled=chosen.num_rows,
+        gigabytes=_bytes(listing) / 1e9,
+        video_hours=scale * sum(row["end_s"] - row["start_s"] for row in judged) / 3600,
+        kept_share=_interval(len(kept), len(judged)),
+        clips=scale * len(kept),
+        clip_hours=scale * sum(row["end_s"] - row["start_s"] for row in kept) / 3600,
+        tokens=scale * sum(total.tokens for total in totals),
+        disk_gb=scale * disk / 1e9,
+        process_gb=max(peaks, default=0) / 1e9,
+        stages=tuple(_stage_plan(name, log.stages[name], config, cluster, scale) for name in log.stages),
+        caption_cost=scale * made.captions.cost(config.captions.endpoint),
+        price_per_hour=cluster.price,
+    )
+
+
+def _draw(listing: pa.Table, count: int, seed: int) -> pa.Table:
+    """One source out of each of ``count`` parts of the list sorted by size."""
+    if count < 1:
+        raise UserError(f"sources must be at least 1, got {count}")
+    order = np.argsort(listing["size"].to_numpy(), kind="stable")
+    generator = np.random.default_rng(seed)
+    parts = np.array_split(order, min(count, len(order)))
+    return listing.take(pa.array(sorted(int(generator.choice(part)) for part in parts)))
+
+
+def _bytes(table: pa.Table) -> float:
+    return float(np.maximum(table["size"].to_numpy(), 0).sum())
+
+
+def _scale(listing: pa.Table, chosen: pa.Table) -> float:
+    """What of the sample there is in all: by bytes, or by number where sizes are not known."""
+    sampled = _bytes(chosen)
+    return _bytes(listing) / sampled if sampled else listing.num_rows / chosen.num_rows
+
+
+def _interval(successes: int, trials: int) -> tuple[float, float, float]:
+    """A share and Wilson's 95 % interval for it."""
+    if trials == 0:
+        return 0.0, 0.0, 1.0
+    share, square = successes / trials, _GAP**2 / trials
+    centre = (share + square / 2) / (1 + square)
+    half = _GAP * math.sqrt(share * (1 - share) / trials + square / trials / 4) / (1 + square)
+    return share, max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _stage_plan(name: str, took: StageProgress, config: CurateConfig, cluster: Cluster, scale: float) -> StagePlan:
+    group = "captions" if name.startswith("captions") else "features" if name == "texts" else name
+    resources = config.resources.of(group)
+    fitting = [cluster.cpus / resources.num_cpus] if resources.num_cpus else []
+    fitting += [cluster.gpus / resources.num_gpus] if resources.num_gpus else []
+    if min(fitting) < 1:
+        raise UserError(
+            f"no process of the stage {name} fits: resources.{group} wants {resources.num_cpus:g} CPUs and "
+            f"{resources.num_gpus:g} GPUs, the cluster has {cluster.cpus:g} and {cluster.gpus:g}"
+        )
+    workers = min(int(min(fitting)), resources.max_workers or int(min(fitting)))
+    return StagePlan(name=name, work_s=scale * took.busy_s, workers=workers)
+
+
+@contextmanager
+def _peak_memory() -> Iterator[list[float]]:
+    """Bytes of the largest process of a stage, children included, time and again while the block runs."""
+    samples: list[float] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_SAMPLE_SECONDS):
+            samples.append(max(map(_family_bytes, psutil.Process().children(recursive=True)), default=0.0))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        over.set()
+        thread.join()
+
+
+def _family_bytes(process: psutil.Process) -> float:
+    try:
+        if "MapWorker" not in " ".join(process.cmdline()):
+            return 0.0
+        family = [process, *process.children(recursive=True)]
+        return float(sum(member.memory_info().rss for member in family))
+    except psutil.Error:
+        return 0.0

@@ -1,0 +1,198 @@
+"""What a run is doing and took: a small file beside the dataset that `lumos data status` reads, and Ray's metrics.
+
+Nothing of it enters a ledger or a snapshot.
+"""
+
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any
+
+from ray.util import metrics
+
+from pipelines import storage
+
+RUNS = "runs"
+_WRITE_SECONDS = 2.0  # between writes of the file while a stage goes on
+_BATCH_SECONDS = [0.1, 1, 10, 60, 600, 3600]
+
+
+@dataclass(kw_only=True)
+class StageProgress:
+    """How far one stage of a run is.
+
+    Attributes:
+        total: Inputs.
+        before: Of these, done by earlier runs.
+        computed: Done by this run.
+        failed: Of those, rows that hold a failure.
+        seconds: Of the clock, so far.
+        busy_s: Of work, summed over the processes.
+        source_s: Seconds of video that this run's work was about.
+        work: How much of the pending work is done, in the stage's own measure (bytes or seconds of video).
+        work_total: All of the pending work in that measure; 0 where inputs name none.
+    """
+
+    total: int
+    before: int
+    computed: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+    busy_s: float = 0.0
+    source_s: float = 0.0
+    work: float = 0.0
+    work_total: float = 0.0
+
+    @property
+    def pending(self) -> int:
+        """Inputs left."""
+        return self.total - self.before - self.computed
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the present rate; None before anything is done."""
+        if self.pending == 0:
+            return 0.0
+        share = self.work / self.work_total if self.work_total else self.computed / (self.total - self.before)
+        return self.seconds * (1 / share - 1) if share > 0 else None
+
+    def __str__(self) -> str:
+        """A line for a person."""
+        parts = [f"{self.before + self.computed} of {self.total} done"]
+        if self.failed:
+            parts.append(f"{self.failed} failed")
+        if self.seconds:
+            parts.append(f"{self.computed / self.seconds:.3g} a second")
+        if self.seconds and self.source_s:
+            parts.append(f"{self.source_s / self.seconds:.3g} s of video a second")
+        if self.pending and self.seconds_left is not None:
+            parts.append(f"{_clock(self.seconds_left)} left")
+        return ", ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+class RunLog:
+    """The file of one run: ``runs/<start>-<random>.json`` in the dataset."""
+
+    def __init__(self, dataset: str) -> None:
+        now = datetime.now(UTC)
+        self.uri = storage.join(dataset, RUNS, f"{now:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}.json")
+        self.stages: dict[str, StageProgress] = {}
+        self._head = {"started": now.isoformat("T", "seconds"), "host": socket.gethostname(), "pid": os.getpid()}
+        self._written = 0.0
+
+    def update(self, stage: str, progress: StageProgress) -> None:
+        """Note how far a stage is; the file follows within seconds."""
+        self.stages[stage] = progress
+        if time.monotonic() - self._written > _WRITE_SECONDS:
+            self.write("running")
+
+    def write(self, state: str) -> None:
+        """Write the file: "running", "done" or "stopped"."""
+        stages = {name: asdict(progress) for name, progress in self.stages.items()}
+        updated = datetime.now(UTC).isoformat("T", "seconds")
+        storage.write_json_atomic(self.uri, {**self._head, "updated": updated, "state": state, "stages": stages})
+        self._written = time.monotonic()
+
+    @contextmanager
+    def record(self) -> Iterator["RunLog"]:
+        """Write the file at the end of the block, whichever way it ends (but for SIGKILL)."""
+        try:
+            yield self
+        except BaseException:
+            self.write("stopped")
+            raise
+        self.write("done")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """The file of a run, read back."""
+
+    started: str
+    updated: str
+    state: str
+    host: str
+    pid: int
+    stages: dict[str, StageProgress]
+
+    def __str__(self) -> str:
+        """Lines for a person."""
+        head = f"last run: {self.state}, began {self.started} on {self.host} (pid {self.pid}), seen {self.updated}"
+        return "\n".join([head, *(f"  {name:10s} {progress}" for name, progress in self.stages.items())])
+
+
+def last_run(dataset: str) -> RunRecord | None:
+    """The newest run of a dataset, or None."""
+    folder = storage.join(dataset, RUNS)
+    names = [name for name in storage.list_names(folder) if name.endswith(".json")]
+    if not names:
+        return None
+    found: dict[str, Any] = storage.read_json(storage.join(folder, names[-1]))
+    stages = {name: StageProgress(**values) for name, values in found.pop("stages").items()}
+    return RunRecord(**found, stages=stages)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchReport:
+    """What a worker tells of a batch that it has committed.
+
+    Attributes:
+        inputs: Inputs done.
+        outputs: Rows written.
+        failed: Of these, failures.
+        first_failure: One of them, or "".
+        busy_s: Seconds the batch took.
+        source_s: Seconds of video it was about.
+        work: Of the stage's own measure.
+    """
+
+    inputs: int
+    outputs: int
+    failed: int
+    first_failure: str
+    busy_s: float
+    source_s: float
+    work: float
+
+    def publish(self, stage: str) -> None:
+        """Add it to the metrics that Ray offers to Prometheus."""
+        tags = {"stage": stage}
+        counters, duration = _metrics()
+        for name, counter in counters.items():
+            if value := getattr(self, name):
+                counter.inc(value, tags=tags)
+        duration.observe(self.busy_s, tags=tags)
+
+
+@lru_cache(maxsize=1)
+def _metrics() -> tuple[dict[str, metrics.Counter], metrics.Histogram]:
+    told = {
+        "inputs": "inputs computed and committed",
+        "outputs": "rows committed",
+        "failed": "rows that hold a failure",
+        "source_s": "seconds of video worked on",
+        "busy_s": "seconds of work",
+    }
+    counters = {
+        name: metrics.Counter(f"lumos_data_{name}", description=f"Curation: {text}", tag_keys=("stage",))
+        for name, text in told.items()
+    }
+    duration = metrics.Histogram(
+        "lumos_data_batch_s",
+        description="Curation: seconds that a batch took",
+        boundaries=_BATCH_SECONDS,
+        tag_keys=("stage",),
+    )
+    return counters, duration
