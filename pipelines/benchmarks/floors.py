@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from av.video.reformatter import VideoReformatter
+
 from pipelines.data.shots import small_size
 from pipelines.data.video import VideoFile
 
@@ -14,12 +16,12 @@ def decode_only(path: str, target: int, *, beat: Callable[[], None]) -> int:
         target: px of the longer side.
         beat: Called as work goes on.
     """
-    count = 0
+    count, scaler = 0, VideoReformatter()
     with VideoFile(path) as video:
         for timed in video.frames():
             if count % 16 == 0:
                 beat()
             width, height = small_size(timed.frame.width, timed.frame.height, target)
-            timed.frame.reformat(width=width, height=height, format="yuvj444p", interpolation="AREA").to_ndarray()
+            scaler.reformat(timed.frame, width, height, "yuvj444p", interpolation="AREA", threads=1).to_ndarray()
             count += 1
     return count

@@ -13,6 +13,7 @@ from typing import Any
 import av
 import cv2
 import numpy as np
+from av.video.reformatter import ColorRange, VideoReformatter
 from numpy.typing import NDArray
 from scenedetect import FrameTimecode
 from scenedetect.detectors import AdaptiveDetector, ContentDetector
@@ -24,7 +25,10 @@ from pipelines.data.settings import SplitConfig
 from pipelines.data.video import DecodedSource, TimedFrame, VideoError, VideoFile, VideoInfo
 
 _BEAT_FRAMES = 16
-_PLANAR = {f"yuv{j}{kind}p": f"yuv{j}444p" for j in ("", "j") for kind in ("420", "422", "444")}
+_PLANAR = frozenset(f"yuv{j}{kind}p" for j in ("", "j") for kind in ("420", "422", "444"))
+# From the range that video leaves at both ends (luma 16..235, chroma 16..240) to all of 0..255.
+_STRETCH_LUMA = ((np.arange(256) - 16) * 255 / 219).clip(0, 255).round().astype(np.uint8)
+_STRETCH_CHROMA = ((np.arange(256) - 128) * 255 / 224 + 128).clip(0, 255).round().astype(np.uint8)
 
 
 def split_source(path: str, config: SplitConfig, *, beat: Callable[[], None]) -> DecodedSource:
@@ -75,6 +79,8 @@ class _Pass:
         self.thumbnails: list[tuple[float, bytes]] = []  # several a second, of which clips take some
         self._target = config.width
         self._small = (0, 0)
+        # Each keeps what it has set up for frames of one kind, which takes longer than a frame itself.
+        self._scaler, self._converter, self._grayer = (VideoReformatter() for _ in range(3))
 
     def add(self, timed: TimedFrame) -> None:
         """See the next frame."""
@@ -87,14 +93,17 @@ class _Pass:
         width, height = self._small
         # What is measured is averaged, so that grain is no motion. Shots are told on a picture made as PySceneDetect
         # makes its own, by interpolation: on an averaged one, hues in the dark differ and it sees other cuts.
-        planes = frame.reformat(width=width, height=height, format="yuvj444p", interpolation="AREA").to_ndarray()
-        self.meter.add(time, np.asarray(planes, np.uint8))
-        small = interpolate(frame, self._small)
+        planes = np.asarray(
+            self._scaler.reformat(frame, width, height, "yuvj444p", interpolation="AREA", threads=1).to_ndarray(),
+            np.uint8,
+        )
+        self.meter.add(time, planes)
+        small = interpolate(frame, self._small, self._converter)
         self.shots.add(small)
         if not self.thumbnails or time - self.thumbnails[-1][0] >= LOOK_SECONDS - 1e-3:
-            self.thumbnails.append((time, thumbnail(np.asarray(planes, np.uint8)).tobytes()))
+            self.thumbnails.append((time, thumbnail(planes).tobytes()))
         if self.borders.wants(time):
-            luma = np.asarray(frame.to_ndarray(format="gray"), np.uint8)
+            luma = np.asarray(self._grayer.reformat(frame, format="gray", threads=1).to_ndarray(), np.uint8)
             self.borders.add(time, luma)
             self.meter.add_full(time, luma)
 
@@ -204,19 +213,19 @@ def thumbnail(planes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(cv2.cvtColor(tiny, cv2.COLOR_YCrCb2BGR), np.uint8)
 
 
-def interpolate(frame: av.VideoFrame, size: tuple[int, int]) -> NDArray[np.uint8]:
+def interpolate(frame: av.VideoFrame, size: tuple[int, int], converter: VideoReformatter) -> NDArray[np.uint8]:
     """A frame as BGR of (width, height), each pixel interpolated between its nearest neighbours, as OpenCV does it.
 
-    Of planar 8-bit frames only the pixels that are needed are read: interpolation and conversion to BGR may change
-    places, as both are linear.
+    Of planar 8-bit frames only the pixels that are needed are read: interpolation and conversion to BGR (BT.601, as in
+    OpenCV) may change places, as both are linear.
     """
     if frame.format.name not in _PLANAR:
-        whole = cv2.resize(frame.to_ndarray(format="bgr24"), size, interpolation=cv2.INTER_LINEAR)
-        return np.asarray(whole, np.uint8)
-    planes = [cv2.resize(_plane(plane), size, interpolation=cv2.INTER_LINEAR) for plane in frame.planes]
-    small = av.VideoFrame.from_ndarray(np.asarray(planes, np.uint8), format=_PLANAR[frame.format.name])
-    small.colorspace, small.color_range = frame.colorspace, frame.color_range
-    return np.asarray(small.to_ndarray(format="bgr24"), np.uint8)
+        whole = np.asarray(converter.reformat(frame, format="bgr24", threads=1).to_ndarray(), np.uint8)
+        return np.asarray(cv2.resize(whole, size, interpolation=cv2.INTER_LINEAR), np.uint8)
+    luma, blue, red = (cv2.resize(_plane(plane), size, interpolation=cv2.INTER_LINEAR) for plane in frame.planes)
+    if frame.color_range != ColorRange.JPEG and not frame.format.name.startswith("yuvj"):
+        luma, blue, red = cv2.LUT(luma, _STRETCH_LUMA), cv2.LUT(blue, _STRETCH_CHROMA), cv2.LUT(red, _STRETCH_CHROMA)
+    return np.asarray(cv2.cvtColor(cv2.merge([luma, red, blue]), cv2.COLOR_YCrCb2BGR), np.uint8)
 
 
 def _plane(plane: av.video.plane.VideoPlane) -> NDArray[np.uint8]:
