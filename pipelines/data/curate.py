@@ -13,6 +13,7 @@ from pipelines.data.runlog import RunLog
 from pipelines.data.snapshot import Snapshot
 from pipelines.data.sources import list_sources
 from pipelines.data.tokens import load_tokenizer_info
+from pipelines.data.transnet import load_transnet
 from pipelines.errors import UserError
 
 
@@ -67,7 +68,7 @@ def curate(config: CurateConfig) -> CurateResult:
     """Run what is not yet done of a curation, and publish.
 
     Raises:
-        UserError: if sources, captions, tokenizer or dataset are not usable; nothing was begun.
+        UserError: if sources, captions, models or dataset are not usable; nothing was begun.
         JobError: if a stage failed. What was done is kept; the same call continues.
     """
     listing = list_sources(config.source)
@@ -81,6 +82,11 @@ def curate(config: CurateConfig) -> CurateResult:
         tokenizer = load_tokenizer_info(config.tokens.tokenizer)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"tokens.tokenizer: {error}") from error
+    if config.split.weights:
+        try:
+            load_transnet(config.split.weights)
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(f"split.weights: {error}") from error
     curation = Curation(config, captions, tokenizer)
     with dataset_lock(config.dataset), connect(), RunLog(config.dataset).record() as log:
         made = curation.run(listing, log)

@@ -24,7 +24,7 @@ from pipelines.data.runner import WORK, Row, StageTable, TooManyFailuresError, r
 from pipelines.data.schemas import LEDGER
 from pipelines.data.snapshot import TokenizerInfo
 from pipelines.data.sources import first_paths, sources_stage
-from pipelines.data.split import split_stage
+from pipelines.data.split import split_identity, split_stage
 from pipelines.data.tokens import TOKEN_INPUTS, plan_shape, tokens_stage
 from pipelines.errors import JobError
 
@@ -301,7 +301,7 @@ def _portable(config: CurateConfig) -> dict[str, Any]:
     tokens = asdict(config.tokens)
     tokens["tokenizer"] = {"kind": config.tokens.tokenizer.kind}
     return {
-        "split": asdict(config.split),
+        "split": split_identity(config.split),
         "thresholds": asdict(config.thresholds),
         "near_duplicates": config.near_duplicates,
         "features": {"scores": config.features.scores, "num_frames": config.features.num_frames},

@@ -72,10 +72,17 @@ class CrashLog:
 
 
 class DecodeChild:
-    """One child process at a time, started when first needed. Not for use by several threads at once."""
+    """One child process at a time, started when first needed. Not for use by several threads at once.
 
-    def __init__(self, config: DecodeConfig, crashes: CrashLog) -> None:
+    Args:
+        config: Bounds of the child.
+        crashes: Where its deaths are recorded.
+        weights: File of the shot detector's network, which a child loads as it starts.
+    """
+
+    def __init__(self, config: DecodeConfig, crashes: CrashLog, *, weights: str | None = None) -> None:
         self.config = config
+        self._weights = weights
         self.crashes = crashes
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
@@ -172,11 +179,12 @@ class DecodeChild:
 
     def _spawn(self) -> bool:
         ours, theirs = socket.socketpair()
+        arguments = [str(theirs.fileno()), str(self.config.memory_mb), *filter(None, [self._weights])]
         path = os.pathsep.join(dict.fromkeys([str(PROJECT_DIR), *filter(None, sys.path)]))
         self._stderr.truncate(0)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", _CHILD_MODULE, str(theirs.fileno()), str(self.config.memory_mb)],
+                [sys.executable, "-m", _CHILD_MODULE, *arguments],
                 pass_fds=[theirs.fileno()],
                 env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
                 stdin=subprocess.DEVNULL,

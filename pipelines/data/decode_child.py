@@ -1,6 +1,6 @@
 """The process that decodes: it takes jobs from a pipe, one at a time, and may be killed at any moment.
 
-Started by ``decode.DecodeChild`` as ``python -m pipelines.data.decode_child FD MEMORY_MB``.
+Started by ``decode.DecodeChild`` as ``python -m pipelines.data.decode_child FD MEMORY_MB [WEIGHTS]``.
 """
 
 import importlib
@@ -69,6 +69,7 @@ def _job(name: str) -> Callable[..., Any]:
 def _classify(error: Exception) -> tuple[str, str]:
     """Code and detail of an error that is not of our making."""
     out_of_memory = isinstance(error, cv2.error) and error.code == cv2.Error.StsNoMem
+    out_of_memory |= isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # as torch says it
     if out_of_memory or isinstance(error, MemoryError | av.error.MemoryError):
         return "memory", "takes more memory to decode than decode.memory_mb allows"
     if isinstance(error, av.error.FFmpegError):
@@ -77,10 +78,10 @@ def _classify(error: Exception) -> tuple[str, str]:
 
 
 def _limit_memory(megabytes: int) -> None:
-    """Cap what may be allocated from here on; libraries loaded so far have mapped about a gigabyte without using it."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        mapped = int(file.read().split()[0]) * resource.getpagesize()
-    limit = mapped + megabytes * 1_000_000
+    """Cap what may be allocated beyond the most that was mapped so far: by libraries, and by the network at work."""
+    with open("/proc/self/status", encoding="utf-8") as file:
+        sizes = [int(line.split()[1]) for line in file if line.startswith(("VmPeak:", "VmSize:"))]  # KiB
+    limit = max(sizes) * 1024 + megabytes * 1_000_000
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
@@ -97,10 +98,14 @@ def _die_with_parent() -> None:
 
 
 def main() -> None:
-    """Set bounds and serve."""
+    """Load what jobs will need, set bounds and serve."""
     connection, megabytes = Connection(int(sys.argv[1])), int(sys.argv[2])
     av.logging.set_level(av.logging.PANIC)
     _die_with_parent()
+    if weights := sys.argv[3:]:
+        from pipelines.data.transnet import warm_up  # brings torch, which most children do without
+
+        warm_up(*weights)  # now, since the limit is not meant for the gigabytes that torch maps
     _limit_memory(megabytes)
     try:
         serve(connection)

@@ -54,7 +54,9 @@ class FrameMeter:
         luma = planes[0]
         self.times.append(time)
         self.brightness.append(cv2.mean(luma)[0] / 255)
-        self.dark.append(cv2.countNonZero(cv2.threshold(luma, DARK_PIXEL, 1, cv2.THRESH_BINARY)[1]) <= DARK_FRAME * luma.size)
+        self.dark.append(
+            cv2.countNonZero(cv2.threshold(luma, DARK_PIXEL, 1, cv2.THRESH_BINARY)[1]) <= DARK_FRAME * luma.size
+        )
         same = self._last is not None and cv2.norm(self._last, luma, cv2.NORM_L1) <= REPEAT * luma.size
         self.repeats.append(same)
         self._last = luma

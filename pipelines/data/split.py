@@ -73,7 +73,7 @@ class SplitFunction:
 
     def __init__(self, uri: str, *, config: SplitConfig, decode: DecodeConfig) -> None:
         self.config = config
-        self.child = DecodeChild(decode, CrashLog(storage.join(uri, "crashes")))
+        self.child = DecodeChild(decode, CrashLog(storage.join(uri, "crashes")), weights=config.weights)
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         """Clips of each source."""
@@ -117,11 +117,26 @@ def clip_rows(source_id: str, result: DecodedSource | VideoError) -> list[Row]:
     return [shared | clip | {"key": clip_key(source_id, clip["start_s"], clip["end_s"])} for clip in result.clips]
 
 
+def split_identity(config: SplitConfig) -> dict[str, Any]:
+    """The settings that decide what comes out; weights count by the SHA-256 of their content, not by their place.
+
+    Raises:
+        OSError: the weights cannot be read.
+    """
+    identity = asdict(config)
+    weights = identity.pop("weights")
+    return identity | ({"weights": storage.sha256_file(weights)} if weights else {})
+
+
 def split_stage(config: SplitConfig, decode: DecodeConfig, resources: StageResources) -> Stage:
-    """The stage that probes, splits and scores."""
+    """The stage that probes, splits and scores.
+
+    Raises:
+        OSError: the weights of its detector cannot be read.
+    """
     return Stage(
         name="split",
-        settings={"version": 5, **asdict(config)},
+        settings={"version": 5, **split_identity(config)},
         schema=CLIPS,
         function=partial(SplitFunction, config=config, decode=decode),
         rows_per_part=32,
