@@ -23,6 +23,7 @@ from pipelines.data.tokens import load_tokenizer_info
 from pipelines.errors import UserError
 
 _SAMPLE_SECONDS = 0.2
+_GROUPS = ("sources", "split", "features", "captions", "tokens")  # stages as resources name them
 _GAP = 1.96  # standard deviations of an interval of 95 %
 
 
@@ -147,6 +148,8 @@ def plan_curation(config: CurateConfig, cluster: Cluster, *, sources: int, seed:
         UserError: as ``curate`` does.
         JobError: likewise.
     """
+    for stage in _GROUPS:
+        _workers(stage, config, cluster)
     listing = list_sources(config.source)
     captions = find_captions(config.captions, config.source, listing)
     chosen = _draw(listing, sources, seed)
@@ -211,17 +214,21 @@ def _interval(successes: int, trials: int) -> tuple[float, float, float]:
 
 
 def _stage_plan(name: str, took: StageProgress, config: CurateConfig, cluster: Cluster, scale: float) -> StagePlan:
-    group = "captions" if name.startswith("captions") else "features" if name == "texts" else name
+    group = "features" if name == "texts" else name.partition("-")[0]
+    return StagePlan(name=name, work_s=scale * took.busy_s, workers=_workers(group, config, cluster))
+
+
+def _workers(group: str, config: CurateConfig, cluster: Cluster) -> int:
+    """Processes of a stage that the cluster holds."""
     resources = config.resources.of(group)
     fitting = [cluster.cpus / resources.num_cpus] if resources.num_cpus else []
     fitting += [cluster.gpus / resources.num_gpus] if resources.num_gpus else []
     if min(fitting) < 1:
         raise UserError(
-            f"no process of the stage {name} fits: resources.{group} wants {resources.num_cpus:g} CPUs and "
+            f"no process of the stage {group} fits: resources.{group} wants {resources.num_cpus:g} CPUs and "
             f"{resources.num_gpus:g} GPUs, the cluster has {cluster.cpus:g} and {cluster.gpus:g}"
         )
-    workers = min(int(min(fitting)), resources.max_workers or int(min(fitting)))
-    return StagePlan(name=name, work_s=scale * took.busy_s, workers=workers)
+    return min(int(min(fitting)), resources.max_workers or int(min(fitting)))
 
 
 @contextmanager

@@ -300,7 +300,7 @@ def _execute(stage: Stage, table: StageTable, pending: pa.Table) -> Iterator[Bat
     data: ray.data.Dataset = ray.data.from_arrow(blocks)
     options: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": resources.num_cpus}
     if resources.num_gpus:
-        options["num_gpus"] = resources.num_gpus
+        options |= {"num_gpus": resources.num_gpus, "batch_size": size}  # Ray wants one named, then
     if resources.memory_mb:
         options["memory"] = resources.memory_mb * 1_000_000
     if stage.stateful:
