@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.data.snapshot import Manifest
 
@@ -22,6 +23,11 @@ _COLUMNS = """\
 def reason_class(reason: str) -> str:
     """What a ledger reason is about: the score it names, or the class of the failure."""
     return reason.partition(" ")[0].rstrip(":")
+
+
+def reason_classes(reasons: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The ``reason_class`` of each of many reasons."""
+    return pc.utf8_rtrim(pc.replace_substring_regex(reasons, pattern="(?s) .*", replacement=""), ":")
 
 
 def dataset_card(manifest: Manifest, ledger: pa.Table) -> str:

@@ -1,7 +1,10 @@
 """Decisions: from stored scores and thresholds to kept or rejected, with every reason. Pure, so a threshold is free."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.data.settings import Thresholds
 
@@ -32,24 +35,57 @@ _OF_TIME = frozenset(
     ("decoded_share", "duration", "fps", "flash_share", "repeat_share", "freeze", "motion", "motion_time")
 )
 
+_SHARES = ("brightness", "motion", "motion_time", "text_area")  # besides those that are called so
+
+
+def is_share(name: str) -> bool:
+    """Whether a score lies in 0..1, so that a threshold beyond makes no sense."""
+    return name.endswith("_share") or name in _SHARES
+
+
+def bounds(thresholds: Thresholds) -> Iterator[tuple[str, float | None, float | None]]:
+    """Each score that is decided on, in the order of reasons, with the least and the most it may be."""
+    for name in _ORDER:
+        yield name, getattr(thresholds, f"min_{name}", None), getattr(thresholds, f"max_{name}", None)
+
 
 def decide(scores: Mapping[str, float | None], thresholds: Thresholds) -> tuple[str, str]:
     """Status ("kept" or "rejected") and reason of a clip.
 
     The reason names each score that is out of bounds, its value and the threshold: "motion_time 0.008 < 0.25". A score
-    that nobody took says nothing, and an image is not asked for what only a video has.
+    that nobody took (null, or not there) says nothing, and an image is not asked for what only a video has.
     """
     reasons = []
-    for name in _ORDER:
+    for name, low, high in bounds(thresholds):
         value = scores.get(name)
         if value is None or (scores.get("image") and name in _OF_TIME):
             continue
-        low, high = getattr(thresholds, f"min_{name}", None), getattr(thresholds, f"max_{name}", None)
         if low is not None and value < low:
             reasons.append(f"{name} {value:.4g} < {low:.4g}")
         if high is not None and value > high:
             reasons.append(f"{name} {value:.4g} > {high:.4g}")
     return ("rejected", "; ".join(reasons)) if reasons else ("kept", "")
+
+
+def keeps(scores: Mapping[str, NDArray[np.float64]], thresholds: Thresholds) -> NDArray[np.bool_]:
+    """For many clips at once, whether ``decide`` would keep each.
+
+    Args:
+        scores: One array per score, all of one length, a row being a clip; nan where a score is null.
+        thresholds: What to decide by.
+    """
+    kept = np.ones(len(next(iter(scores.values()), ())), dtype=bool)
+    for name, low, high in bounds(thresholds):
+        values = scores.get(name)
+        if values is None:
+            continue
+        if name in _OF_TIME and "image" in scores:
+            values = np.where(scores["image"] > 0, np.nan, values)
+        if low is not None:
+            kept &= ~(values < low)  # not "values >= low", which nan would fail
+        if high is not None:
+            kept &= ~(values > high)
+    return kept
 
 
 def check_complete() -> None:

@@ -1,32 +1,37 @@
 """A page about one snapshot: what was kept and why not, how scores lie about their thresholds, what others would keep.
 
-Everything comes from the ledger and the manifest; no video is read.
+Everything comes from the ledger and the manifest; no video is read. The ledger is held in columns, as it may have
+millions of rows.
 """
 
 import html
 import importlib.resources
-import math
 import string
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from pipelines.data.card import reason_class
-from pipelines.data.decide import decide
+from pipelines.data.card import reason_classes
+from pipelines.data.decide import bounds, is_share, keeps
 from pipelines.data.schemas import STATUSES
 from pipelines.data.settings import Thresholds
 from pipelines.data.snapshot import Snapshot
 
+_COLUMNS = ("path", "start_s", "end_s", "status", "reason")  # of the ledger
 _BINS = 30
 _WIDTH, _HEIGHT, _BASE = 320, 110, 92  # of a histogram, px; the base line of its bars
 _FACTORS = (0.5, 0.75, 0.9, 1.1, 1.25, 1.5)  # other thresholds that are tried
 _SOURCES = 40  # listed
+_CAUSES = 4  # listed of each source
 
-Row = dict[str, Any]
+Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +51,16 @@ class WhatIf:
     others: tuple[tuple[float | None, int], ...]
 
 
-def what_if(scores: Sequence[Mapping[str, float]], thresholds: Thresholds) -> list[WhatIf]:
-    """Try other values of every threshold that is set; only scores are decided on, near-duplicates are not sought."""
+def what_if(scores: Mapping[str, Values], thresholds: Thresholds) -> list[WhatIf]:
+    """Try other values of every threshold that is set; only scores are decided on, near-duplicates are not sought.
+
+    Args:
+        scores: As ``score_columns`` gives them.
+        thresholds: What they are now.
+    """
 
     def passing(tried: Thresholds) -> int:
-        return sum(decide(score, tried)[0] == "kept" for score in scores)
+        return int(np.count_nonzero(keeps(scores, tried)))
 
     now = passing(thresholds)
     found = []
@@ -58,11 +68,20 @@ def what_if(scores: Sequence[Mapping[str, float]], thresholds: Thresholds) -> li
         value = getattr(thresholds, field.name)
         if value is None:
             continue
-        values = sorted({float(f"{value * factor:.3g}") for factor in _FACTORS} - {value})
-        others = [(other, passing(replace(thresholds, **{field.name: other}))) for other in values]
+        values = {float(f"{value * factor:.3g}") for factor in _FACTORS} - {value}
+        if is_share(field.name.partition("_")[2]):
+            values = {other for other in values if other <= 1}
+        others = [(other, passing(replace(thresholds, **{field.name: other}))) for other in sorted(values)]
         without = passing(replace(thresholds, **{field.name: None}))
         found.append(WhatIf(name=field.name, value=value, passing=now, others=(*others, (None, without))))
     return found
+
+
+def score_columns(ledger: pa.Table) -> dict[str, Values]:
+    """Of the rows of a ledger that were scored, one array per score, nan where it is null."""
+    scores = ledger["scores"].drop_null()
+    names = [field.name for field in scores.type]
+    return {name: column.to_numpy() for name, column in zip(names, scores.flatten(), strict=True)}
 
 
 def write_report(path: Path, snapshot: Snapshot) -> None:
@@ -72,65 +91,89 @@ def write_report(path: Path, snapshot: Snapshot) -> None:
         path: The HTML file; its folder is made.
         snapshot: What it is about.
     """
-    manifest, rows = snapshot.manifest, snapshot.read_ledger().to_pylist()
-    scored = [row for row in rows if row["scores"] is not None]
-    thresholds = Thresholds(**manifest.created_from["config"]["thresholds"])
+    manifest = snapshot.manifest
     template = string.Template(
         (importlib.resources.files("pipelines.data") / "report.html.template").read_text(encoding="utf-8")
     )
     totals = ", ".join(f"{name} {total.rows} clips, {total.tokens} tokens" for name, total in manifest.totals.items())
     tokenizer = f"{manifest.tokenizer.kind}, {manifest.tokenizer.codebook_size} codes"
+    parts = _score_parts(snapshot)
+    ledger = snapshot.read_ledger(list(_COLUMNS))
+    ledger = ledger.append_column("class", reason_classes(ledger["reason"]))
+    ledger = ledger.append_column("seconds", pc.subtract(ledger["end_s"], ledger["start_s"]))
     page = template.substitute(
+        parts,
         title=html.escape(f"Snapshot {manifest.snapshot_id}"),
         what=html.escape(f"{totals}. Tokenizer: {tokenizer}. Near-duplicates and captions are decided after scores."),
-        counts=_counts(rows),
-        reasons=_reasons(rows),
-        histograms="\n".join(_histograms(scored, thresholds)),
-        what_if=_what_if_table(what_if([row["scores"] for row in scored], thresholds)),
-        sources=_sources(rows),
+        counts=_counts(ledger),
+        reasons=_reasons(ledger),
+        sources=_sources(ledger),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
 
 
-def _counts(rows: Sequence[Row]) -> str:
-    counts = Counter(row["status"] for row in rows)
-    return "".join(f'<li class="{status}"><b>{counts[status]}</b> {status}</li>' for status in STATUSES)
+def _score_parts(snapshot: Snapshot) -> dict[str, str]:
+    """What of the page depends on scores; they are a third of a ledger, and held no longer than here."""
+    recorded = snapshot.manifest.created_from["config"]["thresholds"]
+    # A threshold that is newer than the snapshot did not decide on it.
+    thresholds = Thresholds(**{field.name: recorded.get(field.name) for field in fields(Thresholds)})
+    ledger = snapshot.read_ledger(["status", "scores"])
+    scores = score_columns(ledger)
+    kept = pc.equal(ledger["status"].filter(pc.is_valid(ledger["scores"])), "kept").to_numpy()
+    return {
+        "histograms": "\n".join(_histograms(scores, kept, thresholds)),
+        "what_if": _what_if_table(what_if(scores, thresholds)),
+    }
 
 
-def _reasons(rows: Sequence[Row]) -> str:
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[row["status"], "" if row["status"] == "kept" else reason_class(row["reason"])].append(row)
+def _count(ledger: pa.Table, by: Sequence[str], *more: tuple[str, str]) -> pa.Table:
+    """How many rows ("count_all") have each value of some columns, most frequent first; further aggregates as asked."""
+    groups = ledger.group_by(list(by), use_threads=False).aggregate([([], "count_all"), *more])
+    return groups.sort_by([("count_all", "descending"), *((name, "ascending") for name in by)])
+
+
+def _counts(ledger: pa.Table) -> str:
+    counts = {row["status"]: row["count_all"] for row in _count(ledger, ["status"]).to_pylist()}
+    return "".join(f'<li class="{status}"><b>{counts.get(status, 0)}</b> {status}</li>' for status in STATUSES)
+
+
+def _reasons(ledger: pa.Table) -> str:
+    numbered = ledger.append_column("row", pa.array(np.arange(ledger.num_rows)))
     lines = []
-    for (status, reason), members in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
-        example = members[0]
-        told = f"{example['path']}: {example['reason']}" if example["reason"] else example["path"]
-        lines.append(
-            _cells(
-                status, reason, len(members), f"{_seconds(members):.0f}", told if len(told) < 140 else told[:139] + "…"
-            )
-        )
+    for group in _count(numbered, ["status", "class"], ("seconds", "sum"), ("row", "min")).to_pylist():
+        path, reason = (ledger[name][group["row_min"]].as_py() for name in ("path", "reason"))
+        told = f"{path}: {reason}" if reason else path
+        seconds = f"{group['seconds_sum'] or 0:.0f}"
+        short = told if len(told) < 140 else told[:139] + "…"
+        lines.append(_cells(group["status"], group["class"], group["count_all"], seconds, short))
     return "\n".join(lines)
 
 
-def _sources(rows: Sequence[Row]) -> str:
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[row["path"]].append(row)
-    lines = []
-    for path, members in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))[:_SOURCES]:
-        kept = [row for row in members if row["status"] == "kept"]
-        others = Counter(reason_class(row["reason"]) for row in members if row["status"] != "kept")
-        told = ", ".join(f"{count} {reason}" for reason, count in others.most_common(4))
-        lines.append(_cells(path, len(members), len(kept), f"{_seconds(kept):.0f} of {_seconds(members):.0f}", told))
-    if len(groups) > _SOURCES:
-        lines.append(_cells(f"and {len(groups) - _SOURCES} more", "", "", "", ""))
+def _sources(ledger: pa.Table) -> str:
+    counts = _count(ledger, ["path"])
+    listed = counts["path"].slice(0, _SOURCES).combine_chunks()
+    parts: dict[str, list[dict[str, Any]]] = {path: [] for path in listed.to_pylist()}
+    rows = ledger.filter(pc.is_in(ledger["path"], listed))
+    for part in _count(rows, ["path", "status", "class"], ("seconds", "sum")).to_pylist():
+        parts[part["path"]].append(part)
+    lines = [_source(path, members) for path, members in parts.items()]
+    if len(counts) > _SOURCES:
+        lines.append(_cells(f"and {len(counts) - _SOURCES} more", "", "", "", ""))
     return "\n".join(lines)
 
 
-def _seconds(rows: Sequence[Row]) -> float:
-    return float(sum(row["end_s"] - row["start_s"] for row in rows if row["end_s"] is not None))
+def _source(path: str, parts: Sequence[Mapping[str, Any]]) -> str:
+    """A line about one source; its parts are rows of one status and class of reason."""
+    kept = [part for part in parts if part["status"] == "kept"]
+    others: Counter[str] = Counter()
+    for part in parts:
+        if part["status"] != "kept":
+            others[part["class"]] += part["count_all"]
+    count, count_kept = (sum(part["count_all"] for part in some) for some in (parts, kept))
+    seconds, seconds_kept = (sum(part["seconds_sum"] or 0 for part in some) for some in (parts, kept))
+    told = ", ".join(f"{number} {reason}" for reason, number in others.most_common(_CAUSES))
+    return _cells(path, count, count_kept, f"{seconds_kept:.0f} of {seconds:.0f}", told)
 
 
 def _cells(*values: object) -> str:
@@ -156,24 +199,25 @@ def _what_if_table(found: Sequence[WhatIf]) -> str:
     return "\n".join(lines)
 
 
-def _histograms(rows: Sequence[Row], thresholds: Thresholds) -> Iterator[str]:
-    names = list(rows[0]["scores"]) if rows else []
-    for name in names:
-        kept = [row["scores"][name] for row in rows if row["status"] == "kept"]
-        other = [row["scores"][name] for row in rows if row["status"] != "kept"]
-        values = [value for value in kept + other if value is not None and math.isfinite(value)]
-        bounds = [getattr(thresholds, f"{side}_{name}", None) for side in ("min", "max")]
-        if values and (min(values) < max(values) or any(bound is not None for bound in bounds)):
-            yield _histogram(name, kept, other, [bound for bound in bounds if bound is not None])
+def _histograms(scores: Mapping[str, Values], kept: NDArray[np.bool_], thresholds: Thresholds) -> Iterator[str]:
+    limits = {name: [bound for bound in pair if bound is not None] for name, *pair in bounds(thresholds)}
+    for name, values in scores.items():
+        known = np.isfinite(values)
+        parts = values[known & kept], values[known & ~kept]
+        found = values[known]
+        if len(found) and (found.min() < found.max() or limits.get(name)):
+            yield _histogram(name, parts, limits.get(name, []))
 
 
-def _histogram(name: str, kept: Sequence[float], other: Sequence[float], bounds: Sequence[float]) -> str:
+def _histogram(name: str, values: tuple[Values, Values], limits: Sequence[float]) -> str:
     """Bars of kept clips below those of the others, and a line at each threshold."""
-    low, high = min([*kept, *other]), max([*kept, *other])
-    near = [bound for bound in bounds if low - (high - low) <= bound <= high + (high - low)]
+    both = np.concatenate(values)
+    low, high = float(both.min()), float(both.max())
+    margin = (high - low) or 1  # within which a threshold is worth its room
+    near = [bound for bound in limits if low - margin <= bound <= high + margin]
     low, high = min([low, *near]), max([high, *near])
     high = high if high > low else low + 1
-    counts = [np.histogram(part, bins=_BINS, range=(low, high))[0] for part in (kept, other)]
+    counts = [np.histogram(part, bins=_BINS, range=(low, high))[0] for part in values]
     top = max(1, int((counts[0] + counts[1]).max()))
     step = _WIDTH / _BINS
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(name)}">']
@@ -192,6 +236,6 @@ def _histogram(name: str, kept: Sequence[float], other: Sequence[float], bounds:
         parts.append(f'<path class="threshold" d="M{x:.1f} 2V{_BASE}"/>')
     parts.append(f'<text x="0" y="{_HEIGHT - 4}">{low:.4g}</text>')
     parts.append(f'<text x="{_WIDTH}" y="{_HEIGHT - 4}" text-anchor="end">{high:.4g}</text></svg>')
-    limits = ", ".join(f"{bound:g}" for bound in bounds)
-    caption = html.escape(name) + (f" <i>threshold {limits}</i>" if bounds else "")
+    told = ", ".join(f"{limit:g}" for limit in limits)
+    caption = html.escape(name) + (f" <i>threshold {told}</i>" if limits else "")
     return f"<figure><figcaption>{caption}</figcaption>{''.join(parts)}</figure>"

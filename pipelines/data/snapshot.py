@@ -165,9 +165,9 @@ class Snapshot:
             )
         return table
 
-    def read_ledger(self) -> pa.Table:
-        """The ledger, sorted by key."""
-        return self._read(self.manifest.ledger.path, None)
+    def read_ledger(self, columns: list[str] | None = None) -> pa.Table:
+        """The ledger, sorted by key, all columns or some."""
+        return self._read(self.manifest.ledger.path, columns)
 
     def _read(self, path: str, columns: list[str] | None) -> pa.Table:
         uri = storage.join(self.uri, path)

@@ -1,11 +1,13 @@
 import json
+from dataclasses import fields
 
+import numpy as np
 import pytest
 
 from pipelines.config import load_config
 from pipelines.data.config import CurateConfig, TokenConfig, area_buckets
-from pipelines.data.decide import decide
-from pipelines.data.schemas import PASS_SCORES
+from pipelines.data.decide import decide, keeps
+from pipelines.data.schemas import PASS_SCORES, SCORES
 from pipelines.data.settings import Thresholds
 from pipelines.data.tokens import ClipShape, plan_shape
 from pipelines.errors import UserError
@@ -67,6 +69,29 @@ def test_every_reason_is_told_and_a_threshold_can_be_switched_off():
 def test_size_thresholds_exist_too():
     thresholds = Thresholds(min_width=1280, min_height=720, min_motion=0.5)
     assert decide(GOOD, thresholds)[1] == "width 640 < 1280; height 360 < 720; motion 0.1 < 0.5"
+
+
+def test_a_score_that_is_null_passes_no_judgement():
+    assert decide(GOOD | {"motion_time": None, "duration": None}, Thresholds()) == ("kept", "")
+    assert decide(GOOD | {"motion_time": None, "fps": 1.0}, Thresholds())[1] == "fps 1 < 8"
+
+
+def test_many_clips_are_decided_as_each_of_them():
+    generator = np.random.default_rng(0)
+    names = [field.name for field in fields(Thresholds)]
+    for _ in range(20):
+        # Scores of few values, so that some equal their thresholds.
+        columns = {name: generator.integers(0, 5, 300) / 4 for name in SCORES}
+        for values in columns.values():
+            values[generator.random(300) < 0.1] = np.nan
+        limits = {name: None if generator.random() < 0.6 else generator.integers(0, 5) / 4 for name in names}
+        rows = [
+            {name: None if np.isnan(values[index]) else float(values[index]) for name, values in columns.items()}
+            for index in range(300)
+        ]
+        expected = [decide(row, Thresholds(**limits))[0] == "kept" for row in rows]
+        assert keeps(columns, Thresholds(**limits)).tolist() == expected
+    assert keeps({}, Thresholds()).tolist() == []
 
 
 def test_area_buckets_hold_the_release_targets():

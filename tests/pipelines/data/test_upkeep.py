@@ -13,7 +13,7 @@ from jobs.data import command
 from pipelines.data.curate import curate
 from pipelines.data.lock import dataset_lock
 from pipelines.data.removal import remove_sources
-from pipelines.data.report import what_if
+from pipelines.data.report import score_columns, what_if
 from pipelines.data.snapshot import open_snapshot
 from pipelines.data.upkeep import collect_garbage, dataset_status, retry
 from pipelines.data.verify import verify_snapshot
@@ -197,8 +197,7 @@ def test_the_report_shows_yields_scores_and_other_thresholds(dataset, tmp_path):
 
 
 def test_what_another_threshold_would_keep_is_what_it_keeps(dataset, corpus, tokenizer_file):
-    ledger = open_snapshot(str(dataset)).read_ledger().to_pylist()
-    scores = [row["scores"] for row in ledger if row["scores"] is not None]
+    scores = score_columns(open_snapshot(str(dataset)).read_ledger())
     config = curate_config(corpus, dataset, tokenizer_file)
     found = {item.name: item for item in what_if(scores, config.thresholds)}
     item = found["min_motion_time"]
