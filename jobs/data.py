@@ -31,16 +31,17 @@ def status(dataset: str) -> None:
     click.echo(dataset_status(dataset))
 
 
-@command.command(short_help="A page with yields, score histograms and other thresholds.")
+@command.command(short_help="A page with yields, scores, other thresholds and frames.")
 @dataset_argument
 @click.option("--out", default="report.html", show_default=True, help="The HTML file to write.")
-def report(dataset: str, out: str) -> None:
-    """Write a page about a snapshot: what was kept and why not, how scores lie, what another threshold would keep."""
+@click.option("--frames/--no-frames", default=True, show_default=True, help="Decode some clips' frames to show them.")
+def report(dataset: str, out: str, frames: bool) -> None:
+    """Write a page about a snapshot: what was kept and why not, how scores lie, what others would keep, frames."""
     from pipelines.data.report import write_report
     from pipelines.data.snapshot import open_snapshot
 
     snapshot = open_snapshot(dataset)
-    write_report(Path(out), snapshot)
+    write_report(Path(out), snapshot, frames=frames)
     click.echo(f"{snapshot.manifest.snapshot_id}: open {out}")
 
 

@@ -1,6 +1,6 @@
 """A page about one snapshot: what was kept and why not, how scores lie about their thresholds, what others would keep.
 
-Everything comes from the ledger and the manifest; no video is read. The ledger is held in columns, as it may have
+Everything but the contact sheets comes from the ledger and the manifest. The ledger is held in columns, as it may have
 millions of rows.
 """
 
@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.data.card import reason_classes
+from pipelines.data.contact import IDENTITY, contact_sheets
 from pipelines.data.decide import bounds, is_share, keeps
 from pipelines.data.schemas import STATUSES
 from pipelines.data.settings import Thresholds
@@ -84,12 +85,13 @@ def score_columns(ledger: pa.Table) -> dict[str, Values]:
     return {name: column.to_numpy() for name, column in zip(names, scores.flatten(), strict=True)}
 
 
-def write_report(path: Path, snapshot: Snapshot) -> None:
+def write_report(path: Path, snapshot: Snapshot, *, frames: bool = True) -> None:
     """Write the page.
 
     Args:
         path: The HTML file; its folder is made.
         snapshot: What it is about.
+        frames: Whether to decode frames of some clips, for contact sheets. A bar on stderr tells how far that is.
     """
     manifest = snapshot.manifest
     template = string.Template(
@@ -98,7 +100,7 @@ def write_report(path: Path, snapshot: Snapshot) -> None:
     totals = ", ".join(f"{name} {total.rows} clips, {total.tokens} tokens" for name, total in manifest.totals.items())
     tokenizer = f"{manifest.tokenizer.kind}, {manifest.tokenizer.codebook_size} codes"
     parts = _score_parts(snapshot)
-    ledger = snapshot.read_ledger(list(_COLUMNS))
+    ledger = snapshot.read_ledger([*_COLUMNS, *(IDENTITY if frames else ())])
     ledger = ledger.append_column("class", reason_classes(ledger["reason"]))
     ledger = ledger.append_column("seconds", pc.subtract(ledger["end_s"], ledger["start_s"]))
     page = template.substitute(
@@ -108,6 +110,7 @@ def write_report(path: Path, snapshot: Snapshot) -> None:
         counts=_counts(ledger),
         reasons=_reasons(ledger),
         sources=_sources(ledger),
+        contact=contact_sheets(snapshot, ledger) if frames else "",
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")

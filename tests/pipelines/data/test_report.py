@@ -50,7 +50,7 @@ def page(rows, tmp_path_factory):
         ledger=pa.Table.from_pylist(rows, schema=LEDGER),
         created_from={"config": {"thresholds": asdict(THRESHOLDS)}, "stage_hashes": {}},
     )
-    write_report(folder / "report.html", write_snapshot(str(folder), content, PublishConfig()))
+    write_report(folder / "report.html", write_snapshot(str(folder), content, PublishConfig()), frames=False)
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
