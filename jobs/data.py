@@ -47,15 +47,23 @@ def report(dataset: str, out: str, frames: bool) -> None:
 
 @command.command(short_help="Check a snapshot's files, counts and codes.")
 @dataset_argument
-def verify(dataset: str) -> None:
+@click.option("--sample", default=4, show_default=True, help="Clips decoded from their source and compared; 0: none.")
+@click.option("--tokenizer", help="File or folder of the tokenizer that made it, if not the embedded one.")
+def verify(dataset: str, sample: int, tokenizer: str | None) -> None:
     """Read a snapshot whole: hashes, counts, codes, ledger against shards. Exit status 1 if anything is wrong."""
+    from pipelines.data.recheck import recheck
     from pipelines.data.snapshot import open_snapshot
     from pipelines.data.verify import verify_snapshot
 
     snapshot = open_snapshot(dataset)
     found = verify_snapshot(snapshot)
     click.echo(f"{snapshot.uri}\n{found}")
-    sys.exit(1 if found.problems else 0)
+    bad = bool(found.problems)
+    if sample and not bad:
+        again = recheck(snapshot, sample, tokenizer)
+        click.echo(again)
+        bad = bool(again.problems)
+    sys.exit(1 if bad else 0)
 
 
 @command.command(short_help="Expected yield, time, disk, memory and cost, from a sample.")

@@ -31,7 +31,7 @@ _FRAME_WIDTHS = (16, 480)  # px; what is narrower or wider loses its ends
 _JPEG_QUALITY = 80
 _STALL_SECONDS = 30.0  # without a frame before a decoder is killed
 _READERS = 8  # threads, as a stage's table may have thousands of files
-_REQUEST = [item.name for item in fields(ClipRequest) if item.name in CLIPS.names]  # what decoding a clip takes
+REQUEST = [item.name for item in fields(ClipRequest) if item.name in CLIPS.names]  # what decoding a clip takes
 
 Shown = list[bytes] | VideoError  # a JPEG file per moment, or why there are none
 
@@ -45,9 +45,9 @@ def decode_frames(snapshot: Snapshot, clips: Sequence[Row]) -> dict[str, Shown]:
     """
     if not clips:
         return {}
-    requests = {row["key"]: row for row in _stage_rows(snapshot, "split", "key", clips, _REQUEST)}
-    sources = _Sources()
-    for row in _stage_rows(snapshot, "sources", "source_id", clips, ["work_key"]):
+    requests = {row["key"]: row for row in stage_rows(snapshot, "split", "key", clips, REQUEST)}
+    sources = Sources()
+    for row in stage_rows(snapshot, "sources", "source_id", clips, ["work_key"]):
         sources.places.setdefault(row["source_id"], []).append(row["work_key"])
     sources.allow([clip["source_id"] for clip in clips])
     ordered = sorted(clips, key=lambda clip: (clip["source_id"], clip["start_s"]))
@@ -69,7 +69,7 @@ def decode_frames(snapshot: Snapshot, clips: Sequence[Row]) -> dict[str, Shown]:
     return shown
 
 
-def _stage_rows(snapshot: Snapshot, stage: str, key: str, clips: Sequence[Row], columns: list[str]) -> list[Row]:
+def stage_rows(snapshot: Snapshot, stage: str, key: str, clips: Sequence[Row], columns: list[str]) -> list[Row]:
     """The clips' rows of a stage table that the snapshot was made from; none where it is not there any more."""
     place = storage.filesystem(snapshot.uri)[1] if storage.is_local(snapshot.uri) else snapshot.uri
     dataset, found, _ = place.rpartition(f"/{SNAPSHOTS}/")
@@ -90,7 +90,7 @@ def _stage_rows(snapshot: Snapshot, stage: str, key: str, clips: Sequence[Row], 
         return list(chain.from_iterable(pool.map(read, parts)))
 
 
-def _job(clip: Row, request: Row | None, sources: "_Sources") -> DecodeJob | VideoError:
+def _job(clip: Row, request: Row | None, sources: "Sources") -> DecodeJob | VideoError:
     """What decodes the moments of a clip at the height of a tile, in the shape of its picture."""
     if request is None:
         return VideoError("unknown_clip", "not in the stage tables of the dataset any more")
@@ -106,13 +106,13 @@ def _job(clip: Row, request: Row | None, sources: "_Sources") -> DecodeJob | Vid
         num_frames=len(MOMENTS),
         width=min(max(shape, _FRAME_WIDTHS[0]), _FRAME_WIDTHS[1]),
         height=FRAME_HEIGHT,
-        **{name: request[name] for name in _REQUEST},
+        **{name: request[name] for name in REQUEST},
     )
     return DecodeJob(clip["key"], "clip", {"request": wanted}, after_crash={"use_decord": False})
 
 
 @dataclass
-class _Sources:
+class Sources:
     """Local paths of sources, by content; only of files that still have it."""
 
     places: dict[str, list[str]] = field(default_factory=dict)  # keys of the sources stage: URI, size and version
