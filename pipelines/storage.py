@@ -1,9 +1,13 @@
 """Files on local disks and object stores behind plain functions of a URI; writes appear whole or not at all.
 
-A URI is a local path or anything fsspec knows (``s3://bucket/key``). A local path may hold any character, ``::``, ``#``
-and ``*`` among them.
+A URI is a local path or anything fsspec knows (``s3://bucket/key``). A local path and a key may hold any character,
+``::``, ``#`` and ``*`` among them.
+
+Object stores fail now and then: what may pass is waited for, and what is left is an ``OSError`` as a disk would raise
+it (see store_errors.py).
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -13,16 +17,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from pipelines import s3
 from pipelines.errors import UserError
+from pipelines.store_errors import persist
 
 _CHUNK = 1 << 20
-# A request that an object store answers with 503, a reset or a timeout is tried again, with growing waits.
-_S3_OPTIONS = {"config_kwargs": {"retries": {"max_attempts": 8, "mode": "standard"}}, "use_listings_cache": False}
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,10 @@ def filesystem(uri: str) -> tuple[Any, str]:
     """
     if is_local(uri):
         return LocalFileSystem(), os.path.abspath(uri.removeprefix("file://"))
-    options = _S3_OPTIONS if uri.startswith(("s3://", "s3a://")) else {}
     try:
-        fs, path = fsspec.core.url_to_fs(uri, **options)
+        if s3.is_s3(uri):
+            return s3.filesystem(), s3.path(uri)
+        fs, path = fsspec.core.url_to_fs(uri)
     except (ImportError, ValueError) as error:
         raise UserError(f"{uri}: {error}; use a local path, s3:// or another protocol that fsspec offers") from error
     return fs, path
@@ -64,13 +69,15 @@ def join(uri: str, *parts: str) -> str:
 def exists(uri: str) -> bool:
     """Whether there is a file or folder."""
     fs, path = filesystem(uri)
-    return bool(fs.exists(path))
+    return bool(persist(uri, lambda: fs.exists(path)))
 
 
 def is_dir(uri: str) -> bool:
     """Whether there is a folder (in an object store: anything below that prefix)."""
+    if s3.is_s3(uri):
+        return s3.is_dir(uri)
     fs, path = filesystem(uri)
-    return bool(fs.isdir(path))
+    return bool(persist(uri, lambda: fs.isdir(path)))
 
 
 def read_bytes(uri: str) -> bytes:
@@ -79,9 +86,8 @@ def read_bytes(uri: str) -> bytes:
     Raises:
         FileNotFoundError: if there is none.
     """
-    fs, path = filesystem(uri)
-    data: bytes = fs.cat_file(path)
-    return data
+    with open_file(uri) as file:
+        return file.read()
 
 
 def read_json(uri: str) -> Any:
@@ -97,7 +103,9 @@ def write_bytes_atomic(uri: str, data: bytes) -> None:
     """
     if not is_local(uri):
         fs, path = filesystem(uri)
-        fs.pipe_file(path, data)  # one put, or a multipart upload that counts only when completed
+        options = s3.UPLOAD if s3.is_s3(uri) else {}
+        # One put, or a multipart upload that counts only when completed.
+        persist(uri, lambda: fs.pipe_file(path, data, **options))
         return
     target = Path(filesystem(uri)[1])
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -120,10 +128,20 @@ def write_json_atomic(uri: str, value: Any) -> None:
 
 
 def remove(uri: str) -> None:
-    """Delete a file or a folder with all in it; nothing happens where there is none."""
+    """Delete a file or a folder with all in it; nothing happens where there is none.
+
+    Raises:
+        OSError: if something of it is left.
+    """
     fs, path = filesystem(uri)
-    try:
+
+    def delete() -> None:
         fs.rm(path, recursive=True)
+        if s3.is_s3(uri) and s3.is_dir(uri):  # one answer for many objects, of which s3fs drops the failures
+            raise OSError(errno.EBUSY, "some objects could not be deleted", uri)
+
+    try:
+        delete() if is_local(uri) else persist(uri, delete)
     except FileNotFoundError:
         return
 
@@ -135,8 +153,7 @@ def sha256_file(uri: str) -> str:
         OSError: if it cannot be read.
     """
     digest = hashlib.sha256()
-    fs, path = filesystem(uri)
-    with open(path, "rb") if is_local(uri) else fs.open(path, "rb") as file:
+    with open_file(uri) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
@@ -148,7 +165,7 @@ def list_names(uri: str) -> list[str]:
     if is_local(uri):
         return sorted(os.listdir(path)) if os.path.isdir(path) else []
     try:
-        entries = fs.ls(path, detail=False)
+        entries = s3.list_keys(uri) if s3.is_s3(uri) else persist(uri, lambda: fs.ls(path, detail=False))
     except FileNotFoundError:
         return []
     return sorted(name for entry in entries if (name := entry.rstrip("/").rpartition("/")[2]))
@@ -189,9 +206,9 @@ def _walk_local(uri: str) -> Iterator[FileInfo]:
 
 def _walk_remote(uri: str) -> Iterator[FileInfo]:
     fs, root = filesystem(uri)
-    for found, detail in fs.find(root, detail=True).items():
+    for found, detail in persist(uri, lambda: fs.find(root, detail=True)).items():
         path = found.removeprefix(root).lstrip("/")
-        if not any(part.startswith(".") for part in path.split("/")):
+        if not any(part.startswith(".") for part in path.split("/")) and not path.endswith("/"):
             version = (
                 detail.get("ETag") or detail.get("etag") or detail.get("LastModified") or detail.get("mtime") or ""
             )
@@ -209,7 +226,19 @@ def local_copy(uri: str) -> Iterator[str]:
         yield filesystem(uri)[1]
         return
     fs, path = filesystem(uri)
+    options = s3.DOWNLOAD if s3.is_s3(uri) else {}
     with tempfile.TemporaryDirectory(prefix="lumos-fetch-") as folder:
         target = os.path.join(folder, "file" + os.path.splitext(path)[1][:10])
-        fs.get_file(path, target)
+        persist(uri, lambda: fs.get_file(path, target, **options))
         yield target
+
+
+@contextmanager
+def open_file(uri: str) -> Iterator[BinaryIO]:
+    """A file for reading, anywhere in it; one that is elsewhere is fetched whole, by one request.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    with local_copy(uri) as path, open(path, "rb") as file:
+        yield file

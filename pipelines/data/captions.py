@@ -5,6 +5,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -89,10 +90,15 @@ def _table_beside(config: CaptionConfig, source: SourceConfig) -> str | None:
 def _sidecars(listing: pa.Table) -> dict[str, tuple[str, ...]]:
     """The .txt file beside each video that has one."""
     found: dict[str, tuple[str, ...]] = {}
+    names: dict[str, set[str]] = {}  # by folder: one listing instead of a question for each video
     for uri in listing["uri"].to_pylist():
         sidecar = os.path.splitext(uri)[0] + ".txt"
-        if storage.exists(sidecar):
-            found[uri] = (storage.read_bytes(sidecar).decode("utf-8", errors="replace"),)
+        folder, _, name = sidecar.rpartition("/")
+        if folder not in names:
+            names[folder] = set(storage.list_names(folder))
+        if name in names[folder]:
+            with suppress(FileNotFoundError):  # a broken link
+                found[uri] = (storage.read_bytes(sidecar).decode("utf-8", errors="replace"),)
     return found
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
-from pipelines.data.runner import WORK_KEY, StageTable, read_columns
+from pipelines.data.runner import WORK_KEY, StageTable, read_columns, read_parts
 
 
 class CodeReader:
@@ -14,8 +14,9 @@ class CodeReader:
     def __init__(self, table: StageTable, work_keys: Mapping[str, str]) -> None:
         self._work_keys = work_keys
         self._places: dict[str, tuple[str, int]] = {}  # work key -> part, row
-        for part in table.parts():
-            for row, key in enumerate(read_columns(part, [WORK_KEY])[WORK_KEY].to_pylist()):
+        parts = table.parts()
+        for part, keys in zip(parts, read_parts(parts, [WORK_KEY]), strict=True):
+            for row, key in enumerate(keys[WORK_KEY].to_pylist()):
                 self._places.setdefault(key, (part, row))
 
     def __call__(self, clip_ids: Sequence[str]) -> pa.Array:

@@ -69,8 +69,15 @@ def curate(config: CurateConfig) -> CurateResult:
 
     Raises:
         UserError: if sources, captions, models or dataset are not usable; nothing was begun.
-        JobError: if a stage failed. What was done is kept; the same call continues.
+        JobError: if a stage failed, or a disk or store. What was done is kept; the same call continues.
     """
+    try:
+        return _curate(config)
+    except OSError as error:
+        raise JobError(f"{error}; what was done is kept: give the same command again to continue") from error
+
+
+def _curate(config: CurateConfig) -> CurateResult:
     listing = list_sources(config.source)
     captions = find_captions(config.captions, config.source, listing)
     if config.captions.require and config.captions.captioners == ("given",) and not captions.texts:

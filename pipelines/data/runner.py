@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -43,6 +44,7 @@ WORK = "work"  # column that inputs may have: how much work each is, in whatever
 ERROR = "error"  # column of a table whose inputs may fail
 _WAVE_ROWS = 1 << 18  # inputs handed to Ray at a time, which bounds what the driver holds
 PART_ROW_GROUP = 1 << 12
+_READERS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +92,7 @@ class StageTable:
 
     def keys(self) -> pa.Array:
         """All keys that are done."""
-        read = [read_columns(part, [WORK_KEY])[WORK_KEY] for part in self.parts()]
-        chunks = [chunk for column in read for chunk in column.chunks]
+        chunks = [chunk for table in read_parts(self.parts(), [WORK_KEY]) for chunk in table[WORK_KEY].chunks]
         return pc.unique(pa.chunked_array(chunks, type=pa.string()))
 
     def failures(self, keys: pa.ChunkedArray) -> int:
@@ -99,8 +100,7 @@ class StageTable:
         if ERROR not in self.schema.names:
             return 0
         found = 0
-        for part in self.parts():
-            rows = read_columns(part, [WORK_KEY, ERROR])
+        for rows in read_parts(self.parts(), [WORK_KEY, ERROR]):
             failed = rows[WORK_KEY].filter(pc.is_valid(rows[ERROR]))
             found += int(pc.sum(pc.is_in(failed, keys.combine_chunks())).as_py() or 0)
         return found
@@ -109,7 +109,7 @@ class StageTable:
         """All rows, each key's from one part."""
         wanted = list(columns if columns is not None else self.schema.names)
         schema = pa.schema([self.schema.field(name) for name in dict.fromkeys([WORK_KEY, *wanted])])
-        tables = [read_columns(part, schema.names).cast(schema) for part in self.parts()]
+        tables = [table.cast(schema) for table in read_parts(self.parts(), schema.names)]
         keys = [pc.unique(table[WORK_KEY]) for table in tables]
         if sum(map(len, keys)) > len(pc.unique(pa.chunked_array(keys, pa.string()))):
             tables = list(_each_key_once(tables))
@@ -126,9 +126,14 @@ def _each_key_once(tables: Sequence[pa.Table]) -> Iterator[pa.Table]:
 
 def read_columns(uri: str, columns: list[str]) -> pa.Table:
     """Some columns of one Parquet file."""
-    fs, path = storage.filesystem(uri)
-    with fs.open(path, "rb") as file:
+    with storage.open_file(uri) as file:
         return pq.read_table(file, columns=columns)
+
+
+def read_parts(uris: Sequence[str], columns: list[str]) -> list[pa.Table]:
+    """Some columns of many Parquet files, in their order; several at a time, as a store takes long to begin answers."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(partial(read_columns, columns=columns), uris))
 
 
 class StageWorker:

@@ -171,9 +171,8 @@ class Snapshot:
 
     def _read(self, path: str, columns: list[str] | None) -> pa.Table:
         uri = storage.join(self.uri, path)
-        fs, full = storage.filesystem(uri)
         try:
-            with fs.open(full, "rb") as file:
+            with storage.open_file(uri) as file:
                 return pq.read_table(file, columns=columns)
         except FileNotFoundError as error:
             raise UserError(

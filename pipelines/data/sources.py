@@ -9,12 +9,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines import storage
+from pipelines import s3, storage
 from pipelines.data.runner import Row, Stage
 from pipelines.data.settings import SourceConfig, StageResources
 from pipelines.data.tables import TABLE_SUFFIXES, is_table, read_table, resolve_paths
 from pipelines.data.video import VideoError, unreadable_error
 from pipelines.errors import UserError
+from pipelines.store_errors import persist
 
 # One row per file that was named; ``path`` is relative to what was named, so it does not tell where the work is done.
 LISTING = pa.schema(
@@ -41,10 +42,11 @@ def list_sources(config: SourceConfig) -> pa.Table:
         UserError: if there is nothing of that name, no video in it, or the table lacks its column.
     """
     path = config.path
+    s3.check_store(path)
     if storage.is_dir(path):
         found = storage.list_files(path, suffixes=config.extensions)
         missing = f"no video files under {path}; looked for *{', *'.join(config.extensions)}"
-    elif storage.exists(path) and is_table(path):
+    elif is_table(path) and storage.exists(path):
         found = _list_table(path)
         missing = f"source.path {path} has no rows"
     elif storage.exists(path):
@@ -91,9 +93,8 @@ def _list_glob(pattern: str) -> list[storage.FileInfo]:
         return [storage.describe_file(name, os.path.relpath(name, base)) for name in names]
     fs, remote = storage.filesystem(pattern)
     _, base = storage.filesystem(fixed)
-    found = [
-        (name, detail) for name, detail in sorted(fs.glob(remote, detail=True).items()) if detail["type"] == "file"
-    ]
+    matches = persist(pattern, lambda: fs.glob(remote, detail=True))
+    found = [(name, detail) for name, detail in sorted(matches.items()) if detail["type"] == "file"]
     relative = [name.removeprefix(base).lstrip("/") for name, _ in found]
     return [
         storage.FileInfo(path=name, uri=storage.join(fixed, name), size=int(detail["size"] or 0), version=_tag(detail))

@@ -32,9 +32,8 @@ def read_table(uri: str, columns: Sequence[str], key: str) -> pa.Table:
     """
     if not is_table(uri):
         raise UserError(f"{key} {uri} is no table; name a file that ends in {', '.join(TABLE_SUFFIXES)}")
-    fs, path = storage.filesystem(uri)
     try:
-        with fs.open(path, "rb") as file:
+        with storage.open_file(uri) as file:
             if uri.lower().endswith(".csv"):
                 parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
                 types = pyarrow.csv.ConvertOptions(

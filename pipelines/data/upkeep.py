@@ -200,8 +200,7 @@ def _read(part: str) -> pa.Table:
 
 def _errors(part: str) -> list[str | None]:
     """The failure of each row, or None. Codes and scores are not read."""
-    fs, path = storage.filesystem(part)
-    with fs.open(path, "rb") as file:
+    with storage.open_file(part) as file:
         parquet = pq.ParquetFile(file)
         if ERROR not in parquet.schema_arrow.names:
             return [None] * parquet.metadata.num_rows
