@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 
+from pipelines import storage
 from pipelines.config import load_config
 from pipelines.data.config import CurateConfig
 from pipelines.data.snapshot import Snapshot
@@ -47,7 +48,7 @@ FATES = {
 }
 
 
-def curate_config(corpus: Path, dataset: Path, tokenizer: Path, *overrides: str) -> CurateConfig:
+def curate_config(corpus: Path | str, dataset: Path | str, tokenizer: Path, *overrides: str) -> CurateConfig:
     """The demo's config on another corpus, for clips of 17 frames."""
     paths = [f"source.path={corpus}", f"dataset={dataset}", f"tokens.tokenizer.path={tokenizer}"]
     length = ["tokens.num_frames=[17]", "thresholds.min_duration=1.41"]
@@ -57,12 +58,13 @@ def curate_config(corpus: Path, dataset: Path, tokenizer: Path, *overrides: str)
 
 def published(snapshot: Snapshot) -> dict[str, str]:
     """SHA-256 of every file of a snapshot, and its ledger's rows: two runs are identical when this is equal."""
-    root = Path(snapshot.uri)
-    files = {
-        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(root.rglob("*"))
-        if path.is_file()
-    }
+    root, files = Path(snapshot.uri), {}
+    if storage.is_local(snapshot.uri):
+        for path in sorted(root.rglob("*")):
+            if path.is_file():
+                files[str(path.relative_to(root))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    else:
+        files = {found.path: storage.sha256_file(found.uri) for found in storage.list_files(snapshot.uri)}
     ledger = snapshot.read_ledger()
     assert ledger.equals(ledger.take(pc.sort_indices(ledger, sort_keys=[("key", "ascending")])))
     return files | {"id": snapshot.manifest.snapshot_id, "rows": str(ledger.num_rows)}
