@@ -14,7 +14,7 @@ from pipelines.data.snapshot import Snapshot
 from pipelines.data.sources import list_sources
 from pipelines.data.tokens import load_tokenizer_info
 from pipelines.data.transnet import load_transnet
-from pipelines.errors import UserError
+from pipelines.errors import JobError, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
