@@ -42,7 +42,7 @@ STAGES = "stages"
 WORK_KEY = "work_key"
 WORK = "work"  # column that inputs may have: how much work each is, in whatever measure; for the time left
 ERROR = "error"  # column of a table whose inputs may fail
-_WAVE_ROWS = 1 << 18  # inputs handed to Ray at a time, which bounds what the driver holds
+_WAVE_ROWS = 1 << 16  # inputs handed to Ray at a time, which bounds what the driver holds
 PART_ROW_GROUP = 1 << 12
 _READERS = 8
 
@@ -211,34 +211,35 @@ def run_stage(
         JobError: a worker failed, or too many inputs did. What was committed is kept.
     """
     table = StageTable(dataset, stage)
-    computed = 0
-    last_pending = -1
-    while True:
-        pending = anti_join(inputs, table.keys())
-        if pending.num_rows == last_pending:
-            raise JobError(
-                f"stage {stage.name}: {last_pending} inputs stay pending though their workers reported success"
-            )
-        last_pending = pending.num_rows
-        state = StageProgress(total=inputs.num_rows, before=inputs.num_rows - pending.num_rows)
-        if pending.num_rows == 0:
-            if log is not None and stage.name not in log.stages:
-                log.update(stage.name, state)
-            return computed
-        state.work_total = _sum(pending, WORK)
+    pending = anti_join(inputs, table.keys())
+    before = inputs.num_rows - pending.num_rows
+    state = StageProgress(total=inputs.num_rows, before=before, work_total=_sum(pending, WORK))
+    if pending.num_rows:
         _record_settings(stage, table)
         failed_before = table.failures(inputs[WORK_KEY]) if math.isfinite(max_failed) else 0
-        begin = time.monotonic()
-        with tqdm(total=state.total, initial=state.before, desc=stage.name, unit="row", disable=not progress) as bar:
-            for start in range(0, pending.num_rows, _WAVE_ROWS):
-                for report in _execute(stage, table, pending.slice(start, _WAVE_ROWS)):
-                    _count(state, report, time.monotonic() - begin)
-                    computed += report.inputs
-                    bar.update(report.inputs)
-                    if log is not None:
-                        log.update(stage.name, state)
-                    if failed_before + state.failed > max_failed:
-                        raise TooManyFailuresError(report.first_failure, failed_before + state.failed)
+        with tqdm(total=state.total, initial=before, desc=stage.name, unit="row", disable=not progress) as bar:
+            for report in _in_waves(stage, table, pending, state):
+                bar.update(report.inputs)
+                if log is not None:
+                    log.update(stage.name, state)
+                if failed_before + state.failed > max_failed:
+                    raise TooManyFailuresError(report.first_failure, failed_before + state.failed)
+    if log is not None:
+        log.update(stage.name, state)
+    # Every report stands for committed rows; should their numbers not add up, the table itself is asked.
+    if state.computed != pending.num_rows and (left := anti_join(inputs, table.keys()).num_rows):
+        raise JobError(f"stage {stage.name}: {left} inputs stay pending though their workers reported success")
+    return state.computed
+
+
+def _in_waves(stage: Stage, table: StageTable, pending: pa.Table, state: StageProgress) -> Iterator[BatchReport]:
+    """What is told of each part as it is committed; ``state`` is kept up to date with it."""
+    begin = time.monotonic()
+    for start in range(0, pending.num_rows, _WAVE_ROWS):
+        for report in _execute(stage, table, pending.slice(start, _WAVE_ROWS)):
+            _count(state, report, time.monotonic() - begin)
+            yield report
+        pa.default_memory_pool().release_unused()  # it would keep what the wave took
 
 
 class TooManyFailuresError(Exception):

@@ -33,6 +33,7 @@ HASHED = pa.schema(
         pa.field("error", pa.string()),
     ]
 )
+_PIECE = 1 << 16  # rows of a table that are described at a time
 
 
 def list_sources(config: SourceConfig) -> pa.Table:
@@ -44,29 +45,33 @@ def list_sources(config: SourceConfig) -> pa.Table:
     path = config.path
     s3.check_store(path)
     if storage.is_dir(path):
-        found = storage.list_files(path, suffixes=config.extensions)
+        found = _table(storage.list_files(path, suffixes=config.extensions))
         missing = f"no video files under {path}; looked for *{', *'.join(config.extensions)}"
     elif is_table(path) and storage.exists(path):
         found = _list_table(path)
         missing = f"source.path {path} has no rows"
     elif storage.exists(path):
-        found = [storage.describe_file(_absolute(path), os.path.basename(path))]
+        found = _table([storage.describe_file(_absolute(path), os.path.basename(path))])
         missing = ""
     elif glob.has_magic(path):
-        found = _list_glob(path)
+        found = _table(_list_glob(path))
         missing = f"no file matches source.path {path}"
     else:
         raise UserError(
             f"source.path {path} does not exist; name a folder, a glob, a video, or a table of paths "
             f"({', '.join(TABLE_SUFFIXES)})"
         )
-    if not found:
+    if not found.num_rows:
         raise UserError(f"{missing}; check source.path and source.extensions")
+    return found
+
+
+def _table(files: Sequence[storage.FileInfo]) -> pa.Table:
     rows = {
-        "work_key": [f"{file.uri}\n{file.size}\n{file.version}" for file in found],
-        "path": [file.path for file in found],
-        "uri": [file.uri for file in found],
-        "size": [file.size for file in found],
+        "work_key": [f"{file.uri}\n{file.size}\n{file.version}" for file in files],
+        "path": [file.path for file in files],
+        "uri": [file.uri for file in files],
+        "size": [file.size for file in files],
     }
     return pa.table(rows, schema=LISTING)
 
@@ -75,10 +80,16 @@ def _absolute(path: str) -> str:
     return os.path.abspath(path) if storage.is_local(path) else path
 
 
-def _list_table(path: str) -> list[storage.FileInfo]:
-    table = read_table(path, ["path"], "source.path")
-    names = list(dict.fromkeys(name for name in table["path"].to_pylist() if name))
-    return [storage.describe_file(uri, name) for name, uri in zip(names, resolve_paths(path, names), strict=True)]
+def _list_table(path: str) -> pa.Table:
+    """A table of millions of rows is taken in pieces, as its names weigh several times more as Python's objects."""
+    names = pc.unique(read_table(path, ["path"], "source.path")["path"])
+    names = names.filter(pc.fill_null(pc.not_equal(names, ""), False))
+    pieces = [LISTING.empty_table()]
+    for start in range(0, len(names), _PIECE):
+        piece = names.slice(start, _PIECE).to_pylist()
+        uris = resolve_paths(path, piece)
+        pieces.append(_table([storage.describe_file(uri, name) for name, uri in zip(piece, uris, strict=True)]))
+    return pa.concat_tables(pieces)
 
 
 def _list_glob(pattern: str) -> list[storage.FileInfo]:
