@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,14 +67,14 @@ class SnapshotContent:
 
     Attributes:
         clips: The kept clips, as ``PUBLISHED_CLIPS``.
-        read_codes: Given clip ids, their codes in that order, as an array of list<uint16>.
+        read_codes: Given the clip ids of each shard, the codes of each in that order, as arrays of list<uint16>.
         ledger: A table of ``schemas.LEDGER``, in any order.
         tokenizer: What made the codes.
         created_from: The config (without paths and resources) and stage hashes behind it.
     """
 
     clips: pa.Table
-    read_codes: Callable[[Sequence[str]], pa.Array]
+    read_codes: Callable[[Sequence[Sequence[str]]], Iterable[pa.Array]]
     ledger: pa.Table
     tokenizer: TokenizerInfo
     created_from: dict[str, Any]
@@ -105,7 +105,7 @@ def write_snapshot(dataset: str, content: SnapshotContent, config: PublishConfig
     snapshot_id = f"v{number:04d}-{digest[:8]}"
     uri = storage.join(folder, snapshot_id)
 
-    buckets = tuple(_write_bucket(uri, rows, content.read_codes, config) for rows in _buckets(content.clips))
+    buckets = _write_shards(uri, content, config)
     ledger_data = parquet_bytes(ledger, row_group_rows=LEDGER_ROW_GROUP_ROWS)
     storage.write_bytes_atomic(storage.join(uri, "ledger.parquet"), ledger_data)
     manifest = Manifest(
@@ -174,20 +174,37 @@ def _buckets(clips: pa.Table) -> Iterator[pa.Table]:
         yield clips.filter(pa.array(mask))
 
 
-def _write_bucket(
-    uri: str, rows: pa.Table, read_codes: Callable[[Sequence[str]], pa.Array], config: PublishConfig
-) -> Bucket:
+@dataclass(frozen=True)
+class _PlannedShard:
+    """A shard whose codes have not been fetched yet."""
+
+    bucket: tuple[str, int, int, int]  # split, t, h, w
+    path: str
+    clips: pa.Table
+
+
+def _plan_bucket(rows: pa.Table, config: PublishConfig) -> Iterator[_PlannedShard]:
     split, t, h, w = (rows[name][0].as_py() for name in ("split", "t", "h", "w"))
     ids = rows["clip_id"].to_pylist()
     per_shard = max(1, int(config.shard_mb * 1e6) // (2 * t * h * w + _BYTES_BESIDE_CODES))
-    shards = []
     for number, chosen in enumerate(deal_shards(ids, -(-len(ids) // per_shard), seed=config.seed)):
-        part = rows.take(pa.array(chosen))
-        data = shard_bytes(part, read_codes(part["clip_id"].to_pylist()))
         path = f"data/{split}/{t}x{h}x{w}/shard-{number:05d}.parquet"
-        storage.write_bytes_atomic(storage.join(uri, path), data)
-        shards.append(Shard(path, part.num_rows, len(data), hashlib.sha256(data).hexdigest()))
-    return Bucket(split, t, h, w, rows.num_rows, sum(shard.bytes for shard in shards), tuple(shards))
+        yield _PlannedShard((split, t, h, w), path, rows.take(pa.array(chosen)))
+
+
+def _write_shards(uri: str, content: SnapshotContent, config: PublishConfig) -> tuple[Bucket, ...]:
+    planned = [shard for rows in _buckets(content.clips) for shard in _plan_bucket(rows, config)]
+    codes = content.read_codes([shard.clips["clip_id"].to_pylist() for shard in planned])
+    shards: dict[tuple[str, int, int, int], list[Shard]] = {}
+    for shard, own in zip(planned, codes, strict=True):
+        data = shard_bytes(shard.clips, own)
+        storage.write_bytes_atomic(storage.join(uri, shard.path), data)
+        written = Shard(shard.path, shard.clips.num_rows, len(data), hashlib.sha256(data).hexdigest())
+        shards.setdefault(shard.bucket, []).append(written)
+    return tuple(
+        Bucket(*bucket, sum(shard.rows for shard in own), sum(shard.bytes for shard in own), tuple(own))
+        for bucket, own in shards.items()
+    )
 
 
 def deal_shards(ids: Sequence[str], count: int, *, seed: int) -> list[np.ndarray]:

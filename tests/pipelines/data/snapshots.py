@@ -40,7 +40,9 @@ def snapshot_content(
         ledger.append({"key": clip_id, "source_id": source, "path": source, "status": "kept", "reason": ""})
     return SnapshotContent(
         clips=pa.Table.from_pylist(rows, schema=PUBLISHED_CLIPS),
-        read_codes=lambda ids: pa.array([clips[i].astype(np.uint16).ravel() for i in ids], pa.list_(pa.uint16())),
+        read_codes=lambda shards: [
+            pa.array([clips[i].astype(np.uint16).ravel() for i in ids], pa.list_(pa.uint16())) for ids in shards
+        ],
         ledger=pa.Table.from_pylist(ledger, schema=LEDGER),
         tokenizer=tokenizer,
         created_from={"config": {}, "stage_hashes": {}},

@@ -1,0 +1,54 @@
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.data import codes
+from pipelines.data.codes import CodeReader
+from pipelines.data.runner import StageTable
+from pipelines.data.tokens import TOKENIZED
+from tests.pipelines.data.test_runner import stage
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Ten files of thirty clips; the last file has clips of the first again."""
+    table = StageTable(str(tmp_path), stage())
+    (tmp_path / "stages" / "double" / stage().hash).mkdir(parents=True)
+    for part in range(10):
+        rows = [
+            {"work_key": f"w{number}", "key": f"k{number}", "codes": [number, number + 1] * (1 + number % 3)}
+            for number in [*range(30 * part, 30 * part + 30), *(range(5) if part == 9 else ())]
+        ]
+        pq.write_table(pa.Table.from_pylist(rows, schema=TOKENIZED), f"{table.uri}/part-{part}.parquet")
+    return table
+
+
+@pytest.mark.parametrize("buffer", [1, 2000, 1 << 28])
+def test_each_shard_gets_the_codes_of_its_clips_in_order(table, monkeypatch, buffer):
+    monkeypatch.setattr(codes, "_BUFFER_BYTES", buffer)
+    numbers = np.random.default_rng(0).permutation(300)[:250]
+    shards = [[f"k{number}" for number in part] for part in np.array_split(numbers, 7)]
+    found = list(CodeReader(table, {f"k{number}": f"w{number}" for number in range(300)})([*shards, []]))
+    assert [array.type for array in found] == [pa.list_(pa.uint16())] * 8
+    for part, array in zip(np.array_split(numbers, 7), found, strict=False):
+        assert array.to_pylist() == [[number, number + 1] * (1 + number % 3) for number in part.tolist()]
+    assert len(found[-1]) == 0
+
+
+def test_each_file_is_read_once(table, monkeypatch):
+    read = []
+
+    def counting(part, columns):
+        read.append(part)
+        return pq.read_table(part, columns=columns)
+
+    monkeypatch.setattr(codes, "read_columns", counting)
+    keys = {f"k{number}": f"w{number}" for number in range(300)}
+    list(CodeReader(table, keys)([[f"k{number}"] for number in range(300)]))
+    assert len(read) == 2 * 10  # keys, then codes
+
+
+def test_a_clip_that_is_not_there_is_told(table):
+    with pytest.raises(LookupError, match=r"1 clips are not in .* such as w300"):
+        list(CodeReader(table, {"k300": "w300"})([["k300"]]))
