@@ -8,7 +8,7 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -111,7 +111,8 @@ class RunLog:
         try:
             yield self
         except BaseException:
-            self.write("stopped")
+            with suppress(OSError):  # such as the full disk that stopped the run
+                self.write("stopped")
             raise
         self.write("done")
 

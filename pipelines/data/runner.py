@@ -315,7 +315,7 @@ def _execute(stage: Stage, table: StageTable, pending: pa.Table) -> Iterator[Bat
         data = data.map_batches(StageWorker, fn_constructor_args=(stage, table.uri), compute=pool, **options)
     else:
         if resources.max_workers is not None:
-            options["concurrency"] = resources.max_workers
+            options["concurrency"] = min(resources.max_workers, len(blocks))
         data = data.map_batches(partial(_commit_stateless, stage=stage, uri=table.uri), **options)
     data.context.enable_progress_bars = False  # ours count rows, across waves
     data.context.raise_original_map_exception = True
