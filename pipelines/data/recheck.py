@@ -62,9 +62,11 @@ def recheck(snapshot: Snapshot, count: int, tokenizer: str | None = None) -> Rec
         tokenizer: File or folder of the one that made the snapshot; None for the embedded one.
 
     Raises:
-        UserError: if the tokenizer is another one, or not to be had.
+        UserError: if the tokenizer that was named is another one, or not to be had.
     """
     loaded = _load(snapshot, tokenizer)
+    if loaded is None:
+        return Recheck({}, 0.0, {"all clips": "the tokenizer that made them is none of ours: name --tokenizer"}, ())
     clips = _choose(snapshot, count)
     requests = {row["key"]: row for row in stage_rows(snapshot, "split", "key", clips, REQUEST)}
     sources = Sources()
@@ -99,14 +101,19 @@ def recheck(snapshot: Snapshot, count: int, tokenizer: str | None = None) -> Rec
     return Recheck(found, float(np.mean(same)) if same else 0.0, skipped, tuple(problems))
 
 
-def _load(snapshot: Snapshot, path: str | None) -> VideoTokenizer:
+def _load(snapshot: Snapshot, path: str | None) -> VideoTokenizer | None:
+    """The tokenizer; None if none was named and the embedded one is another."""
     info = snapshot.manifest.tokenizer
     kind: Literal["fsq", "cosmos"] = "cosmos" if info.kind == "cosmos" else "fsq"
+    if kind == "cosmos" and path is None:
+        return None
     try:
         tokenizer = load_video_tokenizer(TokenizerConfig(kind=kind, path=path))
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"--tokenizer: {error}") from error
     if tokenizer.weights_hash != info.weights_hash:
+        if path is None:
+            return None
         raise UserError(
             f"the snapshot was made by the tokenizer {info.kind} with weights {info.weights_hash}, this one has "
             f"{tokenizer.weights_hash}: name its file with --tokenizer, or give --sample 0"

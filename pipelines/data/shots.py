@@ -5,7 +5,7 @@ decided later, from its scores.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Protocol
@@ -139,7 +139,7 @@ def _clips(seen: _Pass, info: VideoInfo, config: SplitConfig) -> list[dict[str, 
         "decoded_share": _decoded_share(info, count, end),
     }
     clips = []
-    for first, stop in _spans(meter.times, seen.shots.finish(), end, config):
+    for first, stop in _spans(meter.times, seen.shots.finish(), end, meter.dark, config):
         start_s, end_s = meter.times[first], meter.times[stop] if stop < count else end
         span = {"duration": end_s - start_s, "fps": (stop - first) / (end_s - start_s)}
         scores = span | of_the_source | meter.clip_scores(first, stop, picture_share)
@@ -213,24 +213,47 @@ class _SceneDetect:
         self._cuts += [int(cut.frame_num) for cut in cuts]
 
 
-def _spans(times: Sequence[float], cuts: Sequence[int], end: float, config: SplitConfig) -> list[tuple[int, int]]:
-    """Frame ranges of the clips: shots, the long ones divided."""
-    edges = [0, *(cut for cut in cuts if 0 < cut < len(times)), len(times)]
+def _spans(
+    times: Sequence[float], cuts: Sequence[int], end: float, dark: Sequence[bool], config: SplitConfig
+) -> list[tuple[int, int]]:
+    """Frame ranges of the clips: shots, the long ones divided, what is trimmed of them on its own."""
     instants = np.array([*times, end])
+    if config.dark_seconds is not None and config.detector not in ("stride", "none"):
+        cuts = sorted({*cuts, *_dark_edges(dark, instants, config.dark_seconds)})
+    edges = [0, *(cut for cut in cuts if 0 < cut < len(times)), len(times)]
     spans: list[tuple[int, int]] = []
     for first, stop in pairwise(edges):
-        length = float(instants[stop] - instants[first])
+        begin, over = _trim(first, stop, instants, config.trim_seconds)
+        length = float(instants[over] - instants[begin])
         if config.detector == "stride":
-            targets = instants[first] + config.max_seconds * np.arange(1, math.ceil(length / config.max_seconds - 1e-6))
+            targets = instants[begin] + config.max_seconds * np.arange(1, math.ceil(length / config.max_seconds - 1e-6))
         elif config.detector == "none":
             targets = np.array([])
         else:
             pieces = max(1, math.ceil(length / config.max_seconds - 1e-6))
-            targets = instants[first] + length * np.arange(1, pieces) / pieces
-        inner = np.searchsorted(instants[first:stop], targets - 1e-6) + first
-        bounds = sorted({first, stop, *(int(bound) for bound in inner if first < bound < stop)})
-        spans += pairwise(bounds)
+            targets = instants[begin] + length * np.arange(1, pieces) / pieces
+        inner = np.searchsorted(instants[begin:over], targets - 1e-6) + begin
+        bounds = {first, begin, *(int(bound) for bound in inner if begin < bound < over), over, stop}
+        spans += pairwise(sorted(bounds))
     return spans
+
+
+def _dark_edges(dark: Sequence[bool], instants: NDArray[np.float64], seconds: float) -> Iterator[int]:
+    """Where stretches of black frames begin and end that last at least so long."""
+    steps = np.diff([0, *map(int, dark), 0])
+    for begin, over in zip(np.flatnonzero(steps > 0), np.flatnonzero(steps < 0), strict=True):
+        if instants[over] - instants[begin] >= seconds - 1e-6:
+            yield from (int(begin), int(over))
+
+
+def _trim(first: int, stop: int, instants: NDArray[np.float64], seconds: float) -> tuple[int, int]:
+    """The frames of a shot without what lies so close to its cuts; all, if none would stay."""
+    begin, over = first, stop
+    if seconds and first > 0:
+        begin = int(np.searchsorted(instants, instants[first] + seconds - 1e-6))
+    if seconds and stop < len(instants) - 1:
+        over = int(np.searchsorted(instants, instants[stop] - seconds - 1e-6))
+    return (begin, over) if begin < over else (first, stop)
 
 
 def thumbnail(planes: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -136,7 +136,7 @@ def split_stage(config: SplitConfig, decode: DecodeConfig, resources: StageResou
     """
     return Stage(
         name="split",
-        settings={"version": 5, **split_identity(config)},
+        settings={"version": 6, **split_identity(config)},
         schema=CLIPS,
         function=partial(SplitFunction, config=config, decode=decode),
         rows_per_part=32,

@@ -1,6 +1,7 @@
 """What curation makes of a real film: black bars, cuts, and an opening that two files share."""
 
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ FPS = 24
 
 @cache
 def source(name: str) -> DecodedSource:
-    return split_source(str(CLIPS / f"{name}.mp4"), SplitConfig(), beat=lambda: None)
+    return split_source(str(CLIPS / f"{name}.mp4"), SplitConfig(dark_seconds=None), beat=lambda: None)
 
 
 def test_the_letterbox_is_found_to_within_two_pixels():
@@ -60,6 +61,14 @@ def test_cuts_are_those_of_the_full_size_film():
         seen += len(expected)
         assert all(abs(one - other) <= 2 for one, other in zip(ours, expected, strict=True)), (ours, expected)
     assert seen
+
+
+def test_a_fade_through_black_parts_what_it_joins():
+    clips = split_source(str(CLIPS / "sintel_10s.mp4"), SplitConfig(), beat=lambda: None).clips
+    assert all(one["end_s"] == other["start_s"] for one, other in pairwise(clips))
+    assert [clip["scores"]["dark_share"] for clip in clips] == [0, 1, 0, 0]
+    [whole, _] = source("sintel_10s").clips
+    assert 0.3 < whole["scores"]["dark_share"] < 0.5  # it would be kept, with seconds of black in its middle
 
 
 def test_the_shared_opening_is_a_near_duplicate():

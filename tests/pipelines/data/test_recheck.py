@@ -63,3 +63,10 @@ def test_what_is_not_at_hand_is_told(curated, tokenizer_file, tmp_path):
     assert all(why.startswith("missing_file") for why in found.skipped.values())
     with pytest.raises(UserError, match="name its file with --tokenizer, or give --sample 0"):
         recheck(open_snapshot(str(dataset)), 2, str(tokenizer_file))
+
+
+def test_a_tokenizer_that_is_not_ours_has_to_be_named(corpus, tokenizer_file, tmp_path):
+    curate(curate_config(corpus, tmp_path / "d", tokenizer_file))
+    snapshot = open_snapshot(str(tmp_path / "d"))
+    assert "name --tokenizer" in str(recheck(snapshot, 2))
+    assert recheck(snapshot, 2, str(tokenizer_file)).equal == 1.0

@@ -145,3 +145,21 @@ def test_changed_share_counts_blocks_of_any_plane(plane):
     after[plane, 16:32, 16:48] = 180
     assert changed_share(before, before) == 0.0
     assert 8 / 64 <= changed_share(before, after) <= 24 / 64
+
+
+def test_what_lies_close_to_cuts_can_be_trimmed_and_nothing_is_lost(tmp_path):
+    path = write_video(tmp_path / "a.mp4", shots([40, 40, 40]), fps=20)
+    found = [(clip["start_s"], clip["end_s"]) for clip in split(path, trim_seconds=0.25).clips]
+    assert found == [(0, 1.75), (1.75, 2), (2, 2.25), (2.25, 3.75), (3.75, 4), (4, 4.25), (4.25, 6)]
+    # More than there is of a shot trims nothing of it.
+    assert len(split(path, trim_seconds=1.5).clips) == 5
+
+
+def test_black_stretches_are_shots_of_their_own(tmp_path):
+    bright, black = moving_square(40), still(10, level=0)
+    path = write_video(tmp_path / "a.mp4", np.concatenate([black, bright, black, bright, black[:4]]), fps=20)
+    uncut = {"detector": "content", "threshold": 255.0}
+    edges = [clip["start_s"] for clip in split(path, **uncut).clips]
+    assert edges == [0, 0.5, 2.5, 3]  # the last stretch is too short
+    assert len(split(path, dark_seconds=None, **uncut).clips) == 1
+    assert len(split(write_video(tmp_path / "b.mp4", still(40, level=0), fps=20)).clips) == 1

@@ -22,7 +22,7 @@ from pipelines.data.snapshot import open_snapshot
 from pipelines.data.sources import hash_file
 from pipelines.errors import JobError, UserError
 from tests.pipelines.data.corpora import curate_config, published, write_corpus
-from tests.pipelines.data.faults import KINDS, faulty_proxy, s3_server
+from tests.pipelines.faults import KINDS, faulty_proxy, s3_server
 
 FAULTS = 0.1  # of requests, where all kinds of faults are to occur in a short test
 _FSSPEC = {"config_kwargs": {"read_timeout": 1.5}}  # seconds that a stalled request costs
