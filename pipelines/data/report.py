@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pipelines.data.card import reason_classes
 from pipelines.data.contact import IDENTITY, contact_sheets
 from pipelines.data.decide import bounds, is_share, keeps
+from pipelines.data.runlog import stage_timings
 from pipelines.data.schemas import STATUSES
 from pipelines.data.settings import Thresholds
 from pipelines.data.snapshot import Snapshot
@@ -110,10 +111,21 @@ def write_report(path: Path, snapshot: Snapshot, *, frames: bool = True) -> None
         counts=_counts(ledger),
         reasons=_reasons(ledger),
         sources=_sources(ledger),
+        stages=_stages(snapshot.dataset),
         contact=contact_sheets(snapshot, ledger) if frames else "",
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
+
+
+def _stages(dataset: str | None) -> str:
+    """Rows of what each stage took when it last had something to do."""
+    lines = []
+    for name, (began, took) in sorted(stage_timings(dataset).items()) if dataset else ():
+        rate = f"{took.source_s / took.seconds:.3g}" if took.seconds and took.source_s else ""
+        times = (f"{took.seconds:.1f}", f"{took.busy_s:.1f}")
+        lines.append(_cells(name, began, took.computed, took.failed, *times, rate))
+    return "\n".join(lines)
 
 
 def _score_parts(snapshot: Snapshot) -> dict[str, str]:

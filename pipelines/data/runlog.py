@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from ray.util import metrics
@@ -19,6 +20,7 @@ from ray.util import metrics
 from pipelines import storage
 
 RUNS = "runs"
+_RECENT = 50  # runs that are looked through
 _WRITE_SECONDS = 2.0  # between writes of the file while a stage goes on
 _BATCH_SECONDS = [0.1, 1, 10, 60, 600, 3600]
 
@@ -136,13 +138,26 @@ class RunRecord:
 
 def last_run(dataset: str) -> RunRecord | None:
     """The newest run of a dataset, or None."""
+    return next(_runs(dataset), None)
+
+
+def stage_timings(dataset: str) -> dict[str, tuple[str, StageProgress]]:
+    """Of each stage, when the last run that had something to do for it began, and what it took; of recent runs."""
+    found: dict[str, tuple[str, StageProgress]] = {}
+    for run in islice(_runs(dataset), _RECENT):
+        for name, progress in run.stages.items():
+            if progress.computed and name not in found:
+                found[name] = (run.started, progress)
+    return found
+
+
+def _runs(dataset: str) -> Iterator[RunRecord]:
+    """From the newest on."""
     folder = storage.join(dataset, RUNS)
-    names = [name for name in storage.list_names(folder) if name.endswith(".json")]
-    if not names:
-        return None
-    found: dict[str, Any] = storage.read_json(storage.join(folder, names[-1]))
-    stages = {name: StageProgress(**values) for name, values in found.pop("stages").items()}
-    return RunRecord(**found, stages=stages)
+    for name in reversed([name for name in storage.list_names(folder) if name.endswith(".json")]):
+        found: dict[str, Any] = storage.read_json(storage.join(folder, name))
+        stages = {stage: StageProgress(**values) for stage, values in found.pop("stages").items()}
+        yield RunRecord(**found, stages=stages)
 
 
 @dataclass(frozen=True, kw_only=True)

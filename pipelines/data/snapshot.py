@@ -151,6 +151,13 @@ class Snapshot:
     manifest: Manifest
     digest: str  # hex SHA-256 of manifest.json, which itself holds the hashes of all other files
 
+    @property
+    def dataset(self) -> str | None:
+        """The dataset that it lies in; None where it was copied elsewhere."""
+        place = storage.filesystem(self.uri)[1] if storage.is_local(self.uri) else self.uri
+        dataset, found, _ = place.rpartition(f"/{SNAPSHOTS}/")
+        return dataset if found else None
+
     def read_shard(self, shard: Shard, columns: list[str] | None = None) -> pa.Table:
         """The rows of one shard, all columns or some.
 

@@ -19,7 +19,7 @@ from pipelines.data.card import reason_class
 from pipelines.data.decode import CrashLog, DecodeChild, DecodeJob
 from pipelines.data.runner import STAGES, Row
 from pipelines.data.settings import DecodeConfig
-from pipelines.data.snapshot import SNAPSHOTS, Snapshot
+from pipelines.data.snapshot import Snapshot
 from pipelines.data.sources import hash_file
 from pipelines.data.split import CLIPS, LocalFiles
 from pipelines.data.video import ClipRequest, VideoError
@@ -71,12 +71,10 @@ def decode_frames(snapshot: Snapshot, clips: Sequence[Row]) -> dict[str, Shown]:
 
 def stage_rows(snapshot: Snapshot, stage: str, key: str, clips: Sequence[Row], columns: list[str]) -> list[Row]:
     """The clips' rows of a stage table that the snapshot was made from; none where it is not there any more."""
-    place = storage.filesystem(snapshot.uri)[1] if storage.is_local(snapshot.uri) else snapshot.uri
-    dataset, found, _ = place.rpartition(f"/{SNAPSHOTS}/")
     hashed = snapshot.manifest.created_from.get("stage_hashes", {}).get(stage)
-    if not found or not hashed:
+    if snapshot.dataset is None or not hashed:
         return []
-    uri = storage.join(dataset, STAGES, stage, hashed)
+    uri = storage.join(snapshot.dataset, STAGES, stage, hashed)
     parts = [storage.join(uri, name) for name in storage.list_names(uri) if name.startswith("part-")]
     wanted = pc.field(key).isin(sorted({clip[key] for clip in clips}))
 
