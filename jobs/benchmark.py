@@ -11,6 +11,9 @@ if __name__ == "__main__":  # run as a script: import from the checkout, not fro
 
 from jobs.command import run
 
+COUNT = click.IntRange(min=1)
+JSON_FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
+
 
 @click.group()
 def command() -> None:
@@ -18,10 +21,10 @@ def command() -> None:
 
 
 @command.command(short_help="Score pass and tokenizing against their floors; what a row costs.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write figures, samples and machine there.")
-@click.option("--repeats", default=3, show_default=True, help="Times of each ratio.")
-@click.option("--copies", default=8, show_default=True, help="Of the film (9 s at 1280x720) that is worked on.")
-@click.option("--null-rows", default=1_000_000, show_default=True, help="Rows through a stage that does nothing.")
+@click.option("--json", "json_path", type=JSON_FILE, help="Write figures, samples and machine there.")
+@click.option("--repeats", type=COUNT, default=3, show_default=True, help="Times of each figure.")
+@click.option("--copies", type=COUNT, default=8, show_default=True, help="Of the film (9 s at 1280x720) worked on.")
+@click.option("--null-rows", type=COUNT, default=1_000_000, show_default=True, help="Through a stage without work.")
 def data(json_path: Path | None, repeats: int, copies: int, null_rows: int) -> None:
     """Measure the data pipeline.
 
@@ -32,6 +35,8 @@ def data(json_path: Path | None, repeats: int, copies: int, null_rows: int) -> N
     """
     from pipelines.benchmarks.data import DataBenchmarkConfig, run_data_benchmark
 
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
     config = DataBenchmarkConfig(repeats=repeats, copies=copies, null_rows=null_rows)
     found = run_data_benchmark(config, click.echo)
     for name in ("score_pass_vs_floor", "tokenize_vs_floor", "null_row_ms", "driver_growth_mb"):

@@ -26,6 +26,14 @@ _SPARE_CPUS = 4
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
 
 
+_ours = False  # whether the cluster was started by this process
+
+
+def cluster_is_ours() -> bool:
+    """Whether Ray runs on a cluster that ``connect`` started here, which never grows."""
+    return _ours
+
+
 @contextmanager
 def connect(num_cpus: int | None = None) -> Iterator[None]:
     """Be connected to Ray within the block.
@@ -41,6 +49,7 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
     Raises:
         UserError: if ``RAY_ADDRESS`` names a cluster that cannot be reached.
     """
+    global _ours
     if ray.is_initialized():
         yield
         return
@@ -52,9 +61,11 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         declared = num_cpus if num_cpus is not None else _cores() + _SPARE_CPUS
         ray.init(address="local", num_cpus=declared, include_dashboard=False, **_QUIET)
+        _ours = True
     try:
         yield
     finally:
+        _ours = False
         ray.shutdown()
 
 

@@ -17,7 +17,7 @@ from pipelines.data.captions import (
 )
 from pipelines.data.coca import coca_stage
 from pipelines.data.endpoint_settings import EndpointConfig
-from pipelines.data.endpoint_stage import check_endpoint, endpoint_stage
+from pipelines.data.endpoint_stage import endpoint_stage
 from pipelines.data.frames import CLIP_INPUTS, clip_inputs, picture_key
 from pipelines.data.model_settings import CaptionConfig
 from pipelines.data.runner import Row, Stage
@@ -53,7 +53,7 @@ class Captioning:
     """The captioners that a config names.
 
     Raises:
-        UserError: a model's file is missing, or an endpoint does not offer its model.
+        UserError: a model's file is missing.
     """
 
     def __init__(
@@ -68,7 +68,6 @@ class Captioning:
             elif name == "coca":
                 self.stages[name] = coca_stage(config.coca, decode, resources)
             else:
-                check_endpoint(config.endpoint)
                 self.stages[name] = endpoint_stage(config.endpoint, decode, resources)
 
     @property

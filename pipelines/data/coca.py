@@ -1,5 +1,6 @@
 """Captions by CoCa (Yu et al. 2022, arXiv 2205.01917), a captioner of open_clip that runs where the pipeline runs."""
 
+import os
 from collections.abc import Sequence
 from functools import partial
 
@@ -32,8 +33,8 @@ class CocaFunction:
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         """A caption for each clip, or why there is none."""
         done, images = [], []
-        # Of three frames spread over the clip, the second is its middle.
-        for row, frames in self.reader.read(rows, lambda row: evenly(row, 3, self.model.size)):
+        # Of two frames evenly spaced, at 0 and 1/2, the second is the clip's middle.
+        for row, frames in self.reader.read(rows, lambda row: evenly(row, 2, self.model.size)):
             made: Row = {"work_key": row["work_key"], "key": row["key"]}
             done.append(made)
             if isinstance(frames, VideoError):
@@ -82,10 +83,11 @@ def coca_stage(config: CocaConfig, decode: DecodeConfig, resources: StageResourc
         UserError: the weights are not there.
     """
     digest = open_clip_hash(config.open_clip, _KEY)
-    captioner = f"{config.model}@{digest[-64:][:8]}"
+    name = "coca" if os.path.isdir(config.weights or "") else config.model
+    captioner = f"{name}@{digest[-64:][:8]}"
     settings = {
         "version": 1,
-        "captioner": "coca",
+        "captioner": captioner,
         "model": digest,
         "max_tokens": config.max_tokens,
         "batch_size": config.batch_size,

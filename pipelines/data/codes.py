@@ -51,12 +51,12 @@ class CodeReader:
     @staticmethod
     def _sort(part: str, wanted: dict[str, tuple[int, int]], scratch: "_Scratch") -> None:
         """Put a file's codes where they belong; a key that another file had before is not wanted any more."""
-        keys = read_columns(part, [WORK_KEY])[WORK_KEY].to_pylist()
-        found = [(row, *wanted.pop(key)) for row, key in enumerate(keys) if key in wanted]
+        read = read_columns(part, [WORK_KEY, "codes"])
+        found = [(row, *wanted.pop(key)) for row, key in enumerate(read[WORK_KEY].to_pylist()) if key in wanted]
         if not found:
             return
         rows, shards, positions = np.array(sorted(found, key=lambda place: place[1:])).T
-        codes = read_columns(part, ["codes"])["codes"].combine_chunks().take(pa.array(rows))
+        codes = read["codes"].combine_chunks().take(pa.array(rows))
         table = pa.table([pa.array(positions), codes], schema=_PIECE)
         bounds = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(shards)]
         for first, stop in pairwise(bounds):

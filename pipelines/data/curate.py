@@ -1,9 +1,13 @@
 """Curation from end to end: sources, split and scores, decisions, captions, tokens, a published snapshot."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from pipelines.cluster import connect
-from pipelines.data.captions import find_captions
+from pipelines.data.captions import CaptionSource, find_captions
 from pipelines.data.config import CurateConfig
 from pipelines.data.curation import Curation, Published
 from pipelines.data.ledger import count_reasons
@@ -71,15 +75,33 @@ def curate(config: CurateConfig) -> CurateResult:
         UserError: if sources, captions, models or dataset are not usable; nothing was begun.
         JobError: if a stage failed, or a disk or store. What was done is kept; the same call continues.
     """
+    with told_as_job_error():
+        listing, curation = prepare(config)
+        with dataset_lock(config.dataset), connect(), RunLog(config.dataset).record() as log:
+            made = curation.run(listing, log)
+            snapshot = write_snapshot(config.dataset, made.content, config.publish)
+        return _result(config, snapshot, made)
+
+
+@contextmanager
+def told_as_job_error() -> Iterator[None]:
+    """Tell of a disk or a store that fails in one line."""
     try:
-        return _curate(config)
+        yield
     except OSError as error:
         raise JobError(f"{error}; what was done is kept: give the same command again to continue") from error
 
 
-def _curate(config: CurateConfig) -> CurateResult:
+def prepare(config: CurateConfig) -> tuple[pa.Table, Curation]:
+    """The listing of the sources and the steps of their curation; all that can be checked without work is.
+
+    Raises:
+        UserError: if sources, captions or models are not usable.
+    """
     listing = list_sources(config.source)
-    captions = find_captions(config.captions, config.source, listing)
+    captions = CaptionSource("given", {})
+    if "given" in config.captions.captioners:
+        captions = find_captions(config.captions, config.source, listing)
     if config.captions.require and config.captions.captioners == ("given",) and not captions.texts:
         raise UserError(
             f"captions.require is true, but there are no captions for {config.source.path}: name a table in "
@@ -94,11 +116,7 @@ def _curate(config: CurateConfig) -> CurateResult:
             load_transnet(config.split.weights)
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"split.weights: {error}") from error
-    curation = Curation(config, captions, tokenizer)
-    with dataset_lock(config.dataset), connect(), RunLog(config.dataset).record() as log:
-        made = curation.run(listing, log)
-        snapshot = write_snapshot(config.dataset, made.content, config.publish)
-    return _result(config, snapshot, made)
+    return listing, Curation(config, captions, tokenizer)
 
 
 def _result(config: CurateConfig, snapshot: Snapshot, made: Published) -> CurateResult:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,19 +15,22 @@ from pipelines.data.codes import CodeReader
 from pipelines.data.config import CurateConfig
 from pipelines.data.decide import decide
 from pipelines.data.duplicates import find_near_duplicates, linked_groups, unpack_fingerprint
+from pipelines.data.endpoint_stage import check_endpoint
 from pipelines.data.features import FEATURE_INPUTS, TEXT_INPUTS, FeatureScores, features_stage, similarity, texts_stage
 from pipelines.data.frames import clip_inputs, picture_key
 from pipelines.data.ledger import Verdicts, build_ledger, removed_rows
 from pipelines.data.publish import PUBLISHED_CLIPS, SnapshotContent, draw_split
 from pipelines.data.removal import read_removed
 from pipelines.data.runlog import RunLog
-from pipelines.data.runner import WORK, Row, StageTable, TooManyFailuresError, run_stage
+from pipelines.data.runner import WORK, Row, Stage, StageTable, TooManyFailuresError, anti_join, run_stage
 from pipelines.data.schemas import LEDGER
 from pipelines.data.snapshot import TokenizerInfo
 from pipelines.data.sources import first_paths, sources_stage
 from pipelines.data.split import split_identity, split_stage
-from pipelines.data.tokens import TOKEN_INPUTS, plan_shape, tokens_stage
-from pipelines.errors import JobError
+from pipelines.data.tokens import TOKEN_INPUTS, is_sampled, plan_shape, tokens_stage
+from pipelines.errors import JobError, UserError
+
+_CAPTION_RULES = ("captioners", "require", "min_words", "max_words", "languages", "language_certainty")
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,26 @@ class Curation:
         stages += [*self.captioning.stages.values(), tokens_stage(config, tokenizer)]
         self.stages = {stage.name: stage for stage in stages}
         self.feature_scores = FeatureScores(features)
+        self.no_endpoint = self._check_endpoint()
         self.computed: dict[str, int] = {}
         self.log: RunLog | None = None
+
+    def _check_endpoint(self) -> UserError | None:
+        """Whether the endpoint that captions is there.
+
+        Raises:
+            UserError: if it is not, and has captioned nothing yet. A later run may need none of it.
+        """
+        stage = self.captioning.stages.get("endpoint")
+        if stage is None:
+            return None
+        try:
+            check_endpoint(self.config.captions.endpoint)
+        except UserError as error:
+            if not StageTable(self.config.dataset, stage).parts():
+                raise
+            return error
+        return None
 
     def run(self, listing: pa.Table, log: RunLog) -> Published:
         """Bring every stage up to date, and decide.
@@ -98,12 +120,37 @@ class Curation:
         return Published(content, captions, self.computed)
 
     def _compute(self, name: str, inputs: pa.Table, max_failed: float = math.inf) -> StageTable:
-        """Bring a stage's table up to date with its inputs."""
+        """Bring a stage's table up to date with its inputs.
+
+        Raises:
+            JobError: as soon as more inputs have failed than the run bears.
+        """
         stage, config = self.stages[name], self.config
-        self.computed[name] = run_stage(
-            stage, inputs, dataset=config.dataset, progress=config.progress, log=self.log, max_failed=max_failed
-        )
+        try:
+            self.computed[name] = run_stage(
+                stage, inputs, dataset=config.dataset, progress=config.progress, log=self.log, max_failed=max_failed
+            )
+        except TooManyFailuresError as error:
+            raise self._too_many(error, inputs.num_rows, stage.name) from error
         return StageTable(config.dataset, stage)
+
+    def _is_pending(self, stage: Stage, inputs: pa.Table) -> bool:
+        return bool(anti_join(inputs, StageTable(self.config.dataset, stage).keys()).num_rows)
+
+    def _too_many(self, error: TooManyFailuresError, total: int, where: str) -> JobError:
+        return JobError(
+            f"{error.count} of {total} sources or clips failed in the stage {where}, more than "
+            f"resources.max_failed_share = {self.config.resources.max_failed_share} allows; one of them: "
+            f"{error.reason}. Something else than the videos may be wrong; if not, raise the share and give the same "
+            "command again"
+        )
+
+    def _of_clips(self, name: str, inputs: pa.Table, columns: Sequence[str] | None = None) -> list[Row]:
+        """What a stage over clips made of its inputs, in their order."""
+        allowed = self.config.resources.max_failed_share * inputs.num_rows
+        table = self._compute(name, inputs, allowed).read(columns, keys=inputs["work_key"])
+        by_key = {row["work_key"]: row for row in table.to_pylist()}
+        return [by_key[key] for key in inputs["work_key"].to_pylist()]
 
     def _ledger_hashes(self) -> dict[str, str]:
         """Of each column of the ledger's ``stage_hashes``."""
@@ -138,18 +185,10 @@ class Curation:
         )
         unreadable = pc.drop_null(sources["error"])
         share, total = self.config.resources.max_failed_share, sources.num_rows
-        try:
-            if len(unreadable) > share * total:
-                raise TooManyFailuresError(str(unreadable[0]), len(unreadable))
-            table = self._compute("split", inputs, max_failed=share * total - len(unreadable))
-        except TooManyFailuresError as error:
-            raise JobError(
-                f"{error.count} of {total} sources failed, more than resources.max_failed_share = {share} allows; one "
-                f"of them: {error.reason}. Something else than the videos may be wrong; if not, raise the share and "
-                "give the same command again"
-            ) from error
-        rows = table.read()
-        rows = rows.filter(pc.is_in(rows["work_key"], first["source_id"].combine_chunks()))
+        if len(unreadable) > share * total:
+            raise self._too_many(TooManyFailuresError(unreadable[0].as_py(), len(unreadable)), total, "sources")
+        table = self._compute("split", inputs, max_failed=share * total - len(unreadable))
+        rows = table.read(keys=first["source_id"])
         rows = rows.sort_by([("work_key", "ascending"), ("start_s", "ascending")])
         return rows.filter(pc.is_valid(rows["key"])), rows.filter(pc.is_null(rows["key"]))
 
@@ -189,9 +228,8 @@ class Curation:
             return {}
         kept = verdicts.kept
         inputs = [{"work_key": picture_key(rows[index]), **clip_inputs(rows[index], uris[index])} for index in kept]
-        table = self._compute("features", pa.Table.from_pylist(inputs, schema=FEATURE_INPUTS)).read()
-        by_key = {row["work_key"]: row for row in table.to_pylist()}
-        features = {index: by_key[row["work_key"]] for index, row in zip(kept, inputs, strict=True)}
+        made = self._of_clips("features", pa.Table.from_pylist(inputs, schema=FEATURE_INPUTS))
+        features = dict(zip(kept, made, strict=True))
         verdicts.mark("features", kept)
         for index, row in features.items():
             if row["error"]:
@@ -214,8 +252,9 @@ class Curation:
         made = {}
         for name, stage in self.captioning.stages.items():
             inputs = self.captioning.inputs(name, clips, places)
-            by_key = {row["work_key"]: row for row in self._compute(stage.name, inputs).read().to_pylist()}
-            made[name] = [by_key[key] for key in inputs["work_key"].to_pylist()]
+            if name == "endpoint" and self.no_endpoint is not None and self._is_pending(stage, inputs):
+                raise self.no_endpoint
+            made[name] = self._of_clips(stage.name, inputs)
         captions = self.captioning.gather(kept, made)
         verdicts.mark("captions", kept)
         if self.config.captions.require:
@@ -230,9 +269,8 @@ class Curation:
         captioned = [index for index in verdicts.kept if captions.of[index]]
         texts = sorted({caption["text"] for index in captioned for caption in captions.of[index]})
         keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
-        table = self._compute("texts", pa.table({"work_key": keys, "text": texts}, schema=TEXT_INPUTS)).read()
-        by_key = dict(zip(table["work_key"].to_pylist(), table["clip"].to_pylist(), strict=True))
-        vectors = {text: by_key[key] for text, key in zip(texts, keys, strict=True)}
+        made = self._of_clips("texts", pa.table({"work_key": keys, "text": texts}, schema=TEXT_INPUTS))
+        vectors = {text: row["clip"] for text, row in zip(texts, made, strict=True)}
         for index in captioned:
             own = [vectors[caption["text"]] for caption in captions.of[index]]
             rows[index]["scores"]["similarity"] = similarity(features[index]["clip"], own)
@@ -244,12 +282,13 @@ class Curation:
         inputs = []
         for index in kept:
             row, shape = rows[index], rows[index]["shape"]
-            work_key = shape.work_key(row["key"], row["picture"])
-            inputs.append({"work_key": work_key, **asdict(shape), **clip_inputs(row, uris[index])})
-        table = self._compute("tokens", pa.Table.from_pylist(inputs, schema=TOKEN_INPUTS))
-        done = table.read(["work_key", "fps", "t", "h", "w", "codes_sha256", "psnr", "error"]).to_pylist()
-        by_key = {row["work_key"]: row for row in done}
-        tokens = {index: by_key[row["work_key"]] for index, row in zip(kept, inputs, strict=True)}
+            decode_back = is_sampled(row["key"], self.config.tokens.decode_back_share)
+            work_key = shape.work_key(row["key"], row["picture"], decode_back=decode_back)
+            what = {"work_key": work_key, "decode_back": decode_back, **asdict(shape)}
+            inputs.append(what | clip_inputs(row, uris[index]))
+        columns = ["work_key", "fps", "t", "h", "w", "codes_sha256", "psnr", "error"]
+        made = self._of_clips("tokens", pa.Table.from_pylist(inputs, schema=TOKEN_INPUTS), columns)
+        tokens = dict(zip(kept, made, strict=True))
         verdicts.mark("tokens", kept)
         for index, row in tokens.items():
             rows[index]["scores"]["psnr"] = row["psnr"]
@@ -305,10 +344,6 @@ def _portable(config: CurateConfig) -> dict[str, Any]:
         "thresholds": asdict(config.thresholds),
         "near_duplicates": config.near_duplicates,
         "features": {"scores": config.features.scores, "num_frames": config.features.num_frames},
-        "captions": _of(config.captions, "captioners", "require", "min_words", "max_words", "languages"),
+        "captions": {name: getattr(config.captions, name) for name in _CAPTION_RULES},
         "tokens": tokens,
     }
-
-
-def _of(config: Any, *names: str) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in names}

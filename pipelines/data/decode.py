@@ -23,6 +23,7 @@ from pipelines.data.settings import DecodeConfig
 from pipelines.data.video import VideoError
 
 MAX_CRASHES = 3
+CRASHES = "crashes"  # folder beside a stage's parts
 _CHILD_MODULE = "pipelines.data.decode_child"
 _START_SECONDS = 120.0  # a child imports its libraries from a disk that may be slow
 
@@ -65,6 +66,12 @@ class CrashLog:
         storage.write_json_atomic(storage.join(self.uri, self._name(key)), {"key": key, "causes": causes})
         self._known.add(self._name(key))
         return causes
+
+    def forget(self, key: str) -> None:
+        """Start anew with a piece of work."""
+        if self._name(key) in self._known:
+            storage.remove(storage.join(self.uri, self._name(key)))
+            self._known.discard(self._name(key))
 
     @staticmethod
     def _name(key: str) -> str:

@@ -95,7 +95,7 @@ def endpoint_stage(config: EndpointConfig, decode: DecodeConfig, resources: Stag
         settings=settings,
         schema=CAPTIONED,
         function=partial(EndpointFunction, config=config, captioner=captioner, decode=decode),
-        rows_per_part=64,
+        rows_per_part=max(64, 8 * config.concurrency),
         resources=replace(resources, min_workers=1, max_workers=1),
     )
 

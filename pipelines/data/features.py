@@ -5,6 +5,7 @@ The table holds features, not verdicts of heads: another head, caption or thresh
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -49,8 +50,9 @@ _MAX_BOXES, _MIN_SIDE = 1000, 3.0
 _TEXT_MEAN = (122.68, 116.67, 104.01)  # of B, G, R in this order, as these models were trained
 _KEY = "features.clip.weights"
 _HEAD_WHERE = (
-    "take sa_0_4_vit_l_14_linear.pth from github.com/LAION-AI/aesthetic-predictor, or a head of your own over the "
-    "features of features.clip"
+    "take one that was trained on the features of features.clip: sa_0_4_vit_l_14_linear.pth from "
+    "github.com/LAION-AI/aesthetic-predictor for OpenAI's ViT-L-14, h14_nsfw.pth from github.com/LAION-AI/"
+    "CLIP-based-NSFW-Detector for LAION's ViT-H-14, or your own"
 )
 _TEXT_WHERE = "take a DB text detection model in ONNX form from github.com/opencv/opencv_zoo (text_detection_*)"
 
@@ -198,7 +200,7 @@ class Head:
     Args:
         path: A .pth, .pt or .safetensors file.
         key: Config key that named it.
-        rectified: Whether there is a ReLU between the layers.
+        rectified: Whether there is a ReLU between layers, where their numbers leave room for one.
 
     Raises:
         UserError: the file is missing or is no such stack.
@@ -206,10 +208,12 @@ class Head:
 
     def __init__(self, path: str, key: str, *, rectified: bool) -> None:
         self.hash = file_hash(path, key, where=_HEAD_WHERE)
-        self._rectified = rectified
         try:
-            state = load_file(path) if path.endswith(".safetensors") else torch.load(path, weights_only=True)
-            self._layers = _linear_layers(state)
+            if path.endswith(".safetensors"):
+                state = load_file(path)
+            else:
+                state = torch.load(path, weights_only=True, map_location="cpu")
+            self._layers = _linear_layers(state, rectified=rectified)
         except Exception as error:
             raise UserError(
                 f"{key} {path} is no state dict of linear layers that end in one number: {error}"
@@ -218,31 +222,42 @@ class Head:
     @property
     def width(self) -> int:
         """Features that it takes."""
-        return int(self._layers[0][0].shape[1])
+        return int(self._layers[0].weight.shape[1])
 
     def __call__(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
         """Scores [n] of features [n, width]."""
         values = features.astype(np.float64)
-        for number, (weight, bias) in enumerate(self._layers):
-            if number and self._rectified:
+        for layer in self._layers:
+            if layer.rectify:
                 values = np.maximum(values, 0)
-            values = values @ weight.T + bias
+            values = values @ layer.weight.T + layer.bias
         return values[:, 0]
 
 
-def _linear_layers(state: Mapping[str, Any]) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    def order(name: str) -> list[int]:
-        return [int(number) for number in re.findall(r"\d+", name)]
+@dataclass(frozen=True)
+class _Layer:
+    weight: NDArray[np.float64]
+    bias: NDArray[np.float64]
+    rectify: bool  # its input
 
-    names = sorted((name for name, value in state.items() if name.endswith("weight") and value.ndim == 2), key=order)
-    layers = []
+
+def _linear_layers(state: Mapping[str, Any], *, rectified: bool) -> list[_Layer]:
+    numbers = {name: [int(number) for number in re.findall(r"\d+", name)] for name in state}
+    names = sorted((name for name, value in state.items() if value.ndim == 2), key=numbers.__getitem__)
+    used = {*names, *(name.removesuffix("weight") + "bias" for name in names)}
+    if odd := sorted(state.keys() - used):
+        raise ValueError(f"{odd[0]} belongs to no linear layer")
+    layers: list[_Layer] = []
+    last: list[int] | None = None
     for name in names:
-        weight = state[name].double().numpy()
-        bias = state.get(name.removesuffix("weight") + "bias")
-        layers.append((weight, bias.double().numpy() if bias is not None else np.zeros(len(weight))))
-    widths = [weight.shape for weight, _ in layers]
-    if not layers or widths[-1][0] != 1 or any(after[1] != before[0] for before, after in pairwise(widths)):
-        raise ValueError(f"layers of shapes {widths}")
+        weight, bias = state[name].double().numpy(), state.get(name.removesuffix("weight") + "bias")
+        gap = last is not None and bool(last) and numbers[name][-1] - last[-1] > 1
+        offset = bias.double().numpy() if bias is not None else np.zeros(len(weight))
+        layers.append(_Layer(weight, offset, rectified and gap))
+        last = numbers[name]
+    shapes = [layer.weight.shape for layer in layers]
+    if not layers or shapes[-1][0] != 1 or any(after[1] != before[0] for before, after in pairwise(shapes)):
+        raise ValueError(f"layers of shapes {shapes}")
     return layers
 
 

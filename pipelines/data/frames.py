@@ -9,7 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines import storage
-from pipelines.data.decode import CrashLog, DecodeChild, DecodeJob
+from pipelines.data.decode import CRASHES, CrashLog, DecodeChild, DecodeJob
 from pipelines.data.runner import WORK, Row
 from pipelines.data.settings import DecodeConfig
 from pipelines.data.split import LocalFiles
@@ -78,7 +78,7 @@ class ClipReader:
     """Decodes clips, one ahead of what its caller is busy with."""
 
     def __init__(self, uri: str, decode: DecodeConfig) -> None:
-        self._child = DecodeChild(decode, CrashLog(storage.join(uri, "crashes")))
+        self._child = DecodeChild(decode, CrashLog(storage.join(uri, CRASHES)))
 
     def read(
         self, rows: Sequence[Row], wanted: Callable[[Row], Wanted]

@@ -18,15 +18,16 @@ from pipelines.data.model_settings import OpenClipConfig
 from pipelines.errors import UserError
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_TEXT_FILES = (".json", ".txt", ".model")  # of config and tokenizer
 _CONFIG = "open_clip_config.json"
 _WHERE = (
-    "download it where there is a network, for example with `huggingface-cli download laion/"
-    "CLIP-ViT-L-14-laion2B-s32B-b82K open_clip_config.json open_clip_model.safetensors --local-dir FOLDER`"
+    "download it where there is a network, for example OpenAI's ViT-L-14 with `huggingface-cli download timm/"
+    "vit_large_patch14_clip_224.openai open_clip_config.json open_clip_model.safetensors --local-dir FOLDER`"
 )
 
 
 def file_hash(path: str, key: str, *, where: str) -> str:
-    """SHA-256 of a file (or, of a folder, over the names and hashes of its config and weights).
+    """SHA-256 of a file (or, of a folder, over the names and hashes of its config, tokenizer and weights).
 
     Args:
         path: What the user named; local.
@@ -39,8 +40,8 @@ def file_hash(path: str, key: str, *, where: str) -> str:
     if os.path.isfile(path):
         return storage.sha256_file(path)
     if os.path.isdir(path):
-        names = sorted(name for name in os.listdir(path) if name == _CONFIG or name.endswith(_WEIGHTS))
-        if _CONFIG in names and len(names) > 1:
+        names = sorted(name for name in os.listdir(path) if name.endswith((*_WEIGHTS, *_TEXT_FILES)))
+        if _CONFIG in names and any(name.endswith(_WEIGHTS) for name in names):
             parts = [f"{name} {storage.sha256_file(os.path.join(path, name))}" for name in names]
             return hashlib.sha256("\n".join(parts).encode()).hexdigest()
         raise UserError(f"{key} {path} is a folder without {_CONFIG} and weights beside it; {where}")
@@ -99,7 +100,7 @@ def load_open_clip(config: OpenClipConfig, key: str) -> OpenClip:
     try:
         model = open_clip.create_model(name, pretrained=pretrained, device=config.device, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(name)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+    except (RuntimeError, AssertionError, ValueError, KeyError, OSError) as error:
         raise UserError(
             f"{key} {config.weights} cannot be loaded as {'a folder of open_clip' if folder else config.model}: "
             f"{str(error)[:300]}; name the architecture of these weights in {key.rpartition('.')[0]}.model"

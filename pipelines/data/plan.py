@@ -1,29 +1,29 @@
 """What a curation will take, told from a few of its sources: they are curated in a scratch folder, and scaled up."""
 
 import math
+import os
+import secrets
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pyarrow as pa
+import ray
 
+from pipelines import storage
 from pipelines.cluster import connect
-from pipelines.data.captions import find_captions
 from pipelines.data.config import CurateConfig
-from pipelines.data.curation import Curation
+from pipelines.data.curate import prepare, told_as_job_error
 from pipelines.data.publish import write_snapshot
-from pipelines.data.runlog import RunLog, StageProgress
-from pipelines.data.sources import list_sources
-from pipelines.data.tokens import load_tokenizer_info
+from pipelines.data.runlog import RunLog
+from pipelines.data.runner import Stage
 from pipelines.errors import UserError
 
 _SAMPLE_SECONDS = 0.2
-_GROUPS = ("sources", "split", "features", "captions", "tokens")  # stages as resources name them
 _GAP = 1.96  # standard deviations of an interval of 95 %
 
 
@@ -148,20 +148,19 @@ def plan_curation(config: CurateConfig, cluster: Cluster, *, sources: int, seed:
         UserError: as ``curate`` does.
         JobError: likewise.
     """
-    for stage in _GROUPS:
-        _workers(stage, config, cluster)
-    listing = list_sources(config.source)
-    captions = find_captions(config.captions, config.source, listing)
-    chosen = _draw(listing, sources, seed)
-    with tempfile.TemporaryDirectory(prefix="lumos-plan-") as folder:
-        # Of a sample any share may fail, and every clip is decoded back no more often than in the run itself.
-        scratch = replace(config, dataset=folder, resources=replace(config.resources, max_failed_share=1.0))
-        curation = Curation(scratch, captions, load_tokenizer_info(config.tokens.tokenizer))
-        with connect(), RunLog(folder).record() as log, _peak_memory() as peaks:
-            made = curation.run(chosen, log)
-            snapshot = write_snapshot(folder, made.content, config.publish)
-        disk = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-        ledger = snapshot.read_ledger()
+    with told_as_job_error():
+        listing, _ = prepare(config)
+        chosen = _draw(listing, sources, seed)
+        with _scratch_dataset(config) as folder:
+            # Of a sample any share may fail.
+            scratch = replace(config, dataset=folder, resources=replace(config.resources, max_failed_share=1.0))
+            _, curation = prepare(scratch)
+            workers = {name: _workers(stage, cluster) for name, stage in curation.stages.items()}
+            with connect(), RunLog(folder).record() as log, _peak_memory() as peaks:
+                made = curation.run(chosen, log)
+                snapshot = write_snapshot(folder, made.content, config.publish)
+            disk = sum(file.size for file in storage.list_files(folder))
+            ledger = snapshot.read_ledger()
     scale = _scale(listing, chosen)
     judged = [row for row in ledger.to_pylist() if row["end_s"] is not None]
     kept = [row for row in judged if row["status"] == "kept"]
@@ -177,7 +176,9 @@ def plan_curation(config: CurateConfig, cluster: Cluster, *, sources: int, seed:
         tokens=scale * sum(total.tokens for total in totals),
         disk_gb=scale * disk / 1e9,
         process_gb=max(peaks, default=0) / 1e9,
-        stages=tuple(_stage_plan(name, log.stages[name], config, cluster, scale) for name in log.stages),
+        stages=tuple(
+            StagePlan(name=name, work_s=scale * took.busy_s, workers=workers[name]) for name, took in log.stages.items()
+        ),
         caption_cost=scale * made.captions.cost(config.captions.endpoint),
         price_per_hour=cluster.price,
     )
@@ -213,22 +214,31 @@ def _interval(successes: int, trials: int) -> tuple[float, float, float]:
     return share, max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _stage_plan(name: str, took: StageProgress, config: CurateConfig, cluster: Cluster, scale: float) -> StagePlan:
-    group = "features" if name == "texts" else name.partition("-")[0]
-    return StagePlan(name=name, work_s=scale * took.busy_s, workers=_workers(group, config, cluster))
-
-
-def _workers(group: str, config: CurateConfig, cluster: Cluster) -> int:
+def _workers(stage: Stage, cluster: Cluster) -> int:
     """Processes of a stage that the cluster holds."""
-    resources = config.resources.of(group)
-    fitting = [cluster.cpus / resources.num_cpus] if resources.num_cpus else []
-    fitting += [cluster.gpus / resources.num_gpus] if resources.num_gpus else []
+    wants = stage.resources
+    fitting = [cluster.cpus / wants.num_cpus] if wants.num_cpus else []
+    fitting += [cluster.gpus / wants.num_gpus] if wants.num_gpus else []
     if min(fitting) < 1:
         raise UserError(
-            f"no process of the stage {group} fits: resources.{group} wants {resources.num_cpus:g} CPUs and "
-            f"{resources.num_gpus:g} GPUs, the cluster has {cluster.cpus:g} and {cluster.gpus:g}"
+            f"no process of the stage {stage.name} fits: under resources it wants {wants.num_cpus:g} CPUs and "
+            f"{wants.num_gpus:g} GPUs, the cluster has {cluster.cpus:g} and {cluster.gpus:g}"
         )
-    return min(int(min(fitting)), resources.max_workers or int(min(fitting)))
+    return min(int(min(fitting)), wants.max_workers or int(min(fitting)))
+
+
+@contextmanager
+def _scratch_dataset(config: CurateConfig) -> Iterator[str]:
+    """A dataset for a while: on this machine, or beside the real one where a cluster that was joined can reach it."""
+    if os.environ.get("RAY_ADDRESS", "local") in ("", "local") and not ray.is_initialized():
+        with tempfile.TemporaryDirectory(prefix="lumos-plan-") as folder:
+            yield folder
+        return
+    folder = f"{config.dataset.rstrip('/')}-plan-{secrets.token_hex(4)}"
+    try:
+        yield folder
+    finally:
+        storage.remove(folder)
 
 
 @contextmanager

@@ -68,6 +68,8 @@ def recheck(snapshot: Snapshot, count: int, tokenizer: str | None = None) -> Rec
     if loaded is None:
         return Recheck({}, 0.0, {"all clips": "the tokenizer that made them is none of ours: name --tokenizer"}, ())
     clips = _choose(snapshot, count)
+    if not clips:
+        return Recheck({}, 0.0, {}, ())
     requests = {row["key"]: row for row in stage_rows(snapshot, "split", "key", clips, REQUEST)}
     sources = Sources()
     for row in stage_rows(snapshot, "sources", "source_id", clips, ["work_key"]):

@@ -6,8 +6,9 @@ its SHA-256 is the manifest's.
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice, product
 from typing import Any
 
 import pyarrow as pa
@@ -28,6 +29,7 @@ from pipelines.data.upkeep import list_tables, table_parts
 from pipelines.errors import UserError
 
 Row = dict[str, Any]
+_TRIES = 64  # versions of a shard that are compared with its hash
 _CAPTION_STAGES = {"given": "captions", "coca": "captions-coca", "endpoint": "captions-endpoint"}
 
 
@@ -76,8 +78,9 @@ def repair_dataset(dataset: str) -> Repair:
 
 def _usable(part: str) -> bool:
     """Whether a stage's file can be read, and its codes are those it had when it was written."""
+    data = storage.read_bytes(part)  # what cannot be fetched just now is not damaged
     try:
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(part)))
+        table = pq.read_table(pa.BufferReader(data))
     except (pa.ArrowException, OSError):
         return False
     if "codes_sha256" not in table.column_names:
@@ -136,22 +139,23 @@ class _Rebuild:
             row["key"]: row["source_id"] for row in rows if row["status"] == "kept" and row["key"] not in elsewhere
         }
         self.tokens = self._stage_rows("tokens")
-        self.captions = {
-            captioner: self._stage_rows(_CAPTION_STAGES[captioner])
-            for captioner in self.created_from["config"]["captions"]["captioners"]
-        }
+        self.rules = CaptionConfig(**_rules(self.created_from["config"]["captions"]))
+        captioners = self.created_from["config"]["captions"].get("captioners", ["given"])
+        self.captions = [self._stage_rows(_CAPTION_STAGES[captioner]) for captioner in captioners]
 
     def restore(self, damaged: Sequence[tuple[Bucket, int]], done: Repair) -> None:
         """Write the shards that come out as the manifest has them."""
         for bucket, number in damaged:
             shard, name = bucket.shards[number], self.snapshot.manifest.snapshot_id
-            data = self._shard(bucket, number)
-            if data is not None and hashlib.sha256(data).hexdigest() == shard.sha256:
+            tries = islice(self._versions(bucket, number), _TRIES)
+            data = next((data for data in tries if hashlib.sha256(data).hexdigest() == shard.sha256), None)
+            if data is not None:
                 storage.write_bytes_atomic(storage.join(self.snapshot.uri, shard.path), data)
                 done.restored.append(f"{name}/{shard.path}")
             else:
                 done.beyond[f"{name}/{shard.path}"] = (
-                    "the stages no longer hold what it was made of; give the same `lumos curate` again, then repair"
+                    "it does not come out of the stages as it was; give the same `lumos curate` again, then repair, or "
+                    "publish anew"
                 )
 
     def _stage_rows(self, stage: str) -> dict[str, list[Row]]:
@@ -161,42 +165,54 @@ class _Rebuild:
         for part in table_parts(uri):
             table = pq.read_table(pa.BufferReader(storage.read_bytes(part)))
             chosen = table.filter(pc.is_in(table["key"], pa.array(sorted(self.missing), pa.string())))
-            for row in chosen.to_pylist():
-                rows[row["key"]].append(row)
+            lists = [codes.values.to_numpy() for codes in chosen["codes"]] if "codes" in chosen.column_names else []
+            plain = chosen.drop_columns(["codes"]) if "codes" in chosen.column_names else chosen
+            for place, row in enumerate(plain.to_pylist()):
+                rows[row["key"]].append(row | ({"codes": lists[place]} if lists else {}))
         return rows
 
-    def _shard(self, bucket: Bucket, number: int) -> bytes | None:
+    def _versions(self, bucket: Bucket, number: int) -> Iterator[bytes]:
+        """What the shard may have been: where a clip was captioned anew, its stage holds several versions."""
         clips = {key: row for key in self.missing if (row := self._clip(key, bucket)) is not None}
         present = [clip for shard in bucket.shards for clip in self.found.get(shard.path, ())]
         ids = sorted([*present, *clips])
         if len(ids) != bucket.rows:
-            return None
+            return
         seed = self.created_from["publish"]["seed"]
         members = [ids[index] for index in deal_shards(ids, len(bucket.shards), seed=seed)[number]]
         if not clips.keys() >= set(members):
-            return None
-        rows = [clips[key] for key in members]
-        codes = pa.array([row.pop("codes") for row in rows], pa.list_(pa.uint16()))
-        return shard_bytes(pa.Table.from_pylist(rows, schema=PUBLISHED_CLIPS), codes)
+            return
+        codes = pa.array([clips[key]["codes"] for key in members], pa.list_(pa.uint16()))
+        plain = {key: {name: value for name, value in clips[key].items() if name != "codes"} for key in members}
+        for captions in product(*(self._captions_of(key) for key in members)):
+            rows = [plain[key] | {"captions": own} for key, own in zip(members, captions, strict=True)]
+            yield shard_bytes(pa.Table.from_pylist(rows, schema=PUBLISHED_CLIPS), codes)
 
     def _clip(self, key: str, bucket: Bucket) -> Row | None:
-        """The row of a clip, if it belongs to the bucket."""
+        """The row of a clip, if it belongs to the bucket, without its captions."""
         publish, source_id = self.created_from["publish"], self.missing[key]
         split = draw_split(self.groups.get(source_id, source_id), seed=publish["seed"], val_share=publish["val_share"])
         shape = (bucket.t, bucket.h, bucket.w)
         made = [row for row in self.tokens[key] if (row["t"], row["h"], row["w"]) == shape]
         if split != bucket.split or not made:
             return None
-        names = ("fps", "t", "h", "w", "codes_sha256")
-        ids = {"clip_id": key, "source_id": source_id, "split": split, "captions": self._captions_of(key)}
-        return ids | {name: made[0][name] for name in names} | {"codes": made[0]["codes"]}
+        names = ("fps", "t", "h", "w", "codes_sha256", "codes")
+        return {"clip_id": key, "source_id": source_id, "split": split} | {name: made[0][name] for name in names}
 
-    def _captions_of(self, key: str) -> list[dict[str, str]]:
-        config = self.created_from["config"]["captions"]
-        limits = {name: config[name] for name in ("min_words", "max_words")}
-        rules = CaptionConfig(**limits, languages=tuple(config["languages"]))
-        offered = [caption for rows in self.captions.values() for row in rows[key][:1] for caption in row["captions"]]
-        return [caption for caption in unique_captions(offered) if caption_fault(caption["text"], rules) is None]
+    def _captions_of(self, key: str) -> list[list[dict[str, str]]]:
+        """What the captions of a clip may have been."""
+        versions: list[list[dict[str, str]]] = []
+        for rows in product(*(by_clip[key] or [{"captions": []}] for by_clip in self.captions)):
+            offered = unique_captions([caption for row in rows for caption in row["captions"]])
+            fit = [caption for caption in offered if caption_fault(caption["text"], self.rules) is None]
+            versions += [fit] if fit not in versions else []
+        return versions
+
+
+def _rules(recorded: dict[str, Any]) -> dict[str, Any]:
+    """What decides which captions are used, of the config in a manifest; older ones lack some of it."""
+    rules = {name: recorded[name] for name in ("min_words", "max_words", "language_certainty") if name in recorded}
+    return rules | {"languages": tuple(recorded.get("languages", ()))}
 
 
 def _near_pairs(rows: Sequence[Row]) -> list[tuple[str, str]]:

@@ -89,15 +89,15 @@ class RunLog:
 
     def __init__(self, dataset: str) -> None:
         now = datetime.now(UTC)
-        self.uri = storage.join(dataset, RUNS, f"{now:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}.json")
+        self.uri = storage.join(dataset, RUNS, f"{now:%Y%m%dT%H%M%S.%f}-{secrets.token_hex(3)}.json")
         self.stages: dict[str, StageProgress] = {}
         self._head = {"started": now.isoformat("T", "seconds"), "host": socket.gethostname(), "pid": os.getpid()}
         self._written = 0.0
 
-    def update(self, stage: str, progress: StageProgress) -> None:
-        """Note how far a stage is; the file follows within seconds."""
+    def update(self, stage: str, progress: StageProgress, *, write: bool = False) -> None:
+        """Note how far a stage is; the file follows within seconds, or at once."""
         self.stages[stage] = progress
-        if time.monotonic() - self._written > _WRITE_SECONDS:
+        if write or time.monotonic() - self._written > _WRITE_SECONDS:
             self.write("running")
 
     def write(self, state: str) -> None:

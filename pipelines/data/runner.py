@@ -12,6 +12,7 @@ import hashlib
 import logging
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ import ray.data
 from tqdm import tqdm
 
 from pipelines import storage
+from pipelines.cluster import cluster_is_ours
 from pipelines.config import config_hash
 from pipelines.data.publish import parquet_bytes
 from pipelines.data.runlog import BatchReport, RunLog, StageProgress
@@ -95,23 +97,25 @@ class StageTable:
         chunks = [chunk for table in read_parts(self.parts(), [WORK_KEY]) for chunk in table[WORK_KEY].chunks]
         return pc.unique(pa.chunked_array(chunks, type=pa.string()))
 
-    def failures(self, keys: pa.ChunkedArray) -> int:
-        """How many of these keys hold a failure."""
+    def failures(self, keys: pa.ChunkedArray) -> list[str]:
+        """Failures of these keys."""
         if ERROR not in self.schema.names:
-            return 0
-        found = 0
+            return []
+        found: list[str] = []
         for rows in read_parts(self.parts(), [WORK_KEY, ERROR]):
-            failed = rows[WORK_KEY].filter(pc.is_valid(rows[ERROR]))
-            found += int(pc.sum(pc.is_in(failed, keys.combine_chunks())).as_py() or 0)
+            failed = rows.filter(pc.is_valid(rows[ERROR]))
+            found += failed[ERROR].filter(pc.is_in(failed[WORK_KEY], keys.combine_chunks())).to_pylist()
         return found
 
-    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """All rows, each key's from one part."""
+    def read(self, columns: Sequence[str] | None = None, keys: pa.ChunkedArray | None = None) -> pa.Table:
+        """All rows (or those of some keys), each key's from one part."""
         wanted = list(columns if columns is not None else self.schema.names)
         schema = pa.schema([self.schema.field(name) for name in dict.fromkeys([WORK_KEY, *wanted])])
         tables = [table.cast(schema) for table in read_parts(self.parts(), schema.names)]
-        keys = [pc.unique(table[WORK_KEY]) for table in tables]
-        if sum(map(len, keys)) > len(pc.unique(pa.chunked_array(keys, pa.string()))):
+        if keys is not None:
+            tables = [table.filter(pc.is_in(table[WORK_KEY], keys.combine_chunks())) for table in tables]
+        every = [pc.unique(table[WORK_KEY]) for table in tables]
+        if sum(map(len, every)) > len(pc.unique(pa.chunked_array(every, pa.string()))):
             tables = list(_each_key_once(tables))
         return pa.concat_tables(tables or [schema.empty_table()]).select(wanted)
 
@@ -142,7 +146,7 @@ class StageWorker:
     def __init__(self, stage: Stage, uri: str) -> None:
         self.stage = stage
         self.uri = uri
-        self.function = stage.function(uri)
+        self._function: RowFunction | None = None
         self.lock = threading.Lock()  # Ray may call from several threads
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -151,7 +155,9 @@ class StageWorker:
         inputs = batch.to_pylist()
         keys = [row[WORK_KEY] for row in inputs]
         with self.lock:
-            rows = self.function(inputs)
+            if self._function is None:  # not in __init__: what an actor raises there reaches nobody as it was
+                self._function = self.stage.function(self.uri)
+            rows = self._function(inputs)
         table = pa.Table.from_pylist(rows, schema=self.stage.schema)
         covered = set(table[WORK_KEY].to_pylist())
         if covered != set(keys):
@@ -214,18 +220,23 @@ def run_stage(
     pending = anti_join(inputs, table.keys())
     before = inputs.num_rows - pending.num_rows
     state = StageProgress(total=inputs.num_rows, before=before, work_total=_sum(pending, WORK))
+    failed_before = table.failures(inputs[WORK_KEY]) if math.isfinite(max_failed) else []
+    if len(failed_before) > max_failed:
+        raise TooManyFailuresError(failed_before[0], len(failed_before))
+    if log is not None:
+        log.update(stage.name, state, write=True)
     if pending.num_rows:
+        _check_fits(stage)
         _record_settings(stage, table)
-        failed_before = table.failures(inputs[WORK_KEY]) if math.isfinite(max_failed) else 0
         with tqdm(total=state.total, initial=before, desc=stage.name, unit="row", disable=not progress) as bar:
             for report in _in_waves(stage, table, pending, state):
                 bar.update(report.inputs)
                 if log is not None:
                     log.update(stage.name, state)
-                if failed_before + state.failed > max_failed:
-                    raise TooManyFailuresError(report.first_failure, failed_before + state.failed)
-    if log is not None:
-        log.update(stage.name, state)
+                if report.failed and len(failed_before) + state.failed > max_failed:
+                    raise TooManyFailuresError(report.first_failure, len(failed_before) + state.failed)
+        if log is not None:
+            log.update(stage.name, state, write=True)
     # Every report stands for committed rows; should their numbers not add up, the table itself is asked.
     if state.computed != pending.num_rows and (left := anti_join(inputs, table.keys()).num_rows):
         raise JobError(f"stage {stage.name}: {left} inputs stay pending though their workers reported success")
@@ -275,6 +286,28 @@ def cluster_cores() -> int:
     declared = int(ray.cluster_resources().get("CPU", 1))
     alone = len([node for node in ray.nodes() if node["Alive"]]) == 1
     return max(1, min(declared, len(os.sched_getaffinity(0))) if alone else declared)
+
+
+def _check_fits(stage: Stage) -> None:
+    """Refuse what this machine can never hold; a cluster that was joined may grow.
+
+    Raises:
+        UserError: if a process of the stage wants more than there is.
+    """
+    wants = stage.resources
+    needs = {"CPU": wants.num_cpus, "GPU": wants.num_gpus, "memory": 1e6 * (wants.memory_mb or 0.0)}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    has = {name: max(node.get(name, 0.0) for node in nodes) for name in needs}
+    lacking = [name for name, need in needs.items() if need > has[name]]
+    if not lacking:
+        return
+    told = ", ".join(f"{needs[name]:g} {name} (there is {has[name]:g})" for name in lacking)
+    if cluster_is_ours():
+        raise UserError(
+            f"stage {stage.name}: a process wants {told}, which this machine does not have: lower it under resources, "
+            "or set RAY_ADDRESS to a cluster that has it"
+        )
+    tqdm.write(f"stage {stage.name} waits for a node with {told}", file=sys.stderr)
 
 
 def _processes(resources: StageResources) -> int:

@@ -12,8 +12,10 @@ A flash is a frame much brighter or darker than the frames around it; a repeat s
 before, as a stalled recording does.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import cv2
 import numpy as np
@@ -82,7 +84,10 @@ class FrameMeter:
             picture_share: Of the frame, that lies between black bars; what is measured is told of the picture alone.
         """
         start_time, last_time = self.times[first], self.times[end - 1]
-        shares = [share for begin, to, share in self.looks if begin >= start_time and to <= last_time]
+        # Looks follow one another, so those of a span are a stretch of them; a film may have a million.
+        begin = bisect_left(self.looks, start_time, key=itemgetter(0))
+        stop = bisect_right(self.looks, last_time, key=itemgetter(1))
+        shares = [share for _, _, share in self.looks[begin:stop]]
         return {
             "brightness": min(1.0, float(np.mean(self.brightness[first:end])) / picture_share),
             "dark_share": float(np.mean(self.dark[first:end])),
@@ -104,10 +109,10 @@ class FrameMeter:
         return longest
 
     def _sharpness(self, start: float, last: float) -> float:
-        inside = [value for time, value in self.sharpness if start - 1e-6 <= time <= last + 1e-6]
-        if not inside:  # a clip between two looks
-            inside = [min(self.sharpness, key=lambda look: abs(look[0] - start))[1]] if self.sharpness else [0.0]
-        return float(np.mean(inside))
+        begin = bisect_left(self.sharpness, start - 1e-6, key=itemgetter(0))
+        stop = bisect_right(self.sharpness, last + 1e-6, key=itemgetter(0))
+        inside = self.sharpness[begin:stop] or self.sharpness[max(0, begin - 1) : begin + 1]  # or the looks around it
+        return float(np.mean([value for _, value in inside])) if inside else 0.0
 
 
 def _flashes(brightness: Sequence[float]) -> NDArray[np.bool_]:

@@ -5,9 +5,11 @@ decided later, from its scores.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any, Protocol
 
 import av
@@ -62,7 +64,7 @@ def split_source(path: str, config: SplitConfig, *, beat: Callable[[], None]) ->
         origin_s=seen.origin,
         clean_clock=clean_clock,
         decoded_frames=count,
-        clips=_clips(seen, info, config),
+        clips=_clips(seen, info, config, beat),
     )
 
 
@@ -109,12 +111,15 @@ class _Pass:
 
     def fingerprint(self, start: float, end: float) -> bytes:
         """Thumbnails of a span, one for every half second: the nearest to each instant."""
-        inside = [(time, tiny) for time, tiny in self.thumbnails if start - 1e-6 <= time < end - 1e-6]
+        first = bisect_left(self.thumbnails, start - 1e-6, key=itemgetter(0))
+        inside = self.thumbnails[first : bisect_left(self.thumbnails, end - 1e-6, key=itemgetter(0))]
         if not inside:
             return b""
         times = np.array([time for time, _ in inside])
         wanted = np.arange(start, inside[-1][0] + 1e-6, STEP_SECONDS)
-        nearest = np.abs(times[None, :] - wanted[:, None]).argmin(axis=1)
+        after = np.searchsorted(times, wanted).clip(0, len(times) - 1)
+        before = np.maximum(after - 1, 0)
+        nearest = np.where(wanted - times[before] <= np.abs(times[after] - wanted), before, after)
         return b"".join(inside[index][1] for index in nearest)
 
     def picture(self) -> Box:
@@ -122,7 +127,7 @@ class _Pass:
         return turn_box(self.borders.box() or (0, 0, *self.frame_size), self.frame_size, self.rotation)
 
 
-def _clips(seen: _Pass, info: VideoInfo, config: SplitConfig) -> list[dict[str, Any]]:
+def _clips(seen: _Pass, info: VideoInfo, config: SplitConfig, beat: Callable[[], None]) -> list[dict[str, Any]]:
     """Span and scores of each clip."""
     meter, (_, _, width, height) = seen.meter, seen.picture()
     count = len(meter.times)
@@ -140,6 +145,7 @@ def _clips(seen: _Pass, info: VideoInfo, config: SplitConfig) -> list[dict[str, 
     }
     clips = []
     for first, stop in _spans(meter.times, seen.shots.finish(), end, meter.dark, config):
+        beat()
         start_s, end_s = meter.times[first], meter.times[stop] if stop < count else end
         span = {"duration": end_s - start_s, "fps": (stop - first) / (end_s - start_s)}
         scores = span | of_the_source | meter.clip_scores(first, stop, picture_share)

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines import storage
-from pipelines.data.decode import CrashLog, DecodeChild, DecodeJob
+from pipelines.data.decode import CRASHES, CrashLog, DecodeChild, DecodeJob
 from pipelines.data.runner import Row, Stage
 from pipelines.data.schemas import PASS_SCORES
 from pipelines.data.settings import DecodeConfig, SplitConfig, StageResources
@@ -56,8 +56,8 @@ class LocalFiles:
             stack = ExitStack()
             try:
                 self._paths[uri] = stack.enter_context(storage.local_copy(uri))
-            except OSError as error:
-                raise unreadable_error(error) from error
+            except OSError as error:  # it could be read when it was hashed
+                raise unreadable_error(error).as_transient() from error
             self._open[uri] = stack
         return self._paths[uri]
 
@@ -73,7 +73,7 @@ class SplitFunction:
 
     def __init__(self, uri: str, *, config: SplitConfig, decode: DecodeConfig) -> None:
         self.config = config
-        self.child = DecodeChild(decode, CrashLog(storage.join(uri, "crashes")), weights=config.weights)
+        self.child = DecodeChild(decode, CrashLog(storage.join(uri, CRASHES)), weights=config.weights)
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         """Clips of each source."""

@@ -9,6 +9,7 @@ from itertools import chain
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -76,7 +77,7 @@ def stage_rows(snapshot: Snapshot, stage: str, key: str, clips: Sequence[Row], c
         return []
     uri = storage.join(snapshot.dataset, STAGES, stage, hashed)
     parts = [storage.join(uri, name) for name in storage.list_names(uri) if name.startswith("part-")]
-    wanted = pc.field(key).isin(sorted({clip[key] for clip in clips}))
+    wanted = pc.field(key).isin(pa.array(sorted({clip[key] for clip in clips}), pa.string()))
 
     def read(part: str) -> list[Row]:
         fs, path = storage.filesystem(part)

@@ -21,7 +21,15 @@ from pipelines.data.settings import DecodeConfig
 from pipelines.data.snapshot import TokenizerInfo
 from pipelines.data.video import VideoError
 
-TOKEN_INPUTS = pa.schema([*CLIP_INPUTS, ("num_frames", pa.int32()), ("width", pa.int32()), ("height", pa.int32())])
+TOKEN_INPUTS = pa.schema(
+    [
+        *CLIP_INPUTS,
+        ("num_frames", pa.int32()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("decode_back", pa.bool_()),  # whether the codes are decoded again, for psnr
+    ]
+)
 TOKENIZED = pa.schema(
     [
         pa.field("work_key", pa.string(), nullable=False),
@@ -47,9 +55,10 @@ class ClipShape:
     width: int  # px
     height: int
 
-    def work_key(self, clip_key: str, picture: Sequence[int]) -> str:
+    def work_key(self, clip_key: str, picture: Sequence[int], *, decode_back: bool = False) -> str:
         """Names the work of encoding a clip so; the picture is the part of its frame that counts."""
-        return f"{clip_key}@{self.num_frames}x{self.width}x{self.height}+{','.join(map(str, picture))}"
+        mark = "+psnr" if decode_back else ""
+        return f"{clip_key}@{self.num_frames}x{self.width}x{self.height}+{','.join(map(str, picture))}{mark}"
 
 
 def plan_shape(scores: Mapping[str, float], config: TokenConfig) -> ClipShape | None:
@@ -126,7 +135,7 @@ class TokenFunction:
         t, h, w = grid.shape
         digest = hashlib.sha256(flat.tobytes()).hexdigest()
         made = {"t": t, "h": h, "w": w, "fps": self.config.fps, "codes": flat, "codes_sha256": digest}
-        if is_sampled(row["key"], self.config.decode_back_share):
+        if row["decode_back"]:
             decoded = self.tokenizer.decode(torch.from_numpy(grid)[None])[0].numpy()
             made["psnr"] = round(psnr(frames, decoded), 3)
         return {"work_key": row["work_key"], "key": row["key"], **made}
@@ -153,7 +162,6 @@ def tokens_stage(config: CurateConfig, tokenizer: TokenizerInfo) -> Stage:
     settings = {
         "version": 2,
         "fps": tokens.fps,
-        "decode_back_share": tokens.decode_back_share,
         "batch_size": tokens.batch_size,
         "tokenizer": [tokenizer.kind, tokenizer.weights_hash],
     }

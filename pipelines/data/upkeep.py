@@ -8,11 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import storage
+from pipelines.data.decode import CRASHES, CrashLog
 from pipelines.data.ledger import count_reasons
 from pipelines.data.lock import dataset_lock
 from pipelines.data.publish import parquet_bytes
 from pipelines.data.runlog import RunRecord, last_run
-from pipelines.data.runner import PART_ROW_GROUP, STAGES
+from pipelines.data.runner import PART_ROW_GROUP, STAGES, WORK_KEY
 from pipelines.data.snapshot import SNAPSHOTS, list_snapshots, open_snapshot
 from pipelines.errors import UserError
 
@@ -129,11 +130,16 @@ def retry(dataset: str, failure_class: str) -> dict[str, int]:
     forgotten: Counter[str] = Counter()
     with dataset_lock(dataset):
         for stage, name in list_tables(dataset):
-            for part in table_parts(storage.join(dataset, STAGES, stage, name)):
+            uri = storage.join(dataset, STAGES, stage, name)
+            crashes = CrashLog(storage.join(uri, CRASHES))
+            for part in table_parts(uri):
                 chosen = [error is not None and failure_class in _words(error) for error in _errors(part)]
                 if any(chosen):
                     forgotten[stage] += sum(chosen)
-                    _rewrite(part, _read(part).filter(pa.array([not flag for flag in chosen])))
+                    table = _read(part)
+                    for key in table[WORK_KEY].filter(pa.array(chosen)).to_pylist():
+                        crashes.forget(key)
+                    _rewrite(part, table.filter(pa.array([not flag for flag in chosen])))
     return dict(forgotten)
 
 
@@ -152,10 +158,11 @@ def collect_garbage(dataset: str, *, dry_run: bool) -> list[str]:
     Raises:
         UserError: if there is no such dataset, a run is using it, or it has no snapshot yet (all would go).
     """
-    snapshots = _snapshots_of(dataset)
-    if not snapshots:
-        raise UserError(f"dataset {dataset} has no published snapshot yet: what its stages hold is all there is")
+    _snapshots_of(dataset)
     with dataset_lock(dataset):
+        snapshots = _snapshots_of(dataset)  # those of a run that has just ended among them
+        if not snapshots:
+            raise UserError(f"dataset {dataset} has no published snapshot yet: what its stages hold is all there is")
         used = _users(dataset, snapshots)
         unused = [f"{STAGES}/{stage}/{name}" for stage, name in list_tables(dataset) if f"{stage}/{name}" not in used]
         folder = storage.join(dataset, SNAPSHOTS)

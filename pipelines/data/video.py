@@ -46,6 +46,10 @@ class VideoError(Exception):
         self.detail = detail
         self.transient = transient
 
+    def as_transient(self) -> "VideoError":
+        """The same, of a file that may do better another time."""
+        return VideoError(self.code, self.detail, transient=True)
+
     @property
     def reason(self) -> str:
         """As the ledger tells it."""
@@ -216,8 +220,8 @@ def _open_error(path: str, error: Exception) -> VideoError:
     try:
         with open(path, "rb") as file:
             head = file.read(16)
-    except OSError as unreadable:
-        return unreadable_error(unreadable)
+    except OSError as unreadable:  # it could be read when it was hashed
+        return unreadable_error(unreadable).as_transient()
     if not head:
         return VideoError("empty_file", "0 bytes")
     for container, marks in _MAGIC.items():

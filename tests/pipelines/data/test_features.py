@@ -199,7 +199,7 @@ def test_partial_rebuild_of_a_captioner_recaptions_and_nothing_else(scored, corp
     for row in rows:
         given, coca_made = row["captions"]
         assert given["captioner"] == "metadata"
-        assert coca_made["captioner"].startswith("coca_ViT-L-14@")
+        assert coca_made["captioner"].startswith("coca@")
         assert len(coca_made["text"]) > 0
     again = curate(both)
     assert sum(again.computed.values()) == 0

@@ -42,7 +42,7 @@ def test_a_sample_stands_for_all_by_bytes(corpus, tokenizer_file, tmp_path):
         plan_curation(config, Cluster(cpus=64), sources=0)
     gpu = curate_config(corpus, tmp_path / "d", tokenizer_file, "resources.tokens={num_cpus: 1.0, num_gpus: 1.0}")
     with pytest.raises(
-        UserError, match=r"no process of the stage tokens fits: resources.tokens wants 1 CPUs and 1 GPUs"
+        UserError, match=r"no process of the stage tokens fits: under resources it wants 1 CPUs and 1 GPUs"
     ):
         plan_curation(gpu, Cluster(cpus=64), sources=1)
     with pytest.raises(UserError, match="cpus must be positive"):

@@ -81,7 +81,7 @@ def test_what_cannot_be_restored_is_told(dataset):
     shutil.rmtree(dataset / "stages" / "tokens")
     done = repair_dataset(str(dataset))
     [told] = done.beyond.values()
-    assert "the stages no longer hold what it was made of" in told
+    assert "it does not come out of the stages as it was" in told
     assert "cannot restore v0001" in str(done)
     with pytest.raises(UserError, match="is no dataset"):
         repair_dataset(str(dataset / "nowhere"))

@@ -21,6 +21,7 @@ def rows(tmp_path):
         path = write_video(tmp_path / f"{index}.mp4", moving_square(20, seed=index))
         shape = {"num_frames": count, "width": 48, "height": 32}
         span = SPAN | {"end_s": 20 / 12, "source_frames": 20}
+        shape["decode_back"] = index == 3
         made.append({"work_key": f"w{index}", "key": f"k{index}", "uri": str(path), **shape, **span})
     return made
 
@@ -61,7 +62,7 @@ def test_a_clip_that_cannot_be_decoded_again_fails_alone(rows, tmp_path, tokeniz
     rows[5]["uri"] += ".gone"
     found = encode(rows, tmp_path, tokenizer_file)
     assert found["k4"]["error"].startswith("not_a_video (permanent)")
-    assert found["k5"]["error"].startswith("missing_file (permanent)")
+    assert found["k5"]["error"].startswith("missing_file (transient)")
     assert [key for key, row in found.items() if row.get("error") is None] == [f"k{i}" for i in (0, 1, 2, 3, 6, 7, 8)]
 
 
