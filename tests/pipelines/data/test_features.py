@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipelines.data.curate import curate
 from pipelines.data.features import FeatureFunction, FeatureScores, Head, TextDetector, TextFunction, similarity
-from pipelines.data.frames import clip_inputs, picture_key
+from pipelines.data.frames import ClipReader, clip_inputs, evenly, picture_key
 from pipelines.data.model_settings import CaptionConfig, CocaConfig, FeatureConfig, OpenClipConfig
 from pipelines.data.settings import DecodeConfig, SplitConfig
 from pipelines.data.snapshot import open_snapshot
@@ -18,7 +18,7 @@ from pipelines.data.split import SplitFunction
 from pipelines.errors import UserError
 from tests.pipelines.data.corpora import GOOD, curate_config
 from tests.pipelines.data.models import COCA, EMBED, write_head, write_open_clip, write_text_detector
-from tests.pipelines.data.videos import moving_square, write_video
+from tests.pipelines.data.videos import moving_square, numbered, read_numbers, write_video
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_heads_are_stacks_of_linear_layers(models, tmp_path):
     features = np.random.default_rng(0).standard_normal((5, EMBED)).astype(np.float32)
     state = torch.load(models["features.nsfw_head"], weights_only=True)
     values = torch.from_numpy(features)
-    for number in (0, 2, 4):
+    for number in (0, 2, 4):  # their numbers leave room for a ReLU
         values = torch.nn.functional.linear(
             values.relu() if number else values, state[f"layers.{number}.weight"], state[f"layers.{number}.bias"]
         )
@@ -244,3 +244,29 @@ def test_settings_name_what_they_lack():
         CaptionConfig(languages=("English",))
     with pytest.raises(ValueError, match=r"max_tokens must be in 1\.\.75"):
         CocaConfig(max_tokens=100)
+
+
+def test_layers_are_rectified_where_their_numbers_leave_room(tmp_path):
+    """As in LAION's h14_nsfw.pth: ReLU and Dropout between layers, but none before the last."""
+    torch.manual_seed(0)
+    stack = torch.nn.Sequential(
+        torch.nn.Linear(EMBED, 8), torch.nn.ReLU(), torch.nn.Dropout(), torch.nn.Linear(8, 4), torch.nn.Linear(4, 1)
+    ).eval()
+    torch.save({f"layers.{name}": value for name, value in stack.state_dict().items()}, tmp_path / "nsfw.pth")
+    features = torch.randn(6, EMBED)
+    head = Head(str(tmp_path / "nsfw.pth"), "features.nsfw_head", rectified=True)
+    np.testing.assert_allclose(head(features.numpy()), stack(features)[:, 0].detach().numpy(), rtol=1e-4, atol=1e-5)
+    odd = {"0.weight": torch.zeros(1, EMBED), "1.running_mean": torch.zeros(1)}
+    torch.save(odd, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=r"1\.running_mean belongs to no linear layer"):
+        Head(str(tmp_path / "odd.pth"), "features.nsfw_head", rectified=False)
+
+
+def test_frames_are_evenly_spaced_and_the_second_of_two_is_the_middle(tmp_path):
+    [clip] = clips_of(write_video(tmp_path / "a.mp4", numbered(24)), tmp_path)
+    reader = ClipReader(str(tmp_path), DecodeConfig())
+    for count, expected in ((2, [0, 12]), (4, [0, 6, 12, 18])):
+        [(_, frames)] = reader.read([clip], lambda row, count=count: evenly(row, count, 48))
+        assert frames.shape[1:] == (48, 64, 3)
+        assert read_numbers(frames) == expected
+    reader.close()

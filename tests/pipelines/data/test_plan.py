@@ -47,3 +47,13 @@ def test_a_sample_stands_for_all_by_bytes(corpus, tokenizer_file, tmp_path):
         plan_curation(gpu, Cluster(cpus=64), sources=1)
     with pytest.raises(UserError, match="cpus must be positive"):
         Cluster(cpus=0)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [("tokens.tokenizer.path=/nope", "tokens.tokenizer: .*/nope"), ("source.path=/nope", "source.path /nope")],
+)
+def test_a_plan_tells_of_bad_input_as_the_run_does(corpus, tokenizer_file, tmp_path, override, told):
+    config = curate_config(corpus, tmp_path / "d", tokenizer_file, override)
+    with pytest.raises(UserError, match=told):
+        plan_curation(config, Cluster(cpus=4), sources=1)

@@ -70,3 +70,10 @@ def test_a_tokenizer_that_is_not_ours_has_to_be_named(corpus, tokenizer_file, tm
     snapshot = open_snapshot(str(tmp_path / "d"))
     assert "name --tokenizer" in str(recheck(snapshot, 2))
     assert recheck(snapshot, 2, str(tokenizer_file)).equal == 1.0
+
+
+def test_a_snapshot_without_clips_has_nothing_to_look_at(corpus, tmp_path):
+    curate(curate_config(corpus, tmp_path / "d", "null", "thresholds.min_fps=99"))
+    found = recheck(open_snapshot(str(tmp_path / "d")), 4)
+    assert (found.psnr, found.problems) == ({}, ())
+    assert CliRunner().invoke(command, ["verify", str(tmp_path / "d")]).exit_code == 0

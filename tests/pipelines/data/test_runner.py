@@ -1,6 +1,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -159,3 +160,17 @@ def test_the_runner_itself_costs_little(tmp_path):
     run(null, inputs(range(10, 10 + rows)), tmp_path)
     per_row = (time.perf_counter() - begin) / rows
     assert per_row < 1e-3  # 0.2 ms when the machine has nothing else to do; the benchmark measures it
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    ("resources", "told"),
+    [
+        (StageResources(num_gpus=1.0), r"1 GPU \(there is 0\)"),
+        (StageResources(num_cpus=99.0), r"99 CPU \(there is 6\)"),
+        (StageResources(memory_mb=1e9), r"1e\+15 memory"),
+    ],
+)
+def test_a_stage_that_can_never_run_here_is_told_at_once(tmp_path, resources, told):
+    with pytest.raises(UserError, match=f"stage double: a process wants {told}"):
+        run(replace(stage(), resources=resources), inputs(range(3)), tmp_path)

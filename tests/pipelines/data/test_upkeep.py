@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from jobs.data import command
 from pipelines.data.curate import curate
+from pipelines.data.decode import CRASHES, CrashLog
 from pipelines.data.lock import dataset_lock
 from pipelines.data.removal import remove_sources
 from pipelines.data.report import score_columns, what_if
@@ -206,3 +207,16 @@ def test_what_another_threshold_would_keep_is_what_it_keeps(dataset, corpus, tok
     result = curate(curate_config(corpus, dataset, tokenizer_file, "thresholds.min_motion_time=null"))
     assert result.counts["kept"] == without == GOOD + 2
     assert result.computed["split"] == 0
+
+
+def test_retry_starts_anew_with_what_ended_its_decoder(dataset):
+    [table] = (dataset / "stages" / "split").iterdir()
+    failed = {
+        row["work_key"] for part in table.glob("part-*") for row in pq.read_table(part).to_pylist() if row["error"]
+    }
+    crashes = CrashLog(str(table / CRASHES))
+    for key in failed:
+        crashes.add(key, "stalled")
+    crashes.add("of another clip", "SIGSEGV")
+    assert retry(str(dataset), "permanent")["split"] == len(failed)
+    assert [json.loads(path.read_text())["key"] for path in (table / CRASHES).iterdir()] == ["of another clip"]
