@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from pipelines.data.curate import curate
+from pipelines.data.runlog import last_run
 from pipelines.data.snapshot import open_snapshot
 from tests.pipelines.data.corpora import curate_config, published, write_corpus
 
@@ -97,20 +99,32 @@ def test_exactly_once_after_three_kills(corpus, tokenizer_file, untouched, tmp_p
 def test_exactly_once_after_twenty_kills(corpus, tokenizer_file, untouched, tmp_path):
     dataset, chance = tmp_path / "d", random.Random(1)
     kills = {"driver": 0, "worker": 0, "child": 0}
-    while sum(kills.values()) < 20 or min(kills.values()) < 3:
+    stages: Counter[str] = Counter()  # in which a kill came
+    while sum(kills.values()) < 20 or min(kills.values()) < 5:
         if (dataset / "snapshots").exists():  # too quick: begin once more with less of what was done
             for path in sorted((dataset / "stages").rglob("part-*.parquet"))[::2]:
                 path.unlink()
             for path in (dataset / "snapshots").glob("*/manifest.json"):
                 path.unlink()
         run = Run(corpus, dataset, tokenizer_file)
-        while run.process.poll() is None and sum(kills.values()) < 25:
-            time.sleep(chance.uniform(0.1, 4.0))
-            kind = chance.choice(sorted(kills))
-            if found := run.targets(kind):
-                os.kill(chance.choice(found), signal.SIGKILL)
+        begin, patience = time.monotonic(), chance.uniform(5, 25)
+        while run.process.poll() is None:
+            time.sleep(chance.uniform(0.05, 1.5))
+            found = {kind: targets for kind in kills if (targets := run.targets(kind))}
+            if time.monotonic() - begin < patience:
+                found.pop("driver", None)  # else hardly a run would get to its workers
+            if found:
+                kind = min(found, key=kills.__getitem__)
+                os.kill(chance.choice(found[kind]), signal.SIGKILL)
                 kills[kind] += 1
+                started = last_run(str(dataset))
+                stages[list(started.stages)[-1] if started and started.stages else "start"] += 1
+            if sum(kills.values()) >= 25:
+                break
+        if run.process.poll() is None:
+            run.process.kill()
         run.process.wait()
+    sys.stdout.write(f"kills {kills}, in stages {dict(stages)}\n")
     last = Run(corpus, dataset, tokenizer_file)
     assert last.process.wait(timeout=600) == 0
     files = published(open_snapshot(str(dataset)))
