@@ -102,7 +102,9 @@ class RunLog:
 
     def write(self, state: str) -> None:
         """Write the file: "running", "done" or "stopped"."""
-        stages = {name: asdict(progress) for name, progress in self.stages.items()}
+        stages = [
+            {"name": name, **asdict(progress)} for name, progress in self.stages.items()
+        ]  # in the order of the work
         updated = datetime.now(UTC).isoformat("T", "seconds")
         storage.write_json_atomic(self.uri, {**self._head, "updated": updated, "state": state, "stages": stages})
         self._written = time.monotonic()
@@ -156,7 +158,7 @@ def _runs(dataset: str) -> Iterator[RunRecord]:
     folder = storage.join(dataset, RUNS)
     for name in reversed([name for name in storage.list_names(folder) if name.endswith(".json")]):
         found: dict[str, Any] = storage.read_json(storage.join(folder, name))
-        stages = {stage: StageProgress(**values) for stage, values in found.pop("stages").items()}
+        stages = {values.pop("name"): StageProgress(**values) for values in found.pop("stages")}
         yield RunRecord(**found, stages=stages)
 
 
