@@ -224,7 +224,7 @@ def run_stage(
     if len(failed_before) > max_failed:
         raise TooManyFailuresError(failed_before[0], len(failed_before))
     if log is not None:
-        log.update(stage.name, state, write=True)
+        log.update(stage.name, state, write=pending.num_rows > 0)
     if pending.num_rows:
         _check_fits(stage)
         _record_settings(stage, table)
@@ -236,7 +236,7 @@ def run_stage(
                 if report.failed and len(failed_before) + state.failed > max_failed:
                     raise TooManyFailuresError(report.first_failure, len(failed_before) + state.failed)
         if log is not None:
-            log.update(stage.name, state, write=True)
+            log.update(stage.name, state)
     # Every report stands for committed rows; should their numbers not add up, the table itself is asked.
     if state.computed != pending.num_rows and (left := anti_join(inputs, table.keys()).num_rows):
         raise JobError(f"stage {stage.name}: {left} inputs stay pending though their workers reported success")
