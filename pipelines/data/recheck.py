@@ -10,13 +10,14 @@ import torch
 from tqdm import tqdm
 
 from lumos.tokenizers import TokenizerConfig, VideoTokenizer, load_video_tokenizer
-from pipelines.data.decode import CrashLog, DecodeChild, DecodeJob
+from pipelines.data.decode import CrashLog, DecodeChild
+from pipelines.data.frames import Wanted
 from pipelines.data.runner import Row
 from pipelines.data.settings import DecodeConfig
 from pipelines.data.snapshot import Snapshot
-from pipelines.data.stills import REQUEST, Sources, stage_rows
+from pipelines.data.stills import REQUEST, Sources, source_job, stage_rows
 from pipelines.data.tokens import psnr
-from pipelines.data.video import ClipRequest, VideoError
+from pipelines.data.video import VideoError
 from pipelines.errors import UserError
 
 # By how much, dB, codes on disk may show their clip worse than codes made now; other devices and versions round
@@ -81,7 +82,7 @@ def recheck(snapshot: Snapshot, count: int, tokenizer: str | None = None) -> Rec
     same: list[bool] = []
     with tempfile.TemporaryDirectory(prefix="lumos-recheck-") as folder:
         child = DecodeChild(DecodeConfig(), CrashLog(folder))
-        jobs = (_job(clip, requests.get(clip["key"]), sources) for clip in clips)
+        jobs = (source_job(clip, requests.get(clip["key"]), sources, _encoded) for clip in clips)
         try:
             for clip, frames in zip(clips, tqdm(child.run(jobs), total=len(clips), desc="decode back"), strict=True):
                 if isinstance(frames, VideoError):
@@ -138,19 +139,6 @@ def _choose(snapshot: Snapshot, count: int) -> list[Row]:
     return [row | {"key": row["clip_id"]} for row in sorted(chosen, key=lambda row: row["clip_id"])]
 
 
-def _job(clip: Row, request: Row | None, sources: Sources) -> DecodeJob | VideoError:
-    if request is None:
-        return VideoError("unknown_clip", "not in the stage tables of the dataset any more")
-    try:
-        path = sources.path(clip["source_id"])
-    except VideoError as error:
-        return error
-    wanted = ClipRequest(
-        path=path,
-        fps=clip["fps"],
-        num_frames=1 + 4 * (clip["t"] - 1),
-        width=8 * clip["w"],
-        height=8 * clip["h"],
-        **{name: request[name] for name in REQUEST},
-    )
-    return DecodeJob(clip["key"], "clip", {"request": wanted}, after_crash={"use_decord": False})
+def _encoded(clip: Row, _: Row) -> Wanted:
+    """The frames of a clip that were encoded."""
+    return Wanted(clip["fps"], 1 + 4 * (clip["t"] - 1), 8 * clip["w"], 8 * clip["h"])

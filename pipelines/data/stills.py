@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from itertools import chain
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from pipelines import storage
 from pipelines.data.card import reason_class
 from pipelines.data.decode import CrashLog, DecodeChild, DecodeJob
+from pipelines.data.frames import Wanted
 from pipelines.data.runner import STAGES, Row
 from pipelines.data.settings import DecodeConfig
 from pipelines.data.snapshot import Snapshot
@@ -55,7 +56,7 @@ def decode_frames(snapshot: Snapshot, clips: Sequence[Row]) -> dict[str, Shown]:
     shown: dict[str, Shown] = {}
     with tempfile.TemporaryDirectory(prefix="lumos-contact-") as folder:
         child = DecodeChild(DecodeConfig(stall_seconds=_STALL_SECONDS), CrashLog(folder))
-        jobs = (_job(clip, requests.get(clip["key"]), sources) for clip in ordered)
+        jobs = (source_job(clip, requests.get(clip["key"]), sources, _moments) for clip in ordered)
         followers = [*(clip["source_id"] for clip in ordered[1:]), None]
         try:
             results = tqdm(child.run(jobs), total=len(ordered), desc="frames", unit="clip")
@@ -89,25 +90,37 @@ def stage_rows(snapshot: Snapshot, stage: str, key: str, clips: Sequence[Row], c
         return list(chain.from_iterable(pool.map(read, parts)))
 
 
-def _job(clip: Row, request: Row | None, sources: "Sources") -> DecodeJob | VideoError:
-    """What decodes the moments of a clip at the height of a tile, in the shape of its picture."""
+def source_job(
+    clip: Row, request: Row | None, sources: "Sources", wanted: Callable[[Row, Row], Wanted]
+) -> DecodeJob | VideoError:
+    """What decodes frames of a published clip from its source, or why that cannot be.
+
+    Args:
+        clip: Its key and source_id.
+        request: Its row of the split stage, None where that is gone.
+        sources: Where its source is.
+        wanted: Which frames, given the clip and its row of the split stage.
+    """
     if request is None:
         return VideoError("unknown_clip", "not in the stage tables of the dataset any more")
     try:
         path = sources.path(clip["source_id"])
     except VideoError as error:
         return error
+    found = ClipRequest(path=path, **vars(wanted(clip, request)), **{name: request[name] for name in REQUEST})
+    return DecodeJob(clip["key"], "clip", {"request": found}, after_crash={"use_decord": False})
+
+
+def _moments(_: Row, request: Row) -> Wanted:
+    """The moments of a clip at the height of a tile, in the shape of its picture."""
     _, _, width, height = request["picture"]
     shape = round(FRAME_HEIGHT * width * request["pixel_aspect"] / height)
-    wanted = ClipRequest(
-        path=path,
+    return Wanted(
         fps=(len(MOMENTS) - 1) / max(request["end_s"] - request["start_s"], 1e-3),
         num_frames=len(MOMENTS),
         width=min(max(shape, _FRAME_WIDTHS[0]), _FRAME_WIDTHS[1]),
         height=FRAME_HEIGHT,
-        **{name: request[name] for name in REQUEST},
     )
-    return DecodeJob(clip["key"], "clip", {"request": wanted}, after_crash={"use_decord": False})
 
 
 @dataclass
