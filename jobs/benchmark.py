@@ -22,22 +22,24 @@ def command() -> None:
 
 @command.command(short_help="Score pass and tokenizing against their floors; what a row costs.")
 @click.option("--json", "json_path", type=JSON_FILE, help="Write figures, samples and machine there.")
-@click.option("--repeats", type=COUNT, default=3, show_default=True, help="Times of each figure.")
+@click.option("--repeats", type=COUNT, default=5, show_default=True, help="Times of each figure.")
 @click.option("--copies", type=COUNT, default=8, show_default=True, help="Of the film (9 s at 1280x720) worked on.")
 @click.option("--null-rows", type=COUNT, default=1_000_000, show_default=True, help="Through a stage without work.")
-def data(json_path: Path | None, repeats: int, copies: int, null_rows: int) -> None:
+@click.option("--clips", type=COUNT, default=200_000, show_default=True, help="Of a curation that decodes nothing.")
+def data(json_path: Path | None, repeats: int, copies: int, null_rows: int, clips: int) -> None:
     """Measure the data pipeline.
 
     score_pass_vs_floor: speed of the pass that splits and scores, over that of the same processes only decoding the
     same frames at the same small size. tokenize_vs_floor: speed of the token stage over that of decoding and encoder
     calls alone. null_row_ms: what a row costs in a stage that does nothing, anti-join and commit included.
-    driver_growth_mb: memory that the driver takes for a manifest of so many rows.
+    driver_growth_mb: memory that the driver takes for a manifest of so many rows. The figures of a whole curation, of
+    clips whose scores and codes are made up, are in the file, under raw.
     """
     from pipelines.benchmarks.data import DataBenchmarkConfig, run_data_benchmark
 
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
-    config = DataBenchmarkConfig(repeats=repeats, copies=copies, null_rows=null_rows)
+    config = DataBenchmarkConfig(repeats=repeats, copies=copies, null_rows=null_rows, clips=clips)
     found = run_data_benchmark(config, click.echo)
     for name in ("score_pass_vs_floor", "tokenize_vs_floor", "null_row_ms", "driver_growth_mb"):
         click.echo(f"{name} {found[name]}")

@@ -6,10 +6,8 @@ turns; the medians count.
 
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,18 +22,21 @@ import torch
 from tqdm import tqdm
 
 from lumos.tokenizers import TokenizerConfig, load_video_tokenizer
+from pipelines.benchmarks.curation import measure_curation
 from pipelines.benchmarks.machine import describe_machine, product_ms, ratio
 from pipelines.cluster import connect
+from pipelines.data.clips import Clips
 from pipelines.data.config import CurateConfig, TokenConfig
 from pipelines.data.decode import CrashLog, DecodeChild, DecodeJob
-from pipelines.data.frames import REQUEST_COLUMNS, clip_inputs
+from pipelines.data.frames import REQUEST_COLUMNS
 from pipelines.data.runlog import RunLog
 from pipelines.data.runner import Row, Stage, StageTable, run_stage
 from pipelines.data.settings import DecodeConfig, SourceConfig, SplitConfig, StageResources
 from pipelines.data.sources import list_sources
 from pipelines.data.split import CLIPS, split_stage
-from pipelines.data.tokens import TOKEN_INPUTS, TOKENIZED, load_tokenizer_info, plan_shape, tokens_stage
+from pipelines.data.tokens import TOKENIZED, load_tokenizer_info, token_inputs, tokens_stage
 from pipelines.data.video import ClipRequest, read_clip
+from pipelines.sampling import sampled
 
 _SIZE = (1280, 720)
 _FPS = 30
@@ -54,11 +55,13 @@ class DataBenchmarkConfig:
         repeats: Times of each ratio; medians count.
         copies: Of the film that is scored and tokenized, 9 s at 1280x720.
         null_rows: Rows of the manifest that goes through a stage which does nothing.
+        clips: Of a curation in which nothing is decoded.
     """
 
-    repeats: int = 3
+    repeats: int = 5
     copies: int = _COPIES
     null_rows: int = 1_000_000
+    clips: int = 200_000
 
 
 def render_film(path: Path) -> None:
@@ -157,6 +160,7 @@ def run_data_benchmark(config: DataBenchmarkConfig, say: Callable[[str], None]) 
         scored = _score_pass(sources, root, config, say)
         tokenized = _tokenize(sources, root, config, say)
         rows = _null_rows(root, config, say)
+        curated = measure_curation(root, config.clips, say)
     figures = {
         "score_pass_vs_floor": ratio(scored["floor_s"], scored["stage_s"]),
         "tokenize_vs_floor": ratio(tokenized["floor_s"], tokenized["stage_s"]),
@@ -166,7 +170,7 @@ def run_data_benchmark(config: DataBenchmarkConfig, say: Callable[[str], None]) 
     return {
         "schema": 1,
         **figures,
-        "raw": {"score_pass": scored, "tokenize": tokenized, "null": rows},
+        "raw": {"score_pass": scored, "tokenize": tokenized, "null": rows, "curation": curated},
         "config": vars(config),
         "machine": describe_machine(),
         "product_ms": {"before": before, "after": product_ms()},
@@ -218,18 +222,10 @@ def _tokenize(
     run_stage(split, sources, dataset=str(root / "clips"))
     tokens = TokenConfig(decode_back_share=0.0)
     curate = CurateConfig(dataset="-", source=SourceConfig(path="-"), tokens=tokens)
-    inputs = []
-    for row in StageTable(str(root / "clips"), split).read().to_pylist():
-        shape = plan_shape(row["scores"], tokens)
-        assert shape is not None
-        inputs.append(
-            {
-                "work_key": row["key"] + row["work_key"],
-                "decode_back": False,
-                **vars(shape),
-                **clip_inputs(row, sources["uri"][0].as_py()),
-            }
-        )
+    table = StageTable(str(root / "clips"), split).read()
+    clips = Clips(table, pa.chunked_array([[sources["uri"][0].as_py()] * table.num_rows]))
+    clips.plan_shapes(tokens)
+    inputs = token_inputs(*clips.of(clips.verdicts.kept), clips.shapes[clips.verdicts.kept], 0.0)
     floor = Stage(
         name="floor-tokens",
         settings={},
@@ -238,8 +234,7 @@ def _tokenize(
         rows_per_part=64,
     )
     stage = tokens_stage(curate, load_tokenizer_info(TokenizerConfig()))
-    table = pa.Table.from_pylist(inputs, schema=TOKEN_INPUTS)
-    return _in_turns({"floor_s": floor, "stage_s": stage}, table, root, config, say)
+    return _in_turns({"floor_s": floor, "stage_s": stage}, inputs, root, config, say)
 
 
 def _null_rows(root: Path, config: DataBenchmarkConfig, say: Callable[[str], None]) -> dict[str, Any]:
@@ -261,7 +256,7 @@ def _null_rows(root: Path, config: DataBenchmarkConfig, say: Callable[[str], Non
     run_stage(stage, pa.table({"work_key": ["a", "b"]}), dataset=str(root / "warm"))
     seconds, growth = [], []
     for repeat in range(config.repeats):
-        with _watched() as memory:
+        with sampled(lambda: float(psutil.Process().memory_info().rss), _SAMPLE_SECONDS) as memory:
             listing = list_sources(SourceConfig(path=str(manifest)))
             begin = time.perf_counter()
             run_stage(stage, listing, dataset=str(root / f"null-{repeat}"))
@@ -276,23 +271,3 @@ def _null_rows(root: Path, config: DataBenchmarkConfig, say: Callable[[str], Non
     }
     say(f"  {found['null_row_ms']} ms a row, driver grew by {found['driver_growth_mb']} MB")
     return found
-
-
-@contextmanager
-def _watched() -> Iterator[list[int]]:
-    """Bytes that this process holds, sampled while the block runs; the first is that at its begin."""
-    process = psutil.Process()
-    samples = [process.memory_info().rss]
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(_SAMPLE_SECONDS):
-            samples.append(process.memory_info().rss)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield samples
-    finally:
-        over.set()
-        thread.join()

@@ -1,10 +1,13 @@
 """All captioners of a curation together: what each is asked, and which of their captions a clip gets."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from pipelines.config import config_hash
 from pipelines.data.captions import (
@@ -18,12 +21,13 @@ from pipelines.data.captions import (
 from pipelines.data.coca import coca_stage
 from pipelines.data.endpoint_settings import EndpointConfig
 from pipelines.data.endpoint_stage import endpoint_stage
-from pipelines.data.frames import CLIP_INPUTS, clip_inputs, picture_key
+from pipelines.data.frames import clip_inputs, picture_keys
 from pipelines.data.model_settings import CaptionConfig
-from pipelines.data.runner import Row, Stage
+from pipelines.data.runner import Stage
+from pipelines.data.schemas import CAPTIONS
 from pipelines.data.settings import DecodeConfig, StageResources
 
-Caption = dict[str, str]  # text, captioner
+_PIECE = 1 << 14  # clips at a time, as Python's objects weigh several times more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,18 +35,24 @@ class Captions:
     """The captions of clips.
 
     Attributes:
-        of: By clip: captions fit to be used, in the order of the captioners.
+        clips: Their numbers, ascending.
+        of: Of each, captions fit to be used, in the order of the captioners, as ``schemas.CAPTIONS``.
         faults: By clip without any: status and reason, as the ledger tells it.
         left_out: Captions not used, by why.
         input_tokens: That endpoints counted for these clips.
         output_tokens: Likewise.
     """
 
-    of: dict[int, list[Caption]]
+    clips: NDArray[np.int64]
+    of: pa.ChunkedArray
     faults: dict[int, tuple[str, str]]
     left_out: dict[str, int]
     input_tokens: int
     output_tokens: int
+
+    def take(self, clips: NDArray[np.int64]) -> pa.ChunkedArray:
+        """The captions of some of the clips."""
+        return self.of.take(pa.array(np.searchsorted(self.clips, clips)))
 
     def cost(self, prices: EndpointConfig) -> float:
         """What they cost at these prices, in their currency."""
@@ -76,49 +86,60 @@ class Captioning:
         hashes = [stage.hash for stage in self.stages.values()]
         return hashes[0] if len(hashes) == 1 else config_hash(hashes)
 
-    def inputs(self, name: str, rows: Sequence[Row], uris: Sequence[str]) -> pa.Table:
+    def inputs(self, name: str, clips: pa.Table, uris: pa.ChunkedArray) -> pa.Table:
         """What a captioner is asked about clips (rows of the split stage) of these files."""
         if name != "given":
-            asked = [
-                {"work_key": picture_key(row), **clip_inputs(row, uri)} for row, uri in zip(rows, uris, strict=True)
-            ]
-            return pa.Table.from_pylist(asked, schema=CLIP_INPUTS)
+            return clip_inputs(clips, uris, picture_keys(clips))
         captioner = self.given.captioner
-        texts = [self.given.texts.get(uri, ()) for uri in uris]
-        keys = [row["key"] for row in rows]
-        columns = {
-            "work_key": [caption_key(key, text, captioner) for key, text in zip(keys, texts, strict=True)],
-            "key": keys,
-            "texts": texts,
-            "captioner": [captioner] * len(keys),
-        }
-        return pa.table(columns, schema=CAPTION_INPUTS)
+        made = [CAPTION_INPUTS.empty_table()]
+        for start in range(0, clips.num_rows, _PIECE):
+            texts = [self.given.texts.get(uri, ()) for uri in uris.slice(start, _PIECE).to_pylist()]
+            keys = clips["key"].slice(start, _PIECE).to_pylist()
+            columns = {
+                "work_key": [caption_key(key, text, captioner) for key, text in zip(keys, texts, strict=True)],
+                "key": keys,
+                "texts": texts,
+                "captioner": [captioner] * len(keys),
+            }
+            made.append(pa.table(columns, schema=CAPTION_INPUTS))
+        return pa.concat_tables(made)
 
-    def gather(self, clips: Sequence[int], made: Mapping[str, Sequence[Row]]) -> Captions:
+    def gather(self, clips: NDArray[np.int64], made: Mapping[str, pa.Table]) -> Captions:
         """Put together what the captioners made of clips, leave out what is not fit and what is said twice.
 
         Args:
-            clips: By which the captions are told.
+            clips: By which the captions are told, ascending.
             made: By captioner, its row for each clip.
         """
-        of: dict[int, list[Caption]] = {}
+        of = [pa.array([], CAPTIONS)]
         faults: dict[int, tuple[str, str]] = {}
         left_out: Counter[str] = Counter()
-        for place, clip in enumerate(clips):
-            rows = [rows[place] for rows in made.values()]
-            offered = unique_captions([caption for row in rows for caption in row["captions"]])
-            judged = [(caption_fault(caption["text"], self.config), caption) for caption in offered]
-            of[clip] = [caption for fault, caption in judged if fault is None]
-            unfit = [fault for fault, _ in judged if fault is not None]
-            left_out.update(_kind(fault) for fault in unfit)
-            if not of[clip]:
-                errors = [row["error"] for row in rows if row["error"]]
-                told = "; ".join(unfit) or "none"
-                faults[clip] = ("failed", errors[0]) if errors else ("rejected", f"caption: {told}")
+        for start in range(0, len(clips), _PIECE):
+            pieces = [table.slice(start, _PIECE).to_pylist() for table in made.values()]
+            chosen = []
+            for clip, rows in zip(clips[start : start + _PIECE].tolist(), zip(*pieces, strict=True), strict=True):
+                offered = unique_captions([caption for row in rows for caption in row["captions"]])
+                judged = [(caption_fault(caption["text"], self.config), caption) for caption in offered]
+                chosen.append([caption for fault, caption in judged if fault is None])
+                unfit = [fault for fault, _ in judged if fault is not None]
+                left_out.update(_kind(fault) for fault in unfit)
+                if not chosen[-1]:
+                    errors = [row["error"] for row in rows if row["error"]]
+                    told = "; ".join(unfit) or "none"
+                    faults[clip] = ("failed", errors[0]) if errors else ("rejected", f"caption: {told}")
+            of.append(pa.array(chosen, CAPTIONS))
         tokens = [
-            sum(row[name] or 0 for rows in made.values() for row in rows) for name in ("input_tokens", "output_tokens")
+            sum(pc.sum(table[name]).as_py() or 0 for table in made.values())
+            for name in ("input_tokens", "output_tokens")
         ]
-        return Captions(of=of, faults=faults, left_out=dict(left_out), input_tokens=tokens[0], output_tokens=tokens[1])
+        return Captions(
+            clips=clips,
+            of=pa.chunked_array(of, CAPTIONS),
+            faults=faults,
+            left_out=dict(left_out),
+            input_tokens=tokens[0],
+            output_tokens=tokens[1],
+        )
 
 
 def _kind(fault: str) -> str:

@@ -1,7 +1,5 @@
 """The dataset card: what a person reads who finds a snapshot."""
 
-from collections import Counter
-
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -50,11 +48,11 @@ def dataset_card(manifest: Manifest, ledger: pa.Table) -> str:
         lines.append(f"| {b.split} | {b.t} x {b.h} x {b.w} | {b.rows} | {b.tokens} | {len(b.shards)} | {size} |")
     lines += ["", "Captions by: " + (", ".join(manifest.captioners) or "nobody") + ".", "", "## Yield", ""]
     lines += ["| status | reason | rows |", "|---|---|---:|"]
-    pairs = Counter(
-        (status, "" if status == "kept" else reason_class(reason))
-        for status, reason in zip(ledger["status"].to_pylist(), ledger["reason"].to_pylist(), strict=True)
-    )
-    lines += [f"| {status} | {reason} | {count} |" for (status, reason), count in sorted(pairs.items())]
+    kept = pc.equal(ledger["status"], "kept")
+    told = pa.table([ledger["status"], pc.if_else(kept, "", reason_classes(ledger["reason"]))], ["status", "reason"])
+    counts = told.group_by(["status", "reason"]).aggregate([([], "count_all")])
+    for row in counts.sort_by([("status", "ascending"), ("reason", "ascending")]).to_pylist():
+        lines.append(f"| {row['status']} | {row['reason']} | {row['count_all']} |")
     lines += [
         "",
         "`ledger.parquet` has one row per clip, and one per source that yields none, with every score, the decision "

@@ -11,7 +11,7 @@ from pipelines.data.captions import CAPTIONED, clean_captions
 from pipelines.data.features import fixed_batches
 from pipelines.data.frames import ClipReader, evenly
 from pipelines.data.model_settings import CocaConfig
-from pipelines.data.openclip import OpenClip, load_open_clip, open_clip_hash
+from pipelines.data.openclip import OpenClip, check_open_clip, load_open_clip, open_clip_hash
 from pipelines.data.runner import Row, Stage
 from pipelines.data.settings import DecodeConfig, StageResources
 from pipelines.data.video import VideoError
@@ -74,6 +74,15 @@ def _text(coca: OpenClip, tokens: Sequence[int]) -> str:
     words = [token for token in tokens[1:] if token != _END]
     text: str = coca.tokenizer.decode(words)  # type: ignore[attr-defined]
     return text.replace("<start_of_text>", "").strip(" .") + "." if words else ""
+
+
+def check_coca(config: CocaConfig) -> None:
+    """Load the model once, before hours of work that lead to it.
+
+    Raises:
+        UserError: its weights do not fit its architecture.
+    """
+    check_open_clip(config.open_clip, _KEY)
 
 
 def coca_stage(config: CocaConfig, decode: DecodeConfig, resources: StageResources) -> Stage:

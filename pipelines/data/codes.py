@@ -3,13 +3,15 @@
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from pipelines.data.runner import WORK_KEY, StageTable, read_columns
+from pipelines.data.runner import StageTable
 
 _BUFFER_BYTES = 1 << 28  # of codes held in memory before they go to a scratch folder
 _PIECE = pa.schema([("position", pa.int64()), ("codes", pa.list_(pa.uint16()))])
@@ -20,47 +22,52 @@ class CodeReader:
 
     Clips are shuffled, so that every shard has some from almost every file of the table. Each file is read once, and
     its codes are sorted by shard into a scratch folder (TMPDIR), from which shard after shard is put together. Memory
-    holds one file, one shard and a buffer.
+    holds some files, one shard and a buffer.
+
+    Args:
+        table: That holds the codes.
+        clip_ids: Of clips.
+        work_keys: Of each of these, by which the table has its codes.
     """
 
-    def __init__(self, table: StageTable, work_keys: Mapping[str, str]) -> None:
+    def __init__(self, table: StageTable, clip_ids: pa.ChunkedArray, work_keys: pa.ChunkedArray) -> None:
         self._table = table
+        self._clip_ids = clip_ids
         self._work_keys = work_keys
 
-    def __call__(self, shards: Sequence[Sequence[str]]) -> Iterator[pa.Array]:
+    def __call__(self, shards: Sequence[pa.ChunkedArray]) -> Iterator[pa.Array]:
         """For each list of clip ids, their codes in its order, as an array of list<uint16>.
 
         Raises:
             LookupError: the table lacks a clip.
             OSError: the scratch folder is full.
         """
-        wanted = {
-            self._work_keys[clip_id]: (shard, position)
-            for shard, ids in enumerate(shards)
-            for position, clip_id in enumerate(ids)
-        }
+        sizes = [len(ids) for ids in shards]
+        shard_of = np.repeat(np.arange(len(shards)), sizes)
+        position_of = np.concatenate([np.arange(size) for size in sizes] or [np.zeros(0, np.int64)])
+        ids = pa.chunked_array([chunk for shard in shards for chunk in shard.chunks], pa.string())
+        keys = self._work_keys.take(pc.index_in(ids, self._clip_ids.combine_chunks())).combine_chunks()
+        missing = np.ones(len(keys), bool)
         with tempfile.TemporaryDirectory(prefix="lumos-publish-") as folder:
             scratch = _Scratch(folder)
-            for part in self._table.parts():
-                self._sort(part, wanted, scratch)
-            if wanted:
-                raise LookupError(f"{len(wanted)} clips are not in {self._table.uri}, such as {next(iter(wanted))}")
+            for places, rows in self._table.pieces(["codes"], keys):
+                _deal(rows["codes"].combine_chunks(), shard_of[places], position_of[places], scratch)
+                missing[places] = False
+            if missing.any():
+                example = keys[int(np.flatnonzero(missing)[0])]
+                raise LookupError(f"{missing.sum()} clips are not in {self._table.uri}, such as {example}")
             for shard in range(len(shards)):
                 yield scratch.take(shard)
 
-    @staticmethod
-    def _sort(part: str, wanted: dict[str, tuple[int, int]], scratch: "_Scratch") -> None:
-        """Put a file's codes where they belong; a key that another file had before is not wanted any more."""
-        read = read_columns(part, [WORK_KEY, "codes"])
-        found = [(row, *wanted.pop(key)) for row, key in enumerate(read[WORK_KEY].to_pylist()) if key in wanted]
-        if not found:
-            return
-        rows, shards, positions = np.array(sorted(found, key=lambda place: place[1:])).T
-        codes = read["codes"].combine_chunks().take(pa.array(rows))
-        table = pa.table([pa.array(positions), codes], schema=_PIECE)
-        bounds = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(shards)]
-        for first, stop in pairwise(bounds):
-            scratch.add(int(shards[first]), table.take(pa.array(range(first, stop))))
+
+def _deal(codes: pa.Array, shards: NDArray[np.int64], positions: NDArray[np.int64], scratch: "_Scratch") -> None:
+    """Put codes where they belong."""
+    order = np.lexsort((positions, shards))
+    shards = shards[order]
+    table = pa.table([pa.array(positions[order]), codes.take(pa.array(order))], schema=_PIECE)
+    bounds = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(shards)]
+    for first, stop in pairwise(bounds):
+        scratch.add(int(shards[first]), table.take(pa.array(range(first, stop))))
 
 
 class _Scratch:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.cluster import connect
 from pipelines.data.captions import CaptionSource, find_captions
@@ -126,7 +127,7 @@ def _result(config: CurateConfig, snapshot: Snapshot, made: Published) -> Curate
         snapshot_id=manifest.snapshot_id,
         counts=manifest.ledger.counts,
         reasons=count_reasons(made.content.ledger),
-        uncaptioned=sum(not captions for captions in made.content.clips["captions"].to_pylist()),
+        uncaptioned=pc.sum(pc.equal(pc.list_value_length(made.content.clips["captions"]), 0)).as_py() or 0,
         left_out=made.captions.left_out,
         caption_cost=made.captions.cost(config.captions.endpoint),
         rows={name: total.rows for name, total in manifest.totals.items()},

@@ -2,32 +2,43 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.data.captioning import Captioning, Captions
 from pipelines.data.captions import CaptionSource
+from pipelines.data.clips import Clips
+from pipelines.data.coca import check_coca
 from pipelines.data.codes import CodeReader
 from pipelines.data.config import CurateConfig
-from pipelines.data.decide import decide
-from pipelines.data.duplicates import find_near_duplicates, linked_groups, unpack_fingerprint
+from pipelines.data.duplicates import find_near_duplicates, linked_groups
 from pipelines.data.endpoint_stage import check_endpoint
-from pipelines.data.features import FEATURE_INPUTS, TEXT_INPUTS, FeatureScores, features_stage, similarity, texts_stage
-from pipelines.data.frames import clip_inputs, picture_key
-from pipelines.data.ledger import Verdicts, build_ledger, removed_rows
+from pipelines.data.features import TEXT_INPUTS, FeatureScores, features_stage, similarity, texts_stage
+from pipelines.data.frames import clip_inputs, picture_keys
+from pipelines.data.ledger import build_ledger, removed_rows
 from pipelines.data.publish import PUBLISHED_CLIPS, SnapshotContent, draw_split
 from pipelines.data.removal import read_removed
 from pipelines.data.runlog import RunLog
-from pipelines.data.runner import WORK, Row, Stage, StageTable, TooManyFailuresError, anti_join, run_stage
-from pipelines.data.schemas import LEDGER
+from pipelines.data.runner import (
+    WORK,
+    WORK_KEY,
+    Stage,
+    StageTable,
+    TooManyFailuresError,
+    anti_join,
+    run_stage,
+)
 from pipelines.data.snapshot import TokenizerInfo
 from pipelines.data.sources import first_paths, sources_stage
-from pipelines.data.split import split_identity, split_stage
-from pipelines.data.tokens import TOKEN_INPUTS, is_sampled, plan_shape, tokens_stage
+from pipelines.data.split import CLIPS, split_identity, split_stage
+from pipelines.data.tables import iterate
+from pipelines.data.tokens import token_inputs, tokens_stage
 from pipelines.errors import JobError, UserError
 
 _CAPTION_RULES = ("captioners", "require", "min_words", "max_words", "languages", "language_certainty")
@@ -72,6 +83,7 @@ class Curation:
         self.stages = {stage.name: stage for stage in stages}
         self.feature_scores = FeatureScores(features)
         self.no_endpoint = self._check_endpoint()
+        self._check_models()
         self.computed: dict[str, int] = {}
         self.log: RunLog | None = None
 
@@ -92,6 +104,20 @@ class Curation:
             return error
         return None
 
+    def _check_models(self) -> None:
+        """Whether models that have done nothing yet can be loaded, before all that comes before them is done.
+
+        Raises:
+            UserError: if one cannot.
+        """
+        checks: dict[str, Callable[[], None]] = {
+            "features": self.feature_scores.check,
+            "captions-coca": partial(check_coca, self.config.captions.coca),
+        }
+        for name, check in checks.items():
+            if name in self.stages and not StageTable(self.config.dataset, self.stages[name]).parts():
+                check()
+
     def run(self, listing: pa.Table, log: RunLog) -> Published:
         """Bring every stage up to date, and decide.
 
@@ -102,22 +128,20 @@ class Curation:
         sources, removed = self._without_removed(self._hash(listing))
         first = first_paths(sources)
         clips, failed = self._split(sources, first)
-        places = pc.index_in(clips["work_key"], first["source_id"].combine_chunks())
-        uris = first["uri"].take(places).to_pylist()
 
-        rows = clips.to_pylist()
-        verdicts = self._decide(rows)
-        groups = self._drop_near_duplicates(rows, verdicts)
-        features = self._features(rows, uris, verdicts)
-        captions = self._caption(rows, uris, verdicts)
-        self._compare_texts(rows, verdicts, features, captions)
-        tokens = self._tokenize(rows, uris, verdicts)
+        clips.decide(self.config.thresholds)
+        clips.plan_shapes(self.config.tokens)
+        groups = self._drop_near_duplicates(clips)
+        self._features(clips)
+        captions = self._caption(clips)
+        self._compare_texts(clips, captions)
+        tokens = self._tokenize(clips)
 
-        clips = _with_scores(clips, rows)
-        ledger = build_ledger(sources, first, clips, failed, verdicts, self._ledger_hashes())
+        ledger = build_ledger(
+            sources, first, clips.table, clips.score_column(), failed, clips.verdicts, self._ledger_hashes()
+        )
         ledger = pa.concat_tables([ledger, removed_rows(removed)])
-        content = self._content(rows, verdicts, captions, tokens, ledger, groups)
-        return Published(content, captions, self.computed)
+        return Published(self._content(clips, captions, tokens, ledger, groups), captions, self.computed)
 
     def _compute(self, name: str, inputs: pa.Table, max_failed: float = math.inf) -> StageTable:
         """Bring a stage's table up to date with its inputs.
@@ -145,12 +169,9 @@ class Curation:
             "command again"
         )
 
-    def _of_clips(self, name: str, inputs: pa.Table, columns: Sequence[str] | None = None) -> list[Row]:
-        """What a stage over clips made of its inputs, in their order."""
-        allowed = self.config.resources.max_failed_share * inputs.num_rows
-        table = self._compute(name, inputs, allowed).read(columns, keys=inputs["work_key"])
-        by_key = {row["work_key"]: row for row in table.to_pylist()}
-        return [by_key[key] for key in inputs["work_key"].to_pylist()]
+    def _of_clips(self, name: str, inputs: pa.Table) -> StageTable:
+        """A stage over clips, up to date with its inputs."""
+        return self._compute(name, inputs, self.config.resources.max_failed_share * inputs.num_rows)
 
     def _ledger_hashes(self) -> dict[str, str]:
         """Of each column of the ledger's ``stage_hashes``."""
@@ -159,10 +180,10 @@ class Curation:
     def _hash(self, listing: pa.Table) -> pa.Table:
         """The listing with the content hash of each file, or why it has none."""
         work = pc.max_element_wise(listing["size"], 0).cast(pa.float64())
-        hashed = self._compute("sources", listing.append_column(WORK, work)).read()
-        places = pc.index_in(listing["work_key"], hashed["work_key"].combine_chunks())
+        table = self._compute("sources", listing.append_column(WORK, work))
+        hashed = read_in_order(table, ["source_id", "error"], listing["work_key"])
         for name in ("source_id", "error"):
-            listing = listing.append_column(name, hashed[name].take(places))
+            listing = listing.append_column(name, hashed[name])
         return listing
 
     def _without_removed(self, sources: pa.Table) -> tuple[pa.Table, pa.Table]:
@@ -170,7 +191,7 @@ class Curation:
         flags = pc.is_in(sources["source_id"], pa.array(read_removed(self.config.dataset), pa.string()))
         return sources.filter(pc.invert(flags)), sources.filter(flags)
 
-    def _split(self, sources: pa.Table, first: pa.Table) -> tuple[pa.Table, pa.Table]:
+    def _split(self, sources: pa.Table, first: pa.Table) -> tuple[Clips, pa.Table]:
         """Clips of the sources, and rows of the sources that have none.
 
         Raises:
@@ -188,137 +209,123 @@ class Curation:
         if len(unreadable) > share * total:
             raise self._too_many(TooManyFailuresError(unreadable[0].as_py(), len(unreadable)), total, "sources")
         table = self._compute("split", inputs, max_failed=share * total - len(unreadable))
-        rows = table.read(keys=first["source_id"])
-        rows = rows.sort_by([("work_key", "ascending"), ("start_s", "ascending")])
-        return rows.filter(pc.is_valid(rows["key"])), rows.filter(pc.is_null(rows["key"]))
+        columns = [name for name in CLIPS.names if name != "fingerprint"]  # most of the table; read where it is needed
+        rows = table.read(columns, keys=first["source_id"])
+        clips, failed = rows.filter(pc.is_valid(rows["key"])), rows.filter(pc.is_null(rows["key"]))
+        del rows
+        clips = clips.sort_by([("work_key", "ascending"), ("start_s", "ascending")])
+        places = pc.index_in(clips["work_key"], first["source_id"].combine_chunks())
+        return Clips(clips, first["uri"].take(places)), failed
 
-    def _decide(self, rows: list[Row]) -> Verdicts:
-        """Verdicts from scores alone; kept clips get the ``shape`` that is to be encoded."""
-        tokens = self.config.tokens
-        decisions = [decide(row["scores"], self.config.thresholds) for row in rows]
-        verdicts = Verdicts([status for status, _ in decisions], [reason for _, reason in decisions])
-        for index in verdicts.kept:
-            scores = rows[index]["scores"]
-            shape = plan_shape(scores, tokens)
-            if shape is None:
-                needed = min((count for count in tokens.num_frames if count > 1), default=5)
-                have = 1 if scores["image"] else int(scores["duration"] * tokens.fps + 0.01)
-                verdicts.set(index, "rejected", f"frames {have} < {needed} at {tokens.fps:g} fps")
-            rows[index]["shape"] = shape
-        return verdicts
-
-    def _drop_near_duplicates(self, rows: list[Row], verdicts: Verdicts) -> dict[str, str]:
+    def _drop_near_duplicates(self, clips: Clips) -> dict[str, str]:
         """Mark them; returns the group of each source that has some, by which its split is drawn."""
         threshold = self.config.near_duplicates
         if threshold is None:
             return {}
-        kept = verdicts.kept
-        keys = [rows[index]["key"] for index in kept]
-        prints = [unpack_fingerprint(rows[index]["fingerprint"]) for index in kept]
+        kept = clips.verdicts.kept
+        rows, _ = clips.of(kept)
+        table = StageTable(self.config.dataset, self.stages["split"])
+        found = find_near_duplicates(rows["key"], partial(clips.fingerprints, table, rows["key"]), threshold)
         pairs = []
-        for place, duplicate in find_near_duplicates(keys, prints, threshold).items():
-            index, of = kept[place], kept[duplicate.of]
-            verdicts.set(index, "duplicate", f"near: of {rows[of]['key']} (cosine {duplicate.cosine:.3f})")
-            pairs.append((rows[index]["work_key"], rows[of]["work_key"]))
+        for place, duplicate in found.items():
+            of = rows["key"][duplicate.of].as_py()
+            clips.verdicts.set(int(kept[place]), "duplicate", f"near: of {of} (cosine {duplicate.cosine:.3f})")
+            pairs.append((rows["work_key"][place].as_py(), rows["work_key"][duplicate.of].as_py()))
         return linked_groups(pairs)
 
-    def _features(self, rows: list[Row], uris: list[str], verdicts: Verdicts) -> dict[int, Row]:
-        """What models see in the clips kept so far, by index; their scores go to the rows, and decide."""
+    def _features(self, clips: Clips) -> None:
+        """What models see in the clips kept so far; decides."""
         if "features" not in self.stages:
-            return {}
-        kept = verdicts.kept
-        inputs = [{"work_key": picture_key(rows[index]), **clip_inputs(rows[index], uris[index])} for index in kept]
-        made = self._of_clips("features", pa.Table.from_pylist(inputs, schema=FEATURE_INPUTS))
-        features = dict(zip(kept, made, strict=True))
-        verdicts.mark("features", kept)
-        for index, row in features.items():
-            if row["error"]:
-                verdicts.set(index, "failed", row["error"])
-                continue
-            rows[index]["scores"] |= self.feature_scores.of_clip(row)
-            self._decide_again(index, rows, verdicts)
-        return features
+            return
+        kept = clips.verdicts.kept
+        rows, uris = clips.of(kept)
+        inputs = clip_inputs(rows, uris, picture_keys(rows))
+        table = self._of_clips("features", inputs)
+        clips.verdicts.mark("features", kept)
+        for places, piece in table.pieces(["clip", "text_area", "error"], inputs["work_key"]):
+            for index, row in zip(kept[places].tolist(), piece.to_pylist(), strict=True):
+                if row["error"]:
+                    clips.verdicts.set(index, "failed", row["error"])
+                    continue
+                for name, value in self.feature_scores.of_clip(row).items():
+                    clips.scores[name][index] = value
+        clips.decide(self.config.thresholds)
 
-    def _decide_again(self, index: int, rows: list[Row], verdicts: Verdicts) -> None:
-        """After a kept clip got further scores."""
-        status, reason = decide(rows[index]["scores"], self.config.thresholds)
-        if status != "kept":
-            verdicts.set(index, status, reason)
-
-    def _caption(self, rows: list[Row], uris: list[str], verdicts: Verdicts) -> Captions:
+    def _caption(self, clips: Clips) -> Captions:
         """Captions of the clips kept so far."""
-        kept = verdicts.kept
-        clips, places = [rows[index] for index in kept], [uris[index] for index in kept]
+        kept = clips.verdicts.kept
+        rows, uris = clips.of(kept)
         made = {}
         for name, stage in self.captioning.stages.items():
-            inputs = self.captioning.inputs(name, clips, places)
+            inputs = self.captioning.inputs(name, rows, uris)
             if name == "endpoint" and self.no_endpoint is not None and self._is_pending(stage, inputs):
                 raise self.no_endpoint
-            made[name] = self._of_clips(stage.name, inputs)
+            table = self._of_clips(stage.name, inputs)
+            columns = ["captions", "input_tokens", "output_tokens", "error"]
+            made[name] = read_in_order(table, columns, inputs["work_key"])
         captions = self.captioning.gather(kept, made)
-        verdicts.mark("captions", kept)
+        clips.verdicts.mark("captions", kept)
         if self.config.captions.require:
             for index, (status, reason) in captions.faults.items():
-                verdicts.set(index, status, reason)
+                clips.verdicts.set(index, status, reason)
         return captions
 
-    def _compare_texts(self, rows: list[Row], verdicts: Verdicts, features: dict[int, Row], captions: Captions) -> None:
+    def _compare_texts(self, clips: Clips, captions: Captions) -> None:
         """How well clips and their captions go together; decides too."""
         if "texts" not in self.stages:
             return
-        captioned = [index for index in verdicts.kept if captions.of[index]]
-        texts = sorted({caption["text"] for index in captioned for caption in captions.of[index]})
-        keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
-        made = self._of_clips("texts", pa.table({"work_key": keys, "text": texts}, schema=TEXT_INPUTS))
-        vectors = {text: row["clip"] for text, row in zip(texts, made, strict=True)}
-        for index in captioned:
-            own = [vectors[caption["text"]] for caption in captions.of[index]]
-            rows[index]["scores"]["similarity"] = similarity(features[index]["clip"], own)
-            self._decide_again(index, rows, verdicts)
+        kept = clips.verdicts.kept
+        captioned = kept[pc.greater(pc.list_value_length(captions.take(kept)), 0).to_numpy()]
+        own = captions.take(captioned).combine_chunks()
+        said = pc.struct_field(own.flatten(), "text")
+        texts = pc.unique(said)
+        texts = texts.take(pc.sort_indices(texts))
+        keys = pa.array([hashlib.sha256(text.encode()).hexdigest() for text in texts.to_pylist()], pa.string())
+        table = self._of_clips("texts", pa.table([keys, texts], schema=TEXT_INPUTS))
+        vectors = read_in_order(table, ["clip"], pa.chunked_array([keys]))["clip"]
+        spoken = pc.index_in(said, texts).to_numpy()  # numbers of the captions' texts, clip after clip
+        bounds = np.concatenate([[0], np.cumsum(pc.list_value_length(own).to_numpy())])
+        rows, _ = clips.of(captioned)
+        features = StageTable(self.config.dataset, self.stages["features"])
+        for places, piece in features.pieces(["clip"], picture_keys(rows)):
+            for place, seen in zip(places.tolist(), piece["clip"].to_pylist(), strict=True):
+                numbers = spoken[bounds[place] : bounds[place + 1]]
+                texts_of_clip = [vectors[number].as_py() for number in numbers.tolist()]
+                clips.scores["similarity"][captioned[place]] = similarity(seen, texts_of_clip)
+        clips.decide(self.config.thresholds)
 
-    def _tokenize(self, rows: list[Row], uris: list[str], verdicts: Verdicts) -> dict[int, Row]:
-        """What the token stage made of the clips kept so far, by index, without the codes themselves."""
-        kept = verdicts.kept
-        inputs = []
-        for index in kept:
-            row, shape = rows[index], rows[index]["shape"]
-            decode_back = is_sampled(row["key"], self.config.tokens.decode_back_share)
-            work_key = shape.work_key(row["key"], row["picture"], decode_back=decode_back)
-            what = {"work_key": work_key, "decode_back": decode_back, **asdict(shape)}
-            inputs.append(what | clip_inputs(row, uris[index]))
-        columns = ["work_key", "fps", "t", "h", "w", "codes_sha256", "psnr", "error"]
-        made = self._of_clips("tokens", pa.Table.from_pylist(inputs, schema=TOKEN_INPUTS), columns)
-        tokens = dict(zip(kept, made, strict=True))
-        verdicts.mark("tokens", kept)
-        for index, row in tokens.items():
-            rows[index]["scores"]["psnr"] = row["psnr"]
-            if row["error"]:
-                verdicts.set(index, "failed", row["error"])
-        return tokens
+    def _tokenize(self, clips: Clips) -> pa.Table:
+        """What the token stage made of the clips kept so far, without the codes themselves; ``clip`` numbers them."""
+        kept, tokens = clips.verdicts.kept, self.config.tokens
+        rows, uris = clips.of(kept)
+        inputs = token_inputs(rows, uris, clips.shapes[kept], tokens.decode_back_share)
+        columns = ["fps", "t", "h", "w", "codes_sha256", "psnr", "error"]
+        made = read_in_order(self._of_clips("tokens", inputs), columns, inputs["work_key"])
+        clips.verdicts.mark("tokens", kept)
+        clips.scores["psnr"][kept] = made["psnr"].to_numpy()
+        for place in np.flatnonzero(made["error"].is_valid().to_numpy()).tolist():
+            clips.verdicts.set(int(kept[place]), "failed", made["error"][place].as_py())
+        return made.append_column("clip", pa.array(kept))
 
     def _content(
-        self,
-        rows: list[Row],
-        verdicts: Verdicts,
-        captions: Captions,
-        tokens: dict[int, Row],
-        ledger: pa.Table,
-        groups: dict[str, str],
+        self, clips: Clips, captions: Captions, tokens: pa.Table, ledger: pa.Table, groups: dict[str, str]
     ) -> SnapshotContent:
         publish = self.config.publish
-        clips = []
-        for index in verdicts.kept:
-            made = tokens[index]
-            source_id: str = rows[index]["work_key"]
-            clip = {name: made[name] for name in ("fps", "t", "h", "w", "codes_sha256")}
-            split = draw_split(groups.get(source_id, source_id), seed=publish.seed, val_share=publish.val_share)
-            ids = {"clip_id": rows[index]["key"], "source_id": source_id, "split": split}
-            clips.append(ids | clip | {"captions": captions.of[index]})
-        work_keys = {rows[index]["key"]: tokens[index]["work_key"] for index in verdicts.kept}
+        draw = partial(draw_split, seed=publish.seed, val_share=publish.val_share)
+        kept = clips.verdicts.kept
+        rows, _ = clips.of(kept)
+        made = tokens.take(pa.array(np.searchsorted(tokens["clip"].to_numpy(), kept)))
+        columns = {
+            "clip_id": rows["key"],
+            "source_id": rows["work_key"],
+            "split": pa.array([draw(groups.get(name, name)) for name in iterate(rows["work_key"])], pa.string()),
+            "captions": captions.take(kept),
+            **{name: made[name] for name in ("fps", "t", "h", "w", "codes_sha256")},
+        }
         table = StageTable(self.config.dataset, self.stages["tokens"])
         return SnapshotContent(
-            clips=pa.Table.from_pylist(clips, schema=PUBLISHED_CLIPS),
-            read_codes=CodeReader(table, work_keys),
+            clips=pa.table(columns).select(PUBLISHED_CLIPS.names).cast(PUBLISHED_CLIPS),
+            read_codes=CodeReader(table, rows["key"], made["work_key"]),
             ledger=ledger,
             tokenizer=self.tokenizer,
             created_from={
@@ -329,10 +336,19 @@ class Curation:
         )
 
 
-def _with_scores(clips: pa.Table, rows: list[Row]) -> pa.Table:
-    """The clips with all scores that were found since they were split."""
-    scores = pa.array([row["scores"] for row in rows], LEDGER.field("scores").type)
-    return clips.set_column(clips.schema.get_field_index("scores"), "scores", scores)
+def read_in_order(table: StageTable, columns: Sequence[str], keys: pa.ChunkedArray) -> pa.Table:
+    """Some columns of a stage that makes one row of each input, in the order of the inputs' keys.
+
+    Raises:
+        LookupError: the table lacks a key.
+    """
+    found = [(places, rows.select([WORK_KEY, *columns])) for places, rows in table.pieces(columns, keys)]
+    places = np.concatenate([places for places, _ in found] or [np.zeros(0, np.int64)])
+    if len(places) != len(keys):
+        raise LookupError(f"{table.uri} has {len(places)} of {len(keys)} rows")
+    schema = pa.schema([table.schema.field(name) for name in (WORK_KEY, *columns)])
+    rows = pa.concat_tables([schema.empty_table(), *(rows for _, rows in found)])
+    return rows.take(pa.array(np.argsort(places)))
 
 
 def _portable(config: CurateConfig) -> dict[str, Any]:

@@ -101,6 +101,7 @@ def main() -> None:
     """Load what jobs will need, set bounds and serve."""
     connection, megabytes = Connection(int(sys.argv[1])), int(sys.argv[2])
     av.logging.set_level(av.logging.PANIC)
+    cv2.setNumThreads(1)  # the workers share the cores among them
     _die_with_parent()
     if weights := sys.argv[3:]:
         from pipelines.data.transnet import warm_up  # brings torch, which most children do without

@@ -4,15 +4,21 @@ A clip's fingerprint is a thumbnail of every half second. Two clips are near-dup
 match a stretch of the other's: the mean cosine of thumbnails in step, at the best offset, reaches the threshold. So a
 shot that two files begin at different moments is found too, and one that runs backwards is not.
 
-Pairs worth comparing share a bucket of a random-hyperplane hash for some frame. The hash is seeded and the result does
-not depend on the order of the clips.
+Pairs worth comparing have some frame of like signature, the signs of 256 random projections: frames are sorted by
+signature eight times, each time by other bits first, and compared with those they come to lie beside. What is held of
+each frame is its signature; the thumbnails themselves are read again for the few clips that have a like. The
+projections are seeded and the result does not depend on the order of the clips.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 THUMBNAIL = 8  # px, both ways
@@ -20,10 +26,16 @@ DIMENSIONS = THUMBNAIL * THUMBNAIL * 3
 STEP_SECONDS = 0.5  # between a fingerprint's thumbnails
 MIN_FRAMES = 3  # that must match
 FLAT = 2.0  # standard deviation of a thumbnail below which it shows nothing that could be told again
-_TABLES = 8
-_NEIGHBOURS = 16  # in a bucket that each frame is compared with, as a bucket may hold very many
+_WORDS = 8  # of 32 bits, in a signature
+_BITS = 32 * _WORDS
+_NEIGHBOURS = 16  # that each frame is compared with, as very many may be alike
+_SPREAD = 6.0  # standard deviations by which signatures of frames as like as the threshold asks may differ further
+_BLOCK = 1 << 11  # clips whose frames are projected at a time
+_CACHED = 1 << 14  # fingerprints that are kept unpacked
 
 Print = NDArray[np.float32]  # [frames, DIMENSIONS], rows of unit length, or zero where flat
+# Told in pieces: places of clips, and their stored fingerprints.
+Fingerprints = Iterable[tuple[NDArray[np.int64], Sequence[bytes]]]
 
 
 @dataclass(frozen=True)
@@ -59,20 +71,37 @@ def similarity(first: Print, second: Print) -> float:
     return best
 
 
-def find_near_duplicates(keys: Sequence[str], prints: Sequence[Print], threshold: float) -> dict[int, NearDuplicate]:
+def find_near_duplicates(
+    keys: pa.Array | pa.ChunkedArray, read: Callable[[], Fingerprints], threshold: float
+) -> dict[int, NearDuplicate]:
     """The clips that need not be kept, and what they are near-duplicates of.
 
     Args:
         keys: Of the clips.
-        prints: Their fingerprints.
+        read: Tells their fingerprints, of each place in ``keys`` once; called twice.
         threshold: Cosine from which two clips are near-duplicates.
 
     Returns:
         By index; of every group of clips linked by similarity, all but the one with the lowest key.
     """
-    order = sorted(range(len(keys)), key=keys.__getitem__)
-    ranked = [prints[index] for index in order]
-    parent = list(range(len(order)))
+    order = pc.sort_indices(keys).to_numpy().astype(np.int64)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    pairs = _candidates(*_signatures(rank, read()), threshold)
+    involved = np.zeros(len(order), bool)
+    involved[pairs] = True
+    packed = {
+        int(rank[place]): data
+        for places, prints in read()
+        for place, data in zip(places, prints, strict=True)
+        if involved[rank[place]]
+    }
+
+    @lru_cache(_CACHED)
+    def print_of(clip: int) -> Print:
+        return unpack_fingerprint(packed[clip])
+
+    parent = {clip: clip for clip in packed}
 
     def root(clip: int) -> int:
         while parent[clip] != clip:
@@ -80,37 +109,59 @@ def find_near_duplicates(keys: Sequence[str], prints: Sequence[Print], threshold
             clip = parent[clip]
         return clip
 
-    for first, second in sorted(set(_candidates(ranked))):
+    for first, second in pairs.tolist():
         low, high = sorted((root(first), root(second)))
-        if low != high and similarity(ranked[first], ranked[second]) >= threshold:
+        if low != high and similarity(print_of(first), print_of(second)) >= threshold:
             parent[high] = low
     found = {}
-    for clip in range(len(order)):
+    for clip in sorted(packed):
         kept = root(clip)
         if kept != clip:
-            found[order[clip]] = NearDuplicate(order[kept], similarity(ranked[clip], ranked[kept]))
+            cosine = similarity(print_of(clip), print_of(kept))
+            found[int(order[clip])] = NearDuplicate(int(order[kept]), cosine)
     return found
 
 
-def _candidates(prints: Sequence[Print]) -> Iterator[tuple[int, int]]:
-    """Pairs of clips, the lower index first, that have a frame in the same bucket."""
-    owners = np.repeat(np.arange(len(prints)), [len(frames) for frames in prints])
-    if not len(owners):
-        return
-    frames = np.concatenate(list(prints))
-    lively = frames.any(axis=1)
-    frames, owners = frames[lively], owners[lively]
-    bits = int(np.clip(np.log2(len(frames) + 1), 8, 24))
-    planes = np.random.default_rng(0).standard_normal((DIMENSIONS, _TABLES * bits)).astype(np.float32)
-    signs = (frames @ planes > 0).reshape(len(frames), _TABLES, bits)
-    codes = signs @ (1 << np.arange(bits, dtype=np.int64))
-    for table in range(_TABLES):
-        by_code = np.lexsort((owners, codes[:, table]))
-        buckets = np.split(by_code, np.flatnonzero(np.diff(codes[by_code, table])) + 1)
-        for bucket in buckets:
-            members = np.unique(owners[bucket])
-            for step in range(1, min(len(members), _NEIGHBOURS + 1)):
-                yield from zip(members[:-step].tolist(), members[step:].tolist(), strict=True)
+def _signatures(rank: NDArray[np.int64], fingerprints: Fingerprints) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """Of every frame that shows something, in the order of ranks: its signature [frames, words], its clip's rank."""
+    # Whole numbers below 2^24, so that sums are exact in any order: how clips are grouped must not change a sign.
+    planes = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), (DIMENSIONS, _BITS))
+    words, owners = [np.zeros((0, _WORDS), np.uint32)], [np.zeros(0, np.int64)]
+    for places, packed in fingerprints:
+        for start in range(0, len(packed), _BLOCK):
+            some = packed[start : start + _BLOCK]
+            lively = unpack_fingerprint(b"".join(some)).any(axis=1)
+            pixels = np.frombuffer(b"".join(some), np.uint8).reshape(-1, DIMENSIONS)[lively].astype(np.float32)
+            centred = DIMENSIONS * pixels - pixels.sum(axis=1, keepdims=True)
+            words.append(np.packbits(centred @ planes > 0, axis=1, bitorder="little").view(np.uint32))
+            lengths = [len(data) // DIMENSIONS for data in some]
+            owners.append(np.repeat(rank[places[start : start + _BLOCK]], lengths)[lively])
+    every = np.concatenate(owners)
+    by_rank = np.argsort(every, kind="stable")
+    return np.concatenate(words)[by_rank], every[by_rank]
+
+
+def _candidates(words: NDArray[np.uint32], owners: NDArray[np.int64], threshold: float) -> NDArray[np.int64]:
+    """Pairs of clips, [n, 2], the lower first, sorted, that have frames of like signatures."""
+    count = len(owners)
+    clips = int(owners.max(initial=0)) + 1
+    prefix = int(np.clip(np.log2(count + 1), 8, 24))  # bits that must agree
+    flips = math.acos(min(max(threshold, -1.0), 1.0)) / math.pi  # share of signs that frames so like differ in
+    most = _BITS * flips + _SPREAD * math.sqrt(_BITS * flips * (1 - flips)) + 1
+    found = [np.zeros(0, np.int64)]
+    for word in range(_WORDS):
+        code = words[:, word].astype(np.uint64) << np.uint64(32) | words[:, (word + 1) % _WORDS]
+        ordered = np.argsort(code, kind="stable")
+        ordered = ordered[np.diff(owners[ordered], prepend=-1) != 0]  # of a clip's like frames in a row, one
+        code = code[ordered] >> np.uint64(64 - prefix)
+        for step in range(1, min(len(ordered), _NEIGHBOURS + 1)):
+            near = np.flatnonzero(code[:-step] == code[step:])
+            one, other = ordered[near], ordered[near + step]
+            differing = np.bitwise_count(words[one] ^ words[other]).sum(axis=1)
+            chosen = (differing <= most) & (owners[one] != owners[other])
+            low, high = np.sort([owners[one[chosen]], owners[other[chosen]]], axis=0)
+            found.append(np.unique(low * clips + high))
+    return np.stack(np.divmod(np.unique(np.concatenate(found)), clips), axis=1)
 
 
 def linked_groups(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from pipelines.data.frames import CLIP_INPUTS, ClipReader, evenly
 from pipelines.data.model_settings import FeatureConfig, OpenClipConfig
-from pipelines.data.openclip import file_hash, load_open_clip, open_clip_hash
+from pipelines.data.openclip import check_open_clip, file_hash, load_open_clip, open_clip_hash
 from pipelines.data.runner import Row, Stage
 from pipelines.data.settings import DecodeConfig, StageResources
 from pipelines.data.video import VideoError
@@ -285,18 +285,33 @@ class FeatureScores:
         """
         scores = {"text_area": row["text_area"]} if row["text_area"] is not None else {}
         for name, head in self.heads.items():
-            values = head(self._frames(row, name, head.width))
+            values = head(self._frames(row, name, head))
             scores[name] = round(float(values.max() if name == "nsfw" else values.mean()), 6)
         return scores
 
-    def _frames(self, row: Row, name: str, width: int) -> NDArray[np.float32]:
-        have = len(row["clip"]) // 2 // self.config.num_frames
-        if have != width:
+    def check(self) -> None:
+        """Load the models, and see that the heads go with the features.
+
+        Raises:
+            UserError: if weights do not fit their architecture, or a head wants another number of features.
+        """
+        if self.config.text_detector is not None:
+            TextDetector(self.config.text_detector)
+        if self.config.clip.weights is not None:
+            width = check_open_clip(self.config.clip, _KEY)
+            for name, head in self.heads.items():
+                self._check_width(name, head, width)
+
+    def _frames(self, row: Row, name: str, head: Head) -> NDArray[np.float32]:
+        self._check_width(name, head, len(row["clip"]) // 2 // self.config.num_frames)
+        return unpack_features(row["clip"], head.width)
+
+    def _check_width(self, name: str, head: Head, width: int) -> None:
+        if width != head.width:
             raise UserError(
-                f"features.{name}_head wants {width} features, but {self.config.clip.model} gives {have}: name the "
-                "head that was trained on this model"
+                f"features.{name}_head wants {head.width} features, but {self.config.clip.model} gives {width}: name "
+                "the head that was trained on this model"
             )
-        return unpack_features(row["clip"], width)
 
 
 def similarity(frames: bytes, texts: Sequence[bytes]) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines import storage
@@ -44,15 +45,27 @@ CLIP_INPUTS = pa.schema(
 )
 
 
-def clip_inputs(row: Row, uri: str) -> Row:
-    """A row of the split stage as the input of a stage over clips, without its work key."""
-    request = {name: row[name] for name in REQUEST_COLUMNS}
-    return {"key": row["key"], "uri": uri, WORK: row["end_s"] - row["start_s"], **request}
+def clip_inputs(clips: pa.Table, uris: pa.ChunkedArray, work_keys: pa.ChunkedArray) -> pa.Table:
+    """The inputs of a stage over clips, as ``CLIP_INPUTS``.
+
+    Args:
+        clips: Rows of the split stage.
+        uris: Of their files.
+        work_keys: That name the work.
+    """
+    work = pc.subtract(clips["end_s"], clips["start_s"])
+    request = [clips[name] for name in REQUEST_COLUMNS]
+    return pa.table([work_keys, clips["key"], uris, work, *request], schema=CLIP_INPUTS)
 
 
-def picture_key(row: Row) -> str:
-    """Names a clip together with the part of its frame that counts."""
-    return f"{row['key']}+{','.join(map(str, row['picture']))}"
+def picture_keys(clips: pa.Table) -> pa.ChunkedArray:
+    """Names clips (rows of the split stage) together with the part of their frame that counts."""
+    return pc.binary_join_element_wise(clips["key"], picture_names(clips), "+")
+
+
+def picture_names(clips: pa.Table) -> pa.ChunkedArray:
+    """The part of its frame that counts of each clip: "left,top,width,height"."""
+    return pc.binary_join(clips["picture"].cast(pa.list_(pa.string())), ",")
 
 
 @dataclass(frozen=True)

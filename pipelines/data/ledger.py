@@ -1,43 +1,69 @@
 """The ledger: one row per clip, and one per source that yields none, with what became of it and why."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from pipelines.data.card import reason_class
-from pipelines.data.schemas import LEDGER, STAGES
+from pipelines.data.card import reason_classes
+from pipelines.data.schemas import LEDGER, STAGES, STATUSES
 
 
-@dataclass
 class Verdicts:
-    """Status and reason of every clip, in the order of the clip table, and how far each went."""
+    """Status and reason of every clip, in the order of the clip table, and how far each went.
 
-    status: list[str]
-    reason: list[str]
-    stages: dict[str, list[bool]] = field(default_factory=dict)  # stage -> whether it saw the clip
+    Args:
+        count: Clips; all are kept at first.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._status = np.full(count, STATUSES.index("kept"), np.int8)
+        self._reasons: dict[int, str] = {}
+        self._seen: dict[str, NDArray[np.bool_]] = {"split": np.ones(count, bool)}
 
     def set(self, index: int, status: str, reason: str) -> None:
         """Change what becomes of a clip."""
-        self.status[index], self.reason[index] = status, reason
+        self._status[index], self._reasons[index] = STATUSES.index(status), reason
 
-    def mark(self, stage: str, indices: Sequence[int]) -> None:
+    def mark(self, stage: str, indices: NDArray[np.int64]) -> None:
         """Note the clips that a stage has seen."""
-        seen = [False] * len(self.status)
-        for index in indices:
-            seen[index] = True
-        self.stages[stage] = seen
+        self._seen[stage] = np.zeros(len(self._status), bool)
+        self._seen[stage][indices] = True
 
     @property
-    def kept(self) -> list[int]:
+    def kept(self) -> NDArray[np.int64]:
         """Indices of the clips that are kept so far."""
-        return [index for index, status in enumerate(self.status) if status == "kept"]
+        return np.flatnonzero(self._status == STATUSES.index("kept"))
+
+    def columns(self, hashes: Mapping[str, str]) -> dict[str, pa.Array]:
+        """As the ledger's columns status, reason and stage_hashes.
+
+        Args:
+            hashes: Configuration hash of each stage.
+        """
+        count = len(self._status)
+        unseen = np.zeros(count, bool)  # by a stage that is switched off
+        seen = [
+            pc.if_else(pa.array(self._seen.get(stage, unseen)), pa.scalar(hashes.get(stage), pa.string()), None)
+            for stage in STAGES
+        ]
+        return {
+            "status": pa.array(STATUSES, pa.string()).take(pa.array(self._status)),
+            "reason": pa.array([self._reasons.get(index, "") for index in range(count)], pa.string()),
+            "stage_hashes": pa.StructArray.from_arrays(seen, names=list(STAGES)),
+        }
 
 
 def build_ledger(
-    sources: pa.Table, first: pa.Table, clips: pa.Table, failed: pa.Table, verdicts: Verdicts, hashes: Mapping[str, str]
+    sources: pa.Table,
+    first: pa.Table,
+    clips: pa.Table,
+    scores: pa.StructArray,
+    failed: pa.Table,
+    verdicts: Verdicts,
+    hashes: Mapping[str, str],
 ) -> pa.Table:
     """Put the ledger together; it is not sorted yet.
 
@@ -45,29 +71,21 @@ def build_ledger(
         sources: Every file named: path, source_id (null where unreadable) and error.
         first: Those that stand for their content: source_id and path.
         clips: The split stage's clips.
+        scores: All of theirs.
         failed: Its rows of sources without clips.
         verdicts: What became of the clips.
         hashes: Configuration hash of each stage.
     """
-    seen = {"split": [True] * clips.num_rows, **verdicts.stages}
-    unseen = [False] * clips.num_rows  # by a stage that is switched off
-    columns = [
-        pa.array([hashes[stage] if flag else None for flag in seen.get(stage, unseen)], pa.string()) for stage in STAGES
-    ]
-    clip_rows = pa.table(
-        [
-            clips["key"],
-            clips["work_key"],
-            paths_of(clips["work_key"], first),
-            clips["start_s"],
-            clips["end_s"],
-            pa.array(verdicts.status, pa.string()),
-            pa.array(verdicts.reason, pa.string()),
-            clips["scores"],
-            pa.StructArray.from_arrays(columns, names=list(STAGES)),
-        ],
-        names=LEDGER.names,
-    ).cast(LEDGER)
+    columns = {
+        "key": clips["key"],
+        "source_id": clips["work_key"],
+        "path": paths_of(clips["work_key"], first),
+        "start_s": clips["start_s"],
+        "end_s": clips["end_s"],
+        "scores": scores,
+        **verdicts.columns(hashes),
+    }
+    clip_rows = pa.table(columns).select(LEDGER.names).cast(LEDGER)
     failed_rows = _plain_rows(
         keys=failed["work_key"].to_pylist(),
         source_ids=failed["work_key"].to_pylist(),
@@ -98,8 +116,9 @@ def paths_of(source_ids: pa.ChunkedArray, first: pa.Table) -> pa.ChunkedArray:
 
 def count_reasons(ledger: pa.Table) -> dict[str, int]:
     """Rows that were not kept by "status: class of reason", most frequent first."""
-    pairs = zip(ledger["status"].to_pylist(), ledger["reason"].to_pylist(), strict=True)
-    counts = Counter(f"{status}: {reason_class(reason)}" for status, reason in pairs if status != "kept")
+    left = ledger.filter(pc.not_equal(ledger["status"], "kept"))
+    what = pc.binary_join_element_wise(left["status"], reason_classes(left["reason"]), ": ")
+    counts = {count["values"]: count["counts"] for count in pc.value_counts(what).to_pylist()}
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 

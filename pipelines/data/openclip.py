@@ -4,7 +4,7 @@ import hashlib
 import importlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cv2
@@ -107,6 +107,17 @@ def load_open_clip(config: OpenClipConfig, key: str) -> OpenClip:
         ) from error
     size = model.visual.image_size
     return OpenClip(model.eval(), tokenizer, size[0] if isinstance(size, tuple) else size, config.device)
+
+
+def check_open_clip(config: OpenClipConfig, key: str) -> int:
+    """Load a model once, on the CPU, before hours of work that lead to it; how many features an image gets.
+
+    Raises:
+        UserError: if the weights are missing, or do not fit the architecture.
+    """
+    clip = load_open_clip(replace(config, device="cpu"), key)
+    with torch.inference_mode():
+        return int(clip.model.encode_image(torch.zeros(1, 3, clip.size, clip.size)).shape[-1])
 
 
 def fit_shorter_side(frame: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

@@ -4,7 +4,6 @@ import math
 import os
 import secrets
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from pipelines.data.publish import write_snapshot
 from pipelines.data.runlog import RunLog
 from pipelines.data.runner import Stage
 from pipelines.errors import UserError
+from pipelines.sampling import sampled
 
 _SAMPLE_SECONDS = 0.2
 _GAP = 1.96  # standard deviations of an interval of 95 %
@@ -156,7 +156,7 @@ def plan_curation(config: CurateConfig, cluster: Cluster, *, sources: int, seed:
             scratch = replace(config, dataset=folder, resources=replace(config.resources, max_failed_share=1.0))
             _, curation = prepare(scratch)
             workers = {name: _workers(stage, cluster) for name, stage in curation.stages.items()}
-            with connect(), RunLog(folder).record() as log, _peak_memory() as peaks:
+            with connect(), RunLog(folder).record() as log, sampled(_largest_process, _SAMPLE_SECONDS) as peaks:
                 made = curation.run(chosen, log)
                 snapshot = write_snapshot(folder, made.content, config.publish)
             disk = sum(file.size for file in storage.list_files(folder))
@@ -175,7 +175,7 @@ def plan_curation(config: CurateConfig, cluster: Cluster, *, sources: int, seed:
         clip_hours=scale * sum(row["end_s"] - row["start_s"] for row in kept) / 3600,
         tokens=scale * sum(total.tokens for total in totals),
         disk_gb=scale * disk / 1e9,
-        process_gb=max(peaks, default=0) / 1e9,
+        process_gb=max(peaks) / 1e9,
         stages=tuple(
             StagePlan(name=name, work_s=scale * took.busy_s, workers=workers[name]) for name, took in log.stages.items()
         ),
@@ -241,23 +241,9 @@ def _scratch_dataset(config: CurateConfig) -> Iterator[str]:
         storage.remove(folder)
 
 
-@contextmanager
-def _peak_memory() -> Iterator[list[float]]:
-    """Bytes of the largest process of a stage, children included, time and again while the block runs."""
-    samples: list[float] = []
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(_SAMPLE_SECONDS):
-            samples.append(max(map(_family_bytes, psutil.Process().children(recursive=True)), default=0.0))
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield samples
-    finally:
-        over.set()
-        thread.join()
+def _largest_process() -> float:
+    """Bytes of the largest process of a stage, children included."""
+    return max(map(_family_bytes, psutil.Process().children(recursive=True)), default=0.0)
 
 
 def _family_bytes(process: psutil.Process) -> float:

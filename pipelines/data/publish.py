@@ -8,7 +8,6 @@ the content, so publishing an unchanged dataset finds its newest snapshot and wr
 import hashlib
 import io
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipelines import storage
 from pipelines.data.card import dataset_card
@@ -35,6 +35,7 @@ from pipelines.data.snapshot import (
     open_snapshot,
     snapshot_number,
 )
+from pipelines.data.tables import iterate
 
 ROW_GROUP_ROWS = 256
 LEDGER_ROW_GROUP_ROWS = 1 << 16
@@ -74,7 +75,7 @@ class SnapshotContent:
     """
 
     clips: pa.Table
-    read_codes: Callable[[Sequence[Sequence[str]]], Iterable[pa.Array]]
+    read_codes: Callable[[Sequence[pa.ChunkedArray]], Iterable[pa.Array]]
     ledger: pa.Table
     tokenizer: TokenizerInfo
     created_from: dict[str, Any]
@@ -130,8 +131,8 @@ def write_snapshot(dataset: str, content: SnapshotContent, config: PublishConfig
 
 def count_statuses(ledger: pa.Table) -> dict[str, int]:
     """Rows of a ledger by status, every status named."""
-    counts = Counter(ledger["status"].to_pylist())
-    return {status: counts[status] for status in STATUSES}
+    counts = {count["values"]: count["counts"] for count in pc.value_counts(ledger["status"]).to_pylist()}
+    return {status: counts.get(status, 0) for status in STATUSES}
 
 
 def parquet_bytes(table: pa.Table, *, row_group_rows: int) -> bytes:
@@ -163,43 +164,41 @@ def _remove_unfinished(folder: str, published: Sequence[str]) -> None:
             storage.remove(storage.join(folder, name))
 
 
-def _buckets(clips: pa.Table) -> Iterator[pa.Table]:
-    """The clips of each split and latent shape, in a fixed order."""
-    columns = ["split", "t", "h", "w"]
-    groups = clips.select(columns).group_by(columns).aggregate([]).sort_by([(name, "ascending") for name in columns])
-    for group in groups.to_pylist():
-        mask = np.ones(clips.num_rows, dtype=bool)
-        for name, value in group.items():
-            mask &= pc.equal(clips[name], value).to_numpy()
-        yield clips.filter(pa.array(mask))
-
-
 @dataclass(frozen=True)
 class _PlannedShard:
     """A shard whose codes have not been fetched yet."""
 
     bucket: tuple[str, int, int, int]  # split, t, h, w
     path: str
-    clips: pa.Table
+    rows: pa.Array  # numbers of its clips, in order
 
 
-def _plan_bucket(rows: pa.Table, config: PublishConfig) -> Iterator[_PlannedShard]:
-    split, t, h, w = (rows[name][0].as_py() for name in ("split", "t", "h", "w"))
-    ids = rows["clip_id"].to_pylist()
-    per_shard = max(1, int(config.shard_mb * 1e6) // (2 * t * h * w + _BYTES_BESIDE_CODES))
-    for number, chosen in enumerate(deal_shards(ids, -(-len(ids) // per_shard), seed=config.seed)):
-        path = f"data/{split}/{t}x{h}x{w}/shard-{number:05d}.parquet"
-        yield _PlannedShard((split, t, h, w), path, rows.take(pa.array(chosen)))
+def _plan_shards(clips: pa.Table, config: PublishConfig) -> Iterator[_PlannedShard]:
+    """The shards of each split and latent shape, in a fixed order."""
+    columns = ["split", "t", "h", "w"]
+    groups = clips.select(columns).group_by(columns).aggregate([]).sort_by([(name, "ascending") for name in columns])
+    for group in groups.to_pylist():
+        mask = np.ones(clips.num_rows, dtype=bool)
+        for name, value in group.items():
+            mask &= pc.equal(clips[name], value).to_numpy()
+        members = np.flatnonzero(mask)
+        split, t, h, w = group.values()
+        per_shard = max(1, int(config.shard_mb * 1e6) // (2 * t * h * w + _BYTES_BESIDE_CODES))
+        ids = iterate(clips["clip_id"].take(pa.array(members)))
+        dealt = deal_shards(ids, -(-len(members) // per_shard), seed=config.seed)
+        for number, chosen in enumerate(dealt):
+            path = f"data/{split}/{t}x{h}x{w}/shard-{number:05d}.parquet"
+            yield _PlannedShard((split, t, h, w), path, pa.array(members[chosen]))
 
 
 def _write_shards(uri: str, content: SnapshotContent, config: PublishConfig) -> tuple[Bucket, ...]:
-    planned = [shard for rows in _buckets(content.clips) for shard in _plan_bucket(rows, config)]
-    codes = content.read_codes([shard.clips["clip_id"].to_pylist() for shard in planned])
+    planned = list(_plan_shards(content.clips, config))
+    codes = content.read_codes([content.clips["clip_id"].take(shard.rows) for shard in planned])
     shards: dict[tuple[str, int, int, int], list[Shard]] = {}
     for shard, own in zip(planned, codes, strict=True):
-        data = shard_bytes(shard.clips, own)
+        data = shard_bytes(content.clips.take(shard.rows), own)
         storage.write_bytes_atomic(storage.join(uri, shard.path), data)
-        written = Shard(shard.path, shard.clips.num_rows, len(data), hashlib.sha256(data).hexdigest())
+        written = Shard(shard.path, len(shard.rows), len(data), hashlib.sha256(data).hexdigest())
         shards.setdefault(shard.bucket, []).append(written)
     return tuple(
         Bucket(*bucket, sum(shard.rows for shard in own), sum(shard.bytes for shard in own), tuple(own))
@@ -207,10 +206,10 @@ def _write_shards(uri: str, content: SnapshotContent, config: PublishConfig) -> 
     )
 
 
-def deal_shards(ids: Sequence[str], count: int, *, seed: int) -> list[np.ndarray]:
+def deal_shards(ids: Iterable[str], count: int, *, seed: int) -> list[NDArray[np.int64]]:
     """Which clips, by index and in which order, each of ``count`` shards of a bucket holds: a pure function."""
-    order = sorted(range(len(ids)), key=lambda index: _hash_int(f"order:{seed}:{ids[index]}"))
-    return np.array_split(np.array(order), count)
+    hashes = np.fromiter((_hash_int(f"order:{seed}:{clip_id}") for clip_id in ids), np.uint64)
+    return np.array_split(np.argsort(hashes, kind="stable"), count)
 
 
 def shard_bytes(clips: pa.Table, codes: pa.Array) -> bytes:
@@ -230,7 +229,8 @@ def _total(buckets: Sequence[Bucket], split: str) -> SplitTotal:
 
 
 def _captioners(clips: pa.Table) -> tuple[str, ...]:
-    return tuple(sorted({caption["captioner"] for row in clips["captions"].to_pylist() for caption in row or ()}))
+    names = pc.unique(pc.struct_field(pc.list_flatten(clips["captions"]), "captioner"))
+    return tuple(sorted(names.to_pylist()))
 
 
 def _hash_int(text: str) -> int:

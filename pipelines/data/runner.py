@@ -15,8 +15,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipelines import storage
@@ -47,6 +49,8 @@ ERROR = "error"  # column of a table whose inputs may fail
 _WAVE_ROWS = 1 << 16  # inputs handed to Ray at a time, which bounds what the driver holds
 PART_ROW_GROUP = 1 << 12
 _READERS = 8
+_PIECE_ROWS = 1 << 16
+_PIECE_BYTES = 1 << 27
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,31 +105,54 @@ class StageTable:
         """Failures of these keys."""
         if ERROR not in self.schema.names:
             return []
-        found: list[str] = []
-        for rows in read_parts(self.parts(), [WORK_KEY, ERROR]):
-            failed = rows.filter(pc.is_valid(rows[ERROR]))
-            found += failed[ERROR].filter(pc.is_in(failed[WORK_KEY], keys.combine_chunks())).to_pylist()
-        return found
+        return [error for _, rows in self.pieces([ERROR], keys) for error in rows[ERROR].drop_null().to_pylist()]
 
-    def read(self, columns: Sequence[str] | None = None, keys: pa.ChunkedArray | None = None) -> pa.Table:
+    def pieces(
+        self, columns: Sequence[str], keys: pa.Array | pa.ChunkedArray
+    ) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
+        """The rows of some keys, each key's from one part, some parts at a time; memory holds one piece.
+
+        Yields:
+            For each row the place of its key among ``keys``, and the rows: ``work_key`` and ``columns``.
+        """
+        schema = pa.schema([self.schema.field(name) for name in dict.fromkeys([WORK_KEY, *columns])])
+        wanted = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
+        seen = np.zeros(len(wanted) + 1, bool)
+        seen[-1] = True  # where -1, the place of what is not wanted, leads
+        for tables in _grouped(table.cast(schema) for table in read_parts(self.parts(), schema.names)):
+            group = pa.concat_tables(tables)
+            places = pc.fill_null(pc.index_in(group[WORK_KEY], wanted), -1).to_numpy().astype(np.int64)
+            chosen = np.zeros(group.num_rows, bool)
+            start = 0
+            for table in tables:
+                own = slice(start, start + table.num_rows)
+                chosen[own] = ~seen[places[own]]
+                seen[places[own]] = True
+                start = own.stop
+            if chosen.any():
+                yield places[chosen], group.filter(pa.array(chosen))
+        pa.default_memory_pool().release_unused()
+
+    def read(self, columns: Sequence[str] | None = None, keys: pa.Array | pa.ChunkedArray | None = None) -> pa.Table:
         """All rows (or those of some keys), each key's from one part."""
         wanted = list(columns if columns is not None else self.schema.names)
         schema = pa.schema([self.schema.field(name) for name in dict.fromkeys([WORK_KEY, *wanted])])
-        tables = [table.cast(schema) for table in read_parts(self.parts(), schema.names)]
-        if keys is not None:
-            tables = [table.filter(pc.is_in(table[WORK_KEY], keys.combine_chunks())) for table in tables]
-        every = [pc.unique(table[WORK_KEY]) for table in tables]
-        if sum(map(len, every)) > len(pc.unique(pa.chunked_array(every, pa.string()))):
-            tables = list(_each_key_once(tables))
-        return pa.concat_tables(tables or [schema.empty_table()]).select(wanted)
+        tables = [rows for _, rows in self.pieces(wanted, self.keys() if keys is None else keys)]
+        return pa.concat_tables([schema.empty_table(), *tables]).select(wanted)
 
 
-def _each_key_once(tables: Sequence[pa.Table]) -> Iterator[pa.Table]:
-    """The tables without the keys that an earlier one has."""
-    seen = pa.array([], pa.string())
+def _grouped(tables: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:
+    """Tables in groups of some size: enough rows that looking up their keys costs little, few enough bytes."""
+    group: list[pa.Table] = []
+    rows = size = 0
     for table in tables:
-        yield table.filter(pc.invert(pc.is_in(table[WORK_KEY], seen)))
-        seen = pa.concat_arrays([seen, pc.unique(table[WORK_KEY])])
+        group.append(table)
+        rows, size = rows + table.num_rows, size + table.nbytes
+        if rows >= _PIECE_ROWS or size >= _PIECE_BYTES:
+            yield group
+            group, rows, size = [], 0, 0
+    if group:
+        yield group
 
 
 def read_columns(uri: str, columns: list[str]) -> pa.Table:
@@ -134,10 +161,16 @@ def read_columns(uri: str, columns: list[str]) -> pa.Table:
         return pq.read_table(file, columns=columns)
 
 
-def read_parts(uris: Sequence[str], columns: list[str]) -> list[pa.Table]:
-    """Some columns of many Parquet files, in their order; several at a time, as a store takes long to begin answers."""
+def read_parts(uris: Sequence[str], columns: list[str]) -> Iterator[pa.Table]:
+    """Some columns of many Parquet files, in their order; a few ahead at a time, as a store takes long to answer."""
     with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(partial(read_columns, columns=columns), uris))
+        ahead: deque[Future[pa.Table]] = deque()
+        for uri in uris:
+            ahead.append(pool.submit(read_columns, uri, columns))
+            if len(ahead) > _READERS:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 class StageWorker:

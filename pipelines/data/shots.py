@@ -105,7 +105,7 @@ class _Pass:
         if not self.thumbnails or time - self.thumbnails[-1][0] >= LOOK_SECONDS - 1e-3:
             self.thumbnails.append((time, thumbnail(planes).tobytes()))
         if self.borders.wants(time):
-            luma = np.asarray(self._grayer.reformat(frame, format="gray", threads=1).to_ndarray(), np.uint8)
+            luma = full_luma(frame, self._grayer)
             self.borders.add(time, luma)
             self.meter.add_full(time, luma)
 
@@ -169,9 +169,9 @@ class _ShotDetector(Protocol):
 
 def _shot_detector(config: SplitConfig, fps: float) -> _ShotDetector:
     if config.detector == "adaptive":
-        return _SceneDetect(AdaptiveDetector(adaptive_threshold=config.threshold or 3.0, min_scene_len=2), fps)
+        return _SceneDetect(FastAdaptiveDetector(adaptive_threshold=config.threshold or 3.0, min_scene_len=2), fps)
     if config.detector == "content":
-        return _SceneDetect(ContentDetector(threshold=config.threshold or 27.0, min_scene_len=2), fps)
+        return _SceneDetect(FastContentDetector(threshold=config.threshold or 27.0, min_scene_len=2), fps)
     if config.detector == "transnetv2":
         from pipelines.data import transnet  # brings torch, which the other detectors do without
 
@@ -193,10 +193,29 @@ class _NoShots:
         return []
 
 
+class FastContentDetector(ContentDetector):  # type: ignore[misc]
+    """PySceneDetect's score of a frame, the mean difference of hue, saturation and value, in one pass over 8-bit data.
+
+    Its own takes three times as long, as it widens every channel to 32 bits first.
+    """
+
+    _last_hsv: NDArray[np.uint8] | None = None
+
+    def _calculate_frame_score(self, timecode: FrameTimecode, frame_img: NDArray[np.uint8]) -> float:
+        del timecode
+        hsv = np.asarray(cv2.cvtColor(frame_img, cv2.COLOR_BGR2HSV), np.uint8)
+        last, self._last_hsv = self._last_hsv, hsv
+        return 0.0 if last is None else cv2.norm(last, hsv, cv2.NORM_L1) / hsv.size
+
+
+class FastAdaptiveDetector(FastContentDetector, AdaptiveDetector):  # type: ignore[misc]
+    """PySceneDetect's rolling average over the same scores."""
+
+
 class _SceneDetect:
     """The cuts of a detector of PySceneDetect."""
 
-    def __init__(self, detector: AdaptiveDetector | ContentDetector, fps: float) -> None:
+    def __init__(self, detector: ContentDetector, fps: float) -> None:
         # Times are taken from the frames, so the rate that PySceneDetect asks for only has to be some number; and
         # length rules are ours, so it gets none but two frames, below which a flash would be a shot.
         self._detector = detector
@@ -283,9 +302,21 @@ def interpolate(frame: av.VideoFrame, size: tuple[int, int], converter: VideoRef
         whole = np.asarray(converter.reformat(frame, format="bgr24", threads=1).to_ndarray(), np.uint8)
         return np.asarray(cv2.resize(whole, size, interpolation=cv2.INTER_LINEAR), np.uint8)
     luma, blue, red = (cv2.resize(_plane(plane), size, interpolation=cv2.INTER_LINEAR) for plane in frame.planes)
-    if frame.color_range != ColorRange.JPEG and not frame.format.name.startswith("yuvj"):
+    if not _has_full_range(frame):
         luma, blue, red = cv2.LUT(luma, _STRETCH_LUMA), cv2.LUT(blue, _STRETCH_CHROMA), cv2.LUT(red, _STRETCH_CHROMA)
     return np.asarray(cv2.cvtColor(cv2.merge([luma, red, blue]), cv2.COLOR_YCrCb2BGR), np.uint8)
+
+
+def full_luma(frame: av.VideoFrame, converter: VideoReformatter) -> NDArray[np.uint8]:
+    """Luma of a frame at its full size, [height, width], 0 black to 255 white."""
+    if frame.format.name not in _PLANAR:
+        return np.asarray(converter.reformat(frame, format="gray", threads=1).to_ndarray(), np.uint8)
+    luma = _plane(frame.planes[0])
+    return luma if _has_full_range(frame) else np.asarray(cv2.LUT(luma, _STRETCH_LUMA), np.uint8)
+
+
+def _has_full_range(frame: av.VideoFrame) -> bool:
+    return frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
 
 
 def _plane(plane: av.video.plane.VideoPlane) -> NDArray[np.uint8]:

@@ -1,7 +1,8 @@
 """Tables that users bring: CSV, JSONL or Parquet files with some named columns."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
@@ -12,6 +13,7 @@ from pipelines import storage
 from pipelines.errors import UserError
 
 TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
+_PIECE = 1 << 14  # rows
 
 
 def is_table(uri: str) -> bool:
@@ -59,6 +61,12 @@ def read_table(uri: str, columns: Sequence[str], key: str) -> pa.Table:
         return table.select(list(columns)).cast(pa.schema([(name, pa.string()) for name in columns]))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UserError(f"{key} {uri}: columns {', '.join(columns)} must hold text ({error})") from error
+
+
+def iterate(column: pa.ChunkedArray) -> Iterator[Any]:
+    """The values of a column as Python's objects, which weigh several times more, a piece at a time."""
+    for start in range(0, len(column), _PIECE):
+        yield from column.slice(start, _PIECE).to_pylist()
 
 
 def resolve_paths(table_uri: str, paths: Sequence[str]) -> list[str]:

@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
 from lumos.tokenizers import TokenizerConfig, VideoTokenizer, load_video_tokenizer
 from pipelines.data.config import CurateConfig, TokenConfig
-from pipelines.data.frames import CLIP_INPUTS, ClipReader, Wanted
+from pipelines.data.frames import CLIP_INPUTS, ClipReader, Wanted, clip_inputs, picture_names
 from pipelines.data.runner import Row, Stage
 from pipelines.data.settings import DecodeConfig
 from pipelines.data.snapshot import TokenizerInfo
+from pipelines.data.tables import iterate
 from pipelines.data.video import VideoError
 
 TOKEN_INPUTS = pa.schema(
@@ -55,11 +57,6 @@ class ClipShape:
     width: int  # px
     height: int
 
-    def work_key(self, clip_key: str, picture: Sequence[int], *, decode_back: bool = False) -> str:
-        """Names the work of encoding a clip so; the picture is the part of its frame that counts."""
-        mark = "+psnr" if decode_back else ""
-        return f"{clip_key}@{self.num_frames}x{self.width}x{self.height}+{','.join(map(str, picture))}{mark}"
-
 
 def plan_shape(scores: Mapping[str, float], config: TokenConfig) -> ClipShape | None:
     """The longest allowed length that a clip fills, at the size nearest to its aspect ratio; None if it is too short.
@@ -80,6 +77,26 @@ def plan_shape(scores: Mapping[str, float], config: TokenConfig) -> ClipShape | 
         config.frame_sizes, key=lambda size: (round(abs(math.log(size[0] / size[1] / aspect)), 6), -size[0] * size[1])
     )
     return ClipShape(max(lengths), width, height)
+
+
+def token_inputs(
+    clips: pa.Table, uris: pa.ChunkedArray, shapes: NDArray[np.int32], decode_back_share: float
+) -> pa.Table:
+    """The inputs of the token stage, as ``TOKEN_INPUTS``; a work key names the clip, what of it counts and its shape.
+
+    Args:
+        clips: Rows of the split stage.
+        uris: Of their files.
+        shapes: Frames, width and height of each, [n, 3].
+        decode_back_share: Of the clips, whose codes are decoded again.
+    """
+    sampled = pa.array([is_sampled(key, decode_back_share) for key in iterate(clips["key"])], pa.bool_())
+    size = pc.binary_join_element_wise(*(pa.array(column).cast(pa.string()) for column in shapes.T), "x")
+    parts = [clips["key"], "@", size, "+", picture_names(clips), pc.if_else(sampled, "+psnr", "")]
+    inputs = clip_inputs(clips, uris, pc.binary_join_element_wise(*parts, ""))
+    for name, column in zip(("num_frames", "width", "height"), shapes.T, strict=True):
+        inputs = inputs.append_column(name, pa.array(column))
+    return inputs.append_column("decode_back", sampled)
 
 
 def tokenizer_info(tokenizer: VideoTokenizer) -> TokenizerInfo:

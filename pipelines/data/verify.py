@@ -1,7 +1,6 @@
 """Checking a published snapshot against its manifest and ledger: nothing lost, doubled or changed since."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -48,7 +47,7 @@ def verify_snapshot(snapshot: Snapshot) -> Verification:
     """
     problems: list[str] = []
     ids: list[pa.Array] = []
-    sources: dict[str, set[str]] = {"train": set(), "val": set()}
+    sources: dict[str, list[pa.Array]] = {"train": [], "val": []}
     shards = rows = tokens = 0
     for bucket in snapshot.manifest.buckets:
         if sum(shard.rows for shard in bucket.shards) != bucket.rows:
@@ -62,10 +61,11 @@ def verify_snapshot(snapshot: Snapshot) -> Verification:
             shards, rows = shards + 1, rows + table.num_rows
             tokens += table.num_rows * bucket.t * bucket.h * bucket.w
             ids.append(table["clip_id"].combine_chunks())
-            sources.setdefault(bucket.split, set()).update(table["source_id"].to_pylist())
+            sources.setdefault(bucket.split, []).append(pc.unique(table["source_id"]))
     clip_ids = pa.chunked_array(ids, pa.string())
-    problems += _named("in more than one row", (name for name, n in Counter(clip_ids.to_pylist()).items() if n > 1))
-    problems += _named("source in both splits", sorted(sources["train"] & sources["val"]))
+    problems += _named("in more than one row", _repeated(clip_ids))
+    train, val = (pc.unique(pa.chunked_array(sources[split], pa.string())) for split in ("train", "val"))
+    problems += _named("source in both splits", sorted(train.filter(pc.is_in(train, val)).to_pylist()))
     problems += _check_ledger(snapshot, clip_ids)
     for split, total in snapshot.manifest.totals.items():
         if total.rows != sum(bucket.rows for bucket in snapshot.manifest.buckets if bucket.split == split):
@@ -120,12 +120,17 @@ def _check_ledger(snapshot: Snapshot, clip_ids: pa.ChunkedArray) -> Iterator[str
     )
     extra = clip_ids.filter(pc.invert(pc.is_in(clip_ids, kept.combine_chunks())))
     yield from _named("in a shard but not kept by the ledger", extra.to_pylist())
-    keys = ledger["key"]
-    yield from _named("more than one ledger row", (name for name, n in Counter(keys.to_pylist()).items() if n > 1))
+    yield from _named("more than one ledger row", _repeated(ledger["key"]))
 
 
-def _named(what: str, names: Iterator[str] | list[str]) -> Iterator[str]:
-    found = list(names)
-    if found:
-        more = f" and {len(found) - _EXAMPLES} more" if len(found) > _EXAMPLES else ""
-        yield f"{what}: {', '.join(found[:_EXAMPLES])}{more}"
+def _repeated(names: pa.ChunkedArray) -> list[str]:
+    """Those that are there more than once."""
+    counts = pc.value_counts(names)
+    repeated: list[str] = counts.field("values").filter(pc.greater(counts.field("counts"), 1)).to_pylist()
+    return repeated
+
+
+def _named(what: str, names: list[str]) -> Iterator[str]:
+    if names:
+        more = f" and {len(names) - _EXAMPLES} more" if len(names) > _EXAMPLES else ""
+        yield f"{what}: {', '.join(names[:_EXAMPLES])}{more}"

@@ -41,7 +41,8 @@ def snapshot_content(
     return SnapshotContent(
         clips=pa.Table.from_pylist(rows, schema=PUBLISHED_CLIPS),
         read_codes=lambda shards: [
-            pa.array([clips[i].astype(np.uint16).ravel() for i in ids], pa.list_(pa.uint16())) for ids in shards
+            pa.array([clips[i].astype(np.uint16).ravel() for i in ids.to_pylist()], pa.list_(pa.uint16()))
+            for ids in shards
         ],
         ledger=pa.Table.from_pylist(ledger, schema=LEDGER),
         tokenizer=tokenizer,

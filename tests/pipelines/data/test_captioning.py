@@ -4,10 +4,11 @@ import shutil
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pipelines.data.captioning import Captioning
-from pipelines.data.captions import CaptionSource, caption_fault, unique_captions
+from pipelines.data.captions import CAPTIONED, CaptionSource, caption_fault, unique_captions
 from pipelines.data.curate import curate
 from pipelines.data.model_settings import CaptionConfig
 from pipelines.data.settings import DecodeConfig, StageResources
@@ -130,15 +131,11 @@ def test_faults_are_counted_and_told():
     config = CaptionConfig(min_words=3, languages=("en",))
     captioning = Captioning(config, CaptionSource("metadata", {}), DecodeConfig(), StageResources())
     rows = [["one two three"], ["short", "Das ist ganz sicher ein deutscher Satz über Wände."], []]
-    made = {
-        "given": [
-            {"captions": [{"text": text, "captioner": "x"} for text in texts], "error": None}
-            | {"input_tokens": None, "output_tokens": None}
-            for texts in rows
-        ]
-    }
-    captions = captioning.gather([7, 8, 9], made)
-    assert [len(captions.of[clip]) for clip in (7, 8, 9)] == [1, 0, 0]
+    said = [{"captions": [{"text": text, "captioner": "x"} for text in texts]} for texts in rows]
+    schema = pa.schema([CAPTIONED.field(name) for name in ("captions", "input_tokens", "output_tokens", "error")])
+    captions = captioning.gather(np.array([7, 8, 9]), {"given": pa.Table.from_pylist(said, schema=schema)})
+    assert [len(own) for own in captions.of.to_pylist()] == [1, 0, 0]
+    assert captions.take(np.array([7, 9])).to_pylist() == [[{"text": "one two three", "captioner": "x"}], []]
     assert captions.faults == {
         8: ("rejected", "caption: words 1 < 3; language de"),
         9: ("rejected", "caption: none"),

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data import codes
+from pipelines.data import codes, runner
 from pipelines.data.codes import CodeReader
 from pipelines.data.runner import StageTable
 from pipelines.data.tokens import TOKENIZED
@@ -13,7 +15,7 @@ from tests.pipelines.data.test_runner import stage
 @pytest.fixture
 def table(tmp_path):
     """Ten files of thirty clips; the last file has clips of the first again."""
-    table = StageTable(str(tmp_path), stage())
+    table = StageTable(str(tmp_path), replace(stage(), schema=TOKENIZED))
     (tmp_path / "stages" / "double" / stage().hash).mkdir(parents=True)
     for part in range(10):
         rows = [
@@ -24,12 +26,21 @@ def table(tmp_path):
     return table
 
 
-@pytest.mark.parametrize("buffer", [1, 2000, 1 << 28])
-def test_each_shard_gets_the_codes_of_its_clips_in_order(table, monkeypatch, buffer):
+def ids(numbers, letter="k"):
+    return pa.chunked_array([[f"{letter}{number}" for number in numbers]], pa.string())
+
+
+def reader(table, numbers):
+    return CodeReader(table, ids(numbers), ids(numbers, "w"))
+
+
+@pytest.mark.parametrize(("buffer", "rows"), [(1, 1), (2000, 100), (1 << 28, 1 << 16)])
+def test_each_shard_gets_the_codes_of_its_clips_in_order(table, monkeypatch, buffer, rows):
     monkeypatch.setattr(codes, "_BUFFER_BYTES", buffer)
+    monkeypatch.setattr(runner, "_PIECE_ROWS", rows)
     numbers = np.random.default_rng(0).permutation(300)[:250]
-    shards = [[f"k{number}" for number in part] for part in np.array_split(numbers, 7)]
-    found = list(CodeReader(table, {f"k{number}": f"w{number}" for number in range(300)})([*shards, []]))
+    shards = [ids(part) for part in np.array_split(numbers, 7)]
+    found = list(reader(table, range(300))([*shards, ids([])]))
     assert [array.type for array in found] == [pa.list_(pa.uint16())] * 8
     for part, array in zip(np.array_split(numbers, 7), found, strict=False):
         assert array.to_pylist() == [[number, number + 1] * (1 + number % 3) for number in part.tolist()]
@@ -43,12 +54,11 @@ def test_each_file_is_read_once(table, monkeypatch):
         read.append(part)
         return pq.read_table(part, columns=columns)
 
-    monkeypatch.setattr(codes, "read_columns", counting)
-    keys = {f"k{number}": f"w{number}" for number in range(300)}
-    list(CodeReader(table, keys)([[f"k{number}"] for number in range(300)]))
+    monkeypatch.setattr(runner, "read_columns", counting)
+    list(reader(table, range(300))([ids([number]) for number in range(300)]))
     assert len(read) == 10
 
 
 def test_a_clip_that_is_not_there_is_told(table):
     with pytest.raises(LookupError, match=r"1 clips are not in .* such as w300"):
-        list(CodeReader(table, {"k300": "w300"})([["k300"]]))
+        list(reader(table, [300])([ids([300])]))

@@ -100,7 +100,11 @@ def test_exactly_once_after_twenty_kills(corpus, tokenizer_file, untouched, tmp_
     dataset, chance = tmp_path / "d", random.Random(1)
     kills = {"driver": 0, "worker": 0, "child": 0}
     stages: Counter[str] = Counter()  # in which a kill came
-    while sum(kills.values()) < 20 or min(kills.values()) < 5:
+
+    def wanted() -> bool:
+        return sum(kills.values()) < 20 or min(kills.values()) < 5 or min(stages["split"], stages["tokens"]) < 5
+
+    while wanted():
         if (dataset / "snapshots").exists():  # too quick: begin once more with less of what was done
             for path in sorted((dataset / "stages").rglob("part-*.parquet"))[::2]:
                 path.unlink()
@@ -108,17 +112,19 @@ def test_exactly_once_after_twenty_kills(corpus, tokenizer_file, untouched, tmp_
                 path.unlink()
         run = Run(corpus, dataset, tokenizer_file)
         begin, patience = time.monotonic(), chance.uniform(5, 25)
-        while run.process.poll() is None and (sum(kills.values()) < 20 or min(kills.values()) < 5):
+        while run.process.poll() is None and wanted():
             time.sleep(chance.uniform(0.05, 1.0))
             found = {kind: targets for kind in kills if (targets := run.targets(kind))}
             if time.monotonic() - begin < patience:
                 found.pop("driver", None)  # else hardly a run would get to its workers
             kind = min(found, key=kills.__getitem__, default=None)
-            if kind is not None and kills[kind] <= min(kills.values()) + 2:  # else wait for what is rarer
-                os.kill(chance.choice(found[kind]), signal.SIGKILL)
-                kills[kind] += 1
-                started = last_run(str(dataset))
-                stages[list(started.stages)[-1] if started and started.stages else "start"] += 1
+            started = last_run(str(dataset))
+            stage = list(started.stages)[-1] if started and started.stages else "start"
+            if kind is None or kills[kind] > min(kills.values()) + 2 or stages[stage] >= 10:
+                continue  # wait for what is rarer
+            os.kill(chance.choice(found[kind]), signal.SIGKILL)
+            kills[kind] += 1
+            stages[stage] += 1
         run.process.wait()
     sys.stdout.write(f"kills {kills}, in stages {dict(stages)}\n")
     last = Run(corpus, dataset, tokenizer_file)

@@ -4,17 +4,18 @@ import importlib
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
 
 from pipelines.data.curate import curate
 from pipelines.data.features import FeatureFunction, FeatureScores, Head, TextDetector, TextFunction, similarity
-from pipelines.data.frames import ClipReader, clip_inputs, evenly, picture_key
+from pipelines.data.frames import ClipReader, clip_inputs, evenly, picture_keys
 from pipelines.data.model_settings import CaptionConfig, CocaConfig, FeatureConfig, OpenClipConfig
 from pipelines.data.settings import DecodeConfig, SplitConfig
 from pipelines.data.snapshot import open_snapshot
-from pipelines.data.split import SplitFunction
+from pipelines.data.split import CLIPS, SplitFunction
 from pipelines.errors import UserError
 from tests.pipelines.data.corpora import GOOD, curate_config
 from tests.pipelines.data.models import COCA, EMBED, write_head, write_open_clip, write_text_detector
@@ -49,7 +50,9 @@ def clips_of(path, folder):
     rows = SplitFunction(str(folder), config=SplitConfig(detector="none"), decode=DecodeConfig())(
         [{"work_key": "s", "uri": str(path)}]
     )
-    return [{"work_key": picture_key(row), **clip_inputs(row, str(path))} for row in rows]
+    clips = pa.Table.from_pylist(rows, schema=CLIPS)
+    uris = pa.array([str(path)] * len(rows))
+    return clip_inputs(clips, uris, picture_keys(clips)).to_pylist()
 
 
 def test_features_are_those_of_open_clip_itself(models, tmp_path):
@@ -236,6 +239,26 @@ def test_captions_that_are_not_fit_are_left_out(scored, corpus, tokenizer_file, 
 def test_missing_models_end_before_any_work(corpus, tokenizer_file, tmp_path, override, message):
     with pytest.raises(UserError, match=message):
         curate(curate_config(corpus, tmp_path / "d", tokenizer_file, override))
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["features.clip.weights={odd}"], "features.clip.weights .*odd cannot be loaded as a folder of open_clip"),
+        (["features.clip.weights={clip}", "features.aesthetic_head={l14}"], "aesthetic_head wants 768 .* gives 16"),
+        (["features.text_detector={l14}"], "cannot be loaded as ONNX"),
+        (["captions.captioners=[coca]", "captions.coca.weights={odd}"], "captions.coca.weights .*odd cannot be loaded"),
+    ],
+)
+def test_models_that_do_not_fit_end_before_any_work(models, corpus, tokenizer_file, tmp_path, overrides, message):
+    torch.save({"weight": torch.zeros(1, 768), "bias": torch.zeros(1)}, tmp_path / "l14.pth")
+    clip = models["features.clip.weights"]
+    odd = shutil.copytree(models["captions.coca.weights"], tmp_path / "odd")
+    shutil.copy(clip / "open_clip_model.safetensors", odd)  # weights of another architecture
+    named = [text.format(clip=clip, odd=odd, l14=tmp_path / "l14.pth") for text in overrides]
+    with pytest.raises(UserError, match=message):
+        curate(curate_config(corpus, tmp_path / "d", tokenizer_file, *named))
     assert not (tmp_path / "d").exists()
 
 

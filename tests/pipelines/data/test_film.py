@@ -5,9 +5,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from scenedetect import AdaptiveDetector, detect
 
-from pipelines.data.duplicates import find_near_duplicates, unpack_fingerprint
+from pipelines.data.duplicates import find_near_duplicates
 from pipelines.data.settings import SplitConfig
 from pipelines.data.shots import split_source
 from pipelines.data.video import ClipRequest, DecodedSource, read_clip
@@ -73,8 +74,9 @@ def test_a_fade_through_black_parts_what_it_joins():
 
 def test_the_shared_opening_is_a_near_duplicate():
     clips = [clip for name in ("sintel_10s", "sintel_12s_of_30") for clip in source(name).clips]
-    keys = [f"{index:02d}" for index in range(len(clips))]
-    found = find_near_duplicates(keys, [unpack_fingerprint(clip["fingerprint"]) for clip in clips], 0.99)
+    keys = pa.array([f"{index:02d}" for index in range(len(clips))])
+    prints = [clip["fingerprint"] for clip in clips]
+    found = find_near_duplicates(keys, lambda: [(np.arange(len(prints)), prints)], 0.99)
     first_of_the_longer = len(source("sintel_10s").clips)
     assert found[first_of_the_longer].of == 0
     assert found[first_of_the_longer].cosine >= 0.99

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
+from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode
 
 from pipelines.data.scores import changed_share
 from pipelines.data.settings import SplitConfig
-from pipelines.data.shots import split_source
+from pipelines.data.shots import FastAdaptiveDetector, FastContentDetector, split_source
 from pipelines.data.video import VideoError
 from tests.pipelines.data.videos import moving_square, still, write_video
 
@@ -163,3 +164,15 @@ def test_black_stretches_are_shots_of_their_own(tmp_path):
     assert edges == [0, 0.5, 2.5, 3]  # the last stretch is too short
     assert len(split(path, dark_seconds=None, **uncut).clips) == 1
     assert len(split(write_video(tmp_path / "b.mp4", still(40, level=0), fps=20)).clips) == 1
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(FastContentDetector, ContentDetector), (FastAdaptiveDetector, AdaptiveDetector)]
+)
+def test_a_frame_scores_what_pyscenedetect_gives_it(ours, theirs):
+    one, other = ours(min_scene_len=2), theirs(min_scene_len=2)
+    for index, frame in enumerate(shots([8, 12, 10], size=(50, 38))):
+        time = FrameTimecode(index, 25.0)
+        assert one.process_frame(time, frame) == other.process_frame(time, frame)
+        assert one._frame_score == pytest.approx(other._frame_score, abs=1e-9)
+    assert one._last_frame is None, "the library's own way was taken"

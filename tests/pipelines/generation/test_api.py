@@ -161,7 +161,9 @@ def test_a_full_queue_answers_503_and_health_checks_go_on(serve_config: ServeCon
         health = await asyncio.wait_for(client.get("/healthz"), 10.0)
         assert health.json() == {"status": "ok", "queued": 1, "running": 1}
         answers = await asyncio.gather(*tasks)
-        assert [answer.status_code for answer in answers] == [200, 200, 503, 503, 503, 503]
+        assert answers[0].status_code == 200
+        # Which of those that came at once is let in to wait is nobody's matter.
+        assert sorted(answer.status_code for answer in answers[1:]) == [200, 503, 503, 503, 503]
         refused = next(answer for answer in answers if answer.status_code == 503)
         assert int(refused.headers["retry-after"]) >= 1
         assert "waiting already" in refused.json()["error"]["message"]
