@@ -1,7 +1,6 @@
 import os
 import subprocess
 import sys
-import time
 from importlib import import_module
 from pathlib import Path
 
@@ -22,16 +21,14 @@ def lumos(*args: str, **kwargs) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **kwargs)
 
 
-def test_help_is_immediate_and_imports_no_framework():
+def test_help_imports_no_framework():
     code = (
         "import sys\nfrom jobs.cli import main\nsys.argv = ['lumos', '--help']\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 0\n"
         "print({m for m in sys.modules if m in ('ray', 'torch', 'mlflow', 'pyarrow')})"
     )
-    started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.endswith("set()\n"), done.stderr
-    assert time.monotonic() - started < 10
     for verb in _VERBS:
         assert f"\n  {verb} " in done.stdout
 
