@@ -9,6 +9,7 @@ it (see store_errors.py).
 
 import errno
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -27,6 +28,7 @@ from pipelines.errors import UserError
 from pipelines.store_errors import persist
 
 _CHUNK = 1 << 20
+_TAIL = 1 << 18  # bytes at the end of a remote file that are fetched first, and kept
 
 
 @dataclass(frozen=True)
@@ -242,3 +244,58 @@ def open_file(uri: str) -> Iterator[BinaryIO]:
     """
     with local_copy(uri) as path, open(path, "rb") as file:
         yield file
+
+
+@contextmanager
+def open_ranges(uri: str) -> Iterator[BinaryIO]:
+    """A file of which little is read, as some columns of a Parquet file; of a remote one, little more is fetched.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    if is_local(uri):
+        with open_file(uri) as file:
+            yield file
+    else:
+        yield cast(BinaryIO, _RemoteRanges(uri))
+
+
+class _RemoteRanges(io.RawIOBase):
+    """A remote file; each read of what is not in its tail is a request."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__()
+        self._uri = uri
+        self._fs, self._path = filesystem(uri)
+        self._tail: bytes = persist(uri, lambda: self._fs.cat_file(self._path, start=-_TAIL))
+        whole = len(self._tail) < _TAIL
+        self._size = len(self._tail) if whole else int(persist(uri, lambda: self._fs.size(self._path)))
+        self._place = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._fetch(self._place, min(self._place + len(buffer), self._size))
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+    def _fetch(self, start: int, stop: int) -> bytes:
+        tail = self._size - len(self._tail)
+        if start >= tail:
+            return self._tail[start - tail : stop - tail]
+        data: bytes = persist(self._uri, lambda: self._fs.cat_file(self._path, start=start, end=stop))
+        if len(data) != stop - start:
+            raise OSError(errno.EIO, "the file was changed while it was read", self._uri)
+        return data

@@ -22,10 +22,10 @@ from pipelines.data.duplicates import linked_groups
 from pipelines.data.lock import dataset_lock
 from pipelines.data.model_settings import CaptionConfig
 from pipelines.data.publish import PUBLISHED_CLIPS, deal_shards, draw_split, shard_bytes
-from pipelines.data.runner import STAGES
+from pipelines.data.runner import STAGES, table_parts
 from pipelines.data.schemas import LEDGER
 from pipelines.data.snapshot import SNAPSHOTS, Bucket, Snapshot, list_snapshots, open_snapshot
-from pipelines.data.upkeep import list_tables, table_parts
+from pipelines.data.upkeep import list_tables
 from pipelines.errors import UserError
 
 Row = dict[str, Any]

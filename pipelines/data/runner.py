@@ -48,7 +48,7 @@ WORK = "work"  # column that inputs may have: how much work each is, in whatever
 ERROR = "error"  # column of a table whose inputs may fail
 _WAVE_ROWS = 1 << 16  # inputs handed to Ray at a time, which bounds what the driver holds
 PART_ROW_GROUP = 1 << 12
-_READERS = 8
+_READERS = 16  # threads, as a store takes long to answer
 _PIECE_ROWS = 1 << 16
 _PIECE_BYTES = 1 << 27
 
@@ -93,8 +93,7 @@ class StageTable:
 
     def parts(self) -> list[str]:
         """URIs of the committed files, sorted."""
-        names = storage.list_names(self.uri)
-        return [storage.join(self.uri, name) for name in names if name.startswith("part-")]
+        return table_parts(self.uri)
 
     def keys(self) -> pa.Array:
         """All keys that are done."""
@@ -155,14 +154,19 @@ def _grouped(tables: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:
         yield group
 
 
+def table_parts(uri: str) -> list[str]:
+    """URIs of the committed files of a stage table, sorted."""
+    return [storage.join(uri, name) for name in storage.list_names(uri) if name.startswith("part-")]
+
+
 def read_columns(uri: str, columns: list[str]) -> pa.Table:
-    """Some columns of one Parquet file."""
-    with storage.open_file(uri) as file:
+    """Some columns of one Parquet file; of a remote one, little else is fetched."""
+    with storage.open_ranges(uri) as file:
         return pq.read_table(file, columns=columns)
 
 
 def read_parts(uris: Sequence[str], columns: list[str]) -> Iterator[pa.Table]:
-    """Some columns of many Parquet files, in their order; a few ahead at a time, as a store takes long to answer."""
+    """Some columns of many Parquet files, in their order; a few ahead at a time."""
     with ThreadPoolExecutor(_READERS) as pool:
         ahead: deque[Future[pa.Table]] = deque()
         for uri in uris:

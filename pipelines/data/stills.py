@@ -19,7 +19,7 @@ from pipelines import storage
 from pipelines.data.card import reason_class
 from pipelines.data.decode import CrashLog, DecodeChild, DecodeJob
 from pipelines.data.frames import Wanted
-from pipelines.data.runner import STAGES, Row
+from pipelines.data.runner import STAGES, Row, table_parts
 from pipelines.data.settings import DecodeConfig
 from pipelines.data.snapshot import Snapshot
 from pipelines.data.sources import hash_file
@@ -77,17 +77,15 @@ def stage_rows(snapshot: Snapshot, stage: str, key: str, clips: Sequence[Row], c
     if snapshot.dataset is None or not hashed:
         return []
     uri = storage.join(snapshot.dataset, STAGES, stage, hashed)
-    parts = [storage.join(uri, name) for name in storage.list_names(uri) if name.startswith("part-")]
     wanted = pc.field(key).isin(pa.array(sorted({clip[key] for clip in clips}), pa.string()))
 
     def read(part: str) -> list[Row]:
-        fs, path = storage.filesystem(part)
-        with fs.open(path, "rb") as file:
+        with storage.open_ranges(part) as file:
             rows: list[Row] = pq.read_table(file, columns=[key, *columns], filters=wanted).to_pylist()
         return rows
 
     with ThreadPoolExecutor(_READERS) as pool:
-        return list(chain.from_iterable(pool.map(read, parts)))
+        return list(chain.from_iterable(pool.map(read, table_parts(uri))))
 
 
 def source_job(

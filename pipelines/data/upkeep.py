@@ -13,11 +13,9 @@ from pipelines.data.ledger import count_reasons
 from pipelines.data.lock import dataset_lock
 from pipelines.data.publish import parquet_bytes
 from pipelines.data.runlog import RunRecord, last_run
-from pipelines.data.runner import PART_ROW_GROUP, STAGES, WORK_KEY
+from pipelines.data.runner import ERROR, PART_ROW_GROUP, STAGES, WORK_KEY, table_parts
 from pipelines.data.snapshot import SNAPSHOTS, list_snapshots, open_snapshot
 from pipelines.errors import UserError
-
-ERROR = "error"  # column of a stage table whose inputs may fail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,18 +194,13 @@ def list_tables(dataset: str) -> Iterator[tuple[str, str]]:
             yield stage, name
 
 
-def table_parts(uri: str) -> list[str]:
-    """URIs of the committed files of a stage table."""
-    return [storage.join(uri, name) for name in storage.list_names(uri) if name.startswith("part-")]
-
-
 def _read(part: str) -> pa.Table:
     return pq.read_table(pa.BufferReader(storage.read_bytes(part)))
 
 
 def _errors(part: str) -> list[str | None]:
     """The failure of each row, or None. Codes and scores are not read."""
-    with storage.open_file(part) as file:
+    with storage.open_ranges(part) as file:
         parquet = pq.ParquetFile(file)
         if ERROR not in parquet.schema_arrow.names:
             return [None] * parquet.metadata.num_rows

@@ -77,6 +77,7 @@ class FaultyProxy:
         requests: Requests seen, by method.
         faults: Requests that failed, by kind.
         paths: Their first lines.
+        sent: Bytes of answers' bodies.
         answer: If set, what every request is answered with: status line and body.
     """
 
@@ -87,6 +88,7 @@ class FaultyProxy:
         self.requests: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.paths: list[str] = []
+        self.sent = 0
         self.answer: tuple[str, bytes] | None = None
         self.port = 0
         self._random = random.Random(seed)
@@ -167,6 +169,7 @@ class FaultyProxy:
             if kind is None:
                 writer.write(start)
                 await _copy(from_server, writer, length)
+                self.sent += length
                 return True
             if length > 1:
                 writer.write(start)

@@ -12,6 +12,8 @@ import time
 from collections import Counter
 
 import fsspec
+import numpy as np
+import pyarrow as pa
 import pytest
 from s3fs import S3FileSystem
 
@@ -19,6 +21,8 @@ from pipelines import s3, storage, store_errors
 from pipelines.data import lock
 from pipelines.data.curate import curate
 from pipelines.data.lock import dataset_lock
+from pipelines.data.publish import parquet_bytes
+from pipelines.data.runner import read_columns, table_parts
 from pipelines.data.snapshot import open_snapshot
 from pipelines.data.sources import hash_file
 from pipelines.errors import JobError, UserError
@@ -198,6 +202,31 @@ def test_files_survive_every_kind_of_fault(proxy, direct, bucket):
     proxy.share = 0.0
     assert not storage.is_dir(f"{bucket}/set")
     assert direct.find(bucket) == []
+
+
+@pytest.mark.parametrize(("clips", "limit"), [(64, 600_000), (8, 300_000)])
+def test_columns_of_a_part_are_read_without_its_codes(proxy, bucket, clips, limit):
+    codes = np.random.default_rng(0).integers(0, 64000, (clips, 12544), np.uint16)
+    keys = [f"{number:064}" for number in range(clips)]
+    columns = {"work_key": keys, "key": keys, "codes": list(codes), "error": [None] * (clips - 1) + ["broken"]}
+    data = parquet_bytes(pa.table(columns), row_group_rows=4096)
+    storage.write_bytes_atomic(f"{bucket}/t/part-1.parquet", data)
+    [part] = table_parts(f"{bucket}/t")
+    proxy.sent = 0
+    found = read_columns(part, ["work_key", "error"])
+    assert proxy.sent < limit < max(len(data), 500_000)
+    assert found.to_pydict() == {"work_key": keys, "error": columns["error"]}
+    proxy.share = 0.3
+    for _ in range(8):
+        assert read_columns(part, ["error", "codes"])["codes"].to_pylist() == codes.tolist()
+    assert len(proxy.faults) > 4
+
+
+def test_a_part_that_is_no_parquet_is_told(bucket):
+    for content in (b"", b"text", os.urandom(1 << 19)):
+        storage.write_bytes_atomic(f"{bucket}/t/part-1.parquet", content)
+        with pytest.raises((OSError, pa.ArrowInvalid)):
+            read_columns(f"{bucket}/t/part-1.parquet", ["error"])
 
 
 @pytest.mark.parametrize(

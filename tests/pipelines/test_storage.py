@@ -77,6 +77,13 @@ def test_an_object_store_offers_the_same():
     with storage.local_copy(found.uri) as path, open(path, "rb") as file:
         assert file.read() == b"abc"
     assert not os.path.exists(path)
+    data = os.urandom(1 << 19)
+    storage.write_bytes_atomic(found.uri, data)
+    with storage.open_ranges(found.uri) as file:
+        file.seek(1000)
+        assert file.read(10) == data[1000:1010]
+        file.seek(-10, os.SEEK_END)
+        assert file.read(100) == data[-10:]
     storage.remove(root)
     storage.remove(root)
     assert not storage.exists(storage.join(root, "m.json"))
