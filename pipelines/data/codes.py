@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipelines.data.runner import StageTable
 
 _BUFFER_BYTES = 1 << 28  # of codes held in memory before they go to a scratch folder
-_PIECE = pa.schema([("position", pa.int64()), ("codes", pa.list_(pa.uint16()))])
+_DEALT = pa.schema([("position", pa.int64()), ("codes", pa.list_(pa.uint16()))])
 
 
 class CodeReader:
@@ -64,7 +64,7 @@ def _deal(codes: pa.Array, shards: NDArray[np.int64], positions: NDArray[np.int6
     """Put codes where they belong."""
     order = np.lexsort((positions, shards))
     shards = shards[order]
-    table = pa.table([pa.array(positions[order]), codes.take(pa.array(order))], schema=_PIECE)
+    table = pa.table([pa.array(positions[order]), codes.take(pa.array(order))], schema=_DEALT)
     bounds = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(shards)]
     for first, stop in pairwise(bounds):
         scratch.add(int(shards[first]), table.take(pa.array(range(first, stop))))
@@ -93,13 +93,13 @@ class _Scratch:
             with pa.ipc.open_file(path) as reader:
                 tables.append(reader.read_all())
             os.unlink(path)
-        whole = pa.concat_tables(tables or [_PIECE.empty_table()]).sort_by("position")
+        whole = pa.concat_tables(tables or [_DEALT.empty_table()]).sort_by("position")
         return whole["codes"].combine_chunks()
 
     def _flush(self) -> None:
         for shard, pieces in self._pieces.items():
             path = os.path.join(self._folder, f"{shard}-{len(self._files[shard])}.arrow")
-            with pa.ipc.new_file(path, _PIECE) as writer:
+            with pa.ipc.new_file(path, _DEALT) as writer:
                 for piece in pieces:
                     writer.write_table(piece)
             self._files[shard].append(path)
