@@ -26,6 +26,7 @@ from pipelines.data.model_settings import CaptionConfig
 from pipelines.data.runner import Stage
 from pipelines.data.schemas import CAPTIONS
 from pipelines.data.settings import DecodeConfig, StageResources
+from pipelines.data.tables import take
 
 _PIECE = 1 << 14  # clips at a time, as Python's objects weigh several times more
 
@@ -52,7 +53,7 @@ class Captions:
 
     def take(self, clips: NDArray[np.int64]) -> pa.ChunkedArray:
         """The captions of some of the clips."""
-        return self.of.take(pa.array(np.searchsorted(self.clips, clips)))
+        return take(self.of, np.searchsorted(self.clips, clips))
 
     def cost(self, prices: EndpointConfig) -> float:
         """What they cost at these prices, in their currency."""

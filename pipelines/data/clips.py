@@ -13,6 +13,7 @@ from pipelines.data.ledger import Verdicts
 from pipelines.data.runner import StageTable
 from pipelines.data.schemas import PASS_SCORES, SCORES
 from pipelines.data.settings import Thresholds
+from pipelines.data.tables import take
 from pipelines.data.tokens import plan_shape
 
 
@@ -36,8 +37,7 @@ class Clips:
 
     def of(self, indices: NDArray[np.int64]) -> tuple[pa.Table, pa.ChunkedArray]:
         """Rows and URIs of some clips."""
-        places = pa.array(indices)
-        return self.table.take(places), self.uris.take(places)
+        return take(self.table, indices), take(self.uris, indices)
 
     def decide(self, thresholds: Thresholds) -> None:
         """Reject those of the kept clips whose scores are out of bounds."""

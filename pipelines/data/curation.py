@@ -37,7 +37,7 @@ from pipelines.data.runner import (
 from pipelines.data.snapshot import TokenizerInfo
 from pipelines.data.sources import first_paths, sources_stage
 from pipelines.data.split import CLIPS, split_identity, split_stage
-from pipelines.data.tables import iterate
+from pipelines.data.tables import iterate, sort, take
 from pipelines.data.tokens import token_inputs, tokens_stage
 from pipelines.errors import JobError, UserError
 
@@ -179,11 +179,14 @@ class Curation:
 
     def _hash(self, listing: pa.Table) -> pa.Table:
         """The listing with the content hash of each file, or why it has none."""
-        work = pc.max_element_wise(listing["size"], 0).cast(pa.float64())
-        table = self._compute("sources", listing.append_column(WORK, work))
-        hashed = read_in_order(table, ["source_id", "error"], listing["work_key"])
+        keys = pc.unique(listing["work_key"])  # a file may be listed under several names
+        files = listing.take(pc.index_in(keys, listing["work_key"].combine_chunks()))
+        work = pc.max_element_wise(files["size"], 0).cast(pa.float64())
+        table = self._compute("sources", files.append_column(WORK, work))
+        hashed = read_in_order(table, ["source_id", "error"], files["work_key"])
+        places = pc.index_in(listing["work_key"], keys)
         for name in ("source_id", "error"):
-            listing = listing.append_column(name, hashed[name])
+            listing = listing.append_column(name, hashed[name].take(places))
         return listing
 
     def _without_removed(self, sources: pa.Table) -> tuple[pa.Table, pa.Table]:
@@ -213,7 +216,7 @@ class Curation:
         rows = table.read(columns, keys=first["source_id"])
         clips, failed = rows.filter(pc.is_valid(rows["key"])), rows.filter(pc.is_null(rows["key"]))
         del rows
-        clips = clips.sort_by([("work_key", "ascending"), ("start_s", "ascending")])
+        clips = sort(clips, ["work_key", "start_s"])
         places = pc.index_in(clips["work_key"], first["source_id"].combine_chunks())
         return Clips(clips, first["uri"].take(places)), failed
 
@@ -276,14 +279,14 @@ class Curation:
             return
         kept = clips.verdicts.kept
         captioned = kept[pc.greater(pc.list_value_length(captions.take(kept)), 0).to_numpy()]
-        own = captions.take(captioned).combine_chunks()
-        said = pc.struct_field(own.flatten(), "text")
-        texts = pc.unique(said)
-        texts = texts.take(pc.sort_indices(texts))
-        keys = pa.array([hashlib.sha256(text.encode()).hexdigest() for text in texts.to_pylist()], pa.string())
+        own = captions.take(captioned)
+        said = pc.struct_field(pc.list_flatten(own), "text")
+        hashes = pa.array((hashlib.sha256(text.encode()).hexdigest() for text in iterate(said)), pa.string())
+        keys = pc.unique(hashes)
+        texts = take(said, pc.index_in(keys, hashes).to_numpy())
         table = self._of_clips("texts", pa.table([keys, texts], schema=TEXT_INPUTS))
         vectors = read_in_order(table, ["clip"], pa.chunked_array([keys]))["clip"]
-        spoken = pc.index_in(said, texts).to_numpy()  # numbers of the captions' texts, clip after clip
+        spoken = pc.index_in(hashes, keys).to_numpy()  # numbers of the captions' texts, clip after clip
         bounds = np.concatenate([[0], np.cumsum(pc.list_value_length(own).to_numpy())])
         rows, _ = clips.of(captioned)
         features = StageTable(self.config.dataset, self.stages["features"])
@@ -314,7 +317,7 @@ class Curation:
         draw = partial(draw_split, seed=publish.seed, val_share=publish.val_share)
         kept = clips.verdicts.kept
         rows, _ = clips.of(kept)
-        made = tokens.take(pa.array(np.searchsorted(tokens["clip"].to_numpy(), kept)))
+        made = take(tokens, np.searchsorted(tokens["clip"].to_numpy(), kept))
         columns = {
             "clip_id": rows["key"],
             "source_id": rows["work_key"],
@@ -337,18 +340,17 @@ class Curation:
 
 
 def read_in_order(table: StageTable, columns: Sequence[str], keys: pa.ChunkedArray) -> pa.Table:
-    """Some columns of a stage that makes one row of each input, in the order of the inputs' keys.
+    """Some columns of a stage that makes one row of each input, in the order of the inputs' keys, each told once.
 
     Raises:
-        LookupError: the table lacks a key.
+        JobError: the table lacks a key.
     """
     found = [(places, rows.select([WORK_KEY, *columns])) for places, rows in table.pieces(columns, keys)]
-    places = np.concatenate([places for places, _ in found] or [np.zeros(0, np.int64)])
-    if len(places) != len(keys):
-        raise LookupError(f"{table.uri} has {len(places)} of {len(keys)} rows")
+    every = np.concatenate([places for places, _ in found] or [np.zeros(0, np.int64)])
+    _, first = np.unique(every, return_index=True)  # ascending; a key may have several rows, where it was given twice
     schema = pa.schema([table.schema.field(name) for name in (WORK_KEY, *columns)])
     rows = pa.concat_tables([schema.empty_table(), *(rows for _, rows in found)])
-    return rows.take(pa.array(np.argsort(places)))
+    return take(rows, first)
 
 
 def _portable(config: CurateConfig) -> dict[str, Any]:

@@ -32,6 +32,7 @@ _NEIGHBOURS = 16  # that each frame is compared with, as very many may be alike
 _SPREAD = 6.0  # standard deviations by which signatures of frames as like as the threshold asks may differ further
 _BLOCK = 1 << 11  # clips whose frames are projected at a time
 _CACHED = 1 << 14  # fingerprints that are kept unpacked
+_PAIRS = 1 << 16  # of clips that are compared at a time, as Python's objects weigh several times more
 
 Print = NDArray[np.float32]  # [frames, DIMENSIONS], rows of unit length, or zero where flat
 # Told in pieces: places of clips, and their stored fingerprints.
@@ -109,10 +110,11 @@ def find_near_duplicates(
             clip = parent[clip]
         return clip
 
-    for first, second in pairs.tolist():
-        low, high = sorted((root(first), root(second)))
-        if low != high and similarity(print_of(first), print_of(second)) >= threshold:
-            parent[high] = low
+    for start in range(0, len(pairs), _PAIRS):
+        for first, second in pairs[start : start + _PAIRS].tolist():
+            low, high = sorted((root(first), root(second)))
+            if low != high and similarity(print_of(first), print_of(second)) >= threshold:
+                parent[high] = low
     found = {}
     for clip in sorted(packed):
         kept = root(clip)
@@ -148,12 +150,15 @@ def _candidates(words: NDArray[np.uint32], owners: NDArray[np.int64], threshold:
     prefix = int(np.clip(np.log2(count + 1), 8, 24))  # bits that must agree
     flips = math.acos(min(max(threshold, -1.0), 1.0)) / math.pi  # share of signs that frames so like differ in
     most = _BITS * flips + _SPREAD * math.sqrt(_BITS * flips * (1 - flips)) + 1
-    found = [np.zeros(0, np.int64)]
+    pairs = np.zeros(0, np.int64)
     for word in range(_WORDS):
+        found = [pairs]
         code = words[:, word].astype(np.uint64) << np.uint64(32) | words[:, (word + 1) % _WORDS]
         ordered = np.argsort(code, kind="stable")
-        ordered = ordered[np.diff(owners[ordered], prepend=-1) != 0]  # of a clip's like frames in a row, one
-        code = code[ordered] >> np.uint64(64 - prefix)
+        code = code[ordered]
+        new = np.ones(len(ordered), bool)  # of a clip's equal frames in a row, one
+        new[1:] = (np.diff(owners[ordered]) != 0) | (np.diff(code) != 0)
+        ordered, code = ordered[new], code[new] >> np.uint64(64 - prefix)
         for step in range(1, min(len(ordered), _NEIGHBOURS + 1)):
             near = np.flatnonzero(code[:-step] == code[step:])
             one, other = ordered[near], ordered[near + step]
@@ -161,7 +166,8 @@ def _candidates(words: NDArray[np.uint32], owners: NDArray[np.int64], threshold:
             chosen = (differing <= most) & (owners[one] != owners[other])
             low, high = np.sort([owners[one[chosen]], owners[other[chosen]]], axis=0)
             found.append(np.unique(low * clips + high))
-    return np.stack(np.divmod(np.unique(np.concatenate(found)), clips), axis=1)
+        pairs = np.unique(np.concatenate(found))
+    return np.stack(np.divmod(pairs, clips), axis=1)
 
 
 def linked_groups(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:

@@ -35,7 +35,7 @@ from pipelines.data.snapshot import (
     open_snapshot,
     snapshot_number,
 )
-from pipelines.data.tables import iterate
+from pipelines.data.tables import iterate, sort, take
 
 ROW_GROUP_ROWS = 256
 LEDGER_ROW_GROUP_ROWS = 1 << 16
@@ -95,7 +95,7 @@ def write_snapshot(dataset: str, content: SnapshotContent, config: PublishConfig
     Raises:
         OSError: if a file cannot be written.
     """
-    ledger = content.ledger.cast(LEDGER).sort_by("key")
+    ledger = sort(content.ledger.cast(LEDGER), ["key"])
     digest = _content_digest(content, ledger, config)
     published = list_snapshots(dataset)
     folder = storage.join(dataset, SNAPSHOTS)
@@ -152,7 +152,7 @@ def _content_digest(content: SnapshotContent, ledger: pa.Table, config: PublishC
         "writer": pa.__version__,
     }
     digest.update(json.dumps(parts, sort_keys=True).encode())
-    for table in (content.clips.sort_by("clip_id"), ledger):
+    for table in (sort(content.clips, ["clip_id"]), ledger):
         for batch in table.to_batches(max_chunksize=4096):
             digest.update(json.dumps(batch.to_pydict(), sort_keys=True).encode())
     return digest.hexdigest()
@@ -170,7 +170,7 @@ class _PlannedShard:
 
     bucket: tuple[str, int, int, int]  # split, t, h, w
     path: str
-    rows: pa.Array  # numbers of its clips, in order
+    rows: NDArray[np.int64]  # numbers of its clips, in order
 
 
 def _plan_shards(clips: pa.Table, config: PublishConfig) -> Iterator[_PlannedShard]:
@@ -184,19 +184,19 @@ def _plan_shards(clips: pa.Table, config: PublishConfig) -> Iterator[_PlannedSha
         members = np.flatnonzero(mask)
         split, t, h, w = group.values()
         per_shard = max(1, int(config.shard_mb * 1e6) // (2 * t * h * w + _BYTES_BESIDE_CODES))
-        ids = iterate(clips["clip_id"].take(pa.array(members)))
+        ids = iterate(take(clips["clip_id"], members))
         dealt = deal_shards(ids, -(-len(members) // per_shard), seed=config.seed)
         for number, chosen in enumerate(dealt):
             path = f"data/{split}/{t}x{h}x{w}/shard-{number:05d}.parquet"
-            yield _PlannedShard((split, t, h, w), path, pa.array(members[chosen]))
+            yield _PlannedShard((split, t, h, w), path, members[chosen])
 
 
 def _write_shards(uri: str, content: SnapshotContent, config: PublishConfig) -> tuple[Bucket, ...]:
     planned = list(_plan_shards(content.clips, config))
-    codes = content.read_codes([content.clips["clip_id"].take(shard.rows) for shard in planned])
+    codes = content.read_codes([take(content.clips["clip_id"], shard.rows) for shard in planned])
     shards: dict[tuple[str, int, int, int], list[Shard]] = {}
     for shard, own in zip(planned, codes, strict=True):
-        data = shard_bytes(content.clips.take(shard.rows), own)
+        data = shard_bytes(take(content.clips, shard.rows), own)
         storage.write_bytes_atomic(storage.join(uri, shard.path), data)
         written = Shard(shard.path, len(shard.rows), len(data), hashlib.sha256(data).hexdigest())
         shards.setdefault(shard.bucket, []).append(written)

@@ -104,15 +104,24 @@ class StageTable:
         """Failures of these keys."""
         if ERROR not in self.schema.names:
             return []
-        return [error for _, rows in self.pieces([ERROR], keys) for error in rows[ERROR].drop_null().to_pylist()]
+        pieces = self.pieces([ERROR], keys, may_lack=True)
+        return [error for _, rows in pieces for error in rows[ERROR].drop_null().to_pylist()]
 
     def pieces(
-        self, columns: Sequence[str], keys: pa.Array | pa.ChunkedArray
+        self, columns: Sequence[str], keys: pa.Array | pa.ChunkedArray, *, may_lack: bool = False
     ) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
         """The rows of some keys, each key's from one part, some parts at a time; memory holds one piece.
 
+        Args:
+            columns: Wanted columns.
+            keys: No key twice.
+            may_lack: Whether keys may be pending.
+
         Yields:
             For each row the place of its key among ``keys``, and the rows: ``work_key`` and ``columns``.
+
+        Raises:
+            JobError: the table lacks a key.
         """
         schema = pa.schema([self.schema.field(name) for name in dict.fromkeys([WORK_KEY, *columns])])
         wanted = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
@@ -131,6 +140,12 @@ class StageTable:
             if chosen.any():
                 yield places[chosen], group.filter(pa.array(chosen))
         pa.default_memory_pool().release_unused()
+        if not may_lack and not seen.all():
+            example = wanted[int(np.flatnonzero(~seen)[0])]
+            raise JobError(
+                f"{self.uri} lacks {(~seen).sum()} of {len(wanted)} rows, such as that of {example}: files of it were "
+                "deleted meanwhile; give the same command again"
+            )
 
     def read(self, columns: Sequence[str] | None = None, keys: pa.Array | pa.ChunkedArray | None = None) -> pa.Table:
         """All rows (or those of some keys), each key's from one part."""

@@ -98,10 +98,8 @@ def _list_glob(pattern: str) -> list[storage.FileInfo]:
     fixed = "/".join(parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
     if storage.is_local(pattern):
         base = os.path.abspath(fixed or ("/" if pattern.startswith("/") else "."))
-        names = [
-            os.path.abspath(name) for name in sorted(glob.glob(pattern, recursive=True)) if not os.path.isdir(name)
-        ]
-        return [storage.describe_file(name, os.path.relpath(name, base)) for name in names]
+        names = {os.path.abspath(name) for name in glob.glob(pattern, recursive=True) if not os.path.isdir(name)}
+        return [storage.describe_file(name, os.path.relpath(name, base)) for name in sorted(names)]
     fs, remote = storage.filesystem(pattern)
     _, base = storage.filesystem(fixed)
     matches = persist(pattern, lambda: fs.glob(remote, detail=True))

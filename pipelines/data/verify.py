@@ -87,7 +87,10 @@ def _read(snapshot: Snapshot, path: str, sha256: str, schema: pa.Schema) -> tupl
     lacking = [name for name in schema.names if name not in table.column_names]
     if lacking:
         return None, [*problems, f"{path}: lacks the columns {', '.join(lacking)}"]
-    return table, problems
+    try:
+        return table.select(schema.names).cast(schema), problems
+    except (pa.ArrowException, ValueError) as error:
+        return None, [*problems, f"{path}: {error}"]
 
 
 def _check_shard(snapshot: Snapshot, bucket: Bucket, shard: Shard, table: pa.Table) -> Iterator[str]:

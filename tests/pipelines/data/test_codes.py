@@ -9,6 +9,7 @@ from pipelines.data import codes, runner
 from pipelines.data.codes import CodeReader
 from pipelines.data.runner import StageTable
 from pipelines.data.tokens import TOKENIZED
+from pipelines.errors import JobError
 from tests.pipelines.data.test_runner import stage
 
 
@@ -60,5 +61,5 @@ def test_each_file_is_read_once(table, monkeypatch):
 
 
 def test_a_clip_that_is_not_there_is_told(table):
-    with pytest.raises(LookupError, match=r"1 clips are not in .* such as w300"):
-        list(reader(table, [300])([ids([300])]))
+    with pytest.raises(JobError, match=r"lacks 1 of 2 rows, such as that of w300: .* give the same command again"):
+        list(reader(table, [7, 300])([ids([7, 300])]))

@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -12,9 +13,10 @@ from pipelines.data.curate import curate
 from pipelines.data.lock import dataset_lock
 from pipelines.data.schemas import PASS_SCORES
 from pipelines.data.snapshot import list_snapshots, open_snapshot
+from pipelines.data.sources import hash_file
 from pipelines.errors import JobError, UserError
 from tests.pipelines.data.corpora import FATES, GOOD, curate_config, published
-from tests.pipelines.data.videos import moving_square, write_video
+from tests.pipelines.data.videos import moving_square, write_table, write_video
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -57,6 +59,28 @@ def test_the_ledger_accounts_for_every_source_and_clip(curated, corpus):
             assert None not in [row["scores"][name] for name in PASS_SCORES]
             assert row["stage_hashes"]["split"]
         assert (row["stage_hashes"]["tokens"] is not None) == (row["status"] == "kept")
+
+
+def test_a_file_that_is_named_twice_is_one_source(corpus, tokenizer_file, tmp_path):
+    for name in ("a", "b", "c"):
+        shutil.copy(corpus / f"good_00{'abc'.index(name)}.mp4", tmp_path / f"{name}.mp4")
+
+    def fates(*names):
+        write_table(tmp_path / "list.csv", [(name, f"of {name}") for name in names])
+        result = curate(curate_config(tmp_path / "list.csv", tmp_path / "dataset", tokenizer_file))
+        ledger = open_snapshot(result.snapshot_uri).read_ledger().to_pylist()
+        hashes = {name: hash_file(str(tmp_path / name))["source_id"] for name in names}
+        assert {row["path"]: row["source_id"] for row in ledger} == hashes
+        return {row["path"]: row["status"] for row in ledger}, result.computed["sources"]
+
+    twice = {"./a.mp4": "kept", "b.mp4": "kept", "a.mp4": "duplicate", "c.mp4": "kept"}
+    assert fates("a.mp4", "b.mp4", "./a.mp4", "c.mp4") == (twice, 3)
+    assert fates("a.mp4", "b.mp4", "c.mp4") == (dict.fromkeys(["a.mp4", "b.mp4", "c.mp4"], "kept"), 0)
+    # As a version before this one left it.
+    [part] = (tmp_path / "dataset" / "stages" / "sources").glob("*/part-*")
+    table = pq.read_table(part)
+    pq.write_table(pa.concat_tables([table.slice(1), table]), part)
+    assert fates("c.mp4", "a.mp4", "./a.mp4", "b.mp4") == (twice, 0)
 
 
 def test_the_snapshot_holds_the_kept_clips_with_their_captions(curated):

@@ -53,6 +53,15 @@ def test_every_copy_among_thousands_is_found_and_no_other_clip():
     assert {number: duplicate.of for number, duplicate in found.items()} == {3000 + n: n for n in range(300)}
 
 
+@pytest.mark.parametrize("frames", [30, 240, 1200])
+def test_a_few_frames_of_a_long_clip_are_found(frames):
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        long = generator.integers(0, 256, (frames, DIMENSIONS), np.uint8)
+        at = int(generator.integers(0, frames - 4))
+        assert find_near_duplicates(pa.array(["a", "b"]), told(long, long[at : at + 4]), 0.99).keys() == {1}
+
+
 def test_signatures_do_not_depend_on_how_clips_are_grouped():
     clips = [film(8, seed).tobytes() for seed in range(50)]
     rank = np.arange(50)

@@ -33,6 +33,7 @@ def test_a_folder_is_searched_to_its_depth(folder):
 def test_a_glob_a_file_and_a_table_name_videos_too(folder, monkeypatch):
     assert listed(folder / "*.mp4") == ["a.mp4", "b.mp4"]
     assert listed(folder / "**" / "*.MOV") == ["deep/c.MOV"]
+    assert listed(folder / "**" / "**" / "*.MOV") == ["deep/c.MOV"]
     assert listed(folder / "a.mp4") == ["a.mp4"]
     table = write_table(folder / "list.csv", [("b.mp4", "x"), ("gone.mp4", "y"), (str(folder / "a.mp4"), "z")])
     assert listed(table) == ["b.mp4", "gone.mp4", str(folder / "a.mp4")]

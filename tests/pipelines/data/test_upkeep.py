@@ -197,6 +197,16 @@ def test_the_report_shows_yields_scores_and_other_thresholds(dataset, tmp_path):
     assert page.count("<svg") == page.count("</svg>") > 4
 
 
+def test_another_writer_and_missing_ids_are_told(dataset):
+    path = shards(dataset)[0]
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(0, "clip_id", table["clip_id"].cast(pa.large_string())), path)
+    assert problems(dataset).startswith(f"data/{path.relative_to(next((dataset / 'snapshots').iterdir()) / 'data')}")
+    assert "SHA-256" in problems(dataset)
+    pq.write_table(table.set_column(0, "clip_id", pa.nulls(table.num_rows, pa.string())), path)
+    assert "null values" in problems(dataset)
+
+
 def test_what_another_threshold_would_keep_is_what_it_keeps(dataset, corpus, tokenizer_file):
     scores = score_columns(open_snapshot(str(dataset)).read_ledger())
     config = curate_config(corpus, dataset, tokenizer_file)
