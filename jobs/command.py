@@ -1,5 +1,6 @@
 """What the verbs share: the CONFIG argument, the shipped configs in ``--help``, and exit statuses."""
 
+import glob
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -51,8 +52,11 @@ def config_arguments(required: bool = True) -> Callable[[CommandT], CommandT]:
 
 
 def curate_arguments(config: str, overrides: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """CONFIG and overrides of a curation; a folder stands for the default config with that source."""
-    if not Path(config).is_dir():
+    """CONFIG and overrides of a curation; what names a source stands for the default config with that source."""
+    names_config = config.endswith((".yaml", ".yml")) or not (
+        Path(config).exists() or Path(config).suffix or "://" in config or glob.has_magic(config)
+    )
+    if names_config:
         return config, overrides
     return "default", (f"source.path={json.dumps(config, ensure_ascii=False)}", *overrides)
 

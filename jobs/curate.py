@@ -16,6 +16,7 @@ from jobs.command import ConfigCommand, config_arguments, curate_arguments, reso
     kind="curate",
     examples=(
         "lumos curate /data/videos",
+        "lumos curate '/data/videos/*/*.mp4' dataset=/data/tokens",
         "lumos curate default source.path=/data/videos dataset=/data/tokens",
     ),
 )
@@ -27,7 +28,8 @@ def command(config: str, overrides: tuple[str, ...], print_config: bool) -> None
     an immutable snapshot: Parquet shards, a manifest and a ledger that says of every clip and source what became of
     it and why. A run that was stopped continues where it was; a changed config redoes only the stages it concerns.
 
-    CONFIG may also be a folder of videos: the default config with that source.
+    CONFIG may also be a source: a folder of videos, a quoted glob, a video, or a table of paths (CSV, JSONL, Parquet),
+    here or at an s3:// address. That is the default config with that source.
     """
     from pipelines.data.config import CurateConfig
 

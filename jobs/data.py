@@ -47,7 +47,13 @@ def report(dataset: str, out: str, frames: bool) -> None:
 
 @command.command(short_help="Check a snapshot's files, counts and codes.")
 @dataset_argument
-@click.option("--sample", default=4, show_default=True, help="Clips decoded from their source and compared; 0: none.")
+@click.option(
+    "--sample",
+    type=click.IntRange(min=0),
+    default=4,
+    show_default=True,
+    help="Clips decoded from their source and compared; 0: none.",
+)
 @click.option("--tokenizer", help="File or folder of the tokenizer that made it, if not the embedded one.")
 def verify(dataset: str, sample: int, tokenizer: str | None) -> None:
     """Read a snapshot whole: hashes, counts, codes, ledger against shards. Exit status 1 if anything is wrong."""

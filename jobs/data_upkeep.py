@@ -21,7 +21,13 @@ def repair(dataset: str) -> None:
 
 @click.command(short_help="Forget failures, so that they are tried again.")
 @dataset_argument
-@click.option("--class", "failure_class", default="transient", show_default=True, help="Or permanent, or a code.")
+@click.option(
+    "--class",
+    "failure_class",
+    default="transient",
+    show_default=True,
+    help="Or permanent, or a code such as decode_error.",
+)
 def retry(dataset: str, failure_class: str) -> None:
     """Forget failures of a class that `status` shows. The next `lumos curate` tries just their inputs again."""
     from pipelines.data.upkeep import retry as forget
@@ -41,16 +47,21 @@ def remove(dataset: str, sources: tuple[str, ...]) -> None:
 
     for source_id in remove_sources(dataset, list(sources)):
         click.echo(f"removed {source_id}")
-    click.echo("the next `lumos curate` publishes a snapshot without it; published ones stay as they are")
+    click.echo("the next `lumos curate` publishes a snapshot without it; published ones stay until `gc --keep`")
 
 
 @click.command(short_help="Delete what no snapshot needs.")
 @dataset_argument
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
-def gc(dataset: str, dry_run: bool) -> None:
-    """Delete stage tables of configurations that no snapshot was made from, and unfinished snapshots."""
+@click.option("--keep", type=click.IntRange(min=1), help="Snapshots that stay, the newest ones.  [default: all]")
+def gc(dataset: str, dry_run: bool, keep: int | None) -> None:
+    """Delete stage tables of configurations that no snapshot was made from, and unfinished snapshots.
+
+    Rows of removed sources go too, codes and captions among them, once no snapshot holds them: after a takedown, give
+    `lumos data remove`, `lumos curate`, and `lumos data gc --keep 1`.
+    """
     from pipelines.data.upkeep import collect_garbage
 
-    paths = collect_garbage(dataset, dry_run=dry_run)
+    paths = collect_garbage(dataset, dry_run=dry_run, keep=keep)
     for path in paths or ["nothing"]:
         click.echo(f"{'would delete' if dry_run else 'deleted'} {path}")

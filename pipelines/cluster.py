@@ -29,6 +29,11 @@ _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNI
 _ours = False  # whether the cluster was started by this process
 
 
+def is_joined() -> bool:
+    """Whether ``connect`` joins a cluster, or did, instead of starting one here."""
+    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local") or (ray.is_initialized() and not _ours)
+
+
 def cluster_is_ours() -> bool:
     """Whether Ray runs on a cluster that ``connect`` started here, which never grows."""
     return _ours
@@ -53,9 +58,8 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS", "local")
-    if address not in ("", "local"):
-        _join(address)
+    if is_joined():
+        _join(os.environ["RAY_ADDRESS"])
     else:
         # A token guards Ray's job API, which is off here: its warning would only puzzle.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)

@@ -8,15 +8,19 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines import storage
 from pipelines.data.model_settings import CaptionConfig
 from pipelines.data.runner import Row, Stage
 from pipelines.data.schemas import CAPTIONS
 from pipelines.data.settings import SourceConfig, StageResources
+from pipelines.data.sources import source_folder
 from pipelines.data.tables import TABLE_SUFFIXES, is_table, read_table, resolve_paths
 from pipelines.errors import UserError
 
@@ -47,8 +51,9 @@ class CaptionSource:
 def find_captions(config: CaptionConfig, source: SourceConfig, listing: pa.Table) -> CaptionSource:
     """The captions that a user brings.
 
-    From ``captions.file``; else from a file captions.csv, .jsonl or .parquet in the source folder; else from the
-    caption column of the table that names the sources; else from .txt files beside the videos.
+    From ``captions.file``; else from a file captions.csv, .jsonl or .parquet in the source folder (of a glob, the one
+    above its first wildcard); else from the caption column of the table that names the sources; else from .txt files
+    beside the videos.
 
     Raises:
         UserError: if a table cannot be read, lacks columns, or names none of the videos.
@@ -65,6 +70,8 @@ def find_captions(config: CaptionConfig, source: SourceConfig, listing: pa.Table
         if text:
             texts[uri].append(text)
     if paths and texts.keys().isdisjoint(listing["uri"].to_pylist()):
+        if not config.file and not storage.is_dir(source.path):
+            return CaptionSource("sidecar", _sidecars(listing))
         raise UserError(
             f"{key} {table} has no caption for any of the {listing.num_rows} videos: its {config.path_column!r} "
             f"({paths[0]!r}, ...) must be relative to its folder, or absolute"
@@ -73,18 +80,15 @@ def find_captions(config: CaptionConfig, source: SourceConfig, listing: pa.Table
 
 
 def _table_beside(config: CaptionConfig, source: SourceConfig) -> str | None:
-    if storage.is_dir(source.path):
-        names = storage.list_names(source.path)
-        return next(
-            (storage.join(source.path, name) for s in TABLE_SUFFIXES if (name := f"captions{s}") in names), None
-        )
-    if is_table(source.path):
+    if is_table(source.path) and not storage.is_dir(source.path):
         try:
             read_table(source.path, [config.path_column, config.caption_column], "source.path")
         except UserError:
             return None  # paths alone
         return source.path
-    return None
+    folder = source_folder(source.path)
+    names = storage.list_names(folder)
+    return next((storage.join(folder, name) for s in TABLE_SUFFIXES if (name := f"captions{s}") in names), None)
 
 
 def _sidecars(listing: pa.Table) -> dict[str, tuple[str, ...]]:
@@ -100,6 +104,25 @@ def _sidecars(listing: pa.Table) -> dict[str, tuple[str, ...]]:
             with suppress(FileNotFoundError):  # a broken link
                 found[uri] = (storage.read_bytes(sidecar).decode("utf-8", errors="replace"),)
     return found
+
+
+def share_captions(source: CaptionSource, files: pa.Table) -> CaptionSource:
+    """Give files without captions those of a file with the same content, of several the one with the lowest path.
+
+    Args:
+        source: What each file's own are.
+        files: Of all, ``uri``, ``path`` and ``source_id``.
+    """
+    counts = pc.value_counts(files["source_id"].drop_null())
+    several = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    copies = files.filter(pc.is_in(files["source_id"], several)).select(["source_id", "path", "uri"])
+    ordered = copies.sort_by([("source_id", "ascending"), ("path", "ascending")]).to_pylist()
+    texts = dict(source.texts)
+    for _, group in groupby(ordered, key=itemgetter("source_id")):
+        uris = [row["uri"] for row in group]
+        shared = next((source.texts[uri] for uri in uris if source.texts.get(uri)), None)
+        texts |= {uri: shared for uri in uris if shared and not source.texts.get(uri)}
+    return CaptionSource(source.captioner, texts)
 
 
 def clean_captions(texts: Sequence[str], captioner: str) -> list[dict[str, str]]:

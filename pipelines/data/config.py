@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from lumos.tokenizers.video import TokenizerConfig, latent_frames
+from pipelines.data.decide import bounds, is_share
 from pipelines.data.model_settings import CaptionConfig, FeatureConfig
 from pipelines.data.publish import PublishConfig
 from pipelines.data.schemas import MODEL_SCORES
@@ -116,7 +117,7 @@ class CurateConfig:
     progress: bool = True  # bars on stderr
 
     def __post_init__(self) -> None:
-        """Check that there is a place to write to."""
+        """Check that there is a place to write to, and that something can be kept."""
         require(bool(self.dataset), "dataset is empty; name a folder or an s3:// prefix to write to")
         cosine = self.near_duplicates
         require(cosine is None or 0 < cosine <= 1, f"near_duplicates must be a cosine in (0, 1], got {cosine}")
@@ -129,3 +130,26 @@ class CurateConfig:
                 f"thresholds.{field_.name} needs a score that nothing computes: name the file in "
                 f"features.{_FILES.get(score)}, or set thresholds.{field_.name}=null",
             )
+        self._check_possible()
+
+    def _check_possible(self) -> None:
+        """Refuse settings that no clip can meet."""
+        for name, low, high in bounds(self.thresholds):
+            told = f"thresholds.min_{name} {low} is above thresholds.max_{name} {high}"
+            require(low is None or high is None or low <= high, f"{told}: nothing could be kept")
+            for which, value in (("min", low), ("max", high)):
+                inside = value is None or not is_share(name) or 0 <= value <= 1
+                require(inside, f"thresholds.{which}_{name} must be in 0..1, as the score is, got {value}")
+        shortest = min((count for count in self.tokens.num_frames if count > 1), default=None)
+        if shortest is None:  # images alone
+            return
+        longest, least = self.split.max_seconds, self.thresholds.min_duration
+        require(
+            least is None or longest >= least,
+            f"split.max_seconds {longest} is below thresholds.min_duration {least}: nothing could be kept",
+        )
+        require(
+            longest * self.tokens.fps + 0.01 >= shortest,
+            f"split.max_seconds {longest} at tokens.fps {self.tokens.fps:g} is fewer than the {shortest} frames of the "
+            "shortest allowed clip (tokens.num_frames): nothing could be kept",
+        )

@@ -8,6 +8,7 @@ import base64
 import html
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
@@ -17,7 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipelines.data.runner import Row
+from pipelines import storage
+from pipelines.data.runner import Row, read_parts
 from pipelines.data.schemas import STATUSES
 from pipelines.data.snapshot import Snapshot
 from pipelines.data.stills import MOMENTS, Shown, decode_frames
@@ -26,6 +28,7 @@ from pipelines.data.video import VideoError
 IDENTITY = ("key", "source_id")  # columns of the ledger that only contact sheets take
 CLIPS_EACH = 12  # shown of every fate
 _PATH_CHARACTERS = 64  # of a path that are shown
+_CAPTION_CHARACTERS = 160
 _HASH_ROWS = 1 << 16  # hashed at a time
 _HASH_FACTOR = 0x9E3779B97F4A7C15  # odd, of evenly strewn bits
 
@@ -57,13 +60,16 @@ def contact_sheets(snapshot: Snapshot, ledger: pa.Table) -> str:
     originals, contents = _originals(ledger, chosen), _contents(ledger, chosen)
     clips = {row["key"]: row for row in chain(chosen, originals.values()) if row["end_s"] is not None}
     shown = decode_frames(snapshot, list(clips.values()))
+    captions = _captions(snapshot, [row["key"] for row in clips.values() if row["status"] == "kept"])
 
     def tiles(row: Row) -> str:
         original = originals.get(_named(_NEAR, row))
         if original is None:
             content = contents.get(_named(_EXACT, row))
-            return _tile(row, f"the same content as {content}" if content else shown.get(row["key"]))
-        second = _tile(original, shown.get(original["key"]), note=f"the original, {original['status']}")
+            seen = f"the same content as {content}" if content else shown.get(row["key"])
+            return _tile(row, seen, caption=captions.get(row["key"], ""))
+        caption, note = captions.get(original["key"], ""), f"the original, {original['status']}"
+        second = _tile(original, shown.get(original["key"]), note=note, caption=caption)
         return f'<div class="pair">{_tile(row, shown.get(row["key"]))}{second}</div>'
 
     parts = [
@@ -143,25 +149,39 @@ def _contents(ledger: pa.Table, rows: Sequence[Row]) -> dict[str | None, str]:
     return {row["source_id"]: row["path"] for row in same.filter(stands).to_pylist()}
 
 
+def _captions(snapshot: Snapshot, keys: Sequence[str]) -> dict[str, str]:
+    """The first caption of each of these kept clips that has one."""
+    wanted, found = pa.array(keys, pa.string()), dict[str, str]()
+    shards = [shard.path for bucket in snapshot.manifest.buckets for shard in bucket.shards]
+    with suppress(OSError, pa.ArrowException):  # of a damaged snapshot, what can be read
+        for table in read_parts([storage.join(snapshot.uri, path) for path in shards], ["clip_id", "captions"]):
+            for row in table.filter(pc.is_in(table["clip_id"], wanted)).to_pylist():
+                if row["captions"]:
+                    found[row["clip_id"]] = row["captions"][0]["text"]
+    return found
+
+
 def _named(pattern: re.Pattern[str], row: Row) -> str | None:
     """What a row's reason says that it is a duplicate of."""
     match = pattern.match(row["reason"])
     return match[1] if match else None
 
 
-def _tile(row: Row, shown: Shown | str | None, note: str = "") -> str:
-    """Frames or words, and below them the path, the span and the scores that the reason names."""
+def _tile(row: Row, shown: Shown | str | None, note: str = "", caption: str = "") -> str:
+    """Frames or words, and below them the path, the span, the scores that the reason names, and what is said of it."""
     reason = row["reason"] or row["status"]
+    is_image = row["end_s"] is not None and row["end_s"] == row["start_s"]
     if isinstance(shown, list):
-        images = zip(MOMENTS, shown, strict=True)
+        images = zip(("image",) if is_image else MOMENTS, shown, strict=False)
         inner = '<div class="strip">' + "".join(_image(*image) for image in images) + "</div>"
     else:
         words = f"no frames, {shown.code.replace('_', ' ')}: {shown.detail}" if isinstance(shown, VideoError) else shown
         inner = f'<p class="words">{html.escape(words or reason)}</p>'
-    span = "" if row["end_s"] is None else f"{row['start_s']:.1f} to {row['end_s']:.1f} s"
+    span = "" if row["end_s"] is None else "image" if is_image else f"{row['start_s']:.1f} to {row['end_s']:.1f} s"
     scores = ", ".join(match[1] or match[2] for match in _SCORE.finditer(reason))
     below = "".join(f"<span>{html.escape(text)}</span>" for text in (span, scores, note) if text)
-    title = html.escape(f"{row['path']}\n{reason}")
+    below += f"<q>{html.escape(shorten(caption, _CAPTION_CHARACTERS))}</q>" if caption else ""
+    title = html.escape("\n".join(filter(None, (row["path"], reason, caption))))
     path = html.escape(shorten(row["path"], _PATH_CHARACTERS))
     return f'<figure title="{title}">{inner}<figcaption><code>{path}</code>{below}</figcaption></figure>'
 

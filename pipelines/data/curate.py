@@ -58,9 +58,15 @@ class CurateResult:
         lines.append(f"published: {sizes}")
         if self.uncaptioned:
             lines.append(
-                f"{self.uncaptioned} kept clips have no caption: name a table in captions.file, or put a .txt file "
-                "beside each video"
+                f"{self.uncaptioned} kept clips have no caption: "
+                + (
+                    "loosen the rules under captions that left theirs out"
+                    if self.left_out
+                    else "name a table in captions.file, or put a .txt file beside each video"
+                )
             )
+        if not self.counts["kept"]:
+            lines.append("warning: no clip was kept, so the snapshot is empty; the reasons are above")
         if self.left_out:
             told = ", ".join(f"{count} {why}" for why, count in self.left_out.items())
             lines.append(f"captions left out: {told}")

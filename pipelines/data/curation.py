@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
+from pipelines.cluster import is_joined
 from pipelines.data.captioning import Captioning, Captions
-from pipelines.data.captions import CaptionSource
+from pipelines.data.captions import CaptionSource, share_captions
 from pipelines.data.clips import Clips
 from pipelines.data.coca import check_coca
 from pipelines.data.codes import CodeReader
@@ -32,6 +34,7 @@ from pipelines.data.runner import (
     StageTable,
     TooManyFailuresError,
     anti_join,
+    check_fits,
     run_stage,
 )
 from pipelines.data.snapshot import TokenizerInfo
@@ -99,7 +102,7 @@ class Curation:
         try:
             check_endpoint(self.config.captions.endpoint)
         except UserError as error:
-            if not StageTable(self.config.dataset, stage).parts():
+            if self._has_done_nothing(stage):
                 raise
             return error
         return None
@@ -115,8 +118,19 @@ class Curation:
             "captions-coca": partial(check_coca, self.config.captions.coca),
         }
         for name, check in checks.items():
-            if name in self.stages and not StageTable(self.config.dataset, self.stages[name]).parts():
+            if name in self.stages and self._has_done_nothing(self.stages[name]):
                 check()
+        devices = {
+            "features": ("features.clip.device", self.config.features.clip.device),
+            "captions-coca": ("captions.coca.device", self.config.captions.coca.device),
+            "tokens": ("tokens.tokenizer.device", self.config.tokens.tokenizer.device),
+        }
+        for name, (key, device) in devices.items():
+            if name in self.stages and self._has_done_nothing(self.stages[name]):
+                _check_device(key, device)
+
+    def _has_done_nothing(self, stage: Stage) -> bool:
+        return not StageTable(self.config.dataset, stage).parts()
 
     def run(self, listing: pa.Table, log: RunLog) -> Published:
         """Bring every stage up to date, and decide.
@@ -125,8 +139,12 @@ class Curation:
             JobError: a stage failed, or too many sources did.
         """
         self.log = log
+        for stage in self.stages.values():
+            if self._has_done_nothing(stage):
+                check_fits(stage)
         sources, removed = self._without_removed(self._hash(listing))
         first = first_paths(sources)
+        self.captioning.given = share_captions(self.captioning.given, sources)
         clips, failed = self._split(sources, first)
 
         clips.decide(self.config.thresholds)
@@ -336,6 +354,23 @@ class Curation:
                 "heads": {name: head.hash for name, head in self.feature_scores.heads.items()},
                 "stage_hashes": {name: stage.hash for name, stage in self.stages.items()},
             },
+        )
+
+
+def _check_device(key: str, device: str) -> None:
+    """Whether this machine has a device; of a cluster that is joined, others may.
+
+    Raises:
+        UserError: if it has not, or torch knows no such device.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UserError(f"{key}={device}: {str(error).splitlines()[0]}") from error
+    if kind == "cuda" and not is_joined() and not torch.cuda.is_available():
+        raise UserError(
+            f"{key}={device}: torch finds no GPU on this machine; set {key}=cpu, or RAY_ADDRESS to a cluster that has "
+            "one"
         )
 
 

@@ -1,7 +1,9 @@
 """Decisions: from stored scores and thresholds to kept or rejected, with every reason. Pure, so a threshold is free."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,3 +101,16 @@ def check_complete() -> None:
 
 
 check_complete()
+
+
+def fills(scores: Mapping[str, NDArray[np.float64]], tokens: Mapping[str, Any]) -> NDArray[np.bool_]:
+    """For many clips at once, whether each has the frames of the shortest length that is encoded (``plan_shape``).
+
+    Args:
+        scores: As for ``keeps``; of them ``duration`` and ``image``.
+        tokens: ``num_frames``, allowed lengths, and ``fps``.
+    """
+    lengths = tokens["num_frames"]
+    shortest = min((count for count in lengths if count > 1), default=math.inf)
+    available = np.floor(scores["duration"] * tokens["fps"] + 0.01)
+    return np.where(scores["image"] > 0, 1 in lengths, available >= shortest)

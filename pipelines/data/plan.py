@@ -110,23 +110,32 @@ class Plan:
         """Lines for a person."""
         share, low, high = self.kept_share
         lines = [
-            f"{self.sources} sources ({self.gigabytes:.3g} GB, {self.video_hours:.3g} hours of video), "
+            f"{self.sources} sources ({_size(self.gigabytes)}, {_time(3600 * self.video_hours)} of video), "
             f"from a sample of {self.sampled}:",
             f"  kept      {100 * share:.0f} % of clips ({100 * low:.0f} to {100 * high:.0f}): "
-            f"{self.clips:.3g} clips, {self.clip_hours:.3g} hours, {self.tokens:.3g} tokens",
-            f"  disk      {self.disk_gb:.3g} GB for stage tables and snapshot",
+            f"{self.clips:.3g} clips, {_time(3600 * self.clip_hours)}, {self.tokens:.3g} tokens",
+            f"  disk      {_size(self.disk_gb)} for stage tables and snapshot",
         ]
         if self.process_gb:
-            lines.append(f"  memory    {self.process_gb:.2g} GB for each process, its decode child included")
+            lines.append(f"  memory    {_size(self.process_gb)} for each process, its decode child included")
         for stage in self.stages:
             lines.append(
-                f"  {stage.name:18s}{stage.work_s / 3600:9.3g} process hours, {stage.workers} processes: "
+                f"  {stage.name:18s}{_time(stage.work_s):>14s} of work, {stage.workers} processes: "
                 f"{_duration(stage.seconds)}"
             )
         cost = self.hours * self.price_per_hour + self.caption_cost
         lines.append(f"  in all    {_duration(3600 * self.hours)}" + (f", costs {cost:.3g}" if cost else ""))
-        lines.append("process hours are those of this machine's cores while they shared it with what else ran here")
+        lines.append("work is counted in this machine's cores, while they shared it with what else ran here")
         return "\n".join(lines)
+
+
+def _size(gigabytes: float) -> str:
+    return f"{gigabytes:.3g} GB" if gigabytes >= 0.1 else f"{1000 * gigabytes:.3g} MB"
+
+
+def _time(seconds: float) -> str:
+    """Hours, or seconds where they are few."""
+    return f"{seconds / 3600:.3g} hours" if seconds >= 360 else f"{seconds:.3g} seconds"
 
 
 def _duration(seconds: float) -> str:

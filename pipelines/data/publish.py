@@ -38,6 +38,7 @@ from pipelines.data.snapshot import (
 from pipelines.data.tables import iterate, sort, take
 
 ROW_GROUP_ROWS = 256
+_LEDGER, _CARD = "ledger.parquet", "README.md"
 LEDGER_ROW_GROUP_ROWS = 1 << 16
 # A kept clip before its codes are fetched.
 PUBLISHED_CLIPS = pa.schema(
@@ -100,15 +101,14 @@ def write_snapshot(dataset: str, content: SnapshotContent, config: PublishConfig
     published = list_snapshots(dataset)
     folder = storage.join(dataset, SNAPSHOTS)
     if published and published[-1].endswith(digest[:8]):
-        return open_snapshot(storage.join(folder, published[-1]))
+        return _restored(storage.join(folder, published[-1]), content, ledger, config)
     _remove_unfinished(folder, published)
     number = 1 + max((snapshot_number(name) or 0 for name in published), default=0)
     snapshot_id = f"v{number:04d}-{digest[:8]}"
     uri = storage.join(folder, snapshot_id)
 
     buckets = _write_shards(uri, content, config)
-    ledger_data = parquet_bytes(ledger, row_group_rows=LEDGER_ROW_GROUP_ROWS)
-    storage.write_bytes_atomic(storage.join(uri, "ledger.parquet"), ledger_data)
+    ledger_data = _write_ledger(uri, ledger)
     manifest = Manifest(
         snapshot_id=snapshot_id,
         parents=tuple(published[-1:]),
@@ -118,15 +118,35 @@ def write_snapshot(dataset: str, content: SnapshotContent, config: PublishConfig
         buckets=buckets,
         totals={name: _total(buckets, name) for name in ("train", "val")},
         ledger=LedgerInfo(
-            path="ledger.parquet",
+            path=_LEDGER,
             rows=ledger.num_rows,
             sha256=hashlib.sha256(ledger_data).hexdigest(),
             counts=count_statuses(ledger),
         ),
     )
-    storage.write_bytes_atomic(storage.join(uri, "README.md"), dataset_card(manifest, ledger).encode())
+    storage.write_bytes_atomic(storage.join(uri, _CARD), dataset_card(manifest, ledger).encode())
     storage.write_json_atomic(storage.join(uri, MANIFEST), manifest.to_json())
     return open_snapshot(uri)
+
+
+def _restored(uri: str, content: SnapshotContent, ledger: pa.Table, config: PublishConfig) -> Snapshot:
+    """A published snapshot; files of it that are missing or of another size are written again, byte for byte."""
+    snapshot = open_snapshot(uri)
+    shards = {shard.path: shard.bytes for bucket in snapshot.manifest.buckets for shard in bucket.shards}
+    found = {file.path: file.size for file in storage.list_files(uri)}
+    if any(found.get(path) != size for path, size in shards.items()):
+        _write_shards(uri, content, config)
+    if _LEDGER not in found:
+        _write_ledger(uri, ledger)
+    if _CARD not in found:
+        storage.write_bytes_atomic(storage.join(uri, _CARD), dataset_card(snapshot.manifest, ledger).encode())
+    return snapshot
+
+
+def _write_ledger(uri: str, ledger: pa.Table) -> bytes:
+    data = parquet_bytes(ledger, row_group_rows=LEDGER_ROW_GROUP_ROWS)
+    storage.write_bytes_atomic(storage.join(uri, _LEDGER), data)
+    return data
 
 
 def count_statuses(ledger: pa.Table) -> dict[str, int]:

@@ -6,7 +6,7 @@ from pipelines.data.snapshot import SNAPSHOTS, list_snapshots, open_snapshot
 from pipelines.errors import UserError
 
 _FILE = "removed.json"
-_HASH_DIGITS = 64
+HASH_DIGITS = 64
 
 
 def read_removed(dataset: str) -> list[str]:
@@ -55,4 +55,4 @@ def _source_ids(dataset: str) -> dict[str, set[str]]:
 
 
 def _is_hash(name: str) -> bool:
-    return len(name) == _HASH_DIGITS and set(name) <= set("0123456789abcdef")
+    return len(name) == HASH_DIGITS and set(name) <= set("0123456789abcdef")

@@ -4,8 +4,10 @@ Everything but the contact sheets comes from the ledger and the manifest. The le
 millions of rows.
 """
 
+import errno
 import html
 import importlib.resources
+import os
 import string
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,11 +22,12 @@ from numpy.typing import NDArray
 
 from pipelines.data.card import reason_classes
 from pipelines.data.contact import IDENTITY, contact_sheets
-from pipelines.data.decide import bounds, is_share, keeps
-from pipelines.data.runlog import stage_timings
-from pipelines.data.schemas import STATUSES
+from pipelines.data.decide import bounds, fills, is_share, keeps
+from pipelines.data.runlog import StageProgress, stage_timings
+from pipelines.data.schemas import STATUSES, stage_place
 from pipelines.data.settings import Thresholds
 from pipelines.data.snapshot import Snapshot
+from pipelines.errors import UserError
 
 _COLUMNS = ("path", "start_s", "end_s", "status", "reason")  # of the ledger
 _BINS = 30
@@ -53,16 +56,20 @@ class WhatIf:
     others: tuple[tuple[float | None, int], ...]
 
 
-def what_if(scores: Mapping[str, Values], thresholds: Thresholds) -> list[WhatIf]:
+def what_if(
+    scores: Mapping[str, Values], thresholds: Thresholds, tokens: Mapping[str, Any] | None = None
+) -> list[WhatIf]:
     """Try other values of every threshold that is set; only scores are decided on, near-duplicates are not sought.
 
     Args:
         scores: As ``score_columns`` gives them.
         thresholds: What they are now.
+        tokens: ``num_frames`` and ``fps`` of the clips that are encoded; one too short for them is not kept either.
     """
+    filled = fills(scores, tokens) if tokens else True
 
     def passing(tried: Thresholds) -> int:
-        return int(np.count_nonzero(keeps(scores, tried)))
+        return int(np.count_nonzero(keeps(scores, tried) & filled))
 
     now = passing(thresholds)
     found = []
@@ -93,7 +100,11 @@ def write_report(path: Path, snapshot: Snapshot, *, frames: bool = True) -> None
         path: The HTML file; its folder is made.
         snapshot: What it is about.
         frames: Whether to decode frames of some clips, for contact sheets. A bar on stderr tells how far that is.
+
+    Raises:
+        UserError: if the file cannot be written; nothing was begun.
     """
+    _check_writable(path)
     manifest = snapshot.manifest
     template = string.Template(
         (importlib.resources.files("pipelines.data") / "report.html.template").read_text(encoding="utf-8")
@@ -114,18 +125,32 @@ def write_report(path: Path, snapshot: Snapshot, *, frames: bool = True) -> None
         stages=_stages(snapshot.dataset),
         contact=contact_sheets(snapshot, ledger) if frames else "",
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written ({error.strerror}); name another file") from error
 
 
 def _stages(dataset: str | None) -> str:
     """Rows of what each stage took when it last had something to do."""
     lines = []
-    for name, (began, took) in sorted(stage_timings(dataset).items()) if dataset else ():
+    for name, (began, took) in _timings(dataset) if dataset else ():
         rate = f"{took.source_s / took.seconds:.3g}" if took.seconds and took.source_s else ""
         times = (f"{took.seconds:.1f}", f"{took.busy_s:.1f}")
         lines.append(_cells(name, began, took.computed, took.failed, *times, rate))
     return "\n".join(lines)
+
+
+def _timings(dataset: str) -> list[tuple[str, tuple[str, StageProgress]]]:
+    return sorted(stage_timings(dataset).items(), key=lambda item: stage_place(item[0]))
 
 
 def _score_parts(snapshot: Snapshot) -> dict[str, str]:
@@ -138,7 +163,7 @@ def _score_parts(snapshot: Snapshot) -> dict[str, str]:
     kept = pc.equal(ledger["status"].filter(pc.is_valid(ledger["scores"])), "kept").to_numpy()
     return {
         "histograms": "\n".join(_histograms(scores, kept, thresholds)),
-        "what_if": _what_if_table(what_if(scores, thresholds)),
+        "what_if": _what_if_table(what_if(scores, thresholds, snapshot.manifest.created_from["config"].get("tokens"))),
     }
 
 

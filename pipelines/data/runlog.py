@@ -15,6 +15,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
+import psutil
 from ray.util import metrics
 
 from pipelines import storage
@@ -134,8 +135,13 @@ class RunRecord:
 
     def __str__(self) -> str:
         """Lines for a person."""
-        head = f"last run: {self.state}, began {self.started} on {self.host} (pid {self.pid}), seen {self.updated}"
+        state = "ended without a word" if self.state == "running" and self._is_gone() else self.state
+        head = f"last run: {state}, began {self.started} on {self.host} (pid {self.pid}), seen {self.updated}"
         return "\n".join([head, *(f"  {name:10s} {progress}" for name, progress in self.stages.items())])
+
+    def _is_gone(self) -> bool:
+        """Whether this is a process of this machine that has ended."""
+        return self.host == socket.gethostname() and not psutil.pid_exists(self.pid)
 
 
 def last_run(dataset: str) -> RunRecord | None:

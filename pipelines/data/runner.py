@@ -278,7 +278,7 @@ def run_stage(
     if log is not None:
         log.update(stage.name, state, write=pending.num_rows > 0)
     if pending.num_rows:
-        _check_fits(stage)
+        check_fits(stage)
         _record_settings(stage, table)
         with tqdm(total=state.total, initial=before, desc=stage.name, unit="row", disable=not progress) as bar:
             for report in _in_waves(stage, table, pending, state):
@@ -340,7 +340,7 @@ def cluster_cores() -> int:
     return max(1, min(declared, len(os.sched_getaffinity(0))) if alone else declared)
 
 
-def _check_fits(stage: Stage) -> None:
+def check_fits(stage: Stage) -> None:
     """Refuse what this machine can never hold; a cluster that was joined may grow.
 
     Raises:

@@ -211,7 +211,10 @@ def open_snapshot(uri: str, *, expected_tokenizer: TokenizerIdentity | None = No
             )
         manifest = Manifest.from_json(value)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{storage.join(found, MANIFEST)} is no manifest of a snapshot ({error!r})") from error
+        raise UserError(
+            f"{storage.join(found, MANIFEST)} is no manifest of a snapshot ({error!r}): copy it back; or delete "
+            f"{found}, and give the `lumos curate` that made it again"
+        ) from error
     if expected_tokenizer is not None:
         _check_tokenizer(found, manifest.tokenizer, expected_tokenizer)
     return Snapshot(uri=found, manifest=manifest, digest=hashlib.sha256(data).hexdigest())

@@ -66,6 +66,20 @@ def list_sources(config: SourceConfig) -> pa.Table:
     return found
 
 
+def source_folder(path: str) -> str:
+    """The folder that a source path is in, or is: of a glob, the one above its first wildcard."""
+    if storage.is_dir(path):
+        return path
+    if glob.has_magic(path) and not storage.exists(path):
+        return _above_wildcard(path) or ("/" if path.startswith("/") else ".")
+    return path.rpartition("/")[0] or ("/" if path.startswith("/") else ".")
+
+
+def _above_wildcard(pattern: str) -> str:
+    parts = pattern.split("/")
+    return "/".join(parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
+
+
 def _table(files: Sequence[storage.FileInfo]) -> pa.Table:
     rows = {
         "work_key": [f"{file.uri}\n{file.size}\n{file.version}" for file in files],
@@ -94,8 +108,7 @@ def _list_table(path: str) -> pa.Table:
 
 def _list_glob(pattern: str) -> list[storage.FileInfo]:
     """Paths are relative to the folder above the pattern's first wildcard."""
-    parts = pattern.split("/")
-    fixed = "/".join(parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
+    fixed = _above_wildcard(pattern)
     if storage.is_local(pattern):
         base = os.path.abspath(fixed or ("/" if pattern.startswith("/") else "."))
         names = {os.path.abspath(name) for name in glob.glob(pattern, recursive=True) if not os.path.isdir(name)}

@@ -1,5 +1,6 @@
 """Opening and reading video files, defensively. Runs only in decode children (decode.py), never in a worker itself."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,7 +26,14 @@ _OPEN_OPTIONS = {
     "format_whitelist": "mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,flv,gif,ogg,asf,mxf,nut,rm,dv,ivf,h264,hevc,obu,"
     "yuv4mpegpipe,apng,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe",
 }
-_IMAGES = ("png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe")
+# The name of a picture misleads: FFmpeg takes most .jpg files, and any with a "%", for a numbered series of files.
+_IMAGES = {
+    "jpeg_pipe": re.compile(rb"\xff\xd8\xff"),
+    "png_pipe": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "webp_pipe": re.compile(rb"RIFF....WEBP", re.DOTALL),
+    "bmp_pipe": re.compile(rb"BM"),
+    "tiff_pipe": re.compile(rb"II\*\0|MM\0\*"),
+}
 _SAME_TIME = 5e-4  # seconds; spans are stored in milliseconds
 _FALLBACK_FPS = 25.0  # of a file that names no rate
 _DECORD_BATCH = 8  # full-size frames held at a time
@@ -117,7 +125,7 @@ class VideoFile:
 
     def __init__(self, path: str) -> None:
         try:
-            self.container = av.open(path, options=dict(_OPEN_OPTIONS), metadata_errors="ignore")
+            self.container = _open_container(path)
         except (av.error.FFmpegError, ValueError) as error:
             raise _open_error(path, error) from error
         streams = [
@@ -215,11 +223,26 @@ class VideoFile:
             yield from frames
 
 
+def _open_container(path: str) -> av.container.InputContainer:
+    try:
+        return av.open(path, options=dict(_OPEN_OPTIONS), metadata_errors="ignore")
+    except av.error.ArgumentError:
+        head = _read_head(path)
+        for name, mark in _IMAGES.items():
+            if mark.match(head):
+                return av.open(path, format=name, options=dict(_OPEN_OPTIONS), metadata_errors="ignore")
+        raise
+
+
+def _read_head(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(16)
+
+
 def _open_error(path: str, error: Exception) -> VideoError:
     """Tell a damaged video from a file that never was one, by its first bytes."""
     try:
-        with open(path, "rb") as file:
-            head = file.read(16)
+        head = _read_head(path)
     except OSError as unreadable:  # it could be read when it was hashed
         return unreadable_error(unreadable).as_transient()
     if not head:

@@ -201,6 +201,9 @@ def test_long_sources_become_several_clips_of_their_own_shape(tmp_path, tokenize
         (["captions.file=/no.csv"], "captions.file /no.csv does not exist"),
         (["tokens.tokenizer.path=/no.safetensors"], "tokens.tokenizer: FSQ weights /no.safetensors"),
         (["tokens.tokenizer.kind=cosmos", "tokens.tokenizer.path=null"], "tokens.tokenizer: .*needs a path"),
+        (["tokens.tokenizer.device=cuda"], "tokens.tokenizer.device=cuda: torch finds no GPU on this machine"),
+        (["tokens.tokenizer.device=tpu?"], "tokens.tokenizer.device=tpu"),
+        (["resources.tokens.num_gpus=1"], r"stage tokens: a process wants 1 GPU \(there is 0\)"),
         (["dataset=/proc/x"], "dataset /proc/x cannot be written"),
         (["dataset=nope://x"], "nope://x"),
     ],
@@ -209,6 +212,21 @@ def test_bad_input_ends_before_any_work(corpus, tokenizer_file, tmp_path, overri
     with pytest.raises(UserError, match=message):
         curate(curate_config(corpus, tmp_path / "d", tokenizer_file, *overrides))
     assert not (tmp_path / "d" / "stages").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["thresholds.max_dark_share=2"], "thresholds.max_dark_share must be in 0..1, as the score is, got 2.0"),
+        (["thresholds.min_brightness=0.9", "thresholds.max_brightness=0.1"], "nothing could be kept"),
+        (["thresholds.min_aspect=9"], "thresholds.min_aspect 9.0 is above thresholds.max_aspect"),
+        (["split.max_seconds=1"], "split.max_seconds 1.0 is below thresholds.min_duration 1.41"),
+        (["tokens.num_frames=[993]"], "split.max_seconds .* is fewer than the 993 frames of the shortest allowed clip"),
+    ],
+)
+def test_settings_that_nothing_can_meet_are_refused(corpus, tokenizer_file, tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message):
+        curate_config(corpus, tmp_path / "d", tokenizer_file, *overrides)
 
 
 def test_an_empty_folder_and_missing_captions_are_told(tmp_path, tokenizer_file):

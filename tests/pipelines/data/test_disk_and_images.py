@@ -4,6 +4,7 @@ import shutil
 import subprocess
 
 import cv2
+import numpy as np
 import pytest
 
 from pipelines.data.curate import curate
@@ -44,22 +45,26 @@ def test_a_full_disk_ends_the_run_and_more_room_lets_it_go_on(small_disk, corpus
 
 def test_images_are_clips_of_one_frame_where_they_are_asked_for(corpus, tokenizer_file, tmp_path):
     folder = shutil.copytree(corpus, tmp_path / "mixed", symlinks=True)
-    for seed, name in enumerate(("a.png", "b.jpg", "c.webp", "d.bmp", "e.tiff")):
+    names = ("a.png", "b.jpg", "c.webp", "d.bmp", "e.tiff", "f%03d.png")
+    for seed, name in enumerate(names):
         cv2.imwrite(str(folder / name), moving_square(1, size=(80, 64), seed=seed)[0])
+    photo = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
+    cv2.imwrite(str(folder / "photo.jpg"), cv2.resize(photo, (1024, 768), interpolation=cv2.INTER_CUBIC))
+    assert (folder / "photo.jpg").stat().st_size > 100_000  # FFmpeg tells small ones otherwise
     cv2.imwrite(str(folder / "black.png"), 0 * moving_square(1)[0])
     cv2.imwrite(str(folder / "tiny.png"), moving_square(1, size=(32, 32))[0])
     extensions = "source.extensions=[.mp4,.png,.jpg,.webp,.bmp,.tiff]"
     plain = curate(curate_config(folder, tmp_path / "plain", tokenizer_file, extensions, "captions.require=false"))
     assert plain.counts["kept"] == GOOD + 1
-    assert plain.reasons["rejected: frames"] == 5
+    assert plain.reasons["rejected: frames"] == 7
     options = [extensions, "captions.require=false", "tokens.num_frames=[1,17]"]
     taken = curate(curate_config(folder, tmp_path / "taken", tokenizer_file, *options))
-    assert taken.counts["kept"] == GOOD + 1 + 5
+    assert taken.counts["kept"] == GOOD + 1 + 7
     snapshot = open_snapshot(taken.snapshot_uri)
     rows = {row["path"]: row for row in snapshot.read_ledger().to_pylist()}
     assert rows["black.png"]["reason"].startswith("brightness")
     assert rows["tiny.png"]["reason"].startswith("width")
     assert rows["short.mp4"]["status"] == "rejected"  # a video too short is no image
-    assert {rows[name]["status"] for name in ("a.png", "b.jpg", "c.webp", "d.bmp", "e.tiff")} == {"kept"}
+    assert {rows[name]["status"] for name in (*names, "photo.jpg")} == {"kept"}
     shapes = {(bucket.t, bucket.h, bucket.w): bucket.rows for bucket in snapshot.manifest.buckets}
-    assert sum(count for shape, count in shapes.items() if shape[0] == 1) == 5
+    assert sum(count for shape, count in shapes.items() if shape[0] == 1) == 7

@@ -58,6 +58,23 @@ def test_damaged_and_missing_shards_are_made_again_byte_for_byte(dataset, victim
     assert not verify_snapshot(open_snapshot(str(dataset))).problems
 
 
+def test_a_run_restores_what_its_snapshot_lost(dataset, corpus, tokenizer_file):
+    snapshot = open_snapshot(str(dataset))
+    before = published(snapshot)
+    for name in ("ledger.parquet", "README.md", shards(dataset)[0].relative_to(snapshot.uri)):
+        (Path(snapshot.uri) / name).unlink()
+    assert [*repair_dataset(str(dataset)).beyond] == [f"{snapshot.manifest.snapshot_id}/ledger.parquet"]
+    shards(dataset)[0].unlink()
+    options = ["publish.shard_mb=0.002", "publish.val_share=0.3"]
+    result = curate(curate_config(corpus, dataset, tokenizer_file, *options))
+    assert not any(result.computed.values())
+    assert published(open_snapshot(str(dataset))) == before
+    assert not verify_snapshot(open_snapshot(str(dataset))).problems
+    (Path(snapshot.uri) / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"manifest.json is no manifest .* or delete .* and give the `lumos curate`"):
+        open_snapshot(str(dataset))
+
+
 def test_unusable_stage_files_are_dropped_and_computed_again(dataset, corpus, tokenizer_file):
     before = published(open_snapshot(str(dataset)))
     split = sorted(dataset.glob("stages/split/*/part-*.parquet"))[0]

@@ -1,7 +1,9 @@
 """What a run tells of itself while it goes on: its file, the failure budget, and metrics for Prometheus."""
 
+import subprocess
 import time
 import urllib.request
+from dataclasses import replace
 from functools import partial
 
 import pyarrow as pa
@@ -69,6 +71,17 @@ def test_a_run_leaves_a_file_that_tells_how_far_each_stage_is(tmp_path):
     with pytest.raises(KeyError), RunLog(str(tmp_path)).record():
         raise KeyError
     assert last_run(str(tmp_path)).state == "stopped"
+
+
+def test_a_run_that_was_killed_is_not_called_running(tmp_path):
+    log = RunLog(str(tmp_path))
+    log.write("running")
+    assert "last run: running" in str(last_run(str(tmp_path)))
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    record = last_run(str(tmp_path))
+    assert "last run: ended without a word" in str(replace(record, pid=ended.pid))
+    assert "last run: running" in str(replace(record, pid=ended.pid, host="elsewhere"))
 
 
 def test_the_time_left_goes_by_work_where_inputs_name_it():

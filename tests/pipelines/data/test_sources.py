@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.captions import clean_captions, find_captions
+from pipelines.data.captions import CaptionSource, clean_captions, find_captions, share_captions
 from pipelines.data.model_settings import CaptionConfig
 from pipelines.data.settings import SourceConfig
 from pipelines.data.sources import HASHED, first_paths, hash_file, list_sources
@@ -131,6 +131,25 @@ def test_captions_come_from_any_kind_of_named_table(folder, suffix):
 def test_captions_come_from_sidecars(folder):
     (folder / "a.txt").write_text("  beside\nthe video ", encoding="utf-8")
     assert captions(folder) == ("sidecar", {"a.mp4": ("  beside\nthe video ",)})
+
+
+def test_a_glob_and_a_file_have_captions_beside_them_too(folder, monkeypatch):
+    write_table(folder / "captions.csv", [("a.mp4", "one"), ("deep/c.MOV", "two")])
+    expected = ("metadata", {"a.mp4": ("one",), "deep/c.MOV": ("two",)})
+    assert captions(folder, path=folder / "**" / "*.MOV") == expected
+    assert captions(folder, path=folder / "a.mp4") == expected
+    (folder / "b.txt").write_text("beside")
+    assert captions(folder, path=folder / "b.mp4") == ("sidecar", {"b.mp4": ("beside",)})
+    monkeypatch.chdir(folder)
+    for path in ("*.mp4", "a.mp4"):
+        assert find_captions(CaptionConfig(), SourceConfig(path=path), list_sources(SourceConfig(path=path))).texts
+
+
+def test_a_file_without_captions_gets_those_of_another_with_its_content():
+    rows = {"uri": list("zyxwvu"), "path": list("123456"), "source_id": ["s", "t", "s", "s", None, None]}
+    given = CaptionSource("metadata", {"x": ("a", "b"), "w": ("c",), "y": ("d",), "v": ("e",), "z": ()})
+    assert share_captions(given, pa.table(rows)).texts == given.texts | {"z": ("a", "b")}
+    assert share_captions(given, pa.table(rows).slice(1, 1)) == given
 
 
 def test_a_table_of_sources_may_hold_captions(folder):

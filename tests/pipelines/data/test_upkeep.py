@@ -14,8 +14,8 @@ from pipelines.data.curate import curate
 from pipelines.data.decode import CRASHES, CrashLog
 from pipelines.data.lock import dataset_lock
 from pipelines.data.removal import remove_sources
-from pipelines.data.report import score_columns, what_if
-from pipelines.data.snapshot import open_snapshot
+from pipelines.data.report import score_columns, what_if, write_report
+from pipelines.data.snapshot import list_snapshots, open_snapshot
 from pipelines.data.upkeep import collect_garbage, dataset_status, retry
 from pipelines.data.verify import verify_snapshot
 from pipelines.errors import UserError
@@ -210,13 +210,64 @@ def test_another_writer_and_missing_ids_are_told(dataset):
 def test_what_another_threshold_would_keep_is_what_it_keeps(dataset, corpus, tokenizer_file):
     scores = score_columns(open_snapshot(str(dataset)).read_ledger())
     config = curate_config(corpus, dataset, tokenizer_file)
-    found = {item.name: item for item in what_if(scores, config.thresholds)}
+    found = {item.name: item for item in what_if(scores, config.thresholds, vars(config.tokens))}
+    assert dict(found["min_duration"].others)[None] == GOOD + 1  # what is shorter has too few frames
     item = found["min_motion_time"]
     assert item.passing == GOOD + 1
     without = dict(item.others)[None]
     result = curate(curate_config(corpus, dataset, tokenizer_file, "thresholds.min_motion_time=null"))
     assert result.counts["kept"] == without == GOOD + 2
     assert result.computed["split"] == 0
+
+
+def test_damaged_files_and_impossible_pages_are_told(dataset, tmp_path):
+    [part, *_] = sorted(dataset.glob("stages/split/*/part-*"))
+    part.write_bytes(part.read_bytes()[:100])
+    told = str(dataset_status(str(dataset)))
+    assert "1 damaged files: give `lumos data repair`" in told
+    stages = [line.split()[0] for line in told.partition("used by\n")[2].splitlines() if line[0] != " "]
+    assert stages == ["sources", "split", "captions", "tokens"]
+    with pytest.raises(UserError, match=r"is damaged .* drops it"):
+        retry(str(dataset), "transient")
+    (tmp_path / "file").touch()
+    for out in (tmp_path, tmp_path / "file" / "page.html"):
+        with pytest.raises(UserError, match=rf"--out {out} cannot be written \(.*name another file"):
+            write_report(out, open_snapshot(str(dataset)))
+
+
+def test_retry_tells_the_codes_there_are(dataset):
+    with pytest.raises(UserError, match=r"no failure is bogus; there are 1 .*not_a_video \(permanent\)"):
+        retry(str(dataset), "bogus")
+    assert retry(str(dataset), "not_a_video") == {"split": 1}
+
+
+def test_gc_deletes_older_snapshots_and_what_removed_sources_left(dataset, corpus, tokenizer_file):
+    source = next(
+        row["source_id"]
+        for row in open_snapshot(str(dataset)).read_ledger().to_pylist()
+        if row["path"] == "good_001.mp4"
+    )
+
+    def holding():
+        return {
+            path.parts[-3]
+            for path in dataset.glob("stages/*/*/part-*")
+            if any(key.startswith(source) for key in pq.read_table(path)["work_key"].to_pylist())
+        }
+
+    remove_sources(str(dataset), ["good_001.mp4"])
+    curate(curate_config(corpus, dataset, tokenizer_file))
+    [old, new] = list_snapshots(str(dataset))
+    assert collect_garbage(str(dataset), dry_run=False) == []  # the older snapshot holds it
+    would = collect_garbage(str(dataset), dry_run=True, keep=1)
+    assert holding() == {"split", "captions", "tokens"}
+    assert collect_garbage(str(dataset), dry_run=False, keep=1) == would
+    assert [name.partition("/stages/")[0].split()[0] for name in would] == [f"snapshots/{old}", "1", "1", "1"]
+    assert holding() == set()
+    assert list_snapshots(str(dataset)) == [new]
+    result = curate(curate_config(corpus, dataset, tokenizer_file))
+    assert (result.snapshot_id, sum(result.computed.values())) == (new, 0)
+    assert not verify_snapshot(open_snapshot(str(dataset))).problems
 
 
 def test_retry_starts_anew_with_what_ended_its_decoder(dataset):
