@@ -4,6 +4,8 @@ import logging
 import os
 import re
 import socket
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +27,7 @@ _SPARE_CPUS = 4
 # is off). Their errors reach the driver as exceptions; their output is in the logs of Ray's session folder.
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
 
+_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 
 _ours = False  # whether the cluster was started by this process
 
@@ -59,18 +62,47 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
         yield
         return
     if is_joined():
-        _join(os.environ["RAY_ADDRESS"])
+        with _quiet_core():
+            _join(os.environ["RAY_ADDRESS"])
     else:
         # A token guards Ray's job API, which is off here: its warning would only puzzle.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         declared = num_cpus if num_cpus is not None else _cores() + _SPARE_CPUS
-        ray.init(address="local", num_cpus=declared, include_dashboard=False, **_QUIET)
+        with _quiet_core():
+            ray.init(address="local", num_cpus=declared, include_dashboard=False, **_QUIET)
         _ours = True
     try:
         yield
     finally:
         _ours = False
         ray.shutdown()
+
+
+@contextmanager
+def _quiet_core() -> Iterator[None]:
+    """Keep Ray's core from writing to the terminal, unless RAY_BACKEND_LOG_LEVEL says what is wanted.
+
+    It tells of every pool of actors, as an error, that what they are made with is in its store, as it always is with
+    Ray Data. Its level can be set when it starts alone, of which it tells as well: that line is left out of what is
+    written to stderr meanwhile. What ends a job still reaches the driver, as an exception.
+    """
+    if _LEVEL in os.environ:
+        yield
+        return
+    os.environ[_LEVEL] = "fatal"
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as written:
+        stderr = os.dup(2)
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            del os.environ[_LEVEL]
+            written.seek(0)
+            os.write(2, b"".join(line for line in written if _LEVEL.encode() not in line))
 
 
 def _join(address: str) -> None:

@@ -20,16 +20,21 @@ def test_an_existing_connection_is_used_and_left_open(ray_cluster):
 
 def test_a_local_cluster_is_started_quietly_with_spare_cpus_and_stopped(tmp_path):
     code = (
-        "import os, ray\n"
+        "import os, sys\n"
         "from pipelines.cluster import connect\n"
+        "from pipelines.data.runner import run_stage\n"
+        "from tests.pipelines.data.test_runner import inputs, stage\n"
+        "import ray\n"
         "with connect():\n"
+        "    assert run_stage(stage(stateful=True), inputs(range(4)), dataset=sys.argv[1]) == 4\n"
         "    cpus, processes = ray.cluster_resources()['CPU'], ray.nodes()\n"
         "    assert cpus >= len(os.sched_getaffinity(0)) + 2, cpus\n"
         "    assert len(processes) == 1\n"
         "assert not ray.is_initialized()\n"
     )
     env = {**os.environ, "RAY_ADDRESS": ""}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
