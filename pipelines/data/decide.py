@@ -90,19 +90,6 @@ def keeps(scores: Mapping[str, NDArray[np.float64]], thresholds: Thresholds) -> 
     return kept
 
 
-def check_complete() -> None:
-    """Every threshold must be looked at above.
-
-    Raises:
-        AssertionError: if one is not.
-    """
-    named = {field.name.partition("_")[2] for field in fields(Thresholds)}
-    assert named <= set(_ORDER), f"thresholds nobody looks at: {named - set(_ORDER)}"
-
-
-check_complete()
-
-
 def fills(scores: Mapping[str, NDArray[np.float64]], tokens: Mapping[str, Any]) -> NDArray[np.bool_]:
     """For many clips at once, whether each has the frames of the shortest length that is encoded (``plan_shape``).
 
@@ -114,3 +101,16 @@ def fills(scores: Mapping[str, NDArray[np.float64]], tokens: Mapping[str, Any]) 
     shortest = min((count for count in lengths if count > 1), default=math.inf)
     available = np.floor(scores["duration"] * tokens["fps"] + 0.01)
     return np.where(scores["image"] > 0, 1 in lengths, available >= shortest)
+
+
+def check_complete() -> None:
+    """Every threshold must be looked at above.
+
+    Raises:
+        AssertionError: if one is not.
+    """
+    named = {field.name.partition("_")[2] for field in fields(Thresholds)}
+    assert named <= set(_ORDER), f"thresholds nobody looks at: {named - set(_ORDER)}"
+
+
+check_complete()
