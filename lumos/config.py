@@ -93,7 +93,10 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         _require(self.num_steps >= 1, f"num_steps must be at least 1, got {self.num_steps}")
-        _require(self.guidance_scale >= 0.0, f"guidance_scale must not be negative, got {self.guidance_scale}")
+        _require(
+            0.0 <= self.guidance_scale <= 1000.0,  # beyond, float32 logits would overflow
+            f"guidance_scale must be in [0, 1000], got {self.guidance_scale}",
+        )
         _require(0.0 <= self.history_ratio <= 1.0, f"history_ratio must be in [0, 1], got {self.history_ratio}")
         _require(self.temperature >= 0.0, f"temperature must not be negative, got {self.temperature}")
 

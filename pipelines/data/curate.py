@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines import s3
 from pipelines.cluster import connect
 from pipelines.data.captions import CaptionSource, find_captions
 from pipelines.data.config import CurateConfig
@@ -105,6 +106,7 @@ def prepare(config: CurateConfig) -> tuple[pa.Table, Curation]:
     Raises:
         UserError: if sources, captions or models are not usable.
     """
+    s3.check_store(config.dataset)
     listing = list_sources(config.source)
     captions = CaptionSource("given", {})
     if "given" in config.captions.captioners:

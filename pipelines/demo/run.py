@@ -139,9 +139,9 @@ def _write_prompts(path: Path, specs: Sequence[ClipSpec], seed: int) -> None:
 
 def judge_folder(folder: Path, specs: Sequence[ClipSpec]) -> list[Sample]:
     """Judge the videos that a bulk run made of the captions of `specs`, in the order of prompts and seeds."""
-    lines = (folder / MANIFEST_FILE).read_text(encoding="utf-8").splitlines()
+    lines = (folder / MANIFEST_FILE).read_text(encoding="utf-8").split("\n")
     samples = []
-    for row in sorted(map(json.loads, lines), key=lambda row: (row["index"], row["seed"])):
+    for row in sorted(map(json.loads, filter(None, lines)), key=lambda row: (row["index"], row["seed"])):
         spec = specs[int(row["id"])]
         samples.append(
             Sample(

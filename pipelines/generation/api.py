@@ -14,7 +14,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lumos.config import SamplingConfig
 from pipelines.generation.card import ModelCard, RequestEncoder
@@ -25,6 +27,8 @@ from pipelines.generation.request import Refusal, Video, VideoRequest
 
 _STATUS = {"full": 503, "timeout": 504, "invalid": 400, "failed": 500}
 _MAX_PROMPT = 10_000  # characters
+_MAX_BODY = 1 << 20  # bytes
+_BAD_TOKEN = "a valid bearer token is needed: Authorization: Bearer TOKEN"
 _HEALTH_TIMEOUT_S = 5.0
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 
@@ -87,12 +91,14 @@ def build_api(settings: ApiSettings, submit: Submit, status: Status) -> FastAPI:
         status: queue lengths; must answer quickly.
     """
     app = FastAPI(title="Lumos-1 video generation", version="1", redoc_url=None)
+    app.add_middleware(_Gate, token=settings.token)
     _add_error_handlers(app)
     encoder = RequestEncoder(settings.card)
     authorised = [Depends(_bearer_check(settings.token))]
     errors: dict[int | str, dict[str, Any]] = {
         400: {"model": ErrorBody, "description": "The request cannot be met; the message says why."},
         401: {"model": ErrorBody, "description": "The bearer token is missing or wrong."},
+        413: {"model": ErrorBody, "description": "The body is too long."},
         503: {"model": ErrorBody, "description": "The queue is full; the header Retry-After says when to come again."},
         504: {"model": ErrorBody, "description": "The video was not done in time."},
     }
@@ -133,17 +139,40 @@ def build_api(settings: ApiSettings, submit: Submit, status: Status) -> FastAPI:
     return app
 
 
+class _Gate:
+    """Turns away who may not ask, and what is too long, before a body is read."""
+
+    def __init__(self, app: ASGIApp, token: str | None) -> None:
+        self._app, self._token = app, token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            return await self._app(scope, receive, send)
+        headers = Headers(scope=scope)
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        if self._token is not None and not (kind.lower() == "bearer" and _is_token(given.strip(), self._token)):
+            refusal = _error(401, _BAD_TOKEN, headers={"WWW-Authenticate": "Bearer"})
+            return await refusal(scope, receive, send)
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > _MAX_BODY or "transfer-encoding" in headers:
+            refusal = _error(
+                413, f"the body must be at most {_MAX_BODY} bytes, and Content-Length must tell its length"
+            )
+            return await refusal(scope, receive, send)
+        return await self._app(scope, receive, send)
+
+
+def _is_token(given: str, token: str) -> bool:
+    return hmac.compare_digest(given.encode(), token.encode())  # in constant time
+
+
 def _bearer_check(token: str | None) -> Callable[..., None]:
+    """For the description of the interface; `_Gate` has looked before."""
     scheme = HTTPBearer(auto_error=False, description="The service's token, where one is set.")
 
     def check(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(scheme)]) -> None:
-        if token is None:
-            return
-        given = credentials.credentials if credentials else ""
-        if not hmac.compare_digest(given.encode(), token.encode()):  # in constant time
-            raise HTTPException(
-                401, "a valid bearer token is needed: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"}
-            )
+        if token is not None and not _is_token(credentials.credentials if credentials else "", token):
+            raise HTTPException(401, _BAD_TOKEN, {"WWW-Authenticate": "Bearer"})
 
     return check
 

@@ -189,7 +189,7 @@ class RequestEncoder:
         limit = self.card.vocabulary.max_number
         if not 1 <= round(fps) <= limit:
             raise ValueError(f"fps {fps:g} is outside 1..{limit}, what the model can write")
-        if num_frames / fps > limit:
+        if num_frames > limit * fps:
             raise ValueError(
                 f"num_frames {num_frames} at {fps:g} fps last longer than {limit} s, the most the model can write"
             )

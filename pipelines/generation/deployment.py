@@ -3,6 +3,7 @@
 They are apart so that bulk runs need no port, and so that HTTP stays quick while a model computes.
 """
 
+import asyncio
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve import Application
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from pipelines.generation.api import ApiSettings, build_api
@@ -32,6 +33,7 @@ API = "api"
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 # Above what the batcher lets in, so that its refusals, which say when to come again, come before Serve's own queueing.
 _SLACK_REQUESTS = 32
+_GRACE_S = 5.0  # in which a replica tells itself that a request took too long
 
 
 class VideoGenerator:
@@ -92,11 +94,15 @@ class VideoApi:
         return build_api(self._settings, self._submit, self._status)
 
     async def _submit(self, request: VideoRequest) -> Video | Refusal:
+        timeout_s = self._settings.timeout_s
         try:
-            answer: Video | Refusal = await self._generator.generate.remote(request, self._settings.timeout_s)
+            async with asyncio.timeout(timeout_s + _GRACE_S):  # while no replica runs, Serve would wait for ever
+                answer: Video | Refusal = await self._generator.generate.remote(request, timeout_s)
+        except TimeoutError:
+            return Refusal(reason="timeout", message=f"no process of the model answered within {timeout_s:g} s")
         except BackPressureError as error:
             return Refusal(reason="full", message=str(error), retry_after_s=1.0)
-        except RayError as error:
+        except (RayError, RayServeException) as error:
             return Refusal(reason="failed", message=f"the model's process was lost, ask again ({type(error).__name__})")
         return answer
 

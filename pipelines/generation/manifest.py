@@ -54,7 +54,7 @@ class Manifest:
         try:
             if not storage.exists(manifest.uri):
                 return manifest
-            lines = storage.read_bytes(manifest.uri).decode("utf-8").splitlines()
+            lines = storage.read_bytes(manifest.uri).decode("utf-8").split("\n")  # splitlines() would cut prompts too
             rows = [json.loads(line) for line in lines if line.strip()]
             manifest.rows = {row["path"]: row for row in rows}
         except (NotADirectoryError, ValueError, KeyError, TypeError) as error:

@@ -61,7 +61,7 @@ _Rows = Iterable[tuple[str, Mapping[str, Any]]]
 
 
 def _read_txt(data: bytes) -> _Rows:
-    for number, line in enumerate(data.decode("utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(data.decode("utf-8-sig").split("\n"), start=1):
         if line.strip():
             yield f"line {number}", {"prompt": line.strip()}
 

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from tqdm import tqdm
 
@@ -97,7 +98,9 @@ def serve(config: ServeConfig) -> None:
         UserError: if the model cannot be used, the port is taken, or strangers could connect without a token.
         JobError: if the model does not start.
     """
-    token = config.token or os.environ.get(TOKEN_VARIABLE) or None
+    token = (config.token or os.environ.get(TOKEN_VARIABLE) or "").strip() or None
+    if token is not None and not token.isascii():
+        raise UserError(f"token: holds characters that no HTTP header can; set another {TOKEN_VARIABLE}")
     if token is None and not config.is_loopback:
         raise UserError(
             f"host: {config.host} can be reached from other machines, which needs a token: set {TOKEN_VARIABLE} (or "
@@ -244,7 +247,7 @@ async def _ask(handle: DeploymentHandle[Any], request: VideoRequest) -> Video | 
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             answer: Video | Refusal = await handle.generate.remote(request)
-        except RayError as error:
+        except (RayError, RayServeException) as error:
             answer = Refusal(reason="failed", message=f"the replica was lost ({error})")
         else:
             if isinstance(answer, Video) or answer.reason != "full":

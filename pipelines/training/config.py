@@ -111,7 +111,8 @@ class CheckpointConfig:
     every: int = 100  # steps
     keep: int = 2  # newest ones kept
     max_failures: int = 3  # restarts of the workers within one command
-    storage: str | None = None  # folder or s3:// URI that all nodes reach; none: in the output folder
+    storage: str | None = None  # folder or s3:// URI that all nodes reach, in which each run makes a folder of its own
+    # named lumos-HASH; none: in the output folder
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -18,7 +18,14 @@ from ray.data import ActorPoolStrategy, DataContext, Datasource, ExecutionResour
 from ray.data.block import BlockMetadata
 
 from lumos.config import MaskConfig
-from lumos.layout import SequenceLayout, build_sequence, num_source_frames, prompt_text, video_layout
+from lumos.layout import (
+    SequenceLayout,
+    build_sequence,
+    header_tokens,
+    num_source_frames,
+    prompt_text,
+    video_layout,
+)
 from lumos.masking import sample_masked_positions
 from lumos.tokenizers.text import TextTokenizer
 from lumos.vocabulary import CELL, Vocabulary
@@ -43,6 +50,7 @@ class IngestSpec:
     mask: MaskConfig
     vocabulary: Vocabulary
     text_tokenizer: str  # text of the tokenizer's JSON file
+    max_seq_len: int  # tokens of a document; what of a caption exceeds them is cut off
     seed: int
     global_batch: int
     micro_batch: int
@@ -105,10 +113,17 @@ class StepLoader:
         if not drop:
             caption = record["captions"][stream.integers(len(record["captions"]))]["text"]
             text_ids = self.text_tokenizer.encode(self._prompt(caption, bucket.shape, record["fps"]))
+            text_ids = text_ids[: self.spec.max_seq_len - self._body(bucket.shape)]  # the frames stay whole
         try:
             return build_sequence(self.spec.vocabulary, text_ids, codes, fps=record["fps"], drop_text=drop)
         except ValueError as error:
             raise ValueError(f"clip {record['clip_id']} of {self.snapshot.uri}: {error}") from error
+
+    def _body(self, shape: tuple[int, int, int]) -> int:
+        """Tokens of a document besides its text."""
+        frames, rows, cols = shape
+        header = header_tokens(self.spec.vocabulary, [], num_latents=1, fps=1.0)
+        return video_layout(len(header), num_latents=frames, rows=rows, cols=cols, tail=_TAIL).length
 
     def _prompt(self, caption: str, shape: tuple[int, int, int], fps: float) -> str:
         frames, rows, cols = shape

@@ -1,18 +1,25 @@
 """The output folder of a run: what is in it, and whether a run may continue there."""
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from pipelines.config import config_to_yaml, provenance
+import pyarrow as pa
+import pyarrow.fs
+
+from pipelines.config import config_hash, config_to_yaml, provenance
 from pipelines.errors import UserError
 from pipelines.tracking import flatten, sqlite_uri
 from pipelines.training.config import TrainConfig
 
 _SHOWN_DIFFERENCES = 6
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -46,11 +53,32 @@ class Output:
         self.metrics_file = self.folder / "metrics.jsonl"
         self.export = self.folder / "export"
         self.artifacts = self.folder / "mlflow-artifacts"
-        self.storage = config.checkpoint.storage or str(self.folder / "checkpoints")
+        self.storage = _storage(config, snapshot_digest) or str(self.folder / "checkpoints")
         self.tracking_uri = config.tracking.uri or sqlite_uri(self.folder)
         self._file = self.folder / "run.json"
         self._building = self.folder / "run.tmp"
         self.run = self._open(config, snapshot_digest)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other drivers from this folder within the block; the system lets go of it however this process ends.
+
+        Raises:
+            UserError: if another driver trains here, or the folder cannot be written to.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = (self.folder / _LOCK).open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"output = {self.folder} cannot be written to ({error.strerror}): name another") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"output = {self.folder} is in use by another training run: wait for it, stop it, or name another"
+                ) from error
+            yield
 
     def begin(self, config: TrainConfig) -> None:
         """Make the folder and write down what will run in it."""
@@ -69,7 +97,7 @@ class Output:
 
     def _open(self, config: TrainConfig, snapshot_digest: str) -> RunFile:
         if not self._file.exists():
-            if self.folder.exists() and set(self.folder.iterdir()) - {self._building}:
+            if self.folder.exists() and set(self.folder.iterdir()) - {self._building, self.folder / _LOCK}:
                 raise UserError(
                     f"output = {self.folder} is not empty and holds no training run: name another folder, or empty it"
                 )
@@ -89,6 +117,28 @@ class Output:
                 "name another output, or ask for the same run to continue it"
             )
         return found
+
+
+def _storage(config: TrainConfig, snapshot_digest: str) -> str | None:
+    """Where checkpoints go, if not to the output folder: below what the config names, a folder for this run alone.
+
+    Its name stands for what is computed, so the same run from another output finds its checkpoints there.
+
+    Raises:
+        UserError: if it is of no kind that Arrow knows.
+    """
+    root = config.checkpoint.storage
+    if root is None:
+        return None
+    if "://" not in root:
+        root = str(Path(root).expanduser().resolve())
+    try:
+        pyarrow.fs.FileSystem.from_uri(root)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"checkpoint.storage = {root} cannot be used ({error}): name a folder or an s3:// URI"
+        ) from error
+    return f"{root.rstrip('/')}/lumos-{config_hash([config.identity(), snapshot_digest])}"
 
 
 def _differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:

@@ -64,6 +64,7 @@ def prepare(config: TrainConfig) -> Prepared:
         mask=config.mask,
         vocabulary=vocabulary,
         text_tokenizer=text_tokenizer,
+        max_seq_len=model.max_seq_len,
         seed=config.seed,
         global_batch=config.global_batch,
         micro_batch=config.micro_batch,

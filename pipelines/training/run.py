@@ -1,8 +1,12 @@
 """A training run from the driver's side: check, start or continue, follow, finish."""
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +63,11 @@ def train(config: TrainConfig) -> TrainResult:
     """
     prepared = prepare(config)
     output = Output(config, snapshot_digest=prepared.snapshot.digest)
+    with output.held():
+        return _continue(config, prepared, output)
+
+
+def _continue(config: TrainConfig, prepared: Prepared, output: Output) -> TrainResult:
     checkpoints = state.find_checkpoints(output.storage)
     latest = checkpoints[0] if checkpoints else None
     _check_continuation(config, latest)
@@ -70,15 +79,16 @@ def train(config: TrainConfig) -> TrainResult:
         return _finish(output, history, latest, _open_tracker(config, output, prepared))
     with ThreadPoolExecutor(1) as background:
         opening = background.submit(_open_tracker, config, output, prepared)  # takes seconds, and so does joining Ray
-        with connect():
-            _check_cluster(config)
-            tracker = opening.result()
-            state.prune(output.storage, checkpoints[: config.checkpoint.keep])
-            try:
+        try:
+            with connect():
+                _check_cluster(config)
+                tracker = opening.result()
+                state.prune(output.storage, checkpoints[: config.checkpoint.keep])
                 _fit(config, output, prepared, history, latest=latest, tracker=tracker)
-            except BaseException as error:
-                tracker.abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-                raise
+        except BaseException as error:
+            if opening.exception() is None:
+                opening.result().abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
     checkpoints = state.find_checkpoints(output.storage)
     state.prune(output.storage, checkpoints[: config.checkpoint.keep])
     return _finish(output, history, checkpoints[0], tracker)
@@ -142,6 +152,7 @@ def _open_tracker(config: TrainConfig, output: Output, prepared: Prepared) -> Tr
             name=snapshot.manifest.snapshot_id, digest=snapshot.digest, source=snapshot.uri, context=config.data.split
         )
         tracker.log_artifacts(output.config_file)
+        output.update(sent=0, finished=False)  # should another store have had them
     output.update(run_id=tracker.run_id)
     return tracker
 
@@ -156,6 +167,7 @@ def _fit(
     tracker: Tracker,
 ) -> None:
     """Run the workers to the last checkpoint, following them."""
+    output.update(finished=False)  # of a run that is made longer
     relay = start_relay()
     job = Job(
         config=config,
@@ -185,7 +197,7 @@ def _fit(
     )
     with bar:
         try:
-            with recorder:
+            with recorder, _interruptible():
                 _trainer(job, output).fit()
         except ray.train.TrainingFailedError as error:
             raise JobError(f"training failed: {_reason(error)}. {_kept(output, history)}") from error
@@ -196,6 +208,19 @@ def _fit(
             f"optimizer.warmup_steps or lower optimizer.clip_norm. {_kept(output, history)}"
         )
     recorder.finish()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ray Train's handler of Ctrl-C ends the process with status 0, and stays; here it is an interrupt as any other."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 def _trainer(job: Job, output: Output) -> TorchTrainer:

@@ -13,6 +13,7 @@ of an upload leaves a folder whose files do not match those lists, and such a fo
 """
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ ENGINE_DIR = "engine"
 EXPORT_DIR = "export"
 STATE_FILE = "state.json"
 HISTORY_FILE = "history.jsonl"
+_ATTEMPT, _STEP = re.compile(r"attempt-\d{5,}"), re.compile(r"step-\d{8,}-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ def find_checkpoints(storage: str) -> list[StoredCheckpoint]:
     """Complete checkpoints under a folder or URI, newest step first. Incomplete ones are left out."""
     filesystem, root = pyarrow.fs.FileSystem.from_uri(storage)
     found = []
-    for attempt in _folders(filesystem, root):
-        for path in _folders(filesystem, attempt):
+    for attempt in _folders(filesystem, root, _ATTEMPT):
+        for path in _folders(filesystem, attempt, _STEP):
             state = _complete_state(filesystem, path)
             if state is not None:
                 found.append(StoredCheckpoint(Checkpoint(path, filesystem), state))
@@ -102,16 +104,19 @@ def find_checkpoints(storage: str) -> list[StoredCheckpoint]:
 def next_attempt(storage: str) -> str:
     """Name for the checkpoints of one more driver: ``attempt-00001`` and so on."""
     filesystem, root = pyarrow.fs.FileSystem.from_uri(storage)
-    numbers = [int(path.rsplit("-", 1)[1]) for path in _folders(filesystem, root)]
+    numbers = [int(path.rsplit("-", 1)[1]) for path in _folders(filesystem, root, _ATTEMPT)]
     return f"attempt-{max(numbers, default=0) + 1:05d}"
 
 
 def prune(storage: str, keep: Sequence[StoredCheckpoint]) -> None:
-    """Delete every checkpoint folder but those to keep, incomplete ones included, and then empty attempts."""
+    """Delete every checkpoint folder but those to keep, incomplete ones included, and then attempts without any.
+
+    What is not named as a checkpoint or an attempt is not touched.
+    """
     filesystem, root = pyarrow.fs.FileSystem.from_uri(storage)
     kept = {stored.checkpoint.path for stored in keep}
-    for attempt in _folders(filesystem, root):
-        folders = _folders(filesystem, attempt)
+    for attempt in _folders(filesystem, root, _ATTEMPT):
+        folders = _folders(filesystem, attempt, _STEP)
         for path in folders:
             if path not in kept:
                 filesystem.delete_dir(path)
@@ -135,10 +140,12 @@ def copy_export(stored: StoredCheckpoint, target: Path) -> None:
     building.rename(target)
 
 
-def _folders(filesystem: Any, path: str) -> list[str]:
+def _folders(filesystem: Any, path: str, name: re.Pattern[str]) -> list[str]:
+    """Folders in a folder, of those names."""
     selector = pyarrow.fs.FileSelector(path, allow_not_found=True)
     infos = filesystem.get_file_info(selector)
-    return sorted(info.path for info in infos if info.type == pyarrow.fs.FileType.Directory)
+    folders = [info for info in infos if info.type == pyarrow.fs.FileType.Directory]
+    return sorted(info.path for info in folders if name.fullmatch(info.base_name))
 
 
 def _complete_state(filesystem: Any, path: str) -> LoopState | None:

@@ -138,7 +138,7 @@ def evaluate_tokenizer(config: TokenizerEvaluateConfig) -> Evaluation:
         clips[name] = corpus_clips(specs, size=48, num_frames=config.clip_frames, label="render sample corpus")
     else:
         for path in tqdm(list_videos(config.videos), desc="read videos", unit="file", leave=False, disable=None):
-            clips |= _cut(path, config)
+            clips |= _cut(path, _name(path, config.videos), config)
         if not clips:
             raise UserError(f"videos: none of {config.videos} has {config.clip_frames} frames at {config.fps:g} fps")
     rows = [measure(tokenizer, value, name=name) for name, value in clips.items()]
@@ -151,13 +151,18 @@ def evaluate_tokenizer(config: TokenizerEvaluateConfig) -> Evaluation:
     return result
 
 
-def _cut(path: Path, config: TokenizerEvaluateConfig) -> dict[str, Tensor]:
+def _name(path: Path, root: str) -> str:
+    """A file's path below the folder that was named; its name, where it was named itself."""
+    return str(path.relative_to(root)) if path != Path(root) else path.name
+
+
+def _cut(path: Path, name: str, config: TokenizerEvaluateConfig) -> dict[str, Tensor]:
     limit = config.max_clips * config.clip_frames
     frames = read_video(path, height=config.height, width=config.width, fps=config.fps, max_frames=limit)
     starts = clip_starts(len(frames), config.clip_frames)
     if not starts:
         return {}
-    return {path.name: torch.stack([torch.from_numpy(frames[i : i + config.clip_frames]) for i in starts])}
+    return {name: torch.stack([torch.from_numpy(frames[i : i + config.clip_frames]) for i in starts])}
 
 
 def measure(tokenizer: VideoTokenizer, clips: Tensor, *, name: str) -> Measurement:

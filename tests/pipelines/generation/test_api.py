@@ -5,12 +5,14 @@ import io
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import av
 import httpx
 import pytest
 
+from pipelines.generation import deployment
 from pipelines.generation.api import ApiSettings, build_api
 from pipelines.generation.card import read_card
 from pipelines.generation.config import BatchConfig, ServeConfig, SizeConfig
@@ -102,6 +104,8 @@ def test_settings_of_the_request_are_used_and_name_another_config(serve_config: 
         ({**PROMPT, "steps": 201}, "at most 200"),
         ({**PROMPT, "history_ratio": 1.5}, "history_ratio"),
         ({**PROMPT, "guidance_scale": -1}, "guidance_scale"),
+        ({**PROMPT, "guidance_scale": 1e39}, "guidance_scale must be in [0, 1000], got 1e+39"),
+        ({**PROMPT, "frames": 4 * 10**400 + 1}, "frames"),
         ({"prompt": "word " * 1000}, "use a shorter prompt"),
         ({**PROMPT, "size": "256x256"}, "smaller size"),
         (["not an object"], "body"),
@@ -127,6 +131,20 @@ def test_broken_json_other_paths_and_methods_have_the_same_form_of_error(serve_c
     talk(serve_config, conversation)
 
 
+def test_long_bodies_are_not_read(serve_config: ServeConfig) -> None:
+    async def conversation(client: httpx.AsyncClient) -> None:
+        for content in (b'{"prompt": "' + b"x" * (1 << 20) + b'"}', pieces()):
+            answer = await client.post("/v1/videos", content=content)
+            assert answer.status_code == 413
+            assert "at most 1048576 bytes" in answer.json()["error"]["message"]
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"{"
+        pytest.fail("was read")
+
+    talk(serve_config, conversation)
+
+
 def test_a_token_is_asked_for_where_one_is_set(serve_config: ServeConfig) -> None:
     async def conversation(client: httpx.AsyncClient) -> None:
         for headers in (
@@ -139,6 +157,8 @@ def test_a_token_is_asked_for_where_one_is_set(serve_config: ServeConfig) -> Non
             answer = await client.post("/v1/videos", json=PROMPT, headers=raw)
             assert answer.status_code == 401
             assert answer.headers["www-authenticate"] == "Bearer"
+        broken = await client.post("/v1/videos", content=b"{")
+        assert broken.status_code == 401  # whoever may not ask is told no more
         assert (await client.get("/v1/models")).status_code == 401
         assert (await client.get("/healthz")).status_code == 200
         good = {"Authorization": "Bearer sesame"}
@@ -178,6 +198,18 @@ def test_a_video_that_takes_too_long_answers_504(serve_config: ServeConfig) -> N
         assert "0.2 s" in answer.json()["error"]["message"]
 
     talk(replace(serve_config, timeout_s=0.2), conversation)
+
+
+def test_a_model_without_a_running_process_answers_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(deployment, "_GRACE_S", 0.05)
+    handle = SimpleNamespace(generate=SimpleNamespace(remote=never))
+    api: Any = SimpleNamespace(_generator=handle, _settings=SimpleNamespace(timeout_s=0.05))
+    submit = next(base.__dict__["_submit"] for base in deployment.VideoApi.__mro__ if "_submit" in base.__dict__)
+    refusal = asyncio.run(asyncio.wait_for(submit(api, None), 10))
+    assert (refusal.reason, refusal.message) == ("timeout", "no process of the model answered within 0.05 s")
 
 
 def test_the_model_and_the_interface_are_described(serve_config: ServeConfig) -> None:

@@ -41,6 +41,16 @@ def test_what_was_added_is_held_after_a_restart(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
 
 
+def test_prompts_may_hold_any_kind_of_line_end(tmp_path: Path) -> None:
+    manifest = Manifest.open(str(tmp_path))
+    rows = [{**ROW, "path": f"{n}.mp4", "prompt": f"a{end}b"} for n, end in enumerate("\u2028\u2029\x85\x1c\n")]
+    for row in rows:
+        manifest.add(row, b"video")
+    manifest.save()
+    again = Manifest.open(str(tmp_path))
+    assert all(again.holds(row) for row in rows)
+
+
 @pytest.mark.parametrize("change", [{"prompt": "b"}, {"seed": 1}, {"config_hash": "abd"}])
 def test_a_video_made_otherwise_is_not_the_one_asked_for(tmp_path: Path, change: dict[str, object]) -> None:
     manifest = Manifest.open(str(tmp_path))

@@ -95,6 +95,21 @@ def split_documents(spec, loader, step):
             yield step, ids.tolist(), masked
 
 
+def test_captions_are_cut_to_what_the_model_can_read(spec):
+    undropped = replace(spec, data=replace(spec.data, caption_drop=0.0), num_workers=1, micro_batch=8)
+    whole = documents(undropped, 1, 8, range(4))
+    longest = max(len(ids) for _, ids, _ in whole)
+    cut = documents(replace(undropped, max_seq_len=longest - 1), 1, 8, range(4))
+    assert max(len(ids) for _, ids, _ in cut) == longest - 1
+    for (_, ids, masked), (_, cut_ids, cut_masked) in zip(whole, cut, strict=True):
+        lost = len(ids) - len(cut_ids)
+        assert lost == (len(ids) == longest)
+        tail = len(cut_ids) - cut_ids.index(spec.vocabulary.turn_end)
+        assert cut_ids[-tail:] == ids[-tail:]  # the end of the turn and the whole video
+        assert cut_ids[:-tail] == ids[: len(ids) - tail - lost]
+        assert cut_masked[-tail:] == masked[-tail:]
+
+
 def test_a_bad_row_is_named(spec):
     vocabulary = replace(spec.vocabulary, codebook_size=10)
     with pytest.raises(ValueError, match=r"clip \dx4x\d-\d+ of .*codes reach from 0 to 63, outside 0..9"):

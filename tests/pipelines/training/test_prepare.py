@@ -86,6 +86,32 @@ def test_a_checkpoint_of_another_shape_or_vocabulary_is_an_error(config, tmp_pat
         prepare(replace(config, init_from=str(tmp_path / "none")))
 
 
+def test_each_run_has_a_folder_of_its_own_in_shared_storage(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shared = replace(config, checkpoint=replace(config.checkpoint, storage="shared"))
+
+    def storage(digest="a" * 64, **changes):
+        return Output(replace(shared, **changes), snapshot_digest=digest).storage
+
+    assert storage().startswith(f"{tmp_path}/shared/lumos-")
+    assert storage() == storage(output=str(tmp_path / "elsewhere"), progress=True)
+    assert len({storage(), storage(seed=1), storage(digest="b" * 64)}) == 3
+    with pytest.raises(
+        UserError, match=r"checkpoint.storage = nope://x cannot be used .*: name a folder or an s3:// URI"
+    ):
+        Output(replace(config, checkpoint=replace(config.checkpoint, storage="nope://x")), snapshot_digest="a" * 64)
+
+
+def test_two_drivers_cannot_train_into_one_output(config):
+    first, second = (Output(config, snapshot_digest="a" * 64) for _ in range(2))
+    with first.held():
+        with pytest.raises(UserError, match="is in use by another training run: wait for it"), second.held():
+            pass
+        assert Output(config, snapshot_digest="a" * 64)  # the lock alone is no other run
+    with second.held():
+        pass
+
+
 def test_an_output_of_another_run_is_an_error(config, tmp_path):
     Output(config, snapshot_digest="a" * 64).begin(config)
     assert Output(replace(config, progress=True), snapshot_digest="a" * 64).run.key

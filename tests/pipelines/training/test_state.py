@@ -4,6 +4,8 @@ from pathlib import Path
 
 from pipelines.training.state import LoopState, find_checkpoints, next_attempt, prune, read_history
 
+STEP = "step-0000000{}-0123abcd"
+
 
 def write_checkpoint(storage: Path, name: str, step: int, num_workers: int = 2) -> Path:
     folder = storage / name
@@ -19,15 +21,15 @@ def write_checkpoint(storage: Path, name: str, step: int, num_workers: int = 2) 
 
 
 def test_only_complete_checkpoints_are_found(tmp_path):
-    write_checkpoint(tmp_path, "attempt-00001/step-1", 10)
-    write_checkpoint(tmp_path, "attempt-00002/step-2", 20)
-    cut = write_checkpoint(tmp_path, "attempt-00002/step-3", 30)
+    write_checkpoint(tmp_path, f"attempt-00001/{STEP.format(1)}", 10)
+    write_checkpoint(tmp_path, f"attempt-00002/{STEP.format(2)}", 20)
+    cut = write_checkpoint(tmp_path, f"attempt-00002/{STEP.format(3)}", 30)
     (cut / "engine" / "part-1").write_bytes(b"0" * 50)
-    gone = write_checkpoint(tmp_path, "attempt-00002/step-4", 40)
+    gone = write_checkpoint(tmp_path, f"attempt-00002/{STEP.format(4)}", 40)
     (gone / "engine" / "part-0").unlink()
-    unlisted = write_checkpoint(tmp_path, "attempt-00002/step-5", 50)
+    unlisted = write_checkpoint(tmp_path, f"attempt-00002/{STEP.format(5)}", 50)
     (unlisted / "worker-00001.json").unlink()
-    half = write_checkpoint(tmp_path, "attempt-00002/step-6", 60)
+    half = write_checkpoint(tmp_path, f"attempt-00002/{STEP.format(6)}", 60)
     (half / "state.json").write_text('{"step": 6')
     found = find_checkpoints(str(tmp_path))
     assert [stored.state.step for stored in found] == [20, 10]
@@ -36,11 +38,25 @@ def test_only_complete_checkpoints_are_found(tmp_path):
 
 def test_prune_keeps_what_it_is_told_to(tmp_path):
     for step in range(1, 5):
-        write_checkpoint(tmp_path, f"attempt-{step // 3 + 1:05d}/step-{step}", step)
+        write_checkpoint(tmp_path, f"attempt-{step // 3 + 1:05d}/{STEP.format(step)}", step)
     assert next_attempt(str(tmp_path)) == "attempt-00003"
     prune(str(tmp_path), find_checkpoints(str(tmp_path))[:1])
-    assert [path.name for path in tmp_path.glob("*/*")] == ["step-4"]
+    assert [path.name for path in tmp_path.glob("*/*")] == [STEP.format(4)]
     assert [path.name for path in tmp_path.iterdir()] == ["attempt-00002"]
+
+
+def test_what_is_no_checkpoint_is_left_alone(tmp_path):
+    others = ["data/mine/a.parquet", "attempt-1/x/b", "photos/step-00000001-0123abcd/c", "attempt-00001/notes/d"]
+    for name in others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    kept = write_checkpoint(tmp_path, f"attempt-00001/{STEP.format(2)}", 20)
+    write_checkpoint(tmp_path, f"attempt-00001/{STEP.format(1)}", 10)
+    found = find_checkpoints(str(tmp_path))
+    prune(str(tmp_path), found[:1])
+    assert all((tmp_path / name).exists() for name in others)
+    assert [path.name for path in (tmp_path / "attempt-00001").glob("step-*")] == [kept.name]
+    assert next_attempt(str(tmp_path)) == "attempt-00002"
 
 
 def test_no_storage_yet_means_no_checkpoints(tmp_path):
