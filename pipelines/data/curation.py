@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from pipelines.cluster import is_joined
+from pipelines.cluster import cluster_is_ours, is_joined
 from pipelines.data.captioning import Captioning, Captions
 from pipelines.data.captions import CaptionSource, share_captions
 from pipelines.data.clips import Clips
@@ -126,11 +126,19 @@ class Curation:
             "tokens": ("tokens.tokenizer.device", self.config.tokens.tokenizer.device),
         }
         for name, (key, device) in devices.items():
-            if name in self.stages and self._has_done_nothing(self.stages[name]):
-                _check_device(key, device)
+            if name in self.stages:
+                self._unless_done(self.stages[name], partial(_check_device, key, device))
 
     def _has_done_nothing(self, stage: Stage) -> bool:
         return not StageTable(self.config.dataset, stage).parts()
+
+    def _unless_done(self, stage: Stage, check: Callable[[], None]) -> None:
+        """Let a check fail for a stage that has done nothing yet; of others there may be nothing left to do."""
+        try:
+            check()
+        except UserError:
+            if self._has_done_nothing(stage):
+                raise
 
     def run(self, listing: pa.Table, log: RunLog) -> Published:
         """Bring every stage up to date, and decide.
@@ -139,9 +147,8 @@ class Curation:
             JobError: a stage failed, or too many sources did.
         """
         self.log = log
-        for stage in self.stages.values():
-            if self._has_done_nothing(stage):
-                check_fits(stage)
+        for stage in self.stages.values() if cluster_is_ours() else ():
+            self._unless_done(stage, partial(check_fits, stage))
         sources, removed = self._without_removed(self._hash(listing))
         first = first_paths(sources)
         self.captioning.given = share_captions(self.captioning.given, sources)
