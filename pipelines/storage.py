@@ -8,6 +8,7 @@ it (see store_errors.py).
 """
 
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -18,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TextIO, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -127,6 +128,30 @@ def write_json_atomic(uri: str, value: Any) -> None:
     """Write a value as indented JSON with sorted keys, as ``write_bytes_atomic`` does."""
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
     write_bytes_atomic(uri, (text + "\n").encode())
+
+
+def hold_file(path: Path) -> TextIO:
+    """Open a local file, made where there is none, that no other process can hold until it is closed.
+
+    The system lets go of it when this process dies, however it does.
+
+    Raises:
+        FileHeldError: another holds it; its content is the message.
+        OSError: it cannot be written to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        with file:
+            file.seek(0)
+            raise FileHeldError(file.read().strip()) from error
+    return file
+
+
+class FileHeldError(Exception):
+    """Another process holds a file."""
 
 
 def remove(uri: str) -> None:

@@ -1,6 +1,5 @@
 """One run at a time on a dataset."""
 
-import fcntl
 import json
 import os
 import secrets
@@ -87,19 +86,15 @@ def _machine() -> str:
 def _local_lock(dataset: str) -> Iterator[None]:
     folder = Path(storage.filesystem(dataset)[1])
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / _FILE).open("a+", encoding="utf-8")
+        file = storage.hold_file(folder / _FILE)
     except OSError as error:
         raise UserError(f"dataset {dataset} cannot be written to ({error.strerror}); name another folder") from error
+    except storage.FileHeldError as holder:
+        raise UserError(
+            f"dataset {dataset} is in use by another run ({str(holder) or 'just starting'}): wait for it, stop it, or "
+            "name another dataset"
+        ) from holder
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise UserError(
-                f"dataset {dataset} is in use by another run ({file.read().strip() or 'just starting'}): wait for it, "
-                "stop it, or name another dataset"
-            ) from error
         file.seek(0)
         file.truncate()
         file.write(str(_Holder()))

@@ -1,7 +1,6 @@
 """What a curation will take, told from a few of its sources: they are curated in a scratch folder, and scaled up."""
 
 import math
-import os
 import secrets
 import tempfile
 from collections.abc import Iterator
@@ -11,10 +10,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import psutil
 import pyarrow as pa
-import ray
 
 from pipelines import storage
-from pipelines.cluster import connect
+from pipelines.cluster import connect, is_joined
 from pipelines.data.config import CurateConfig
 from pipelines.data.curate import prepare, told_as_job_error
 from pipelines.data.publish import write_snapshot
@@ -239,7 +237,7 @@ def _workers(stage: Stage, cluster: Cluster) -> int:
 @contextmanager
 def _scratch_dataset(config: CurateConfig) -> Iterator[str]:
     """A dataset for a while: on this machine, or beside the real one where a cluster that was joined can reach it."""
-    if os.environ.get("RAY_ADDRESS", "local") in ("", "local") and not ray.is_initialized():
+    if not is_joined():
         with tempfile.TemporaryDirectory(prefix="lumos-plan-") as folder:
             yield folder
         return

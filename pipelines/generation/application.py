@@ -1,7 +1,6 @@
 """Running the Serve application for the length of a block, in whatever cluster this process is connected to."""
 
 import logging
-import os
 import socket
 import uuid
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from ray.exceptions import RayTaskError
 from ray.serve.config import ProxyLocation
 from ray.serve.handle import DeploymentHandle
 
+from pipelines.cluster import is_joined
 from pipelines.errors import JobError, UserError
 from pipelines.generation.api import ApiSettings
 from pipelines.generation.card import ModelCard
@@ -55,7 +55,7 @@ def http_application(card: ModelCard, config: ServeConfig, settings: ApiSettings
     _check_resources(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     _clear_idle_serve()
-    if joined_cluster():
+    if is_joined():
         _check_port_on_head(config.host, config.port)
     serve.start(
         proxy_location=ProxyLocation.HeadOnly,
@@ -68,7 +68,7 @@ def http_application(card: ModelCard, config: ServeConfig, settings: ApiSettings
         yield f"http://{host}:{config.port}"
     finally:
         serve.delete(_SERVICE)
-        if joined_cluster():  # else the proxy ends with our own cluster, without Ray's warnings about its end
+        if is_joined():  # else the proxy ends with our own cluster, without Ray's warnings about its end
             serve.shutdown()
 
 
@@ -99,11 +99,6 @@ def _check_port_on_head(host: str, port: int) -> None:
         raise error.cause from None
 
 
-def joined_cluster() -> bool:
-    """Whether the cluster is one that outlives this process."""
-    return bool(os.environ.get("RAY_ADDRESS"))
-
-
 def _run(name: str, route_prefix: str | None, application: serve.Application) -> DeploymentHandle[Any]:
     try:
         return serve.run(application, name=name, route_prefix=route_prefix)
@@ -126,7 +121,7 @@ def _clear_idle_serve() -> None:
 
 def _check_resources(config: ModelRunConfig) -> None:
     """Serve would wait for ever for what this machine does not have; a joined cluster may grow."""
-    if joined_cluster():
+    if is_joined():
         return
     have = ray.cluster_resources()
     replicas = config.replicas

@@ -18,11 +18,11 @@ from ray.serve.handle import DeploymentHandle
 from tqdm import tqdm
 
 from pipelines import storage
-from pipelines.cluster import connect
+from pipelines.cluster import connect, is_joined
 from pipelines.config import config_to_dict, provenance
 from pipelines.errors import JobError, UserError
 from pipelines.generation.api import ApiSettings
-from pipelines.generation.application import check_port, generator_application, http_application, joined_cluster
+from pipelines.generation.application import check_port, generator_application, http_application
 from pipelines.generation.card import ModelCard, RequestEncoder, read_card
 from pipelines.generation.config import MAX_SEED, GenerateConfig, ServeConfig
 from pipelines.generation.manifest import Manifest, file_name
@@ -106,7 +106,7 @@ def serve(config: ServeConfig) -> None:
             f"host: {config.host} can be reached from other machines, which needs a token: set {TOKEN_VARIABLE} (or "
             "the key token), or use host 127.0.0.1"
         )
-    if not joined_cluster():
+    if not is_joined():
         check_port(config.host, config.port)
     card = read_card(config)
     _check_size(config, card)

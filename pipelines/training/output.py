@@ -1,6 +1,5 @@
 """The output folder of a run: what is in it, and whether a run may continue there."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from uuid import uuid4
 import pyarrow as pa
 import pyarrow.fs
 
+from pipelines import storage
 from pipelines.config import config_hash, config_to_yaml, provenance
 from pipelines.errors import UserError
 from pipelines.tracking import flatten, sqlite_uri
@@ -67,17 +67,14 @@ class Output:
             UserError: if another driver trains here, or the folder cannot be written to.
         """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = (self.folder / _LOCK).open("a", encoding="utf-8")
+            file = storage.hold_file(self.folder / _LOCK)
         except OSError as error:
             raise UserError(f"output = {self.folder} cannot be written to ({error.strerror}): name another") from error
+        except storage.FileHeldError as error:
+            raise UserError(
+                f"output = {self.folder} is in use by another training run: wait for it, stop it, or name another"
+            ) from error
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"output = {self.folder} is in use by another training run: wait for it, stop it, or name another"
-                ) from error
             yield
 
     def begin(self, config: TrainConfig) -> None:
