@@ -21,7 +21,7 @@ from lumos.tokenizers import TokenizerConfig
 from pipelines.data.captions import CaptionSource
 from pipelines.data.config import CurateConfig, TokenConfig
 from pipelines.data.curation import Curation
-from pipelines.data.duplicates import DIMENSIONS
+from pipelines.data.fingerprint import DIMENSIONS
 from pipelines.data.publish import write_snapshot
 from pipelines.data.runlog import RunLog
 from pipelines.data.runner import Row

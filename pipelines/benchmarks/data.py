@@ -30,7 +30,7 @@ from pipelines.data.config import CurateConfig, TokenConfig
 from pipelines.data.decode import CrashLog, DecodeChild, DecodeJob
 from pipelines.data.frames import REQUEST_COLUMNS
 from pipelines.data.runlog import RunLog
-from pipelines.data.runner import Row, Stage, StageTable, run_stage
+from pipelines.data.runner import PART, Row, Stage, StageTable, run_stage
 from pipelines.data.settings import DecodeConfig, SourceConfig, SplitConfig, StageResources
 from pipelines.data.sources import list_sources
 from pipelines.data.split import CLIPS, split_stage
@@ -222,10 +222,11 @@ def _tokenize(
     run_stage(split, sources, dataset=str(root / "clips"))
     tokens = TokenConfig(decode_back_share=0.0)
     curate = CurateConfig(dataset="-", source=SourceConfig(path="-"), tokens=tokens)
-    table = StageTable(str(root / "clips"), split).read()
-    clips = Clips(table, pa.chunked_array([[sources["uri"][0].as_py()] * table.num_rows]))
+    table = StageTable(str(root / "clips"), split)
+    rows = table.read([*CLIPS.names, PART])
+    clips = Clips(rows, pa.chunked_array([[sources["uri"][0].as_py()] * rows.num_rows]), table.parts())
     clips.plan_shapes(tokens)
-    inputs = token_inputs(*clips.of(clips.verdicts.kept), clips.shapes[clips.verdicts.kept], 0.0)
+    inputs = token_inputs(clips.of(clips.verdicts.kept), clips.shapes[clips.verdicts.kept], 0.0)
     floor = Stage(
         name="floor-tokens",
         settings={},

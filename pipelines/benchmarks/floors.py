@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from av.video.reformatter import VideoReformatter
 
-from pipelines.data.shots import small_size
+from pipelines.data.fingerprint import small_size
 from pipelines.data.video import VideoFile
 
 

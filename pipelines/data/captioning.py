@@ -87,14 +87,14 @@ class Captioning:
         hashes = [stage.hash for stage in self.stages.values()]
         return hashes[0] if len(hashes) == 1 else config_hash(hashes)
 
-    def inputs(self, name: str, clips: pa.Table, uris: pa.ChunkedArray) -> pa.Table:
-        """What a captioner is asked about clips (rows of the split stage) of these files."""
+    def inputs(self, name: str, clips: pa.Table) -> pa.Table:
+        """What a captioner is asked about clips (rows of the split stage, with ``uri`` and ``split_part``)."""
         if name != "given":
-            return clip_inputs(clips, uris, picture_keys(clips))
+            return clip_inputs(clips, picture_keys(clips))
         captioner = self.given.captioner
         made = [CAPTION_INPUTS.empty_table()]
         for start in range(0, clips.num_rows, _PIECE):
-            texts = [self.given.texts.get(uri, ()) for uri in uris.slice(start, _PIECE).to_pylist()]
+            texts = [self.given.texts.get(uri, ()) for uri in clips["uri"].slice(start, _PIECE).to_pylist()]
             keys = clips["key"].slice(start, _PIECE).to_pylist()
             columns = {
                 "work_key": [caption_key(key, text, captioner) for key, text in zip(keys, texts, strict=True)],

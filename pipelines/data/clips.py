@@ -1,6 +1,6 @@
 """All clips of a run, a column each, so that millions fit: what is known of them, and what becomes of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pipelines.data.config import TokenConfig
 from pipelines.data.decide import decide, keeps
 from pipelines.data.ledger import Verdicts
-from pipelines.data.runner import StageTable
+from pipelines.data.runner import PART, StageTable
 from pipelines.data.schemas import PASS_SCORES, SCORES
 from pipelines.data.settings import Thresholds
 from pipelines.data.tables import take
@@ -21,23 +21,29 @@ class Clips:
     """The clips.
 
     Args:
-        table: Rows of the split stage.
+        table: Rows of the split stage, with ``runner.PART``.
         uris: Of their files.
+        parts: URIs of the files of the split stage's table.
     """
 
-    def __init__(self, table: pa.Table, uris: pa.ChunkedArray) -> None:
+    def __init__(self, table: pa.Table, uris: pa.ChunkedArray, parts: Sequence[str]) -> None:
         count = table.num_rows
-        self.table = table.drop_columns(["scores"])
-        self.uris = uris
+        names = pa.array(parts, pa.string())
+        split_part = [pa.DictionaryArray.from_arrays(chunk, names) for chunk in table[PART].chunks]
+        self.table = (
+            table.drop_columns(["scores", PART])
+            .append_column("uri", uris)
+            .append_column("split_part", pa.chunked_array(split_part, pa.dictionary(pa.int32(), pa.string())))
+        )
         self.scores = {name: np.full(count, np.nan) for name in SCORES}  # nan where nobody looked
         for name in PASS_SCORES:
             self.scores[name][:] = pc.struct_field(table["scores"], name).to_numpy()
         self.shapes = np.zeros((count, 3), np.int32)  # frames, width, height to encode
         self.verdicts = Verdicts(count)
 
-    def of(self, indices: NDArray[np.int64]) -> tuple[pa.Table, pa.ChunkedArray]:
-        """Rows and URIs of some clips."""
-        return take(self.table, indices), take(self.uris, indices)
+    def of(self, indices: NDArray[np.int64]) -> pa.Table:
+        """Rows of some clips, with the URI of their file and that of the split stage's file they are in."""
+        return take(self.table, indices)
 
     def decide(self, thresholds: Thresholds) -> None:
         """Reject those of the kept clips whose scores are out of bounds."""

@@ -28,6 +28,7 @@ from pipelines.data.publish import PUBLISHED_CLIPS, SnapshotContent, draw_split
 from pipelines.data.removal import read_removed
 from pipelines.data.runlog import RunLog
 from pipelines.data.runner import (
+    PART,
     WORK,
     WORK_KEY,
     Stage,
@@ -237,13 +238,15 @@ class Curation:
         if len(unreadable) > share * total:
             raise self._too_many(TooManyFailuresError(unreadable[0].as_py(), len(unreadable)), total, "sources")
         table = self._compute("split", inputs, max_failed=share * total - len(unreadable))
-        columns = [name for name in CLIPS.names if name != "fingerprint"]  # most of the table; read where it is needed
+        # Fingerprints are most of the table, and read where they are needed.
+        columns = [*(name for name in CLIPS.names if name != "fingerprint"), PART]
+        parts = table.parts()
         rows = table.read(columns, keys=first["source_id"])
         clips, failed = rows.filter(pc.is_valid(rows["key"])), rows.filter(pc.is_null(rows["key"]))
         del rows
         clips = sort(clips, ["work_key", "start_s"])
         places = pc.index_in(clips["work_key"], first["source_id"].combine_chunks())
-        return Clips(clips, first["uri"].take(places)), failed
+        return Clips(clips, first["uri"].take(places), parts), failed
 
     def _drop_near_duplicates(self, clips: Clips) -> dict[str, str]:
         """Mark them; returns the group of each source that has some, by which its split is drawn."""
@@ -251,7 +254,7 @@ class Curation:
         if threshold is None:
             return {}
         kept = clips.verdicts.kept
-        rows, _ = clips.of(kept)
+        rows = clips.of(kept)
         table = StageTable(self.config.dataset, self.stages["split"])
         found = find_near_duplicates(rows["key"], partial(clips.fingerprints, table, rows["key"]), threshold)
         pairs = []
@@ -266,8 +269,8 @@ class Curation:
         if "features" not in self.stages:
             return
         kept = clips.verdicts.kept
-        rows, uris = clips.of(kept)
-        inputs = clip_inputs(rows, uris, picture_keys(rows))
+        rows = clips.of(kept)
+        inputs = clip_inputs(rows, picture_keys(rows))
         table = self._of_clips("features", inputs)
         clips.verdicts.mark("features", kept)
         for places, piece in table.pieces(["clip", "text_area", "error"], inputs["work_key"]):
@@ -282,10 +285,10 @@ class Curation:
     def _caption(self, clips: Clips) -> Captions:
         """Captions of the clips kept so far."""
         kept = clips.verdicts.kept
-        rows, uris = clips.of(kept)
+        rows = clips.of(kept)
         made = {}
         for name, stage in self.captioning.stages.items():
-            inputs = self.captioning.inputs(name, rows, uris)
+            inputs = self.captioning.inputs(name, rows)
             if name == "endpoint" and self.no_endpoint is not None and self._is_pending(stage, inputs):
                 raise self.no_endpoint
             table = self._of_clips(stage.name, inputs)
@@ -313,7 +316,7 @@ class Curation:
         vectors = read_in_order(table, ["clip"], pa.chunked_array([keys]))["clip"]
         spoken = pc.index_in(hashes, keys).to_numpy()  # numbers of the captions' texts, clip after clip
         bounds = np.concatenate([[0], np.cumsum(pc.list_value_length(own).to_numpy())])
-        rows, _ = clips.of(captioned)
+        rows = clips.of(captioned)
         features = StageTable(self.config.dataset, self.stages["features"])
         for places, piece in features.pieces(["clip"], picture_keys(rows)):
             for place, seen in zip(places.tolist(), piece["clip"].to_pylist(), strict=True):
@@ -325,8 +328,8 @@ class Curation:
     def _tokenize(self, clips: Clips) -> pa.Table:
         """What the token stage made of the clips kept so far, without the codes themselves; ``clip`` numbers them."""
         kept, tokens = clips.verdicts.kept, self.config.tokens
-        rows, uris = clips.of(kept)
-        inputs = token_inputs(rows, uris, clips.shapes[kept], tokens.decode_back_share)
+        rows = clips.of(kept)
+        inputs = token_inputs(rows, clips.shapes[kept], tokens.decode_back_share)
         columns = ["fps", "t", "h", "w", "codes_sha256", "psnr", "error"]
         made = read_in_order(self._of_clips("tokens", inputs), columns, inputs["work_key"])
         clips.verdicts.mark("tokens", kept)
@@ -341,7 +344,7 @@ class Curation:
         publish = self.config.publish
         draw = partial(draw_split, seed=publish.seed, val_share=publish.val_share)
         kept = clips.verdicts.kept
-        rows, _ = clips.of(kept)
+        rows = clips.of(kept)
         made = take(tokens, np.searchsorted(tokens["clip"].to_numpy(), kept))
         columns = {
             "clip_id": rows["key"],

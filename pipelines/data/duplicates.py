@@ -21,9 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-THUMBNAIL = 8  # px, both ways
-DIMENSIONS = THUMBNAIL * THUMBNAIL * 3
-STEP_SECONDS = 0.5  # between a fingerprint's thumbnails
+from pipelines.data.fingerprint import DIMENSIONS
+
 MIN_FRAMES = 3  # that must match
 FLAT = 2.0  # standard deviation of a thumbnail below which it shows nothing that could be told again
 _WORDS = 8  # of 32 bits, in a signature

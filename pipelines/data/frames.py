@@ -1,6 +1,6 @@
 """Frames of clips for the stages that look at them: decoded in a child process, in the order of the clips."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipelines import storage
 from pipelines.data.decode import CRASHES, CrashLog, DecodeChild, DecodeJob
-from pipelines.data.runner import WORK, Row
+from pipelines.data.runner import WORK, Row, read_columns
 from pipelines.data.settings import DecodeConfig
 from pipelines.data.split import LocalFiles
 from pipelines.data.video import ClipRequest, VideoError
@@ -41,21 +41,22 @@ CLIP_INPUTS = pa.schema(
         ("source_frames", pa.int64()),
         ("origin_s", pa.float64()),
         ("clean_clock", pa.bool_()),
+        # Fingerprints are most of the split stage's table, so a worker reads those of its clips where they are.
+        ("split_part", pa.dictionary(pa.int32(), pa.string())),  # URI
     ]
 )
 
 
-def clip_inputs(clips: pa.Table, uris: pa.ChunkedArray, work_keys: pa.ChunkedArray) -> pa.Table:
+def clip_inputs(clips: pa.Table, work_keys: pa.ChunkedArray) -> pa.Table:
     """The inputs of a stage over clips, as ``CLIP_INPUTS``.
 
     Args:
-        clips: Rows of the split stage.
-        uris: Of their files.
+        clips: Rows of the split stage, with ``uri`` and ``split_part``.
         work_keys: That name the work.
     """
     work = pc.subtract(clips["end_s"], clips["start_s"])
-    request = [clips[name] for name in REQUEST_COLUMNS]
-    return pa.table([work_keys, clips["key"], uris, work, *request], schema=CLIP_INPUTS)
+    columns = [clips[name] for name in CLIP_INPUTS.names[4:]]
+    return pa.table([work_keys, clips["key"], clips["uri"], work, *columns], schema=CLIP_INPUTS)
 
 
 def picture_keys(clips: pa.Table) -> pa.ChunkedArray:
@@ -87,6 +88,17 @@ def evenly(row: Row, num_frames: int, shorter_side: int) -> Wanted:
     return Wanted(num_frames / seconds, num_frames, *size)
 
 
+def read_fingerprints(rows: Sequence[Row]) -> dict[str, bytes]:
+    """By clip, its fingerprint, from the file of the split stage's table that its row names; empty if it names none."""
+    wanted = pa.array([row["key"] for row in rows], pa.string())
+    found: dict[str, bytes] = {row["key"]: b"" for row in rows}
+    for part in dict.fromkeys(row["split_part"] for row in rows if row["split_part"] is not None):
+        table = read_columns(part, ["key", "fingerprint"])
+        chosen = table.filter(pc.is_in(table["key"], wanted))
+        found |= zip(chosen["key"].to_pylist(), chosen["fingerprint"].to_pylist(), strict=True)
+    return found
+
+
 class ClipReader:
     """Decodes clips, one ahead of what its caller is busy with."""
 
@@ -98,8 +110,9 @@ class ClipReader:
     ) -> Iterator[tuple[Row, NDArray[np.uint8] | VideoError]]:
         """Each row with its frames [T, H, W, 3], or why there are none."""
         files = LocalFiles()
+        fingerprints = read_fingerprints(rows)
         last_use = {row["uri"]: index for index, row in enumerate(rows)}
-        jobs = self._jobs(rows, wanted, files)
+        jobs = self._jobs(rows, wanted, files, fingerprints)
         for index, (row, result) in enumerate(zip(rows, self._child.run(jobs), strict=True)):
             if last_use[row["uri"]] == index:
                 files.release(row["uri"])
@@ -110,7 +123,11 @@ class ClipReader:
         self._child.close()
 
     def _jobs(
-        self, rows: Sequence[Row], wanted: Callable[[Row], Wanted], files: LocalFiles
+        self,
+        rows: Sequence[Row],
+        wanted: Callable[[Row], Wanted],
+        files: LocalFiles,
+        fingerprints: Mapping[str, bytes],
     ) -> Iterator[DecodeJob | VideoError]:
         for row in rows:
             try:
@@ -119,5 +136,6 @@ class ClipReader:
                 yield error
                 continue
             what: dict[str, Any] = vars(wanted(row))
-            request = ClipRequest(path=path, **what, **{name: row[name] for name in REQUEST_COLUMNS})
+            known = {name: row[name] for name in REQUEST_COLUMNS} | {"fingerprint": fingerprints[row["key"]]}
+            request = ClipRequest(path=path, **what, **known)
             yield DecodeJob(row["work_key"], "clip", {"request": request}, after_crash={"use_decord": False})

@@ -17,7 +17,7 @@ from pipelines.data.settings import DecodeConfig
 from pipelines.data.snapshot import Snapshot
 from pipelines.data.stills import REQUEST, Sources, source_job, stage_rows
 from pipelines.data.tokens import psnr
-from pipelines.data.video import VideoError
+from pipelines.data.video import MISMATCH, VideoError
 from pipelines.errors import UserError
 
 # By how much, dB, codes on disk may show their clip worse than codes made now; other devices and versions round
@@ -86,7 +86,10 @@ def recheck(snapshot: Snapshot, count: int, tokenizer: str | None = None) -> Rec
         try:
             for clip, frames in zip(clips, tqdm(child.run(jobs), total=len(clips), desc="decode back"), strict=True):
                 if isinstance(frames, VideoError):
-                    skipped[clip["key"]] = frames.reason
+                    if frames.code == MISMATCH:
+                        problems.append(f"{clip['key']} cannot be checked: {frames.detail}")
+                    else:
+                        skipped[clip["key"]] = frames.reason
                     continue
                 shape = (1, clip["t"], clip["h"], clip["w"])
                 stored = torch.from_numpy(np.array(clip["codes"], np.int64).reshape(shape))

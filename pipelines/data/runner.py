@@ -46,11 +46,13 @@ STAGES = "stages"
 WORK_KEY = "work_key"
 WORK = "work"  # column that inputs may have: how much work each is, in whatever measure; for the time left
 ERROR = "error"  # column of a table whose inputs may fail
+PART = "part"  # column that any table has when it is read: number of the file, among ``StageTable.parts``
 _WAVE_ROWS = 1 << 16  # inputs handed to Ray at a time, which bounds what the driver holds
 PART_ROW_GROUP = 1 << 12
 _READERS = 16  # threads, as a store takes long to answer
 _PIECE_ROWS = 1 << 16
 _PIECE_BYTES = 1 << 27
+_PART_FIELD = pa.field(PART, pa.int32())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,7 @@ class StageTable:
         """The rows of some keys, each key's from one part, some parts at a time; memory holds one piece.
 
         Args:
-            columns: Wanted columns.
+            columns: Wanted columns; ``PART`` may be among them.
             keys: No key twice.
             may_lack: Whether keys may be pending.
 
@@ -123,11 +125,14 @@ class StageTable:
         Raises:
             JobError: the table lacks a key.
         """
-        schema = pa.schema([self.schema.field(name) for name in dict.fromkeys([WORK_KEY, *columns])])
+        schema = pa.schema([self.schema.field(name) for name in dict.fromkeys([WORK_KEY, *columns]) if name != PART])
         wanted = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
         seen = np.zeros(len(wanted) + 1, bool)
         seen[-1] = True  # where -1, the place of what is not wanted, leads
-        for tables in _grouped(table.cast(schema) for table in read_parts(self.parts(), schema.names)):
+        read = (table.cast(schema) for table in read_parts(self.parts(), schema.names))
+        if PART in columns:
+            read = (_numbered(table, number) for number, table in enumerate(read))
+        for tables in _grouped(read):
             group = pa.concat_tables(tables)
             places = pc.fill_null(pc.index_in(group[WORK_KEY], wanted), -1).to_numpy().astype(np.int64)
             chosen = np.zeros(group.num_rows, bool)
@@ -150,9 +155,16 @@ class StageTable:
     def read(self, columns: Sequence[str] | None = None, keys: pa.Array | pa.ChunkedArray | None = None) -> pa.Table:
         """All rows (or those of some keys), each key's from one part."""
         wanted = list(columns if columns is not None else self.schema.names)
-        schema = pa.schema([self.schema.field(name) for name in dict.fromkeys([WORK_KEY, *wanted])])
+        every = self.schema.append(_PART_FIELD)
+        schema = pa.schema([every.field(name) for name in dict.fromkeys([WORK_KEY, *wanted])])
         tables = [rows for _, rows in self.pieces(wanted, self.keys() if keys is None else keys)]
-        return pa.concat_tables([schema.empty_table(), *tables]).select(wanted)
+        return pa.concat_tables([schema.empty_table(), *(table.select(schema.names) for table in tables)]).select(
+            wanted
+        )
+
+
+def _numbered(table: pa.Table, number: int) -> pa.Table:
+    return table.append_column(_PART_FIELD, pa.array(np.full(table.num_rows, number, np.int32)))
 
 
 def _grouped(tables: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:

@@ -22,7 +22,8 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-LOOK_SECONDS = 1 / 8
+from pipelines.data.fingerprint import LOOK_SECONDS
+
 BLOCK = 8  # px
 BLOCK_CHANGE = 4.0  # mean absolute difference of a block's luma, 0..255; grain and usual compression stay below
 CHROMA_CHANGE = 12.0  # likewise of Cb or Cr, in which codecs save most

@@ -5,11 +5,9 @@ decided later, from its scores.
 """
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from operator import itemgetter
 from typing import Any, Protocol
 
 import av
@@ -20,9 +18,9 @@ from numpy.typing import NDArray
 from scenedetect import FrameTimecode
 from scenedetect.detectors import AdaptiveDetector, ContentDetector
 
-from pipelines.data.duplicates import STEP_SECONDS, THUMBNAIL
+from pipelines.data.fingerprint import LOOK_SECONDS, make_fingerprint, small_planes, small_size, thumbnail
 from pipelines.data.picture import BorderMeter, Box, turn_box
-from pipelines.data.scores import LOOK_SECONDS, FrameMeter
+from pipelines.data.scores import FrameMeter
 from pipelines.data.settings import SplitConfig
 from pipelines.data.video import DecodedSource, TimedFrame, VideoError, VideoFile, VideoInfo
 
@@ -92,13 +90,9 @@ class _Pass:
             self.frame_size = (frame.width, frame.height)
             self._small = small_size(frame.width, frame.height, self._target)
         time, self.last_duration = timed.time - self.origin, timed.duration
-        width, height = self._small
         # What is measured is averaged, so that grain is no motion. Shots are told on a picture made as PySceneDetect
         # makes its own, by interpolation: on an averaged one, hues in the dark differ and it sees other cuts.
-        planes = np.asarray(
-            self._scaler.reformat(frame, width, height, "yuvj444p", interpolation="AREA", threads=1).to_ndarray(),
-            np.uint8,
-        )
+        planes = small_planes(frame, self._small, self._scaler)
         self.meter.add(time, planes)
         small = interpolate(frame, self._small, self._converter)
         self.shots.add(small)
@@ -108,19 +102,6 @@ class _Pass:
             luma = full_luma(frame, self._grayer)
             self.borders.add(time, luma)
             self.meter.add_full(time, luma)
-
-    def fingerprint(self, start: float, end: float) -> bytes:
-        """Thumbnails of a span, one for every half second: the nearest to each instant."""
-        first = bisect_left(self.thumbnails, start - 1e-6, key=itemgetter(0))
-        inside = self.thumbnails[first : bisect_left(self.thumbnails, end - 1e-6, key=itemgetter(0))]
-        if not inside:
-            return b""
-        times = np.array([time for time, _ in inside])
-        wanted = np.arange(start, inside[-1][0] + 1e-6, STEP_SECONDS)
-        after = np.searchsorted(times, wanted).clip(0, len(times) - 1)
-        before = np.maximum(after - 1, 0)
-        nearest = np.where(wanted - times[before] <= np.abs(times[after] - wanted), before, after)
-        return b"".join(inside[index][1] for index in nearest)
 
     def picture(self) -> Box:
         """What lies between black bars, px of the upright frame."""
@@ -150,7 +131,7 @@ def _clips(seen: _Pass, info: VideoInfo, config: SplitConfig, beat: Callable[[],
         span = {"duration": end_s - start_s, "fps": (stop - first) / (end_s - start_s)}
         scores = span | of_the_source | meter.clip_scores(first, stop, picture_share)
         rounded = {name: round(float(value), 6) for name, value in scores.items()}
-        fingerprint = seen.fingerprint(start_s, end_s)
+        fingerprint = make_fingerprint(seen.thumbnails, start_s, end_s)
         clips.append(
             {"start_s": round(start_s, 3), "end_s": round(end_s, 3), "scores": rounded, "fingerprint": fingerprint}
         )
@@ -281,17 +262,6 @@ def _trim(first: int, stop: int, instants: NDArray[np.float64], seconds: float) 
     return (begin, over) if begin < over else (first, stop)
 
 
-def thumbnail(planes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A frame's Y, Cb and Cr, [3, height, width], averaged to a tiny picture in BGR, its colours half as strong.
-
-    Codecs save on colour, so that two encodings of a picture differ in it most.
-    """
-    luma, blue, red = (cv2.resize(plane, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA) for plane in planes)
-    pale = [64 + np.asarray(plane, np.float32) / 2 for plane in (red, blue)]
-    tiny = np.dstack([luma, *pale]).round().astype(np.uint8)
-    return np.asarray(cv2.cvtColor(tiny, cv2.COLOR_YCrCb2BGR), np.uint8)
-
-
 def interpolate(frame: av.VideoFrame, size: tuple[int, int], converter: VideoReformatter) -> NDArray[np.uint8]:
     """A frame as BGR of (width, height), each pixel interpolated between its nearest neighbours, as OpenCV does it.
 
@@ -322,12 +292,6 @@ def _has_full_range(frame: av.VideoFrame) -> bool:
 def _plane(plane: av.video.plane.VideoPlane) -> NDArray[np.uint8]:
     rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
     return np.asarray(rows[: plane.height, : plane.width])
-
-
-def small_size(width: int, height: int, target: int) -> tuple[int, int]:
-    """Size of the low-resolution picture; its longer side is at most the target."""
-    scale = min(1.0, target / max(width, height))
-    return max(8, round(width * scale / 2) * 2), max(8, round(height * scale / 2) * 2)
 
 
 def _mean_step(times: Sequence[float], declared_fps: float) -> float:

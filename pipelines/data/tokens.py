@@ -79,21 +79,18 @@ def plan_shape(scores: Mapping[str, float], config: TokenConfig) -> ClipShape | 
     return ClipShape(max(lengths), width, height)
 
 
-def token_inputs(
-    clips: pa.Table, uris: pa.ChunkedArray, shapes: NDArray[np.int32], decode_back_share: float
-) -> pa.Table:
+def token_inputs(clips: pa.Table, shapes: NDArray[np.int32], decode_back_share: float) -> pa.Table:
     """The inputs of the token stage, as ``TOKEN_INPUTS``; a work key names the clip, what of it counts and its shape.
 
     Args:
-        clips: Rows of the split stage.
-        uris: Of their files.
+        clips: Rows of the split stage, with ``uri`` and ``split_part``.
         shapes: Frames, width and height of each, [n, 3].
         decode_back_share: Of the clips, whose codes are decoded again.
     """
     sampled = pa.array([is_sampled(key, decode_back_share) for key in iterate(clips["key"])], pa.bool_())
     size = pc.binary_join_element_wise(*(pa.array(column).cast(pa.string()) for column in shapes.T), "x")
     parts = [clips["key"], "@", size, "+", picture_names(clips), pc.if_else(sampled, "+psnr", "")]
-    inputs = clip_inputs(clips, uris, pc.binary_join_element_wise(*parts, ""))
+    inputs = clip_inputs(clips, pc.binary_join_element_wise(*parts, ""))
     for name, column in zip(("num_frames", "width", "height"), shapes.T, strict=True):
         inputs = inputs.append_column(name, pa.array(column))
     return inputs.append_column("decode_back", sampled)

@@ -9,7 +9,10 @@ from typing import Any
 import av
 import numpy as np
 from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
+
+from pipelines.data.fingerprint import FingerprintCheck, rgb_thumbnail, small_planes, small_size, thumbnail
 
 # How common containers begin: (offset, bytes).
 _MAGIC = {
@@ -34,9 +37,10 @@ _IMAGES = {
     "bmp_pipe": re.compile(rb"BM"),
     "tiff_pipe": re.compile(rb"II\*\0|MM\0\*"),
 }
+MISMATCH = "decode_mismatch"  # code of a clip whose frames are not those that were scored
 _SAME_TIME = 5e-4  # seconds; spans are stored in milliseconds
 _FALLBACK_FPS = 25.0  # of a file that names no rate
-_DECORD_BATCH = 8  # full-size frames held at a time
+_CHECK_WIDTH = 256  # px of the picture whose thumbnail is compared with the fingerprint's; as split.width is by default
 _SEEK_FROM = 4.0  # seconds into the file; decoding up to there costs less than a seek can go wrong
 
 
@@ -285,6 +289,7 @@ class ClipRequest:
         source_frames: Frames that a full decode of the source gave; a decoder that sees another number is not trusted.
         origin_s: Time of the source's first frame, as the file counts.
         clean_clock: Whether every frame of the source had a time, later than the one before.
+        fingerprint: Of the clip, with which its frames are compared; empty if nothing is known of them.
     """
 
     path: str
@@ -300,12 +305,30 @@ class ClipRequest:
     source_frames: int = 0
     origin_s: float = 0.0
     clean_clock: bool = True
+    fingerprint: bytes = b""
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What one way of decoding gave.
+
+    Attributes:
+        frames: Those wanted.
+        check: How they compare with the fingerprint.
+        whole: Whether all frames of the clip were looked at.
+    """
+
+    frames: list[NDArray[np.uint8]]
+    check: FingerprintCheck
+    whole: bool
 
 
 def read_clip(request: ClipRequest, *, beat: Callable[[], None], use_decord: bool = True) -> NDArray[np.uint8]:
-    """Frames [T, H, W, 3] of a clip: with decord, or with PyAV where decord fails or sees another video than PyAV did.
+    """Frames [T, H, W, 3] of a clip: with decord where one seek leads to all of them, else with PyAV.
 
-    Both give the same pixels, so it does not show which it was.
+    Both give the same pixels, so it does not show which it was. What they show is compared with the clip's
+    fingerprint, as a file's index may lead a seek to where nothing can be decoded rightly; where it differs, the file
+    is read on from its start. (A seek in the midst of a clip could smear frames between two that are compared.)
 
     Args:
         request: What is wanted.
@@ -313,19 +336,29 @@ def read_clip(request: ClipRequest, *, beat: Callable[[], None], use_decord: boo
         use_decord: False after decord has hung or crashed on this clip.
 
     Raises:
-        VideoError: the clip's frames cannot be decoded.
+        VideoError: the clip's frames cannot be decoded, or are not those that were scored.
     """
-    frames: list[NDArray[np.uint8]] | None = None
+    reading: _Reading | None = None
     # decord knows nothing of turned pictures, and takes the times in the file for granted.
     if use_decord and request.clean_clock and request.rotation == 0:
-        frames = _read_with_decord(request, beat)
-    if frames is None and request.clean_clock and request.start_s > _SEEK_FROM:
-        frames = _read_with_pyav(request, beat, seek=True)
-    if frames is None:
-        frames = _read_with_pyav(request, beat, seek=False)
-    if frames is None:
+        reading = _read_with_decord(request, beat)
+    if not _is_trusted(reading) and request.clean_clock and request.start_s > _SEEK_FROM:
+        reading = _read_with_pyav(request, beat, seek=True)
+    if not _is_trusted(reading):
+        reading = _read_with_pyav(request, beat, seek=False)
+        if reading is not None and not reading.check.is_right(whole=reading.whole):
+            difference = reading.check.difference(whole=reading.whole)
+            raise VideoError(
+                MISMATCH, f"its frames are not those that were scored (they differ by {difference:.1f} of 255)"
+            )
+    if reading is None:
         raise VideoError("decode_error", "no frames in the clip's span on second decode", transient=True)
-    return np.stack(frames)
+    return np.stack(reading.frames)
+
+
+def _is_trusted(reading: _Reading | None) -> bool:
+    """Whether what was reached by a seek is what was scored."""
+    return reading is not None and reading.check.is_right(whole=reading.whole) and reading.check.begins_alike()
 
 
 def pick_frames(times: NDArray[np.float64], request: ClipRequest) -> list[int]:
@@ -348,46 +381,52 @@ def pick_frames(times: NDArray[np.float64], request: ClipRequest) -> list[int]:
     return chosen
 
 
-def _read_with_decord(request: ClipRequest, beat: Callable[[], None]) -> list[NDArray[np.uint8]] | None:
+def _read_with_decord(request: ClipRequest, beat: Callable[[], None]) -> _Reading | None:
     try:
         import decord
     except ImportError:  # no wheels for this platform
         return None
     decord.logging.set_level(decord.logging.FATAL)
+    check = FingerprintCheck(request.start_s, request.fingerprint)
+    frames: list[NDArray[np.uint8]] = []
     try:
         reader = decord.VideoReader(request.path, ctx=decord.cpu(0), num_threads=1)
         if len(reader) != request.source_frames:
             return None
-        starts = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
-        chosen = pick_frames(starts - starts[0], request)
-        frames: list[NDArray[np.uint8]] = []
-        for begin in range(0, len(chosen), _DECORD_BATCH):
+        times = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
+        times -= times[0]
+        chosen = pick_frames(times, request)
+        keys = np.array(reader.get_key_indices())
+        if not chosen or np.any((keys > chosen[0]) & (keys <= chosen[-1])):
+            return None  # it would seek again in the midst of the clip, to where it may be led wrong
+        for index in range(chosen[0], chosen[-1] + 1):
             beat()
-            batch = reader.get_batch(chosen[begin : begin + _DECORD_BATCH]).asnumpy()
-            frames += [fit_frame(frame, request) for frame in batch]
+            copies = chosen.count(index)
+            if check.wants(float(times[index])) or copies:
+                picture = reader.get_batch([index]).asnumpy()[0]
+                frames += [fit_frame(picture, request)] * copies
+                if check.is_wanted:
+                    check.add(rgb_thumbnail(picture))
     except (decord.DECORDError, RuntimeError, IndexError):
         return None
-    return frames or None
+    return _Reading(frames, check, whole=False) if frames else None
 
 
-def _read_with_pyav(request: ClipRequest, beat: Callable[[], None], *, seek: bool) -> list[NDArray[np.uint8]] | None:
+def _read_with_pyav(request: ClipRequest, beat: Callable[[], None], *, seek: bool) -> _Reading | None:
     """The frames that ``pick_frames`` would choose, in one pass that holds two full-size frames at most."""
     chosen: list[NDArray[np.uint8]] = []
+    check = FingerprintCheck(request.start_s, request.fingerprint)
+    scaler = VideoReformatter()
     first: float | None = None
     before: tuple[float, av.VideoFrame] | None = None
-    led_past = seek  # the clip's begin, until a frame at or before it shows
 
     def take(frame: av.VideoFrame) -> None:
         picture: NDArray[np.uint8] = np.rot90(frame.to_ndarray(format="rgb24"), request.rotation // 90).view(np.uint8)
         chosen.append(fit_frame(picture, request))
 
     for time, frame in _decode_span(request, beat, seek=seek):
-        if time < request.start_s - _SAME_TIME:
-            led_past = False
-            continue
-        if led_past and time > request.start_s + _SAME_TIME:
-            return None
-        led_past = False
+        if check.wants(time):
+            check.add(thumbnail(small_planes(frame, small_size(frame.width, frame.height, _CHECK_WIDTH), scaler)))
         first = time if first is None else first
         while len(chosen) < request.num_frames:
             wanted = first + len(chosen) / request.fps
@@ -399,25 +438,28 @@ def _read_with_pyav(request: ClipRequest, beat: Callable[[], None], *, seek: boo
                 break
         before = (time, frame)
         if len(chosen) == request.num_frames:
-            return chosen
+            return _Reading(chosen, check, whole=False)
     while before is not None and len(chosen) < request.num_frames:
         take(before[1])
-    return chosen or None
+    return _Reading(chosen, check, whole=True) if chosen else None
 
 
 def _decode_span(
     request: ClipRequest, beat: Callable[[], None], *, seek: bool
 ) -> Iterator[tuple[float, av.VideoFrame]]:
-    """(seconds since the source's first frame, frame), up to the clip's end."""
+    """(seconds since the source's first frame, frame) of a clip; none where a seek leads past its begin."""
     with VideoFile(request.path) as video:
         if seek:
             video.seek(request.origin_s + request.start_s - 1.0)
+        led_past = seek  # until a frame at or before the begin shows
         for timed in video.frames():
             beat()
             time = timed.time - request.origin_s
-            if time >= request.end_s - _SAME_TIME:
+            if time >= request.end_s - _SAME_TIME or (led_past and time > request.start_s + _SAME_TIME):
                 return
-            yield time, timed.frame
+            led_past = False
+            if time >= request.start_s - _SAME_TIME:
+                yield time, timed.frame
 
 
 def fit_frame(frame: NDArray[np.uint8], request: ClipRequest) -> NDArray[np.uint8]:

@@ -3,13 +3,13 @@ import pyarrow as pa
 import pytest
 
 from pipelines.data.duplicates import (
-    DIMENSIONS,
     _signatures,
     find_near_duplicates,
     linked_groups,
     similarity,
     unpack_fingerprint,
 )
+from pipelines.data.fingerprint import DIMENSIONS
 from pipelines.data.settings import SplitConfig
 from pipelines.data.shots import split_source
 from tests.pipelines.data.videos import moving_square, write_video

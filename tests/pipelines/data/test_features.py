@@ -5,13 +5,14 @@ import shutil
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from pipelines.data.curate import curate
 from pipelines.data.features import FeatureFunction, FeatureScores, Head, TextDetector, TextFunction, similarity
-from pipelines.data.frames import ClipReader, clip_inputs, evenly, picture_keys
+from pipelines.data.frames import CLIP_INPUTS, ClipReader, clip_inputs, evenly, picture_keys
 from pipelines.data.model_settings import CaptionConfig, CocaConfig, FeatureConfig, OpenClipConfig
 from pipelines.data.settings import DecodeConfig, SplitConfig
 from pipelines.data.snapshot import open_snapshot
@@ -48,11 +49,14 @@ def feature_config(models, **options):
 def clips_of(path, folder):
     """Inputs of a stage over clips, for the clips of one file."""
     rows = SplitFunction(str(folder), config=SplitConfig(detector="none"), decode=DecodeConfig())(
-        [{"work_key": "s", "uri": str(path)}]
+        [{"work_key": path.stem, "uri": str(path)}]
     )
     clips = pa.Table.from_pylist(rows, schema=CLIPS)
-    uris = pa.array([str(path)] * len(rows))
-    return clip_inputs(clips, uris, picture_keys(clips)).to_pylist()
+    part = folder / f"{path.stem}.parquet"
+    pq.write_table(clips, part)
+    for name, uri in (("uri", path), ("split_part", part)):
+        clips = clips.append_column(name, pa.array([str(uri)] * len(rows)).cast(CLIP_INPUTS.field(name).type))
+    return clip_inputs(clips, picture_keys(clips)).to_pylist()
 
 
 def test_features_are_those_of_open_clip_itself(models, tmp_path):

@@ -21,7 +21,7 @@ def rows(tmp_path):
         path = write_video(tmp_path / f"{index}.mp4", moving_square(20, seed=index))
         shape = {"num_frames": count, "width": 48, "height": 32}
         span = SPAN | {"end_s": 20 / 12, "source_frames": 20}
-        shape["decode_back"] = index == 3
+        shape |= {"decode_back": index == 3, "split_part": None}
         made.append({"work_key": f"w{index}", "key": f"k{index}", "uri": str(path), **shape, **span})
     return made
 
