@@ -9,13 +9,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines import s3, storage
+from pipelines import storage
 from pipelines.data.runner import Row, Stage
 from pipelines.data.settings import SourceConfig, StageResources
 from pipelines.data.tables import TABLE_SUFFIXES, is_table, read_table, resolve_paths
 from pipelines.data.video import VideoError, unreadable_error
 from pipelines.errors import UserError
-from pipelines.store_errors import persist
+from pipelines.storage import s3
+from pipelines.storage.errors import persist
 
 # One row per file that was named; ``path`` is relative to what was named, so it does not tell where the work is done.
 LISTING = pa.schema(

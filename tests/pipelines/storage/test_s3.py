@@ -17,17 +17,17 @@ import pyarrow as pa
 import pytest
 from s3fs import S3FileSystem
 
-from pipelines import s3, storage, store_errors
-from pipelines.data import lock
+from pipelines import storage
 from pipelines.data.curate import curate
-from pipelines.data.lock import dataset_lock
 from pipelines.data.publish import parquet_bytes
 from pipelines.data.runner import read_columns, table_parts
 from pipelines.data.snapshot import open_snapshot
 from pipelines.data.sources import hash_file
 from pipelines.errors import JobError, UserError
+from pipelines.storage import errors, lock, s3
+from pipelines.storage.lock import dataset_lock
 from tests.pipelines.data.corpora import curate_config, published, write_corpus
-from tests.pipelines.faults import KINDS, faulty_proxy, s3_server
+from tests.pipelines.storage.faults import KINDS, faulty_proxy, s3_server
 
 FAULTS = 0.1  # of requests, where all kinds of faults are to occur in a short test
 _FSSPEC = {"config_kwargs": {"read_timeout": 1.5}}  # seconds that a stalled request costs
@@ -265,7 +265,7 @@ def test_a_missing_object_is_missing_at_once(proxy, bucket):
 
 
 def test_a_source_is_not_blamed_for_its_store(proxy, bucket, monkeypatch):
-    monkeypatch.setattr(store_errors, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(errors, "PATIENCE_SECONDS", 0.0)
     proxy.answer = "503 Service Unavailable", b""
     assert "(transient)" in hash_file(f"{bucket}/a.mp4")["error"]
     proxy.answer = "403 Forbidden", b"<Error><Code>AccessDenied</Code></Error>"

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipelines import s3, storage
+from pipelines import storage
 from pipelines.errors import JobError, UserError
+from pipelines.storage import s3
 
 RENEW_SECONDS = 15.0  # between the signs of life of a run that holds a dataset in S3
 STALE_SECONDS = 60.0  # without one, the dataset may be taken

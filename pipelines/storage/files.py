@@ -4,7 +4,7 @@ A URI is a local path or anything fsspec knows (``s3://bucket/key``). A local pa
 ``::``, ``#`` and ``*`` among them.
 
 Object stores fail now and then: what may pass is waited for, and what is left is an ``OSError`` as a disk would raise
-it (see store_errors.py).
+it (see errors.py).
 """
 
 import errno
@@ -24,9 +24,9 @@ from typing import Any, BinaryIO, TextIO, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines import s3
 from pipelines.errors import UserError
-from pipelines.store_errors import persist
+from pipelines.storage import s3
+from pipelines.storage.errors import persist
 
 _CHUNK = 1 << 20
 _TAIL = 1 << 18  # bytes at the end of a remote file that are fetched first, and kept

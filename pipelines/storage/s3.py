@@ -13,7 +13,7 @@ from typing import Any
 import fsspec
 
 from pipelines.errors import UserError
-from pipelines.store_errors import explain_error, persist
+from pipelines.storage.errors import explain_error, persist
 
 CONNECT_SECONDS = 5.0  # until a store takes a connection
 READ_SECONDS = 20.0  # without a byte of an answer; S3 begins its answers within one
