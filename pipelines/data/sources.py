@@ -16,7 +16,6 @@ from pipelines.data.tables import TABLE_SUFFIXES, is_table, read_table, resolve_
 from pipelines.data.video import VideoError, unreadable_error
 from pipelines.errors import UserError
 from pipelines.storage import s3
-from pipelines.storage.errors import persist
 
 # One row per file that was named; ``path`` is relative to what was named, so it does not tell where the work is done.
 LISTING = pa.schema(
@@ -116,7 +115,7 @@ def _list_glob(pattern: str) -> list[storage.FileInfo]:
         return [storage.describe_file(name, os.path.relpath(name, base)) for name in sorted(names)]
     fs, remote = storage.filesystem(pattern)
     _, base = storage.filesystem(fixed)
-    matches = persist(pattern, lambda: fs.glob(remote, detail=True))
+    matches = fs.glob(remote, detail=True)
     found = [(name, detail) for name, detail in sorted(matches.items()) if detail["type"] == "file"]
     relative = [name.removeprefix(base).lstrip("/") for name, _ in found]
     return [

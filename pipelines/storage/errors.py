@@ -1,21 +1,14 @@
-"""Errors of object stores: which of them waiting helps, and what to tell of the others.
-
-botocore makes a failed request again, s3fs resumes a download that breaks off; what fails all the same is begun again
-as a whole here, for ``PATIENCE_SECONDS``.
-"""
+"""Errors of S3: what to tell of each. botocore and s3fs have made the request again by then, where that may help."""
 
 import errno
-import itertools
-import random
-import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from aiohttp import ClientError as HttpError
+from botocore import exceptions
+from botocore.parsers import ResponseParserError
 
 from pipelines.errors import UserError
-
-PATIENCE_SECONDS = 120.0
-_LONGEST_WAIT = 20.0  # seconds
-_T = TypeVar("_T")
 
 _BAD_CREDENTIALS = {
     "ExpiredToken",
@@ -23,106 +16,96 @@ _BAD_CREDENTIALS = {
     "InvalidAccessKeyId",
     "InvalidClientTokenId",
     "InvalidToken",
-    "RequestTimeTooSkewed",
     "SignatureDoesNotMatch",
     "TokenRefreshRequired",
     "UnrecognizedClientException",
 }
-_PASSING = {
-    "BadDigest",  # what arrived is not what was sent
-    "IncompleteBody",
-    "InternalError",
-    "NoSuchUpload",  # the answer to the request that completed it was lost
-    "OperationAborted",
-    "RequestTimeout",
-    "ServiceUnavailable",
-    "SlowDown",
-    "XAmzContentSHA256Mismatch",
-}
-_CHANGED = {"PreconditionFailed", "ConditionalRequestConflict"}
-_PASSING_ERRNO = {
-    errno.EBUSY,
-    errno.ECONNABORTED,
-    errno.ECONNREFUSED,
-    errno.ECONNRESET,
-    errno.EPIPE,
-    errno.EREMOTEIO,
-    errno.ETIMEDOUT,
-}
+_NO_CREDENTIALS = (
+    exceptions.NoCredentialsError,
+    exceptions.PartialCredentialsError,
+    exceptions.CredentialRetrievalError,
+    exceptions.ProfileNotFound,
+)
+_NO_ANSWER = (
+    exceptions.HTTPClientError,
+    exceptions.ConnectionError,
+    exceptions.IncompleteReadError,
+    HttpError,
+    ResponseParserError,
+    TimeoutError,
+)
+# Answers that botocore does not take for passing: the body was damaged on its way, or others were at it.
+_PASSING = {"BadDigest", "IncompleteBody", "OperationAborted"}
 
 
-def persist(uri: str, operation: Callable[[], _T], *, seconds: float | None = None) -> _T:
-    """The result of an operation that may be done twice, begun again while it fails for reasons that may pass.
-
-    Args:
-        uri: What it is about.
-        operation: Calls of a filesystem, no more.
-        seconds: No attempt begins later. Default: ``PATIENCE_SECONDS``.
-
-    Raises:
-        OSError: if it fails for good, or still.
-        UserError: if credentials are missing or refused.
-    """
-    end = time.monotonic() + (PATIENCE_SECONDS if seconds is None else seconds)
-    for attempt in itertools.count():
-        try:
-            return operation()
-        except Exception as error:
-            told, passing = explain_error(uri, error)
-            wait = random.uniform(0.5, 1.0) * min(2.0**attempt, _LONGEST_WAIT)
-            if not passing or time.monotonic() + wait > end:
-                raise told from error
-            time.sleep(wait)
-    raise AssertionError("unreachable")
+@contextmanager
+def explained(uri: str) -> Iterator[None]:
+    """Within the block, errors of s3fs and what is below it become those of ``explain_error``."""
+    try:
+        yield
+    except Exception as error:
+        explanation = explain_error(uri, error)
+        if explanation is error:
+            raise
+        raise explanation from error
 
 
-def explain_error(uri: str, error: Exception) -> tuple[Exception, bool]:
-    """What to raise for an error that s3fs or what is below it raised, and whether the same call may yet succeed.
+def explain_error(uri: str, error: Exception) -> Exception:
+    """What to raise for an error that s3fs or what is below it raised.
 
     Args:
         uri: What was asked for.
-        error: Of the call. One that no store makes is given back as it is.
+        error: Of the call. One that no store makes, or that was explained before, is given back as it is.
 
     Returns:
-        A ``UserError`` if credentials are missing or refused; else an ``OSError`` of the right kind, naming the URI.
+        A ``UserError`` if credentials or the clock are wrong; else an ``OSError`` of the right kind, naming the URI:
+        ``EIO`` if the store did not answer or failed, so that a later call may succeed.
     """
-    from aiohttp import ClientError as HttpError
-    from botocore import exceptions
-    from botocore.parsers import ResponseParserError
-
+    if isinstance(error, OSError) and error.filename is not None:
+        return error
     code, status = _answer(error)
-    missing = (
-        exceptions.NoCredentialsError,
-        exceptions.PartialCredentialsError,
-        exceptions.CredentialRetrievalError,
-        exceptions.ProfileNotFound,
-    )
-    if isinstance(error, missing):
+    if refusal := _refusal(uri, error, code):
+        return refusal
+    if code in ("PreconditionFailed", "ConditionalRequestConflict") or status == 412:
+        return FileExistsError(errno.EEXIST, "is there already, or was changed meanwhile", uri)
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(errno.ENOENT, _words(error), uri)
+    if isinstance(error, PermissionError):
+        return PermissionError(errno.EACCES, _words(error), uri)
+    if code:
+        passing = code in _PASSING or status in (408, 429) or status >= 500
+        return OSError(errno.EIO if passing else errno.EINVAL, f"{code}: {_words(error)}", uri)
+    if isinstance(error, _NO_ANSWER):
+        return OSError(errno.EIO, _words(error), uri)
+    if isinstance(error, exceptions.BotoCoreError | ValueError):
+        return OSError(errno.EINVAL, _words(error), uri)
+    return error
+
+
+def _refusal(uri: str, error: Exception, code: str) -> UserError | None:
+    """What to tell where the store does not know who asks."""
+    if isinstance(error, _NO_CREDENTIALS):
         return UserError(
             f"{uri}: no credentials for its store ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
             "AWS_PROFILE, and AWS_ENDPOINT_URL for a store other than AWS; on all machines of a cluster"
-        ), False
+        )
     if code in _BAD_CREDENTIALS:
         return UserError(
             f"{uri}: its store refuses the credentials ({code}: {_words(error)}); renew or correct AWS_ACCESS_KEY_ID, "
             "AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, then give the same command again"
-        ), False
-    if code in _CHANGED or status == 412:
-        return FileExistsError(errno.EEXIST, "is there already, or was changed meanwhile", uri), False
-    broken = (exceptions.HTTPClientError, exceptions.ConnectionError, exceptions.IncompleteReadError)
-    if isinstance(error, (*broken, HttpError, ResponseParserError)):
-        return OSError(errno.EIO, _words(error), uri), not isinstance(error, exceptions.SSLError)
-    if isinstance(error, exceptions.BotoCoreError | ValueError):
-        return OSError(errno.EINVAL, _words(error), uri), False
-    if not isinstance(error, OSError):
-        return error, False
-    if code in _PASSING or status in (408, 429) or status >= 500:
-        return OSError(errno.EIO, f"{code}: {_words(error)}", uri), True
-    passing = isinstance(error, TimeoutError) or error.errno in _PASSING_ERRNO
-    for kind, number in ((FileNotFoundError, errno.ENOENT), (PermissionError, errno.EACCES)):
-        if isinstance(error, kind):
-            return kind(number, _words(error), uri), False
-    return error, passing
+        )
+    if code == "RequestTimeTooSkewed":
+        return UserError(
+            f"{uri}: its store refuses this machine's clock ({code}: {_words(error)}); set the clock of this machine, "
+            "or of the store, then give the same command again"
+        )
+    return None
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether s3fs should make a request again though it would not of itself."""
+    code, status = _answer(error)
+    return code in _PASSING or status in (408, 429)
 
 
 def _answer(error: Exception) -> tuple[str, int]:
