@@ -1,9 +1,9 @@
 """Sources taken out of a dataset for good, by the hash of their content, whatever name they come back under."""
 
 from pipelines import storage
-from pipelines.data.lock import dataset_lock
 from pipelines.data.snapshot import SNAPSHOTS, list_snapshots, open_snapshot
 from pipelines.errors import UserError
+from pipelines.storage.lock import dataset_lock
 
 _FILE = "removed.json"
 HASH_DIGITS = 64

@@ -19,7 +19,6 @@ from pipelines import storage
 from pipelines.data.captions import caption_fault, unique_captions
 from pipelines.data.card import dataset_card
 from pipelines.data.duplicates import linked_groups
-from pipelines.data.lock import dataset_lock
 from pipelines.data.model_settings import CaptionConfig
 from pipelines.data.publish import PUBLISHED_CLIPS, deal_shards, draw_split, shard_bytes
 from pipelines.data.runner import STAGES, table_parts
@@ -27,6 +26,7 @@ from pipelines.data.schemas import LEDGER
 from pipelines.data.snapshot import SNAPSHOTS, Bucket, Snapshot, list_snapshots, open_snapshot
 from pipelines.data.upkeep import list_tables
 from pipelines.errors import UserError
+from pipelines.storage.lock import dataset_lock
 
 Row = dict[str, Any]
 _TRIES = 64  # versions of a shard that are compared with its hash

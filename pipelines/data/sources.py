@@ -9,13 +9,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines import s3, storage
+from pipelines import storage
 from pipelines.data.runner import Row, Stage
 from pipelines.data.settings import SourceConfig, StageResources
 from pipelines.data.tables import TABLE_SUFFIXES, is_table, read_table, resolve_paths
 from pipelines.data.video import VideoError, unreadable_error
 from pipelines.errors import UserError
-from pipelines.store_errors import persist
+from pipelines.storage import s3
 
 # One row per file that was named; ``path`` is relative to what was named, so it does not tell where the work is done.
 LISTING = pa.schema(
@@ -115,7 +115,7 @@ def _list_glob(pattern: str) -> list[storage.FileInfo]:
         return [storage.describe_file(name, os.path.relpath(name, base)) for name in sorted(names)]
     fs, remote = storage.filesystem(pattern)
     _, base = storage.filesystem(fixed)
-    matches = persist(pattern, lambda: fs.glob(remote, detail=True))
+    matches = fs.glob(remote, detail=True)
     found = [(name, detail) for name, detail in sorted(matches.items()) if detail["type"] == "file"]
     relative = [name.removeprefix(base).lstrip("/") for name, _ in found]
     return [

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 from pipelines import storage
 from pipelines.data.decode import CRASHES, CrashLog
 from pipelines.data.ledger import count_reasons
-from pipelines.data.lock import dataset_lock
 from pipelines.data.publish import parquet_bytes
 from pipelines.data.removal import HASH_DIGITS, read_removed
 from pipelines.data.runlog import RunRecord, last_run
@@ -19,6 +18,7 @@ from pipelines.data.runner import ERROR, PART_ROW_GROUP, STAGES, WORK_KEY, read_
 from pipelines.data.schemas import stage_place
 from pipelines.data.snapshot import MANIFEST, SNAPSHOTS, list_snapshots, open_snapshot
 from pipelines.errors import UserError
+from pipelines.storage.lock import dataset_lock
 
 _NOT_OF_SOURCES = ("sources", "texts")  # stages whose keys do not begin with a source's content hash
 

@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipelines import storage
 from pipelines.tracking import MetricRow, Tracker
 
 logger = logging.getLogger(__name__)
@@ -107,9 +108,8 @@ class History:
         return new
 
     def _rewrite(self) -> None:
-        building = self.path.with_suffix(".tmp")
-        building.write_text("".join(record.to_line() + "\n" for record in self.records))
-        building.replace(self.path)
+        lines = "".join(record.to_line() + "\n" for record in self.records)
+        storage.write_bytes_atomic(str(self.path), lines.encode())
 
 
 def _intact(lines: Iterable[str]) -> Iterable[StepRecord]:

@@ -12,13 +12,13 @@ from click.testing import CliRunner
 from jobs.data import command
 from pipelines.data.curate import curate
 from pipelines.data.decode import CRASHES, CrashLog
-from pipelines.data.lock import dataset_lock
 from pipelines.data.removal import remove_sources
 from pipelines.data.report import score_columns, what_if, write_report
 from pipelines.data.snapshot import list_snapshots, open_snapshot
 from pipelines.data.upkeep import collect_garbage, dataset_status, retry
 from pipelines.data.verify import verify_snapshot
 from pipelines.errors import UserError
+from pipelines.storage.lock import dataset_lock
 from tests.pipelines.data.corpora import GOOD, curate_config, published
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipelines import s3, storage
+from pipelines import storage
 from pipelines.errors import JobError, UserError
+from pipelines.storage import s3
 
 RENEW_SECONDS = 15.0  # between the signs of life of a run that holds a dataset in S3
 STALE_SECONDS = 60.0  # without one, the dataset may be taken
@@ -187,7 +188,7 @@ class _Holding:
     def _renew(self) -> None:
         self.holder.renewals += 1
         try:
-            self.tag = s3.write_object_if(self.uri, self.holder.to_bytes(), tag=self.tag, seconds=RENEW_SECONDS / 3)
+            self.tag = s3.write_object_if(self.uri, self.holder.to_bytes(), tag=self.tag)
         except (FileExistsError, FileNotFoundError):
             found = self._read()
             if found is None or found[0].token != self.holder.token:
@@ -200,7 +201,7 @@ class _Holding:
         with suppress(OSError, UserError):
             found = self._read()
             if found is not None and found[0].token == self.holder.token:
-                s3.delete_object(self.uri)
+                s3.filesystem(brisk=True).rm_file(s3.path(self.uri))
 
     def _read(self) -> tuple[_Holder, str, float] | None:
         """Who holds the dataset, the tag of that version of the object, and the seconds since it was written."""

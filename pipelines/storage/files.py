@@ -3,8 +3,8 @@
 A URI is a local path or anything fsspec knows (``s3://bucket/key``). A local path and a key may hold any character,
 ``::``, ``#`` and ``*`` among them.
 
-Object stores fail now and then: what may pass is waited for, and what is left is an ``OSError`` as a disk would raise
-it (see store_errors.py).
+S3 fails now and then: what may pass is waited for (see s3.py), and what is left is an ``OSError`` as a disk would
+raise it (see errors.py).
 """
 
 import errno
@@ -16,7 +16,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
@@ -24,9 +24,8 @@ from typing import Any, BinaryIO, TextIO, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines import s3
 from pipelines.errors import UserError
-from pipelines.store_errors import persist
+from pipelines.storage import s3
 
 _CHUNK = 1 << 20
 _TAIL = 1 << 18  # bytes at the end of a remote file that are fetched first, and kept
@@ -72,7 +71,7 @@ def join(uri: str, *parts: str) -> str:
 def exists(uri: str) -> bool:
     """Whether there is a file or folder."""
     fs, path = filesystem(uri)
-    return bool(persist(uri, lambda: fs.exists(path)))
+    return bool(fs.exists(path))
 
 
 def is_dir(uri: str) -> bool:
@@ -80,7 +79,7 @@ def is_dir(uri: str) -> bool:
     if s3.is_s3(uri):
         return s3.is_dir(uri)
     fs, path = filesystem(uri)
-    return bool(persist(uri, lambda: fs.isdir(path)))
+    return bool(fs.isdir(path))
 
 
 def read_bytes(uri: str) -> bytes:
@@ -106,9 +105,7 @@ def write_bytes_atomic(uri: str, data: bytes) -> None:
     """
     if not is_local(uri):
         fs, path = filesystem(uri)
-        options = s3.UPLOAD if s3.is_s3(uri) else {}
-        # One put, or a multipart upload that counts only when completed.
-        persist(uri, lambda: fs.pipe_file(path, data, **options))
+        fs.pipe_file(path, data)  # one put, or an upload in parts that counts only when completed
         return
     target = Path(filesystem(uri)[1])
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -161,16 +158,8 @@ def remove(uri: str) -> None:
         OSError: if something of it is left.
     """
     fs, path = filesystem(uri)
-
-    def delete() -> None:
-        fs.rm(path, recursive=True)
-        if s3.is_s3(uri) and s3.is_dir(uri):  # one answer for many objects, of which s3fs drops the failures
-            raise OSError(errno.EBUSY, "some objects could not be deleted", uri)
-
-    try:
-        delete() if is_local(uri) else persist(uri, delete)
-    except FileNotFoundError:
-        return
+    with suppress(FileNotFoundError):
+        s3.remove(uri) if s3.is_s3(uri) else fs.rm(path, recursive=True)
 
 
 def sha256_file(uri: str) -> str:
@@ -192,7 +181,7 @@ def list_names(uri: str) -> list[str]:
     if is_local(uri):
         return sorted(os.listdir(path)) if os.path.isdir(path) else []
     try:
-        entries = s3.list_keys(uri) if s3.is_s3(uri) else persist(uri, lambda: fs.ls(path, detail=False))
+        entries = s3.list_keys(uri) if s3.is_s3(uri) else fs.ls(path, detail=False)
     except FileNotFoundError:
         return []
     return sorted(name for entry in entries if (name := entry.rstrip("/").rpartition("/")[2]))
@@ -233,7 +222,7 @@ def _walk_local(uri: str) -> Iterator[FileInfo]:
 
 def _walk_remote(uri: str) -> Iterator[FileInfo]:
     fs, root = filesystem(uri)
-    for found, detail in persist(uri, lambda: fs.find(root, detail=True)).items():
+    for found, detail in fs.find(root, detail=True).items():
         path = found.removeprefix(root).lstrip("/")
         if not any(part.startswith(".") for part in path.split("/")) and not path.endswith("/"):
             version = (
@@ -253,10 +242,9 @@ def local_copy(uri: str) -> Iterator[str]:
         yield filesystem(uri)[1]
         return
     fs, path = filesystem(uri)
-    options = s3.DOWNLOAD if s3.is_s3(uri) else {}
     with tempfile.TemporaryDirectory(prefix="lumos-fetch-") as folder:
         target = os.path.join(folder, "file" + os.path.splitext(path)[1][:10])
-        persist(uri, lambda: fs.get_file(path, target, **options))
+        fs.get_file(path, target)
         yield target
 
 
@@ -292,9 +280,9 @@ class _RemoteRanges(io.RawIOBase):
         super().__init__()
         self._uri = uri
         self._fs, self._path = filesystem(uri)
-        self._tail: bytes = persist(uri, lambda: self._fs.cat_file(self._path, start=-_TAIL))
+        self._tail: bytes = self._fs.cat_file(self._path, start=-_TAIL)
         whole = len(self._tail) < _TAIL
-        self._size = len(self._tail) if whole else int(persist(uri, lambda: self._fs.size(self._path)))
+        self._size = len(self._tail) if whole else int(self._fs.size(self._path))
         self._place = 0
 
     def readable(self) -> bool:
@@ -320,7 +308,7 @@ class _RemoteRanges(io.RawIOBase):
         tail = self._size - len(self._tail)
         if start >= tail:
             return self._tail[start - tail : stop - tail]
-        data: bytes = persist(self._uri, lambda: self._fs.cat_file(self._path, start=start, end=stop))
+        data: bytes = self._fs.cat_file(self._path, start=start, end=stop)
         if len(data) != stop - start:
             raise OSError(errno.EIO, "the file was changed while it was read", self._uri)
         return data

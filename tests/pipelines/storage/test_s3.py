@@ -17,17 +17,18 @@ import pyarrow as pa
 import pytest
 from s3fs import S3FileSystem
 
-from pipelines import s3, storage, store_errors
-from pipelines.data import lock
+from pipelines import storage
 from pipelines.data.curate import curate
-from pipelines.data.lock import dataset_lock
 from pipelines.data.publish import parquet_bytes
 from pipelines.data.runner import read_columns, table_parts
 from pipelines.data.snapshot import open_snapshot
 from pipelines.data.sources import hash_file
 from pipelines.errors import JobError, UserError
+from pipelines.storage import lock, s3
+from pipelines.storage.lock import dataset_lock
+from pipelines.storage.store import S3Store
 from tests.pipelines.data.corpora import curate_config, published, write_corpus
-from tests.pipelines.faults import KINDS, faulty_proxy, s3_server
+from tests.pipelines.storage.faults import KINDS, faulty_proxy, s3_server
 
 FAULTS = 0.1  # of requests, where all kinds of faults are to occur in a short test
 _FSSPEC = {"config_kwargs": {"read_timeout": 1.5}}  # seconds that a stalled request costs
@@ -64,10 +65,10 @@ def _calm(proxy):
     """Each test begins and ends without faults, and with clients of its own environment."""
     proxy.share, proxy.answer = 0.0, None
     proxy.faults, proxy.requests, proxy.paths = Counter(), Counter(), []
-    S3FileSystem.clear_instance_cache()
+    S3Store.clear_instance_cache()
     yield
     proxy.share, proxy.answer = 0.0, None
-    S3FileSystem.clear_instance_cache()
+    S3Store.clear_instance_cache()
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +266,8 @@ def test_a_missing_object_is_missing_at_once(proxy, bucket):
 
 
 def test_a_source_is_not_blamed_for_its_store(proxy, bucket, monkeypatch):
-    monkeypatch.setattr(store_errors, "PATIENCE_SECONDS", 0.0)
+    once = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
+    monkeypatch.setitem(fsspec.config.conf, "s3", once)
     proxy.answer = "503 Service Unavailable", b""
     assert "(transient)" in hash_file(f"{bucket}/a.mp4")["error"]
     proxy.answer = "403 Forbidden", b"<Error><Code>AccessDenied</Code></Error>"
@@ -275,8 +277,7 @@ def test_a_source_is_not_blamed_for_its_store(proxy, bucket, monkeypatch):
         hash_file(f"{bucket}/a.mp4")
 
 
-def test_an_outage_is_waited_for(proxy, direct, bucket, monkeypatch):
-    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"retries": {"total_max_attempts": 1}}})
+def test_an_outage_is_waited_for(proxy, direct, bucket):
     direct.pipe_file(f"{bucket}/x".removeprefix("s3://"), b"content")
     proxy.answer = "503 Service Unavailable", b""
 

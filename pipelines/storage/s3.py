@@ -5,6 +5,7 @@ AWS_PROFILE, AWS_DEFAULT_REGION, AWS_ENDPOINT_URL. Other options of s3fs may be 
 (FSSPEC_S3, as JSON); they go before those below.
 """
 
+import errno
 import os
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
@@ -13,25 +14,20 @@ from typing import Any
 import fsspec
 
 from pipelines.errors import UserError
-from pipelines.store_errors import explain_error, persist
 
-CONNECT_SECONDS = 5.0  # until a store takes a connection
-READ_SECONDS = 20.0  # without a byte of an answer; S3 begins its answers within one
+# botocore waits up to 1, 2, 4 ... 20 s before it makes a request again: about a minute in all.
 _CONFIG: dict[str, Any] = {
-    "connect_timeout": CONNECT_SECONDS,
-    "read_timeout": READ_SECONDS,
-    "retries": {"total_max_attempts": 4, "mode": "standard"},
+    "connect_timeout": 5.0,  # seconds until a store takes a connection
+    "read_timeout": 20.0,  # seconds without a byte of an answer; S3 begins its answers within one
+    "retries": {"total_max_attempts": 10, "mode": "standard"},
 }
-_RESUMPTIONS = 3  # of a download, by s3fs
 # Where an answer is wanted within seconds: a wrong address is to be told, a lock to be renewed.
 _BRISK_CONFIG: dict[str, Any] = {
     "connect_timeout": 3.0,
-    "read_timeout": 5.0,
-    "retries": {"total_max_attempts": 3, "mode": "standard"},
+    "read_timeout": 4.0,
+    "retries": {"total_max_attempts": 2, "mode": "standard"},
 }
-# One stream, which s3fs resumes where it breaks off; of parallel ones it begins none again.
-DOWNLOAD = {"max_concurrency": 1}
-UPLOAD = {"chunksize": 1 << 24}  # bytes of a part; what has twice as many goes up in parts
+_DELETIONS = 3  # of what is left of a folder
 
 
 def is_s3(uri: str) -> bool:
@@ -44,18 +40,16 @@ def path(uri: str) -> str:
     return uri.partition("://")[2].strip("/")
 
 
-def filesystem(config: dict[str, Any] | None = None, resumptions: int = _RESUMPTIONS) -> Any:
-    """The S3 filesystem of this process."""
+def filesystem(*, brisk: bool = False) -> Any:
+    """The S3 filesystem of this thread; a brisk one gives up within seconds.
+
+    Files come and go in one stream each: s3fs resumes it where it breaks off, of parallel ones it begins none again.
+    """
+    from pipelines.storage.store import S3Store
+
     given = fsspec.config.conf.get("s3", {})
-    options = {"use_listings_cache": False, **given}
-    options["config_kwargs"] = _CONFIG | (config or {}) | given.get("config_kwargs", {})
-    fs = fsspec.filesystem("s3", **options)
-    fs.retries = resumptions
-    return fs
-
-
-def _brisk() -> Any:
-    return filesystem(_BRISK_CONFIG, resumptions=1)
+    config = (_BRISK_CONFIG if brisk else _CONFIG) | given.get("config_kwargs", {})
+    return S3Store(**{"use_listings_cache": False, "max_concurrency": 1, **given, "config_kwargs": config})
 
 
 def check_store(uri: str) -> None:
@@ -67,26 +61,23 @@ def check_store(uri: str) -> None:
     if not is_s3(uri):
         return
     try:
-        next(_pages(_brisk(), uri, MaxKeys=1))
-    except Exception as error:
-        told, passing = explain_error(uri, error)
-        if not isinstance(told, OSError):
-            raise told from error
+        next(_pages(filesystem(brisk=True), uri, MaxKeys=1))
+    except OSError as error:
         bucket = path(uri).partition("/")[0]
         store = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
-        if passing:
+        if error.errno == errno.EIO:
             advice = "check AWS_ENDPOINT_URL, and that the store is up and can be reached from here"
-        elif isinstance(told, FileNotFoundError):
+        elif isinstance(error, FileNotFoundError):
             advice = f"create the bucket {bucket!r}, or check its name and AWS_ENDPOINT_URL"
         else:
             advice = f"check bucket, region and AWS_ENDPOINT_URL, and that these credentials may list {bucket!r}"
-        raise UserError(f"{uri} cannot be used: {told.strerror} (store: {store}); {advice}") from error
+        raise UserError(f"{uri} cannot be used: {error.strerror} (store: {store}); {advice}") from error
 
 
 def is_dir(uri: str) -> bool:
     """Whether there is anything below a prefix, by one request; s3fs would list all of it."""
     try:
-        return bool(persist(uri, lambda: next(_pages(filesystem(), uri, MaxKeys=1))).get("KeyCount"))
+        return bool(next(_pages(filesystem(), uri, MaxKeys=1)).get("KeyCount"))
     except FileNotFoundError:
         return False
 
@@ -94,7 +85,7 @@ def is_dir(uri: str) -> bool:
 def list_keys(uri: str) -> list[str]:
     """Keys of the objects and prefixes directly below a prefix; where nothing is, s3fs would list the one above."""
     keys: list[str] = []
-    for page in persist(uri, lambda: list(_pages(filesystem(), uri, Delimiter="/"))):
+    for page in _pages(filesystem(), uri, Delimiter="/"):
         keys += [entry["Prefix"] for entry in page.get("CommonPrefixes", ())]
         keys += [entry["Key"] for entry in page.get("Contents", ()) if not entry["Key"].endswith("/")]
     return keys
@@ -112,6 +103,20 @@ def _pages(fs: Any, uri: str, **options: Any) -> Iterator[dict[str, Any]]:
         options["ContinuationToken"] = page["NextContinuationToken"]
 
 
+def remove(uri: str) -> None:
+    """Delete an object and all below it, or raise; s3fs drops the failures among a thousand objects deleted at once.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        OSError: if something is left.
+    """
+    for _ in range(_DELETIONS):
+        filesystem().rm(path(uri), recursive=True)
+        if not is_dir(uri):
+            return
+    raise OSError(errno.EBUSY, "some objects could not be deleted", uri)
+
+
 def describe_object(uri: str) -> tuple[str, float]:
     """The entity tag of an object, which names this very version, and the seconds since it was written.
 
@@ -121,21 +126,20 @@ def describe_object(uri: str) -> tuple[str, float]:
         FileNotFoundError: if there is none.
         OSError: if the store does not answer.
     """
-    fs = _brisk()
+    fs = filesystem(brisk=True)
     bucket, key, _ = fs.split_path(path(uri))
-    head = persist(uri, lambda: fs.call_s3("head_object", Bucket=bucket, Key=key))
+    head = fs.call_s3("head_object", Bucket=bucket, Key=key)
     now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
     return str(head["ETag"]), (now - head["LastModified"]).total_seconds()
 
 
-def write_object_if(uri: str, data: bytes, *, tag: str | None, seconds: float | None = None) -> str:
+def write_object_if(uri: str, data: bytes, *, tag: str | None) -> str:
     """Write an object if it still is what the caller takes it for; of two writers at once, one succeeds.
 
     Args:
         uri: The object.
         data: Its new content.
         tag: Of the version to replace; None: there must be none.
-        seconds: How long to try again where the store does not answer, as ``persist`` does.
 
     Returns:
         Its new tag.
@@ -146,13 +150,4 @@ def write_object_if(uri: str, data: bytes, *, tag: str | None, seconds: float | 
         OSError: if the store does not answer, or knows no conditional writes.
     """
     condition = {"mode": "create"} if tag is None else {"IfMatch": tag}
-    return str(persist(uri, lambda: _brisk().pipe_file(path(uri), data, **condition), seconds=seconds)["ETag"])
-
-
-def delete_object(uri: str) -> None:
-    """Delete one object.
-
-    Raises:
-        OSError: if the store does not answer.
-    """
-    persist(uri, lambda: filesystem().rm_file(path(uri)))
+    return str(filesystem(brisk=True).pipe_file(path(uri), data, **condition)["ETag"])
