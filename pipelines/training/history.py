@@ -2,6 +2,8 @@
 
 ``metrics.jsonl`` in the output is the truth; MLflow receives what it says. A step is recorded once: what is replayed
 after a failure is ignored. Every checkpoint carries the record up to its step, so that a resume leaves no gap.
+
+Programs older and newer than this one may have written a record: see :class:`StepRecord`.
 """
 
 import json
@@ -9,24 +11,33 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipelines.errors import UserError
 from pipelines.tracking import MetricRow, Tracker
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25
+_REMEDY = (
+    "Mend the line, or move the file away: the same command then takes the record from the last checkpoint and goes on "
+    "from there"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """One line of ``metrics.jsonl``."""
+    """One line of ``metrics.jsonl``.
+
+    A field that is added needs a default, which stands for it in the lines of older programs. Keys of newer programs
+    are kept in ``unknown`` and written back.
+    """
 
     step: int  # 1-based: updates made so far
     time: float  # seconds since the epoch, at the end of the step
@@ -41,23 +52,29 @@ class StepRecord:
     masked_share: float
     masked_tokens: int
     epoch: int
+    unknown: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def to_line(self) -> str:
         """The record as a line of JSON."""
-        return json.dumps(asdict(self))
+        known = asdict(self)
+        unknown = known.pop("unknown")
+        return json.dumps(known | unknown)
 
     @classmethod
-    def from_line(cls, line: str) -> "StepRecord":
+    def from_line(cls, line: str | bytes) -> "StepRecord":
         """Inverse of :meth:`to_line`.
 
         Raises:
             ValueError: if the line is cut off or of another kind.
         """
+        names = {each.name for each in fields(cls)} - {"unknown"}
         try:
             raw = json.loads(line)
-            return cls(**(raw | {"frame_losses": tuple(raw["frame_losses"])}))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a step record: {line[:80]!r}") from error
+            known = {name: value for name, value in raw.items() if name in names}
+            known["frame_losses"] = tuple(raw["frame_losses"])
+            return cls(**known, unknown={name: value for name, value in raw.items() if name not in names})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not the record of a step: {line[:80]!r}") from error
 
     def metrics(self) -> MetricRow:
         """The record as MLflow metrics."""
@@ -70,15 +87,25 @@ class StepRecord:
 class History:
     """``metrics.jsonl``: steps 1, 2, 3, ... each once.
 
-    A line that a kill cut off is dropped when the file is opened.
+    A last line that a kill cut off is dropped when the file is opened; every other line stays as it is.
+
+    Raises:
+        UserError: if any other line is not the record of its step. The file is left as it is.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: list[StepRecord] = []
         if path.exists():
-            self.records = list(_intact(path.read_text().splitlines()))
-            self._rewrite()
+            *lines, tail = path.read_bytes().split(b"\n")
+            tail_is_whole = _is_json(tail)
+            lines += [tail] if tail_is_whole else []
+            self.records = read_records(lines, str(path), remedy=_REMEDY)
+            if tail_is_whole:
+                with path.open("ab") as file:
+                    file.write(b"\n")
+            else:
+                os.truncate(path, path.stat().st_size - len(tail))
 
     @property
     def last_step(self) -> int:
@@ -106,21 +133,36 @@ class History:
             self.records += new
         return new
 
-    def _rewrite(self) -> None:
-        building = self.path.with_suffix(".tmp")
-        building.write_text("".join(record.to_line() + "\n" for record in self.records))
-        building.replace(self.path)
 
+def read_records(lines: Iterable[str | bytes], where: str, *, remedy: str) -> list[StepRecord]:
+    """The records of the steps 1, 2, 3, ... in as many lines.
 
-def _intact(lines: Iterable[str]) -> Iterable[StepRecord]:
+    Args:
+        lines: whole lines.
+        where: the file they are from, for the message.
+        remedy: what to do about a damaged one, for the message.
+
+    Raises:
+        UserError: if a line is not the record of its step.
+    """
+    records = []
     for number, line in enumerate(lines, start=1):
         try:
             record = StepRecord.from_line(line)
-        except ValueError:
-            return
-        if record.step != number:
-            return
-        yield record
+            if record.step != number:
+                raise ValueError(f"the record of step {record.step}, not of step {number}")
+        except ValueError as error:
+            raise UserError(f"{where}, line {number}: {error}. {remedy}") from error
+        records.append(record)
+    return records
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 class Relay:

@@ -74,7 +74,7 @@ def _continue(config: TrainConfig, prepared: Prepared, output: Output) -> TrainR
     output.begin(config)
     history = History(output.metrics_file)
     if latest is not None:
-        history.add(map(StepRecord.from_line, state.read_history(latest)))
+        history.add(state.read_history(latest))
     if latest is not None and _is_last(config, latest):
         return _finish(output, history, latest, _open_tracker(config, output, prepared))
     with ThreadPoolExecutor(1) as background:

@@ -27,6 +27,7 @@ import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from pipelines.training.engine import Engine
+from pipelines.training.history import StepRecord, read_records
 
 ENGINE_DIR = "engine"
 EXPORT_DIR = "export"
@@ -124,9 +125,15 @@ def prune(storage: str, keep: Sequence[StoredCheckpoint]) -> None:
             filesystem.delete_dir(attempt)
 
 
-def read_history(stored: StoredCheckpoint) -> list[str]:
-    """The record a checkpoint carries."""
-    return _read(stored.checkpoint.filesystem, f"{stored.checkpoint.path}/{HISTORY_FILE}").decode().splitlines()
+def read_history(stored: StoredCheckpoint) -> list[StepRecord]:
+    """The record a checkpoint carries.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    path = f"{stored.checkpoint.path}/{HISTORY_FILE}"
+    lines = _read(stored.checkpoint.filesystem, path).splitlines()
+    return read_records(lines, path, remedy="Move that checkpoint away, to continue from the one before it")
 
 
 def copy_export(stored: StoredCheckpoint, target: Path) -> None:

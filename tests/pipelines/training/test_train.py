@@ -232,6 +232,42 @@ def test_a_run_with_constant_rate_can_be_made_longer(two_cpus, dataset, folder):
     assert load_checkpoint(longer.export_dir).extra["train_config"]["steps"] == 16
 
 
+def add_unknown_key(file: Path) -> None:
+    """As a newer program would have written it: a key more in each line."""
+    lines = [json.loads(line) | {"z_loss": 0.5} for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_resume_over_the_record_of_a_newer_program_keeps_it(two_cpus, dataset, folder):
+    output = folder / "newer"
+    config = tiny_config(dataset, output, num_workers=1, optimizer=OptimizerConfig(lr=3e-3), steps=3)
+    first = train(config)
+    (checkpoint,) = output.glob("checkpoints/*/step-*")
+    add_unknown_key(output / "metrics.jsonl")
+    add_unknown_key(checkpoint / "history.jsonl")
+    sizes = json.loads((checkpoint / "worker-00000.json").read_text())
+    sizes["history.jsonl"] = (checkpoint / "history.jsonl").stat().st_size
+    (checkpoint / "worker-00000.json").write_text(json.dumps(sizes))
+    before = metrics_lines(output)
+
+    longer = train(replace(config, steps=5))
+    assert losses(longer.records)[:3] == losses(first.records)
+    lines = metrics_lines(output)
+    assert lines[:3] == before
+    assert [json.loads(line).get("z_loss") for line in lines] == [0.5, 0.5, 0.5, None, None]
+    newest = max(output.glob("checkpoints/*/step-*"), key=lambda path: path.name)
+    assert (newest / "history.jsonl").read_text().splitlines() == lines
+    check_tracked_once(longer)
+
+    damaged = "\n".join([lines[0], lines[1][:50], *lines[2:]]) + "\n"
+    (output / "metrics.jsonl").write_text(damaged)
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2: .*move the file away"):
+        train(replace(config, steps=5))
+    assert (output / "metrics.jsonl").read_text() == damaged
+    (output / "metrics.jsonl").unlink()  # the remedy that the message names
+    assert train(replace(config, steps=5)).records == longer.records
+
+
 def test_a_loss_that_is_no_number_ends_the_run_with_a_reason(two_cpus, dataset, folder):
     config = tiny_config(dataset, folder / "nan", num_workers=1, optimizer=OptimizerConfig(lr=1e30))
     with pytest.raises(JobError, match=r"training stopped at step 2: loss is nan.*Lower optimizer.lr.*1 steps are in"):
