@@ -31,7 +31,7 @@ from pipelines.generation.config import GenerateConfig
 from pipelines.generation.manifest import MANIFEST_FILE
 from pipelines.generation.run import generate
 from pipelines.training.config import TrainConfig
-from pipelines.training.run import train
+from pipelines.training.run import TrainResult, train
 
 NUM_CLIPS = 800
 SEEDS_PER_PROMPT = 2
@@ -97,7 +97,7 @@ def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: S
             samples=samples,
             losses=[LossPoint(step=row.step, loss=row.loss, frames=row.frame_losses) for row in trained.records],
             not_kept=[row for row in ledger if row.status != "kept"],
-            next_steps=_next_steps(out, trained.export_dir, samples),
+            next_steps=_next_steps(out, trained, samples),
         )
         write_report(out / "report.html", page)
     summary["seconds"] = seconds | {"total": time.monotonic() - begin}
@@ -185,8 +185,8 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def _next_steps(out: Path, model: Path, samples: Sequence[Sample]) -> list[tuple[str, str]]:
-    prompt = samples[0].prompt
+def _next_steps(out: Path, trained: TrainResult, samples: Sequence[Sample]) -> list[tuple[str, str]]:
+    prompt, model = samples[0].prompt, trained.export_dir
     return [
         ("A video of your own words:", f'lumos generate --model {model} --prompt "{prompt}" --out video.mp4 --seed 7'),
         ("The model behind HTTP:", f"lumos serve default model={model}"),
@@ -194,7 +194,7 @@ def _next_steps(out: Path, model: Path, samples: Sequence[Sample]) -> list[tuple
             "Train for longer on the same data; or change any other key that --print-config shows:",
             f"lumos train demo data.dataset={out / 'dataset'} output={out / 'train-long'} steps=2000",
         ),
-        ("Compare the runs:", f"mlflow ui --backend-store-uri sqlite:///{out / 'train' / 'mlflow.db'}"),
+        ("Compare the runs:", trained.store.how_to_open),
         (
             "Curate your own videos (captions come from captions.csv, or from a .txt file beside each):",
             "lumos curate /path/to/videos",

@@ -148,7 +148,7 @@ class ResourceConfig:
 class TrackingConfig:
     """Where MLflow keeps the run."""
 
-    uri: str | None = None  # none: an SQLite file in the output folder
+    uri: str | None = None  # none: the SQLite file mlruns.db beside the output, which all runs of that folder share
     experiment: str = "lumos"
     run_name: str | None = None
     flush_seconds: float = 5.0  # metrics are sent in batches this far apart
@@ -168,7 +168,7 @@ class TrainConfig:
 
     KIND: ClassVar[str] = "train"
 
-    output: str  # checkpoints, metrics, MLflow's default store and the export go here; a rerun continues from it
+    output: str  # checkpoints, metrics and the export go here; a rerun continues from it
     data: DataConfig
     model: ModelShape
     mask: MaskConfig = field(default_factory=MaskConfig)

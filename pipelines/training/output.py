@@ -15,7 +15,7 @@ import pyarrow.fs
 from pipelines import storage
 from pipelines.config import config_hash, config_to_yaml, provenance
 from pipelines.errors import UserError
-from pipelines.tracking import flatten, sqlite_uri
+from pipelines.tracking import Store, flatten
 from pipelines.training.config import TrainConfig
 
 _SHOWN_DIFFERENCES = 6
@@ -52,9 +52,8 @@ class Output:
         self.config_file = self.folder / "config.yaml"
         self.metrics_file = self.folder / "metrics.jsonl"
         self.export = self.folder / "export"
-        self.artifacts = self.folder / "mlflow-artifacts"
         self.storage = _storage(config, snapshot_digest) or str(self.folder / "checkpoints")
-        self.tracking_uri = config.tracking.uri or sqlite_uri(self.folder)
+        self.store = Store.choose(config.tracking.uri, self.folder)
         self._file = self.folder / "run.json"
         self._building = self.folder / "run.tmp"
         self.run = self._open(config, snapshot_digest)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from pipelines.cluster import connect
 from pipelines.config import config_to_dict
 from pipelines.errors import JobError, UserError
-from pipelines.tracking import Tracker
+from pipelines.tracking import Store, Tracker
 from pipelines.training import state
 from pipelines.training.config import TrainConfig
 from pipelines.training.history import History, Recorder, StepRecord, start_relay
@@ -35,7 +35,7 @@ class TrainResult:
 
     export_dir: Path
     run_id: str  # of MLflow
-    tracking_uri: str
+    store: Store  # of MLflow
     records: tuple[StepRecord, ...]  # one per step, from the first
 
     @property
@@ -63,6 +63,9 @@ def train(config: TrainConfig) -> TrainResult:
     """
     prepared = prepare(config)
     output = Output(config, snapshot_digest=prepared.snapshot.digest)
+    if output.store.in_output:
+        where = f"{output.folder} began with an MLflow store of its own and goes on in it"
+        tqdm.write(f"{where}: {output.store.how_to_open}", file=sys.stderr)
     with output.held():
         return _continue(config, prepared, output)
 
@@ -128,14 +131,9 @@ def _check_cluster(config: TrainConfig) -> None:
 
 def _open_tracker(config: TrainConfig, output: Output, prepared: Prepared) -> Tracker:
     tracking, snapshot = config.tracking, prepared.snapshot
-    artifacts = None
-    if tracking.uri is None:
-        output.artifacts.mkdir(exist_ok=True)
-        artifacts = output.artifacts.as_uri()
     tracker = Tracker(
-        output.tracking_uri,
+        output.store,
         experiment=tracking.experiment,
-        artifacts=artifacts,
         key=output.run.key,
         run_name=tracking.run_name or output.folder.name,
     )
@@ -273,6 +271,6 @@ def _finish(output: Output, history: History, last: state.StoredCheckpoint, trac
     return TrainResult(
         export_dir=output.export,
         run_id=tracker.run_id,
-        tracking_uri=output.tracking_uri,
+        store=output.store,
         records=tuple(history.records),
     )

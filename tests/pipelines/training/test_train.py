@@ -69,8 +69,9 @@ def metrics_lines(output: Path) -> list[str]:
 
 def check_tracked_once(result: TrainResult) -> None:
     """One run, with every step once, as in ``metrics.jsonl``."""
-    client = MlflowClient(result.tracking_uri)
-    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    client = MlflowClient(result.store.uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(experiments, f"attributes.run_name = '{result.export_dir.parent.name}'")
     assert [run.info.run_id for run in runs] == [result.run_id]
     assert runs[0].info.status == "FINISHED"
     history = client.get_metric_history(result.run_id, "loss")
@@ -133,7 +134,7 @@ def test_export_is_what_generation_reads(uninterrupted):
 
 def test_mlflow_has_the_run(uninterrupted):
     check_tracked_once(uninterrupted)
-    client = MlflowClient(uninterrupted.tracking_uri)
+    client = MlflowClient(uninterrupted.store.uri)
     run = client.get_run(uninterrupted.run_id)
     wanted = {"loss", "loss_frame_0", "loss_frame_1", "lr", "tokens_per_s", "step_seconds", "grad_norm", "data_wait"}
     assert wanted <= run.data.metrics.keys()
@@ -258,6 +259,7 @@ def test_resume_over_the_record_of_a_newer_program_keeps_it(two_cpus, dataset, f
     newest = max(output.glob("checkpoints/*/step-*"), key=lambda path: path.name)
     assert (newest / "history.jsonl").read_text().splitlines() == lines
     check_tracked_once(longer)
+    assert longer.store.uri == f"sqlite:///{folder / 'mlruns.db'}"
 
     damaged = "\n".join([lines[0], lines[1][:50], *lines[2:]]) + "\n"
     (output / "metrics.jsonl").write_text(damaged)
@@ -273,7 +275,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_a_reason(two_cpus, dataset, 
     with pytest.raises(JobError, match=r"training stopped at step 2: loss is nan.*Lower optimizer.lr.*1 steps are in"):
         train(config)
     run = json.loads((folder / "nan" / "run.json").read_text())
-    tracked = MlflowClient(f"sqlite:///{folder / 'nan' / 'mlflow.db'}").get_run(run["run_id"])
+    tracked = MlflowClient(f"sqlite:///{folder / 'mlruns.db'}").get_run(run["run_id"])
     assert tracked.info.status == "FAILED"
 
 
