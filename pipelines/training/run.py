@@ -17,7 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from tqdm import tqdm
 
-from pipelines.cluster import connect
+from pipelines.cluster import connect, lacking
 from pipelines.config import config_to_dict
 from pipelines.errors import JobError, UserError
 from pipelines.tracking import Store, Tracker
@@ -116,17 +116,17 @@ def _is_last(config: TrainConfig, stored: state.StoredCheckpoint) -> bool:
 
 def _check_cluster(config: TrainConfig) -> None:
     """Refuse a cluster on which the run would wait for ever."""
-    has = ray.cluster_resources()
-    needed = {"CPU": config.num_workers * (config.resources.cpus_per_worker + config.resources.cpus_per_loader)}
-    if config.resources.device == "gpu":
-        needed["GPU"] = float(config.num_workers)
-    for name, amount in needed.items():
-        if has.get(name, 0) < amount:
-            raise UserError(
-                f"num_workers = {config.num_workers} workers and their loaders need {amount:g} {name}, the cluster has "
-                f"{has.get(name, 0):g}: lower num_workers, resources.cpus_per_worker or resources.cpus_per_loader, or "
-                "set resources.device"
-            )
+    lack = lacking([_worker_resources(config), {"CPU": config.resources.cpus_per_loader}] * config.num_workers)
+    if lack:
+        raise UserError(
+            f"num_workers = {config.num_workers} workers and their loaders need {lack}: lower num_workers, "
+            "resources.cpus_per_worker or resources.cpus_per_loader, or set resources.device"
+        )
+
+
+def _worker_resources(config: TrainConfig) -> dict[str, float]:
+    gpus = {"GPU": 1.0} if config.resources.device == "gpu" else {}
+    return {"CPU": config.resources.cpus_per_worker, **gpus}
 
 
 def _open_tracker(config: TrainConfig, output: Output, prepared: Prepared) -> Tracker:
@@ -223,10 +223,8 @@ def _interruptible() -> Iterator[None]:
 
 def _trainer(job: Job, output: Output) -> TorchTrainer:
     config = job.config
-    resources: dict[str, float] = {"CPU": config.resources.cpus_per_worker}
-    use_gpu = config.resources.device == "gpu"
-    if use_gpu:
-        resources["GPU"] = 1
+    resources = _worker_resources(config)
+    use_gpu = "GPU" in resources
     run_config: Any = RunConfig(  # its static type in Ray is that of Train V1
         name=state.next_attempt(output.storage),
         storage_path=output.storage,

@@ -280,5 +280,5 @@ def test_a_loss_that_is_no_number_ends_the_run_with_a_reason(two_cpus, dataset, 
 
 
 def test_a_cluster_that_is_too_small_is_an_error(two_cpus, dataset, folder):
-    with pytest.raises(UserError, match=r"num_workers = 4 workers and their loaders need 3 CPU, the cluster has 2"):
+    with pytest.raises(UserError, match=r"num_workers = 4 workers and their loaders need 3 CPU \(there is 2\): lower"):
         train(tiny_config(dataset, folder / "wide", num_workers=4))
