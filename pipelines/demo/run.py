@@ -24,17 +24,18 @@ from pipelines.data.config import CurateConfig
 from pipelines.data.curate import curate
 from pipelines.demo.corpus import BAD_FILES, ClipSpec, held_out_specs, write_corpus
 from pipelines.demo.judge import Reading, judge_video, score
-from pipelines.demo.memory import PeakMemory
 from pipelines.demo.report import LedgerRow, LossPoint, Report, Sample, write_report
 from pipelines.errors import UserError
 from pipelines.generation.config import GenerateConfig
 from pipelines.generation.manifest import MANIFEST_FILE
 from pipelines.generation.run import generate
+from pipelines.memory import sampled_memory, tree_memory
 from pipelines.training.config import TrainConfig
 from pipelines.training.run import TrainResult, train
 
 NUM_CLIPS = 800
 SEEDS_PER_PROMPT = 2
+_MEMORY_SECONDS = 3.0  # between two samples of the memory in use
 
 
 def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: S
     out = out.resolve()
     seconds: dict[str, float] = {}
     begin = time.monotonic()
-    with PeakMemory() as memory, connect():
+    with sampled_memory(tree_memory, _MEMORY_SECONDS) as memory, connect():
         with _phase("corpus", f"{num_clips} clips and {len(BAD_FILES)} files that must not be kept", seconds):
             write_corpus(out / "corpus", seed, num_clips)
             specs = held_out_specs(seed)
@@ -84,7 +85,7 @@ def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: S
             "schema": 1,
             "seed": seed,
             "seconds": seconds | {"total": time.monotonic() - begin},
-            "peak_memory_gb": memory.peak_gb,
+            "peak_memory_gb": max(memory) / 1e9,
             "clips": _count_clips(ledger),
             "train": {"steps": trained.steps, **trained.metrics},
             "samples": len(samples),

@@ -1,7 +1,6 @@
 """Measures a video tokenizer: how much it loses, and how many of its codes it uses."""
 
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from lumos.tokenizers import TokenizerConfig, VideoTokenizer, load_video_tokenizer
 from pipelines.demo import corpus
 from pipelines.errors import UserError
+from pipelines.media import psnr
 from pipelines.training.tokenizer_data import (
     SAMPLE_CORPUS,
     clip_starts,
@@ -178,8 +178,8 @@ def measure_all(tokenizer: VideoTokenizer, groups: list[Tensor], *, name: str) -
         for batch in clips.split(_BATCH):
             codes = tokenizer.encode(batch)
             counts += torch.bincount(codes.flatten(), minlength=tokenizer.codebook_size)
-            error = tokenizer.decode(codes).float() - batch.float()
-            psnrs += [_psnr(float(value)) for value in error.square().flatten(1).mean(1)]
+            decoded = tokenizer.decode(codes).numpy()
+            psnrs += [psnr(clip, other) for clip, other in zip(batch.numpy(), decoded, strict=True)]
     shares = counts[counts > 0] / counts.sum()
     return Measurement(
         name=name,
@@ -190,8 +190,3 @@ def measure_all(tokenizer: VideoTokenizer, groups: list[Tensor], *, name: str) -
         codebook_size=tokenizer.codebook_size,
         entropy_bits=float(-(shares * shares.log2()).sum()),
     )
-
-
-def _psnr(mean_squared_error: float) -> float:
-    """PSNR in dB of an error in units of pixels 0..255; at most 100."""
-    return min(100.0, 10 * math.log10(255**2 / max(mean_squared_error, 1e-12)))
