@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.demo.corpus import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SIDE, SIZES, background_image, shape_mask
+from pipelines.sample_corpus import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SIDE, SIZES, background_image, shape_mask
 from pipelines.statistics import wilson_interval
 
 ATTRIBUTES = ("color", "background", "shape", "direction")

@@ -22,7 +22,6 @@ from pipelines.cluster import connect
 from pipelines.config import load_config
 from pipelines.data.config import CurateConfig
 from pipelines.data.curate import curate
-from pipelines.demo.corpus import BAD_FILES, ClipSpec, held_out_specs, write_corpus
 from pipelines.demo.judge import Reading, judge_video, score
 from pipelines.demo.report import LedgerRow, LossPoint, Report, Sample, write_report
 from pipelines.errors import UserError
@@ -30,6 +29,7 @@ from pipelines.generation.config import GenerateConfig
 from pipelines.generation.manifest import MANIFEST_FILE
 from pipelines.generation.run import generate
 from pipelines.memory import sampled_memory, tree_memory
+from pipelines.sample_corpus import BAD_FILES, ClipSpec, held_out_specs, write_corpus
 from pipelines.training.config import TrainConfig
 from pipelines.training.run import TrainResult, train
 

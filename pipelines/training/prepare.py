@@ -17,11 +17,11 @@ from pipelines.config import config_to_dict
 from pipelines.data.snapshot import Snapshot, open_snapshot
 from pipelines.errors import UserError
 from pipelines.storage import is_local
+from pipelines.training.batch_plan import BatchPlan
 from pipelines.training.config import TrainConfig
 from pipelines.training.engine import read_deepspeed_file
 from pipelines.training.export import ExportSpec
 from pipelines.training.ingest import IngestSpec
-from pipelines.training.plan import BatchPlan
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,18 @@ from pipelines.cluster import connect, lacking
 from pipelines.config import config_to_dict
 from pipelines.errors import JobError, UserError
 from pipelines.tracking import Store, Tracker
-from pipelines.training import state
+from pipelines.training.checkpoints import (
+    StoredCheckpoint,
+    copy_export,
+    find_checkpoints,
+    next_attempt,
+    prune,
+    read_history,
+)
 from pipelines.training.config import TrainConfig
-from pipelines.training.history import History, Recorder, StepRecord, start_relay
 from pipelines.training.output import Output
 from pipelines.training.prepare import Prepared, prepare
+from pipelines.training.record import History, Recorder, StepRecord, start_relay
 from pipelines.training.worker import Job, train_worker
 
 
@@ -71,13 +78,13 @@ def train(config: TrainConfig) -> TrainResult:
 
 
 def _continue(config: TrainConfig, prepared: Prepared, output: Output) -> TrainResult:
-    checkpoints = state.find_checkpoints(output.storage)
+    checkpoints = find_checkpoints(output.storage)
     latest = checkpoints[0] if checkpoints else None
     _check_continuation(config, latest)
     output.begin(config)
     history = History(output.metrics_file)
     if latest is not None:
-        history.add(state.read_history(latest))
+        history.add(read_history(latest))
     if latest is not None and _is_last(config, latest):
         return _finish(output, history, latest, _open_tracker(config, output, prepared))
     with ThreadPoolExecutor(1) as background:
@@ -86,18 +93,18 @@ def _continue(config: TrainConfig, prepared: Prepared, output: Output) -> TrainR
             with connect():
                 _check_cluster(config)
                 tracker = opening.result()
-                state.prune(output.storage, checkpoints[: config.checkpoint.keep])
+                prune(output.storage, checkpoints[: config.checkpoint.keep])
                 _fit(config, output, prepared, history, latest=latest, tracker=tracker)
         except BaseException as error:
             if opening.exception() is None:
                 opening.result().abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
-    checkpoints = state.find_checkpoints(output.storage)
-    state.prune(output.storage, checkpoints[: config.checkpoint.keep])
+    checkpoints = find_checkpoints(output.storage)
+    prune(output.storage, checkpoints[: config.checkpoint.keep])
     return _finish(output, history, checkpoints[0], tracker)
 
 
-def _check_continuation(config: TrainConfig, latest: state.StoredCheckpoint | None) -> None:
+def _check_continuation(config: TrainConfig, latest: StoredCheckpoint | None) -> None:
     if latest is None:
         return
     where = latest.checkpoint.path
@@ -110,7 +117,7 @@ def _check_continuation(config: TrainConfig, latest: state.StoredCheckpoint | No
         )
 
 
-def _is_last(config: TrainConfig, stored: state.StoredCheckpoint) -> bool:
+def _is_last(config: TrainConfig, stored: StoredCheckpoint) -> bool:
     return stored.state.exported and stored.state.step >= config.steps
 
 
@@ -161,7 +168,7 @@ def _fit(
     prepared: Prepared,
     history: History,
     *,
-    latest: state.StoredCheckpoint | None,
+    latest: StoredCheckpoint | None,
     tracker: Tracker,
 ) -> None:
     """Run the workers to the last checkpoint, following them."""
@@ -226,7 +233,7 @@ def _trainer(job: Job, output: Output) -> TorchTrainer:
     resources = _worker_resources(config)
     use_gpu = "GPU" in resources
     run_config: Any = RunConfig(  # its static type in Ray is that of Train V1
-        name=state.next_attempt(output.storage),
+        name=next_attempt(output.storage),
         storage_path=output.storage,
         failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
         checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
@@ -258,9 +265,9 @@ def _kept(output: Output, history: History) -> str:
     return f"{history.last_step} steps are in {output.folder}; the same command continues from the last checkpoint"
 
 
-def _finish(output: Output, history: History, last: state.StoredCheckpoint, tracker: Tracker) -> TrainResult:
+def _finish(output: Output, history: History, last: StoredCheckpoint, tracker: Tracker) -> TrainResult:
     """Bring the finished model out of the last checkpoint and close the run."""
-    state.copy_export(last, output.export)
+    copy_export(last, output.export)
     if not output.run.finished:
         tracker.log_metrics([record.metrics() for record in history.records[output.run.sent :]])
         tracker.log_artifacts(output.export, "export")

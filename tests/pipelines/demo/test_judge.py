@@ -4,7 +4,8 @@ import av
 import numpy as np
 import pytest
 
-from pipelines.demo import corpus, judge
+from pipelines import sample_corpus as corpus
+from pipelines.demo import judge
 from pipelines.demo.judge import Reading
 
 

@@ -12,7 +12,7 @@ from pipelines.training.config import (
     TrackingConfig,
     TrainConfig,
 )
-from pipelines.training.history import StepRecord
+from pipelines.training.record import StepRecord
 
 TINY = ModelShape(
     hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=32, max_seq_len=512

@@ -25,13 +25,13 @@ from lumos.tokenizers.text import TextTokenizer
 from pipelines.cluster import connect
 from pipelines.config import config_to_yaml
 from pipelines.errors import JobError, UserError
+from pipelines.streams import torch_stream
 from pipelines.training.config import OptimizerConfig
-from pipelines.training.history import StepRecord
 from pipelines.training.ingest import StepLoader, unpack
 from pipelines.training.prepare import prepare
+from pipelines.training.record import StepRecord
 from pipelines.training.run import TrainResult, train
 from pipelines.training.step import LossModule
-from pipelines.training.streams import torch_stream
 from tests.pipelines.training.runs import tiny_config
 from tests.pipelines.training.snapshots import write_snapshot
 

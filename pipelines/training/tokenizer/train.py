@@ -18,12 +18,12 @@ from tqdm import tqdm
 from lumos.tokenizers import FsqTokenizer
 from lumos.tokenizers.fsq import FsqAutoencoder, FsqConfig, save_weights
 from lumos.tokenizers.video import frames_to_unit
+from pipelines import sample_corpus as corpus
 from pipelines.config import config_hash, config_to_dict, provenance
-from pipelines.demo import corpus
 from pipelines.errors import JobError, UserError
-from pipelines.training.text_tokenizer import TextCorpus, read_corpus, train_text_tokenizer
-from pipelines.training.tokenizer_data import ClipPools, ClipSource, corpus_clips, held_out_corpus_specs
-from pipelines.training.tokenizer_evaluation import Measurement, measure
+from pipelines.training.tokenizer.data import ClipPools, ClipSource, corpus_clips, held_out_corpus_specs
+from pipelines.training.tokenizer.evaluate import Measurement, measure
+from pipelines.training.tokenizer.text import TextCorpus, read_corpus, train_text_tokenizer
 
 _CALIBRATION_BATCHES = 24
 _REPORT_SEED = 0

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lumos.tokenizers.text import TextTokenizer
 from pipelines.config import PROJECT_DIR
-from pipelines.demo.corpus import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SIZES, WORDINGS
 from pipelines.errors import UserError
+from pipelines.sample_corpus import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SIZES, WORDINGS
 
 _WORDS_PER_LINE = 20  # words of a list are joined into lines, since a word inside a sentence begins with a space
 

@@ -27,7 +27,7 @@ import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from pipelines.training.engine import Engine
-from pipelines.training.history import StepRecord, read_records
+from pipelines.training.record import StepRecord, read_records
 
 ENGINE_DIR = "engine"
 EXPORT_DIR = "export"

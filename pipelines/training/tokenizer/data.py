@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from pipelines.demo import corpus
+from pipelines import sample_corpus as corpus
 from pipelines.errors import UserError
-from pipelines.training.procedural import texture_clip
+from pipelines.training.tokenizer.procedural import texture_clip
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif"})
 SAMPLE_CORPUS = "sample-corpus"  # stands for held-out clips of the demo's corpus where a folder could be named

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.training.state import LoopState, find_checkpoints, next_attempt, prune, read_history
+from pipelines.training.checkpoints import LoopState, find_checkpoints, next_attempt, prune, read_history
 from tests.pipelines.training.runs import step_record
 
 STEP = "step-0000000{}-0123abcd"

@@ -10,10 +10,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lumos.tokenizers import TokenizerConfig, VideoTokenizer, load_video_tokenizer
-from pipelines.demo import corpus
+from pipelines import sample_corpus as corpus
 from pipelines.errors import UserError
 from pipelines.media import psnr
-from pipelines.training.tokenizer_data import (
+from pipelines.training.tokenizer.data import (
     SAMPLE_CORPUS,
     clip_starts,
     corpus_clips,

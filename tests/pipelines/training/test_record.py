@@ -4,8 +4,8 @@ from dataclasses import MISSING, dataclass, fields
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.training import history as history_module
-from pipelines.training.history import History, StepRecord
+from pipelines.training import record as record_module
+from pipelines.training.record import History, StepRecord
 from tests.pipelines.training.runs import step_record as record
 
 # What every line of `metrics.jsonl` has had from the first program on.
@@ -64,7 +64,7 @@ def test_a_record_of_an_older_program_is_read_with_defaults(tmp_path, monkeypatc
     path = tmp_path / "metrics.jsonl"
     History(path).add([record(1), record(2)])
     older = path.read_text()
-    monkeypatch.setattr(history_module, "StepRecord", NewerRecord)
+    monkeypatch.setattr(record_module, "StepRecord", NewerRecord)
     history = History(path)
     assert [(kept.step, kept.z_loss) for kept in history.records] == [(1, -1.0), (2, -1.0)]
     assert path.read_text() == older
