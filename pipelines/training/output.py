@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -101,8 +101,15 @@ class Output:
                 key=uuid4().hex, identity=config.identity(), snapshot_digest=snapshot_digest, provenance=provenance()
             )
         try:
-            found = RunFile(**json.loads(self._file.read_text()))
-        except (ValueError, TypeError) as error:
+            raw = json.loads(self._file.read_text())
+            unknown = sorted(raw.keys() - {each.name for each in fields(RunFile)})
+            if unknown:
+                raise UserError(
+                    f"{self._file} was written by a newer lumos (it has {', '.join(unknown)}): install the lumos-ray "
+                    f"that wrote it ({raw.get('provenance', {}).get('lumos')}), or name another output"
+                )
+            found = RunFile(**raw)
+        except (AttributeError, ValueError, TypeError) as error:
             raise UserError(f"{self._file} cannot be read ({error}): name another output") from error
         differences = _differences(found.identity, config.identity())
         if found.snapshot_digest != snapshot_digest:

@@ -40,6 +40,14 @@ def test_only_complete_checkpoints_are_found(tmp_path):
     assert len(read_history(found[0])) == 20
 
 
+def test_a_checkpoint_of_a_newer_program_is_refused_and_kept(tmp_path):
+    folder = write_checkpoint(tmp_path, f"attempt-00001/{STEP.format(1)}", 3)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"elastic": True}))
+    with pytest.raises(UserError, match=r"is a checkpoint of a newer lumos \(its state has elastic\): install"):
+        find_checkpoints(str(tmp_path))
+
+
 def test_a_damaged_record_in_a_checkpoint_is_named(tmp_path):
     folder = write_checkpoint(tmp_path, f"attempt-00001/{STEP.format(1)}", 3)
     lines = (folder / "history.jsonl").read_text().splitlines()
