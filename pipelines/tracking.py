@@ -30,7 +30,7 @@ _LOCK_SECONDS = 300.0  # to wait for others that open the same file; making its 
 
 
 @dataclass(frozen=True)
-class Store:
+class TrackingStore:
     """Where runs are tracked: a server, a database, or an SQLite file with a folder for artifacts beside it."""
 
     uri: str
@@ -38,7 +38,7 @@ class Store:
     in_output: bool = False  # of one run alone, as older programs had it
 
     @classmethod
-    def choose(cls, uri: str | None, output: Path) -> "Store":
+    def choose(cls, uri: str | None, output: Path) -> "TrackingStore":
         """The store of the run in the folder ``output``: the one named, else that of the folder which holds it.
 
         So the runs of one working folder stand in one store. A run that an older program began with a store in its
@@ -90,7 +90,7 @@ class Tracker:
         UserError: if the store cannot be opened.
     """
 
-    def __init__(self, store: Store, *, experiment: str, key: str, run_name: str | None) -> None:
+    def __init__(self, store: TrackingStore, *, experiment: str, key: str, run_name: str | None) -> None:
         """Open the store and make or resume the run.
 
         Args:

@@ -1,7 +1,6 @@
 """The output folder of a run: what is in it, and whether a run may continue there."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -15,7 +14,7 @@ import pyarrow.fs
 from pipelines import storage
 from pipelines.config import config_hash, config_to_yaml, provenance
 from pipelines.errors import UserError
-from pipelines.tracking import Store, flatten
+from pipelines.tracking import TrackingStore, flatten
 from pipelines.training.config import TrainConfig
 
 _SHOWN_DIFFERENCES = 6
@@ -53,9 +52,8 @@ class Output:
         self.metrics_file = self.folder / "metrics.jsonl"
         self.export = self.folder / "export"
         self.storage = _storage(config, snapshot_digest) or str(self.folder / "checkpoints")
-        self.store = Store.choose(config.tracking.uri, self.folder)
+        self.store = TrackingStore.choose(config.tracking.uri, self.folder)
         self._file = self.folder / "run.json"
-        self._building = self.folder / "run.tmp"
         self.run = self._open(config, snapshot_digest)
 
     @contextmanager
@@ -85,15 +83,13 @@ class Output:
     def update(self, **changes: Any) -> None:
         """Change the run file."""
         self.run = replace(self.run, **changes)
-        building = self._building
-        building.write_text(json.dumps(asdict(self.run), indent=2) + "\n")
-        with building.open() as file:
-            os.fsync(file.fileno())
-        building.replace(self._file)
+        storage.write_json_atomic(str(self._file), asdict(self.run))
 
     def _open(self, config: TrainConfig, snapshot_digest: str) -> RunFile:
         if not self._file.exists():
-            if self.folder.exists() and set(self.folder.iterdir()) - {self._building, self.folder / _LOCK}:
+            # A kill may have left a lock, or a part of the run file under another name.
+            begun = (_LOCK, f".{self._file.name}.")
+            if self.folder.exists() and not all(path.name.startswith(begun) for path in self.folder.iterdir()):
                 raise UserError(
                     f"output = {self.folder} is not empty and holds no training run: name another folder, or empty it"
                 )

@@ -82,15 +82,11 @@ def prepare(config: TrainConfig) -> Prepared:
 
 
 def _open_snapshot(config: TrainConfig) -> Snapshot:
-    asked = config.data.tokenizer
-    if asked is None:
-        snapshot = open_snapshot(config.data.dataset)
-    else:
-        try:
-            tokenizer = load_video_tokenizer(asked)
-        except (FileNotFoundError, ValueError) as error:
-            raise UserError(f"data.tokenizer: {error}") from error
-        snapshot = open_snapshot(config.data.dataset, expected_tokenizer=tokenizer)
+    try:
+        tokenizer = load_video_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"data.tokenizer: {error}") from error
+    snapshot = open_snapshot(config.data.dataset, expected_tokenizer=tokenizer)
     if is_local(snapshot.uri):  # workers have another working directory
         snapshot = replace(snapshot, uri=os.path.abspath(snapshot.uri.removeprefix("file://")))
     return snapshot

@@ -25,6 +25,7 @@ from pipelines.tracking import MetricRow, Tracker
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25
+_NO_METRICS = {"step", "time", "frame_losses", "tokens", "masked_tokens", "unknown"}  # all other fields are sent
 _REMEDY = (
     "Mend the line, or move the file away: the same command then takes the record from the last checkpoint and goes on "
     "from there"
@@ -78,8 +79,7 @@ class StepRecord:
 
     def metrics(self) -> MetricRow:
         """The record as MLflow metrics."""
-        names = ("loss", "lr", "grad_norm", "tokens_per_s", "step_seconds", "data_wait", "masked_share", "epoch")
-        values = {name: float(getattr(self, name)) for name in names}
+        values = {name: float(value) for name, value in vars(self).items() if name not in _NO_METRICS}
         values |= {f"loss_frame_{index}": loss for index, loss in enumerate(self.frame_losses)}
         return MetricRow(step=self.step, time=self.time, values=values)
 
@@ -196,41 +196,22 @@ def start_relay() -> Any:
     return ray.remote(Relay).options(num_cpus=0, scheduling_strategy=node).remote()
 
 
+@dataclass(kw_only=True)
 class Recorder:
     """Follows a relay in a thread of the driver: history, MLflow, progress.
 
     MLflow being out of reach does not end a training: what could not be sent is sent later, at the latest on leaving.
     """
 
-    def __init__(
-        self,
-        relay: Any,
-        history: History,
-        tracker: Tracker,
-        *,
-        flush_seconds: float,
-        sent: int,
-        on_record: Callable[[StepRecord], None],
-        on_sent: Callable[[int], None],
-    ) -> None:
-        """Prepare to follow.
+    relay: Any  # handle of the actor
+    history: History  # where records are written down
+    tracker: Tracker  # where they are sent
+    flush_seconds: float  # between two batches sent
+    sent: int  # steps sent so far, at first by an earlier driver
+    on_record: Callable[[StepRecord], None]  # called with each new record
+    on_sent: Callable[[int], None]  # called with the number of steps sent so far
 
-        Args:
-            relay: handle of the actor.
-            history: where records are written down.
-            tracker: where they are sent.
-            flush_seconds: time between two batches sent.
-            sent: steps sent by an earlier driver.
-            on_record: called with each new record.
-            on_sent: called with the number of steps sent so far.
-        """
-        self._relay = relay
-        self._history = history
-        self._tracker = tracker
-        self._flush_seconds = flush_seconds
-        self._sent = sent
-        self._on_record = on_record
-        self._on_sent = on_sent
+    def __post_init__(self) -> None:
         self._failure: Exception | None = None
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="recorder", daemon=True)
@@ -264,7 +245,7 @@ class Recorder:
                 self._take()
                 if last_round:
                     return
-                if time.monotonic() - flushed >= self._flush_seconds:
+                if time.monotonic() - flushed >= self.flush_seconds:
                     self._try_send()
                     flushed = time.monotonic()
                 self._done.wait(_POLL_SECONDS)
@@ -272,9 +253,9 @@ class Recorder:
             self._failure = error
 
     def _take(self) -> None:
-        lines = ray.get(self._relay.take.remote())
-        for record in self._history.add(map(StepRecord.from_line, lines)):
-            self._on_record(record)
+        lines = ray.get(self.relay.take.remote())
+        for record in self.history.add(map(StepRecord.from_line, lines)):
+            self.on_record(record)
 
     def _try_send(self) -> None:
         try:
@@ -283,8 +264,8 @@ class Recorder:
             logger.warning("MLflow could not be written, which is tried again: %s", error)
 
     def _send(self) -> None:
-        pending = self._history.records[self._sent :]
+        pending = self.history.records[self.sent :]
         if pending:
-            self._tracker.log_metrics([record.metrics() for record in pending])
-            self._sent = pending[-1].step
-            self._on_sent(self._sent)
+            self.tracker.log_metrics([record.metrics() for record in pending])
+            self.sent = pending[-1].step
+            self.on_sent(self.sent)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from pipelines.cluster import connect, lacking
 from pipelines.config import config_to_dict
 from pipelines.errors import JobError, UserError
-from pipelines.tracking import Store, Tracker
+from pipelines.tracking import Tracker, TrackingStore
 from pipelines.training.checkpoints import (
     StoredCheckpoint,
     copy_export,
@@ -42,7 +42,7 @@ class TrainResult:
 
     export_dir: Path
     run_id: str  # of MLflow
-    store: Store  # of MLflow
+    store: TrackingStore  # of MLflow
     records: tuple[StepRecord, ...]  # one per step, from the first
 
     @property
@@ -85,7 +85,7 @@ def _continue(config: TrainConfig, prepared: Prepared, output: Output) -> TrainR
     history = History(output.metrics_file)
     if latest is not None:
         history.add(read_history(latest))
-    if latest is not None and _is_last(config, latest):
+    if latest is not None and latest.state.exported and latest.state.step >= config.steps:
         return _finish(output, history, latest, _open_tracker(config, output, prepared))
     with ThreadPoolExecutor(1) as background:
         opening = background.submit(_open_tracker, config, output, prepared)  # takes seconds, and so does joining Ray
@@ -115,10 +115,6 @@ def _check_continuation(config: TrainConfig, latest: StoredCheckpoint | None) ->
             f"{where} was written by {latest.state.num_workers} workers, this run has num_workers = "
             f"{config.num_workers}: continue with num_workers={latest.state.num_workers}, or begin in another output"
         )
-
-
-def _is_last(config: TrainConfig, stored: StoredCheckpoint) -> bool:
-    return stored.state.exported and stored.state.step >= config.steps
 
 
 def _check_cluster(config: TrainConfig) -> None:
@@ -180,7 +176,8 @@ def _fit(
         export=prepared.export,
         relay=relay,
         resume_from=latest.checkpoint if latest else None,
-        threads=config.resources.threads_per_worker or _default_threads(config),
+        # Unless named, as if all workers shared this machine.
+        threads=config.resources.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // config.num_workers),
     )
     bar = tqdm(
         total=config.steps, initial=history.last_step, desc="train", unit="step", disable=not config.progress,
@@ -192,9 +189,9 @@ def _fit(
         bar.update(1)
 
     recorder = Recorder(
-        relay,
-        history,
-        tracker,
+        relay=relay,
+        history=history,
+        tracker=tracker,
         flush_seconds=config.tracking.flush_seconds,
         on_record=show,
         on_sent=lambda sent: output.update(sent=sent),
@@ -246,11 +243,6 @@ def _trainer(job: Job, output: Output) -> TorchTrainer:
         scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker=resources),
         run_config=run_config,
     )
-
-
-def _default_threads(config: TrainConfig) -> int:
-    """Threads of torch per worker, if all workers share this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // config.num_workers)
 
 
 def _reason(error: Exception) -> str:

@@ -6,7 +6,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from pipelines.errors import UserError
-from pipelines.tracking import MetricRow, Store, Tracker, flatten
+from pipelines.tracking import MetricRow, Tracker, TrackingStore, flatten
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -17,7 +17,7 @@ def folder(tmp_path_factory):
 
 
 def open_tracker(folder, key="one"):
-    return Tracker(Store.choose(None, folder / "run"), experiment="test", key=key, run_name="name")
+    return Tracker(TrackingStore.choose(None, folder / "run"), experiment="test", key=key, run_name="name")
 
 
 def test_a_run_is_resumed_by_its_key_and_holds_each_step_once(folder, tmp_path):
@@ -55,7 +55,7 @@ def test_another_key_is_another_run_of_the_experiment(folder):
 
 def test_a_store_that_cannot_be_opened_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"tracking.uri = file:///.*: cannot open experiment 'test'"):
-        Tracker(Store(f"file://{tmp_path}"), experiment="test", key="k", run_name=None)
+        Tracker(TrackingStore(f"file://{tmp_path}"), experiment="test", key="k", run_name=None)
 
 
 def test_a_folder_that_cannot_hold_a_store_is_an_error(tmp_path):
@@ -69,12 +69,12 @@ START = """
 import sys, time
 from pathlib import Path
 from mlflow.tracking import MlflowClient
-from pipelines.tracking import MetricRow, Store, Tracker
+from pipelines.tracking import MetricRow, TrackingStore, Tracker
 name, folder = sys.argv[1], Path(sys.argv[2])
 (folder / f"{name}-is-ready").touch()
 while len(list(folder.glob("*-is-ready"))) < 2:
     time.sleep(0.001)
-tracker = Tracker(Store.choose(None, folder / name), experiment="both", key=name, run_name=name)
+tracker = Tracker(TrackingStore.choose(None, folder / name), experiment="both", key=name, run_name=name)
 for step in range(40):
     tracker.log_metrics([MetricRow(step=step, time=1000.0 + step, values={"loss": float(step)})])
 tracker.finish()
@@ -101,9 +101,9 @@ def test_two_runs_may_start_at_once_in_one_folder(tmp_path):
 def test_a_store_says_how_it_is_opened(tmp_path):
     folder = tmp_path / "my runs"
     command = f"mlflow ui --backend-store-uri 'sqlite:///{folder}/mlruns.db'"
-    assert Store.choose(None, folder / "a").how_to_open == command
-    assert Store.choose("http://127.0.0.1:5000", folder / "a") == Store("http://127.0.0.1:5000")
-    assert Store("http://127.0.0.1:5000").how_to_open == "http://127.0.0.1:5000"
+    assert TrackingStore.choose(None, folder / "a").how_to_open == command
+    assert TrackingStore.choose("http://127.0.0.1:5000", folder / "a") == TrackingStore("http://127.0.0.1:5000")
+    assert TrackingStore("http://127.0.0.1:5000").how_to_open == "http://127.0.0.1:5000"
 
 
 def test_flatten_joins_keys():

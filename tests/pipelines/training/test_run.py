@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from mlflow.tracking import MlflowClient
 
-from pipelines.tracking import Store, Tracker
+from pipelines.tracking import Tracker, TrackingStore
 from pipelines.training import run as run_module
 from pipelines.training.output import Output
 from pipelines.training.prepare import prepare
@@ -67,7 +67,9 @@ def test_a_run_with_a_store_in_its_output_goes_on_in_it(tmp_path, monkeypatch, c
     prepared = prepare(config)
     output = Output(config, snapshot_digest=prepared.snapshot.digest)
     output.begin(config)
-    older = Store(f"sqlite:///{tmp_path / 'out' / 'mlflow.db'}", (tmp_path / "out" / "mlflow-artifacts").as_uri())
+    older = TrackingStore(
+        f"sqlite:///{tmp_path / 'out' / 'mlflow.db'}", (tmp_path / "out" / "mlflow-artifacts").as_uri()
+    )
     begun = Tracker(older, experiment="lumos", key=output.run.key, run_name="out")
     resumed = Output(config, snapshot_digest=prepared.snapshot.digest)
     tracker = _open_tracker(config, resumed, prepared)
