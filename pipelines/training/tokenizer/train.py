@@ -221,9 +221,8 @@ class FsqRun:
     def _update_average(self) -> None:
         # A young average follows closely, or the first weights would linger in it.
         weight = 1 - min(self.training.ema_decay, self.step / (self.step + 20))
-        pairs = zip(self.average.parameters(), self.model.parameters(), strict=True)
-        averages, values = zip(*pairs, strict=True)
-        torch._foreach_lerp_(list(averages), list(values), weight)
+        for average, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            average.lerp_(value, weight)
 
     def save(self, output: Path) -> None:
         """Write the averaged weights, and beside them what a resumed run needs."""
