@@ -29,7 +29,7 @@ def train(config: str, overrides: tuple[str, ...], print_config: bool) -> None:
     Writes one file, which later configs name. The configs that made the embedded ones are shipped. An interrupted run
     continues where it was.
     """
-    from pipelines.training.tokenizer import TokenizerTrainConfig, train_tokenizer
+    from pipelines.training.tokenizer.train import TokenizerTrainConfig, train_tokenizer
 
     click.echo(train_tokenizer(resolve(TokenizerTrainConfig, config, overrides, print_config)))
 
@@ -43,7 +43,7 @@ def train(config: str, overrides: tuple[str, ...], print_config: bool) -> None:
 @config_arguments()
 def evaluate(config: str, overrides: tuple[str, ...], print_config: bool) -> None:
     """Encode and decode videos with a tokenizer; prints PSNR and the codes in use, per video and over all."""
-    from pipelines.training.tokenizer_evaluation import TokenizerEvaluateConfig, evaluate_tokenizer
+    from pipelines.training.tokenizer.evaluate import TokenizerEvaluateConfig, evaluate_tokenizer
 
     click.echo(evaluate_tokenizer(resolve(TokenizerEvaluateConfig, config, overrides, print_config)))
 

@@ -23,9 +23,12 @@ from jobs.command import ConfigCommand, config_arguments, resolve, run
 def command(config: str, overrides: tuple[str, ...], print_config: bool) -> None:
     """Train a model on a snapshot of token shards.
 
-    Runs DeepSpeed on Ray Train workers and tracks the run in MLflow. Writes checkpoints and, at the end, an export
-    folder (safetensors, config.json, text_tokenizer.json) that `lumos generate` and `lumos serve` read. The same
-    command again continues from the last checkpoint and ends with the same curve.
+    Runs DeepSpeed on Ray Train workers. Writes checkpoints and, at the end, an export folder (safetensors, config.json,
+    text_tokenizer.json) that `lumos generate` and `lumos serve` read. The same command again continues from the last
+    checkpoint and ends with the same curve.
+
+    The run is tracked in MLflow, with the other runs of the folder that holds its output (in mlruns.db there), unless
+    tracking.uri names a server.
     """
     from pipelines.training.config import TrainConfig
 
@@ -39,7 +42,7 @@ def command(config: str, overrides: tuple[str, ...], print_config: bool) -> None
         f"{result.steps} steps: loss {metrics['loss_first']:.3f} to {metrics['loss_last']:.3f}, "
         f"{metrics['tokens_per_s']:.0f} tokens/s"
     )
-    click.echo(f"MLflow run {result.run_id} at {result.tracking_uri}")
+    click.echo(f"MLflow run {result.run_id}: {result.store.how_to_open}")
     click.echo(f"model {result.export_dir}")
 
 

@@ -7,7 +7,8 @@ RopeKind = Literal["1d", "3d", "m", "mm"]
 MaskKind = Literal["tube", "random", "diffusion_forcing"]
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise a ValueError with that message unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
@@ -38,21 +39,21 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Check that the sizes fit together."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        _require(
+            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})",
         )
-        _require(
+        require(
             self.head_dim > 0 and self.head_dim % 32 == 0, f"head_dim must be a multiple of 32, got {self.head_dim}"
         )
         for name in ("num_heads", "num_kv_heads"):
-            _require(
+            require(
                 getattr(self, name) % self.model_parallel_size == 0,
                 f"{name} {getattr(self, name)} must be a multiple of model_parallel_size {self.model_parallel_size}",
             )
-        _require(self.max_seq_len > 0, f"max_seq_len must be positive, got {self.max_seq_len}")
-        _require(self.rope_theta > 0, f"rope_theta must be positive, got {self.rope_theta}")
+        require(self.max_seq_len > 0, f"max_seq_len must be positive, got {self.max_seq_len}")
+        require(self.rope_theta > 0, f"rope_theta must be positive, got {self.rope_theta}")
 
     @property
     def num_parameters(self) -> int:
@@ -76,7 +77,7 @@ class MaskConfig:
 
     def __post_init__(self) -> None:
         """Check the range of the ratio."""
-        _require(0.0 < self.min_ratio <= 1.0, f"min_ratio must be in (0, 1], got {self.min_ratio}")
+        require(0.0 < self.min_ratio <= 1.0, f"min_ratio must be in (0, 1], got {self.min_ratio}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +93,13 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _require(self.num_steps >= 1, f"num_steps must be at least 1, got {self.num_steps}")
-        _require(
+        require(self.num_steps >= 1, f"num_steps must be at least 1, got {self.num_steps}")
+        require(
             0.0 <= self.guidance_scale <= 1000.0,  # beyond, float32 logits would overflow
             f"guidance_scale must be in [0, 1000], got {self.guidance_scale}",
         )
-        _require(0.0 <= self.history_ratio <= 1.0, f"history_ratio must be in [0, 1], got {self.history_ratio}")
-        _require(self.temperature >= 0.0, f"temperature must not be negative, got {self.temperature}")
+        require(0.0 <= self.history_ratio <= 1.0, f"history_ratio must be in [0, 1], got {self.history_ratio}")
+        require(self.temperature >= 0.0, f"temperature must not be negative, got {self.temperature}")
 
 
 _HF_NAMES = {

@@ -6,7 +6,7 @@ import re
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -117,6 +117,34 @@ def _join(address: str) -> None:
             f"RAY_ADDRESS={address}: cannot join that cluster ({error}); check the address and the token "
             "(RAY_AUTH_MODE), or unset RAY_ADDRESS to run on this machine alone"
         ) from error
+
+
+def cluster_cores() -> int:
+    """CPUs worth using: what the cluster declares, but on this machine alone no more than it has cores."""
+    declared = int(ray.cluster_resources().get("CPU", 1))
+    alone = len([node for node in ray.nodes() if node["Alive"]]) == 1
+    return max(1, min(declared, _cores()) if alone else declared)
+
+
+def lacking(processes: Sequence[Mapping[str, float]]) -> str:
+    """What the cluster as it is now lacks to run processes side by side, each on one node.
+
+    Args:
+        processes: What each reserves: CPU, GPU, memory (bytes).
+
+    Returns:
+        For a person, as "36 CPU (there is 3)"; empty where nothing is lacking.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    found = []
+    for name in dict.fromkeys(name for needs in processes for name in needs):
+        needed = [needs.get(name, 0.0) for needs in processes]
+        there = [node.get(name, 0.0) for node in nodes]
+        if sum(needed) > sum(there):
+            found.append(f"{sum(needed):g} {name} (there is {sum(there):g})")
+        elif max(needed) > max(there):
+            found.append(f"{max(needed):g} {name} on one node (there is {max(there):g})")
+    return ", ".join(found)
 
 
 def _cores() -> int:

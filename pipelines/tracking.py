@@ -6,10 +6,14 @@ name, step, time and value.
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from pipelines.errors import UserError
 
@@ -22,6 +26,52 @@ _KEY_TAG = "lumos.key"
 _MAX_METRICS = 1000  # of one request
 _MAX_PARAMS = 100
 _MAX_VALUE = 6000  # characters of a parameter
+_LOCK_SECONDS = 300.0  # to wait for others that open the same file; making its tables takes seconds
+
+
+@dataclass(frozen=True)
+class TrackingStore:
+    """Where runs are tracked: a server, a database, or an SQLite file with a folder for artifacts beside it."""
+
+    uri: str
+    artifacts: str | None = None  # root of the artifacts of a new experiment; none: the store's own choice
+    in_output: bool = False  # of one run alone, as older programs had it
+
+    @classmethod
+    def choose(cls, uri: str | None, output: Path) -> "TrackingStore":
+        """The store of the run in the folder ``output``: the one named, else that of the folder which holds it.
+
+        So the runs of one working folder stand in one store. A run that an older program began with a store in its
+        own output goes on in that.
+        """
+        if uri is not None:
+            return cls(uri)
+        folder = output.resolve()
+        in_output = (folder / "mlflow.db").exists()
+        if in_output:
+            file, artifacts = folder / "mlflow.db", folder / "mlflow-artifacts"
+        else:
+            file, artifacts = folder.parent / "mlruns.db", folder.parent / "mlartifacts"
+        return cls(f"sqlite:///{file}", artifacts.as_uri(), in_output)
+
+    @property
+    def how_to_open(self) -> str:
+        """What shows the runs: a command, or the address of a server."""
+        if self.uri.startswith(("http://", "https://")):
+            return self.uri
+        return f"mlflow ui --backend-store-uri {shlex.quote(self.uri)}"
+
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """Within the block no other process makes the tables or experiments of a file: MLflow itself does not look.
+
+        Later writes need no lock: SQLite has its own, for which MLflow waits 20 s.
+        """
+        if not self.uri.startswith("sqlite:///"):
+            yield
+            return
+        with FileLock(f"{self.uri.removeprefix('sqlite:///')}.lock", timeout=_LOCK_SECONDS):
+            yield
 
 
 @dataclass(frozen=True)
@@ -40,13 +90,12 @@ class Tracker:
         UserError: if the store cannot be opened.
     """
 
-    def __init__(self, uri: str, *, experiment: str, artifacts: str | None, key: str, run_name: str | None) -> None:
+    def __init__(self, store: TrackingStore, *, experiment: str, key: str, run_name: str | None) -> None:
         """Open the store and make or resume the run.
 
         Args:
-            uri: tracking store, ``sqlite:///...`` or a server.
+            store: where it is.
             experiment: name, made where it does not exist.
-            artifacts: root of the artifacts of a new experiment; none: the store's own choice.
             key: identifies the run among those of the experiment, whether or not its id was written down in time.
             run_name: name of a new run.
         """
@@ -56,18 +105,20 @@ class Tracker:
         from mlflow.tracking import MlflowClient
 
         try:
-            self._client = MlflowClient(uri)
-            found = self._client.get_experiment_by_name(experiment)
-            home = found.experiment_id if found else self._client.create_experiment(experiment, artifacts)
+            with store.opening():
+                self._client = MlflowClient(store.uri)
+                found = self._client.get_experiment_by_name(experiment)
+                home = found.experiment_id if found else self._client.create_experiment(experiment, store.artifacts)
             runs = self._client.search_runs([home], f"tags.`{_KEY_TAG}` = '{key}'")
             self.resumed = bool(runs)
             run = runs[0] if runs else self._client.create_run(home, run_name=run_name, tags={_KEY_TAG: key})
             self.run_id: str = run.info.run_id
             if self.resumed:
                 self._client.update_run(self.run_id, status="RUNNING")
-        except MlflowException as error:
+        except (MlflowException, OSError) as error:
             raise UserError(
-                f"tracking.uri = {uri}: cannot open experiment {experiment!r} ({error}); check the address of the store"
+                f"tracking.uri = {store.uri}: cannot open experiment {experiment!r} ({error}); check the address of "
+                "the store, or name another"
             ) from error
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -121,11 +172,6 @@ class Tracker:
             self._client.set_terminated(self.run_id, status)
         except (MlflowException, OSError) as error:
             logger.warning("MLflow run %s could not be marked as %s: %s", self.run_id, status, error)
-
-
-def sqlite_uri(folder: Path) -> str:
-    """URI of the default store of a folder."""
-    return f"sqlite:///{folder.resolve() / 'mlflow.db'}"
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

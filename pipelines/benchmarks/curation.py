@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -29,7 +28,7 @@ from pipelines.data.settings import SourceConfig
 from pipelines.data.sources import list_sources
 from pipelines.data.split import clip_key
 from pipelines.data.tokens import load_tokenizer_info
-from pipelines.sampling import sampled
+from pipelines.memory import own_memory, sampled_memory
 
 _CLIPS_PER_SOURCE = 10
 _CLIP_SECONDS = 3.0
@@ -148,7 +147,7 @@ def measure_curation(root: Path, clips: int, say: Callable[[str], None]) -> dict
     config = CurateConfig(dataset=dataset, source=SourceConfig(path=str(manifest)), tokens=_TOKENS, progress=False)
     found: dict[str, Any] = {"clips": clips}
     for name in ("all", "nothing"):
-        with sampled(lambda: float(psutil.Process().memory_info().rss), _SAMPLE_SECONDS) as memory:
+        with sampled_memory(own_memory, _SAMPLE_SECONDS) as memory:
             begin = time.perf_counter()
             kept = _curate(config)
             seconds = time.perf_counter() - begin

@@ -15,7 +15,6 @@ from typing import Any
 
 import av
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -36,7 +35,7 @@ from pipelines.data.sources import list_sources
 from pipelines.data.split import CLIPS, split_stage
 from pipelines.data.tokens import TOKENIZED, load_tokenizer_info, token_inputs, tokens_stage
 from pipelines.data.video import ClipRequest, read_clip
-from pipelines.sampling import sampled
+from pipelines.memory import own_memory, sampled_memory
 
 _SIZE = (1280, 720)
 _FPS = 30
@@ -257,7 +256,7 @@ def _null_rows(root: Path, config: DataBenchmarkConfig, say: Callable[[str], Non
     run_stage(stage, pa.table({"work_key": ["a", "b"]}), dataset=str(root / "warm"))
     seconds, growth = [], []
     for repeat in range(config.repeats):
-        with sampled(lambda: float(psutil.Process().memory_info().rss), _SAMPLE_SECONDS) as memory:
+        with sampled_memory(own_memory, _SAMPLE_SECONDS) as memory:
             listing = list_sources(SourceConfig(path=str(manifest)))
             begin = time.perf_counter()
             run_stage(stage, listing, dataset=str(root / f"null-{repeat}"))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
+from lumos.config import require
 from lumos.tokenizers.video import TokenizerConfig, latent_frames
 from pipelines.data.decide import bounds, is_share
 from pipelines.data.model_settings import CaptionConfig, FeatureConfig
@@ -14,7 +15,6 @@ from pipelines.data.settings import (
     SourceConfig,
     SplitConfig,
     Thresholds,
-    require,
 )
 
 

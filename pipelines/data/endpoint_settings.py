@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from pipelines.data.settings import require
+from lumos.config import require
 
 PROMPT = (
     "Describe this video clip in one or two detailed sentences: who or what it shows, what happens, the setting, and "

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lumos.config import require
 from pipelines.data.endpoint_settings import EndpointConfig
-from pipelines.data.settings import require
 
 
 @dataclass(frozen=True, kw_only=True)

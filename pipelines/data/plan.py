@@ -19,10 +19,10 @@ from pipelines.data.publish import write_snapshot
 from pipelines.data.runlog import RunLog
 from pipelines.data.runner import Stage
 from pipelines.errors import UserError
-from pipelines.sampling import sampled
+from pipelines.memory import sampled_memory
+from pipelines.statistics import wilson_interval
 
 _SAMPLE_SECONDS = 0.2
-_GAP = 1.96  # standard deviations of an interval of 95 %
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,11 @@ def plan_curation(config: CurateConfig, cluster: Cluster, *, sources: int, seed:
             scratch = replace(config, dataset=folder, resources=replace(config.resources, max_failed_share=1.0))
             _, curation = prepare(scratch)
             workers = {name: _workers(stage, cluster) for name, stage in curation.stages.items()}
-            with connect(), RunLog(folder).record() as log, sampled(_largest_process, _SAMPLE_SECONDS) as peaks:
+            with (
+                connect(),
+                RunLog(folder).record() as log,
+                sampled_memory(_largest_process, _SAMPLE_SECONDS) as peaks,
+            ):
                 made = curation.run(chosen, log)
                 snapshot = write_snapshot(folder, made.content, config.publish)
             disk = sum(file.size for file in storage.list_files(folder))
@@ -177,7 +181,7 @@ def plan_curation(config: CurateConfig, cluster: Cluster, *, sources: int, seed:
         sampled=chosen.num_rows,
         gigabytes=_bytes(listing) / 1e9,
         video_hours=scale * sum(row["end_s"] - row["start_s"] for row in judged) / 3600,
-        kept_share=_interval(len(kept), len(judged)),
+        kept_share=(len(kept) / max(1, len(judged)), *wilson_interval(len(kept), len(judged))),
         clips=scale * len(kept),
         clip_hours=scale * sum(row["end_s"] - row["start_s"] for row in kept) / 3600,
         tokens=scale * sum(total.tokens for total in totals),
@@ -209,16 +213,6 @@ def _scale(listing: pa.Table, chosen: pa.Table) -> float:
     """What of the sample there is in all: by bytes, or by number where sizes are not known."""
     sampled = _bytes(chosen)
     return _bytes(listing) / sampled if sampled else listing.num_rows / chosen.num_rows
-
-
-def _interval(successes: int, trials: int) -> tuple[float, float, float]:
-    """A share and Wilson's 95 % interval for it."""
-    if trials == 0:
-        return 0.0, 0.0, 1.0
-    share, square = successes / trials, _GAP**2 / trials
-    centre = (share + square / 2) / (1 + square)
-    half = _GAP * math.sqrt(share * (1 - share) / trials + square / trials / 4) / (1 + square)
-    return share, max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _workers(stage: Stage, cluster: Cluster) -> int:

@@ -16,9 +16,9 @@ from pipelines.data.runner import Row
 from pipelines.data.settings import DecodeConfig
 from pipelines.data.snapshot import Snapshot
 from pipelines.data.stills import REQUEST, Sources, source_job, stage_rows
-from pipelines.data.tokens import psnr
 from pipelines.data.video import MISMATCH, VideoError
 from pipelines.errors import UserError
+from pipelines.media import psnr
 
 # By how much, dB, codes on disk may show their clip worse than codes made now; other devices and versions round
 # otherwise, but codes of another clip are far off.

@@ -11,7 +11,6 @@ taken up again, readers see each key once.
 import hashlib
 import logging
 import math
-import os
 import sys
 import threading
 import time
@@ -32,7 +31,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipelines import storage
-from pipelines.cluster import cluster_is_ours
+from pipelines.cluster import cluster_cores, cluster_is_ours, lacking
 from pipelines.config import config_hash
 from pipelines.data.publish import parquet_bytes
 from pipelines.data.runlog import BatchReport, RunLog, StageProgress
@@ -345,13 +344,6 @@ def anti_join(inputs: pa.Table, done: pa.Array) -> pa.Table:
     return inputs.filter(pc.invert(pc.is_in(inputs[WORK_KEY], done))) if len(done) else inputs
 
 
-def cluster_cores() -> int:
-    """CPUs worth using: what the cluster declares, but on this machine alone no more than it has cores."""
-    declared = int(ray.cluster_resources().get("CPU", 1))
-    alone = len([node for node in ray.nodes() if node["Alive"]]) == 1
-    return max(1, min(declared, len(os.sched_getaffinity(0))) if alone else declared)
-
-
 def check_fits(stage: Stage) -> None:
     """Refuse what this machine can never hold; a cluster that was joined may grow.
 
@@ -360,18 +352,15 @@ def check_fits(stage: Stage) -> None:
     """
     wants = stage.resources
     needs = {"CPU": wants.num_cpus, "GPU": wants.num_gpus, "memory": 1e6 * (wants.memory_mb or 0.0)}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    has = {name: max(node.get(name, 0.0) for node in nodes) for name in needs}
-    lacking = [name for name, need in needs.items() if need > has[name]]
-    if not lacking:
+    lack = lacking([needs])
+    if not lack:
         return
-    told = ", ".join(f"{needs[name]:g} {name} (there is {has[name]:g})" for name in lacking)
     if cluster_is_ours():
         raise UserError(
-            f"stage {stage.name}: a process wants {told}, which this machine does not have: lower it under resources, "
+            f"stage {stage.name}: a process wants {lack}, which this machine does not have: lower it under resources, "
             "or set RAY_ADDRESS to a cluster that has it"
         )
-    tqdm.write(f"stage {stage.name} waits for a node with {told}", file=sys.stderr)
+    tqdm.write(f"stage {stage.name} waits for a node with {lack}", file=sys.stderr)
 
 
 def _processes(resources: StageResources) -> int:

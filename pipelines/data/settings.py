@@ -3,11 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-
-def require(condition: bool, message: str) -> None:
-    """Raise a ValueError with that message unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
+from lumos.config import require
 
 
 @dataclass(frozen=True, kw_only=True)

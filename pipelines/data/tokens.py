@@ -22,6 +22,7 @@ from pipelines.data.settings import DecodeConfig
 from pipelines.data.snapshot import TokenizerInfo
 from pipelines.data.tables import iterate
 from pipelines.data.video import VideoError
+from pipelines.media import psnr
 
 TOKEN_INPUTS = pa.schema(
     [
@@ -46,7 +47,6 @@ TOKENIZED = pa.schema(
         pa.field("error", pa.string()),
     ]
 )
-_MAX_PSNR = 99.0  # dB, told of equal pictures
 
 
 @dataclass(frozen=True)
@@ -158,12 +158,6 @@ class TokenFunction:
 def is_sampled(key: str, share: float) -> bool:
     """Whether a clip belongs to a sample of that share: a pure function of its key."""
     return int.from_bytes(hashlib.sha256(f"sample:{key}".encode()).digest()[:8], "big") < share * 2**64
-
-
-def psnr(frames: NDArray[np.uint8], decoded: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio of pixels 0..255, dB, over all frames; 99 where they are equal."""
-    error = float(np.mean((frames.astype(np.float32) - decoded.astype(np.float32)) ** 2))
-    return min(_MAX_PSNR, 10 * math.log10(255**2 / error)) if error else _MAX_PSNR
 
 
 def tokens_stage(config: CurateConfig, tokenizer: TokenizerInfo) -> Stage:

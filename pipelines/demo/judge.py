@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.demo.corpus import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SIDE, SIZES, background_image, shape_mask
+from pipelines.sample_corpus import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SIDE, SIZES, background_image, shape_mask
+from pipelines.statistics import wilson_interval
 
 ATTRIBUTES = ("color", "background", "shape", "direction")
 
@@ -110,21 +111,6 @@ def score(readings: Sequence[Reading], prompted: Sequence[Reading]) -> Score:
         chance[name] = _expected_by_shuffling(seen, asked)
         interval[name] = wilson_interval(right, count)
     return Score(samples=count, accuracy=accuracy, chance=chance, interval95=interval)
-
-
-def wilson_interval(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson score interval of a share.
-
-    Args:
-        right: Number of successes.
-        count: Number of trials, at least 1.
-        z: Normal quantile; the default gives 95 %.
-    """
-    share = right / count
-    scale = 1 + z * z / count
-    centre = (share + z * z / (2 * count)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def right_or_wrong(reading: Reading, prompted: Reading) -> Mapping[str, bool]:

@@ -22,19 +22,20 @@ from pipelines.cluster import connect
 from pipelines.config import load_config
 from pipelines.data.config import CurateConfig
 from pipelines.data.curate import curate
-from pipelines.demo.corpus import BAD_FILES, ClipSpec, held_out_specs, write_corpus
 from pipelines.demo.judge import Reading, judge_video, score
-from pipelines.demo.memory import PeakMemory
 from pipelines.demo.report import LedgerRow, LossPoint, Report, Sample, write_report
 from pipelines.errors import UserError
 from pipelines.generation.config import GenerateConfig
 from pipelines.generation.manifest import MANIFEST_FILE
 from pipelines.generation.run import generate
+from pipelines.memory import sampled_memory, tree_memory
+from pipelines.sample_corpus import BAD_FILES, ClipSpec, held_out_specs, write_corpus
 from pipelines.training.config import TrainConfig
-from pipelines.training.run import train
+from pipelines.training.run import TrainResult, train
 
 NUM_CLIPS = 800
 SEEDS_PER_PROMPT = 2
+_MEMORY_SECONDS = 3.0  # between two samples of the memory in use
 
 
 def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: S
     out = out.resolve()
     seconds: dict[str, float] = {}
     begin = time.monotonic()
-    with PeakMemory() as memory, connect():
+    with sampled_memory(tree_memory, _MEMORY_SECONDS) as memory, connect():
         with _phase("corpus", f"{num_clips} clips and {len(BAD_FILES)} files that must not be kept", seconds):
             write_corpus(out / "corpus", seed, num_clips)
             specs = held_out_specs(seed)
@@ -84,7 +85,7 @@ def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: S
             "schema": 1,
             "seed": seed,
             "seconds": seconds | {"total": time.monotonic() - begin},
-            "peak_memory_gb": memory.peak_gb,
+            "peak_memory_gb": max(memory) / 1e9,
             "clips": _count_clips(ledger),
             "train": {"steps": trained.steps, **trained.metrics},
             "samples": len(samples),
@@ -97,7 +98,7 @@ def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: S
             samples=samples,
             losses=[LossPoint(step=row.step, loss=row.loss, frames=row.frame_losses) for row in trained.records],
             not_kept=[row for row in ledger if row.status != "kept"],
-            next_steps=_next_steps(out, trained.export_dir, samples),
+            next_steps=_next_steps(out, trained, samples),
         )
         write_report(out / "report.html", page)
     summary["seconds"] = seconds | {"total": time.monotonic() - begin}
@@ -185,8 +186,8 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def _next_steps(out: Path, model: Path, samples: Sequence[Sample]) -> list[tuple[str, str]]:
-    prompt = samples[0].prompt
+def _next_steps(out: Path, trained: TrainResult, samples: Sequence[Sample]) -> list[tuple[str, str]]:
+    prompt, model = samples[0].prompt, trained.export_dir
     return [
         ("A video of your own words:", f'lumos generate --model {model} --prompt "{prompt}" --out video.mp4 --seed 7'),
         ("The model behind HTTP:", f"lumos serve default model={model}"),
@@ -194,7 +195,7 @@ def _next_steps(out: Path, model: Path, samples: Sequence[Sample]) -> list[tuple
             "Train for longer on the same data; or change any other key that --print-config shows:",
             f"lumos train demo data.dataset={out / 'dataset'} output={out / 'train-long'} steps=2000",
         ),
-        ("Compare the runs:", f"mlflow ui --backend-store-uri sqlite:///{out / 'train' / 'mlflow.db'}"),
+        ("Compare the runs:", trained.store.how_to_open),
         (
             "Curate your own videos (captions come from captions.csv, or from a .txt file beside each):",
             "lumos curate /path/to/videos",

@@ -13,7 +13,7 @@ from ray.exceptions import RayTaskError
 from ray.serve.config import ProxyLocation
 from ray.serve.handle import DeploymentHandle
 
-from pipelines.cluster import is_joined
+from pipelines.cluster import is_joined, lacking
 from pipelines.errors import JobError, UserError
 from pipelines.generation.api import ApiSettings
 from pipelines.generation.card import ModelCard
@@ -123,11 +123,10 @@ def _check_resources(config: ModelRunConfig) -> None:
     """Serve would wait for ever for what this machine does not have; a joined cluster may grow."""
     if is_joined():
         return
-    have = ray.cluster_resources()
     replicas = config.replicas
-    for key, name, each in (("num_cpus", "CPU", replicas.num_cpus), ("num_gpus", "GPU", replicas.num_gpus)):
-        if each * replicas.num_replicas > have.get(name, 0.0):
-            raise UserError(
-                f"replicas.{key}: {replicas.num_replicas} replicas of {each:g} need {each * replicas.num_replicas:g} "
-                f"{name}, Ray has {have.get(name, 0.0):g} here: reserve less, or join a cluster (RAY_ADDRESS)"
-            )
+    lack = lacking([{"CPU": replicas.num_cpus, "GPU": replicas.num_gpus}] * replicas.num_replicas)
+    if lack:
+        raise UserError(
+            f"replicas: {replicas.num_replicas} replicas of num_cpus {replicas.num_cpus:g} and num_gpus "
+            f"{replicas.num_gpus:g} need {lack}: reserve less, or join a cluster (RAY_ADDRESS)"
+        )

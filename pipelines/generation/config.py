@@ -4,16 +4,11 @@ import ipaddress
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from lumos.config import SamplingConfig
+from lumos.config import SamplingConfig, require
 from lumos.layout import PromptTemplate
 
 VideoFormat = Literal["mp4", "gif", "png"]
 MAX_SEED = 2**63 - 1
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +24,7 @@ class SizeConfig:
         """Check ranges; what the model can write is checked once it is known."""
         for name in ("width", "height", "num_frames", "fps"):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"{name} must be positive, got {value}")
+            require(value is None or value > 0, f"{name} must be positive, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +48,11 @@ class ReplicaConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _require(self.num_replicas >= 1, f"num_replicas must be at least 1, got {self.num_replicas}")
-        _require(self.num_cpus >= 0, f"num_cpus must not be negative, got {self.num_cpus}")
-        _require(self.num_gpus >= 0, f"num_gpus must not be negative, got {self.num_gpus}")
-        _require(self.threads is None or self.threads >= 1, f"threads must be at least 1, got {self.threads}")
-        _require(
+        require(self.num_replicas >= 1, f"num_replicas must be at least 1, got {self.num_replicas}")
+        require(self.num_cpus >= 0, f"num_cpus must not be negative, got {self.num_cpus}")
+        require(self.num_gpus >= 0, f"num_gpus must not be negative, got {self.num_gpus}")
+        require(self.threads is None or self.threads >= 1, f"threads must be at least 1, got {self.threads}")
+        require(
             self.device != "cuda" or self.num_gpus > 0,
             f"device is cuda but num_gpus is {self.num_gpus}: reserve a GPU, or a share of one, for each replica",
         )
@@ -80,9 +75,9 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _require(self.max_size >= 1, f"max_size must be at least 1, got {self.max_size}")
-        _require(self.wait_ms >= 0, f"wait_ms must not be negative, got {self.wait_ms}")
-        _require(
+        require(self.max_size >= 1, f"max_size must be at least 1, got {self.max_size}")
+        require(self.wait_ms >= 0, f"wait_ms must not be negative, got {self.wait_ms}")
+        require(
             self.max_queued >= self.max_size,
             f"max_queued ({self.max_queued}) must be at least max_size ({self.max_size}), or no batch can fill",
         )
@@ -104,7 +99,7 @@ class ModelRunConfig:
 
     def __post_init__(self) -> None:
         """Check that a model is named."""
-        _require(bool(self.model.strip()), "model is empty: name the folder of an exported checkpoint")
+        require(bool(self.model.strip()), "model is empty: name the folder of an exported checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +116,9 @@ class GenerateConfig(ModelRunConfig):
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
-        _require(bool(self.output.strip()), "output is empty: name a folder for the videos")
-        _require(self.seeds_per_prompt >= 1, f"seeds_per_prompt must be at least 1, got {self.seeds_per_prompt}")
-        _require(0 <= self.seed <= MAX_SEED - self.seeds_per_prompt, f"seed must be in 0..2^63-1, got {self.seed}")
+        require(bool(self.output.strip()), "output is empty: name a folder for the videos")
+        require(self.seeds_per_prompt >= 1, f"seeds_per_prompt must be at least 1, got {self.seeds_per_prompt}")
+        require(0 <= self.seed <= MAX_SEED - self.seeds_per_prompt, f"seed must be in 0..2^63-1, got {self.seed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,13 +136,13 @@ class ServeConfig(ModelRunConfig):
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
-        _require(1 <= self.port <= 65535, f"port must be in 1..65535, got {self.port}")
-        _require(self.timeout_s > 0, f"timeout_s must be positive, got {self.timeout_s}")
-        _require(
+        require(1 <= self.port <= 65535, f"port must be in 1..65535, got {self.port}")
+        require(self.timeout_s > 0, f"timeout_s must be positive, got {self.timeout_s}")
+        require(
             self.max_steps >= self.sampling.num_steps,
             f"max_steps ({self.max_steps}) must be at least sampling.num_steps ({self.sampling.num_steps})",
         )
-        _require(self.token is None or bool(self.token.strip()), "token is empty: leave it out, or set a secret")
+        require(self.token is None or bool(self.token.strip()), "token is empty: leave it out, or set a secret")
 
     @property
     def is_loopback(self) -> bool:

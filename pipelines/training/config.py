@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from lumos.config import MaskConfig, ModelConfig, RopeKind
+from lumos.config import MaskConfig, ModelConfig, RopeKind, require
 from lumos.layout import PromptTemplate
 from lumos.tokenizers.video import TokenizerConfig
 from lumos.vocabulary import Vocabulary
@@ -12,11 +12,6 @@ from pipelines.config import config_hash, config_to_dict
 
 # Keys that decide how a run is carried out and not what it computes: a run may be continued with others.
 _OPERATIONAL = ("output", "num_workers", "micro_batch", "resources", "checkpoint", "tracking", "progress")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +29,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _require(0.0 <= self.caption_drop <= 1.0, f"caption_drop must be in [0, 1], got {self.caption_drop}")
-        _require(
+        require(0.0 <= self.caption_drop <= 1.0, f"caption_drop must be in [0, 1], got {self.caption_drop}")
+        require(
             self.grid_unit > 0 and self.grid_unit % 8 == 0,
             f"grid_unit must be a positive multiple of 8 px, got {self.grid_unit}",
         )
@@ -92,16 +87,16 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         for name in ("lr", "muon_lr", "eps"):
-            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         for name in ("warmup_steps", "weight_decay", "clip_norm", "z_loss_weight"):
-            _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("beta1", "beta2", "muon_momentum"):
-            _require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")
-        _require(
+            require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")
+        require(
             self.kind == "adamw" or self.clip_norm == 0,
             f"clip_norm is {self.clip_norm:g}; it must be 0 with kind muon, whose updates need no clipping",
         )
-        _require(0 <= self.min_lr_ratio <= 1, f"min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
+        require(0 <= self.min_lr_ratio <= 1, f"min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +112,8 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         for name in ("every", "keep"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        _require(self.max_failures >= 0, f"max_failures must not be negative, got {self.max_failures}")
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        require(self.max_failures >= 0, f"max_failures must not be negative, got {self.max_failures}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,10 +130,10 @@ class ResourceConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         for name in ("cpus_per_worker", "cpus_per_loader"):
-            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         for name in ("steps_per_block", "prefetch_steps"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        _require(
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        require(
             self.threads_per_worker is None or self.threads_per_worker >= 1,
             f"threads_per_worker must be at least 1, got {self.threads_per_worker}",
         )
@@ -148,14 +143,14 @@ class ResourceConfig:
 class TrackingConfig:
     """Where MLflow keeps the run."""
 
-    uri: str | None = None  # none: an SQLite file in the output folder
+    uri: str | None = None  # none: the SQLite file mlruns.db beside the output, which all runs of that folder share
     experiment: str = "lumos"
     run_name: str | None = None
     flush_seconds: float = 5.0  # metrics are sent in batches this far apart
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _require(self.flush_seconds >= 0, f"flush_seconds must not be negative, got {self.flush_seconds}")
+        require(self.flush_seconds >= 0, f"flush_seconds must not be negative, got {self.flush_seconds}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +163,7 @@ class TrainConfig:
 
     KIND: ClassVar[str] = "train"
 
-    output: str  # checkpoints, metrics, MLflow's default store and the export go here; a rerun continues from it
+    output: str  # checkpoints, metrics and the export go here; a rerun continues from it
     data: DataConfig
     model: ModelShape
     mask: MaskConfig = field(default_factory=MaskConfig)
@@ -189,14 +184,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Check that the sizes fit together."""
         for name in ("steps", "global_batch", "micro_batch", "num_workers"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         per_pass = self.num_workers * self.micro_batch
-        _require(
+        require(
             self.global_batch % per_pass == 0,
             f"global_batch = {self.global_batch} is not a multiple of num_workers x micro_batch = {self.num_workers} x "
             f"{self.micro_batch} = {per_pass}; nearest that are: {_nearest_multiples(self.global_batch, per_pass)}",
         )
-        _require(
+        require(
             self.optimizer.warmup_steps <= self.steps,
             f"optimizer.warmup_steps = {self.optimizer.warmup_steps} exceeds steps = {self.steps}",
         )

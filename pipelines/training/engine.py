@@ -5,7 +5,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -29,32 +29,7 @@ _OURS = (
 )
 
 
-class Engine(Protocol):
-    """The part of ``deepspeed.DeepSpeedEngine`` used here."""
-
-    module: Any
-    optimizer: Any
-
-    def __call__(self, *args: Any) -> Any:
-        """Forward pass of the wrapped module."""
-
-    def backward(self, loss: Tensor) -> Any:
-        """Backward pass of one micro-batch."""
-
-    def step(self) -> Any:
-        """Update at the end of an accumulation, nothing before it."""
-
-    def get_global_grad_norm(self) -> float | None:
-        """Norm of the last update's gradient before clipping; None without ZeRO in float32."""
-
-    def zero_optimization_stage(self) -> int:
-        """The ZeRO stage."""
-
-    def save_checkpoint(self, save_dir: str, **options: Any) -> Any:
-        """Write this worker's part of a checkpoint; every worker must call it."""
-
-    def load_checkpoint(self, load_dir: str, **options: Any) -> tuple[str | None, Any]:
-        """Read a checkpoint; every worker must call it."""
+Engine: TypeAlias = Any  # deepspeed.DeepSpeedEngine: the package has no types, and its import is left to the workers
 
 
 def read_deepspeed_file(name: str) -> dict[str, Any]:
@@ -132,8 +107,7 @@ def make_engine(module: nn.Module, config: TrainConfig) -> Engine:
     optimizer = _muon(module, config.optimizer) if config.optimizer.kind == "muon" else _adamw(module, config.optimizer)
     settings = engine_settings(config)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
-    made: Engine = engine
-    return made
+    return engine
 
 
 def _adamw(module: nn.Module, options: OptimizerConfig) -> torch.optim.Optimizer:

@@ -30,10 +30,10 @@ from lumos.masking import sample_masked_positions
 from lumos.tokenizers.text import TextTokenizer
 from lumos.vocabulary import CELL, Vocabulary
 from pipelines.data.snapshot import Shard, Snapshot
+from pipelines.streams import numpy_stream, torch_stream
+from pipelines.training.batch_plan import BatchPlan, PlannedStep, rank_rows
 from pipelines.training.config import DataConfig
-from pipelines.training.plan import BatchPlan, PlannedStep, rank_rows
 from pipelines.training.step import PackedBatch, StepBatch
-from pipelines.training.streams import numpy_stream, torch_stream
 
 _COLUMNS = ["clip_id", "captions", "fps", "codes"]
 _CACHED_BYTES = 512 << 20  # shard tables a loader keeps

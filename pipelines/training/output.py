@@ -1,10 +1,9 @@
 """The output folder of a run: what is in it, and whether a run may continue there."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -15,7 +14,7 @@ import pyarrow.fs
 from pipelines import storage
 from pipelines.config import config_hash, config_to_yaml, provenance
 from pipelines.errors import UserError
-from pipelines.tracking import flatten, sqlite_uri
+from pipelines.tracking import TrackingStore, flatten
 from pipelines.training.config import TrainConfig
 
 _SHOWN_DIFFERENCES = 6
@@ -52,11 +51,9 @@ class Output:
         self.config_file = self.folder / "config.yaml"
         self.metrics_file = self.folder / "metrics.jsonl"
         self.export = self.folder / "export"
-        self.artifacts = self.folder / "mlflow-artifacts"
         self.storage = _storage(config, snapshot_digest) or str(self.folder / "checkpoints")
-        self.tracking_uri = config.tracking.uri or sqlite_uri(self.folder)
+        self.store = TrackingStore.choose(config.tracking.uri, self.folder)
         self._file = self.folder / "run.json"
-        self._building = self.folder / "run.tmp"
         self.run = self._open(config, snapshot_digest)
 
     @contextmanager
@@ -86,15 +83,13 @@ class Output:
     def update(self, **changes: Any) -> None:
         """Change the run file."""
         self.run = replace(self.run, **changes)
-        building = self._building
-        building.write_text(json.dumps(asdict(self.run), indent=2) + "\n")
-        with building.open() as file:
-            os.fsync(file.fileno())
-        building.replace(self._file)
+        storage.write_json_atomic(str(self._file), asdict(self.run))
 
     def _open(self, config: TrainConfig, snapshot_digest: str) -> RunFile:
         if not self._file.exists():
-            if self.folder.exists() and set(self.folder.iterdir()) - {self._building, self.folder / _LOCK}:
+            # A kill may have left a lock, or a part of the run file under another name.
+            begun = (_LOCK, f".{self._file.name}.")
+            if self.folder.exists() and not all(path.name.startswith(begun) for path in self.folder.iterdir()):
                 raise UserError(
                     f"output = {self.folder} is not empty and holds no training run: name another folder, or empty it"
                 )
@@ -102,8 +97,15 @@ class Output:
                 key=uuid4().hex, identity=config.identity(), snapshot_digest=snapshot_digest, provenance=provenance()
             )
         try:
-            found = RunFile(**json.loads(self._file.read_text()))
-        except (ValueError, TypeError) as error:
+            raw = json.loads(self._file.read_text())
+            unknown = sorted(raw.keys() - {each.name for each in fields(RunFile)})
+            if unknown:
+                raise UserError(
+                    f"{self._file} was written by a newer lumos (it has {', '.join(unknown)}): install the lumos-ray "
+                    f"that wrote it ({raw.get('provenance', {}).get('lumos')}), or name another output"
+                )
+            found = RunFile(**raw)
+        except (AttributeError, ValueError, TypeError) as error:
             raise UserError(f"{self._file} cannot be read ({error}): name another output") from error
         differences = _differences(found.identity, config.identity())
         if found.snapshot_digest != snapshot_digest:

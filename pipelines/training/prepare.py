@@ -17,11 +17,11 @@ from pipelines.config import config_to_dict
 from pipelines.data.snapshot import Snapshot, open_snapshot
 from pipelines.errors import UserError
 from pipelines.storage import is_local
+from pipelines.training.batch_plan import BatchPlan
 from pipelines.training.config import TrainConfig
 from pipelines.training.engine import read_deepspeed_file
 from pipelines.training.export import ExportSpec
 from pipelines.training.ingest import IngestSpec
-from pipelines.training.plan import BatchPlan
 
 
 @dataclass(frozen=True)
@@ -82,15 +82,11 @@ def prepare(config: TrainConfig) -> Prepared:
 
 
 def _open_snapshot(config: TrainConfig) -> Snapshot:
-    asked = config.data.tokenizer
-    if asked is None:
-        snapshot = open_snapshot(config.data.dataset)
-    else:
-        try:
-            tokenizer = load_video_tokenizer(asked)
-        except (FileNotFoundError, ValueError) as error:
-            raise UserError(f"data.tokenizer: {error}") from error
-        snapshot = open_snapshot(config.data.dataset, expected_tokenizer=tokenizer)
+    try:
+        tokenizer = load_video_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"data.tokenizer: {error}") from error
+    snapshot = open_snapshot(config.data.dataset, expected_tokenizer=tokenizer)
     if is_local(snapshot.uri):  # workers have another working directory
         snapshot = replace(snapshot, uri=os.path.abspath(snapshot.uri.removeprefix("file://")))
     return snapshot

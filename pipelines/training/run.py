@@ -17,15 +17,22 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from tqdm import tqdm
 
-from pipelines.cluster import connect
+from pipelines.cluster import connect, lacking
 from pipelines.config import config_to_dict
 from pipelines.errors import JobError, UserError
-from pipelines.tracking import Tracker
-from pipelines.training import state
+from pipelines.tracking import Tracker, TrackingStore
+from pipelines.training.checkpoints import (
+    StoredCheckpoint,
+    copy_export,
+    find_checkpoints,
+    next_attempt,
+    prune,
+    read_history,
+)
 from pipelines.training.config import TrainConfig
-from pipelines.training.history import History, Recorder, StepRecord, start_relay
 from pipelines.training.output import Output
 from pipelines.training.prepare import Prepared, prepare
+from pipelines.training.record import History, Recorder, StepRecord, start_relay
 from pipelines.training.worker import Job, train_worker
 
 
@@ -35,7 +42,7 @@ class TrainResult:
 
     export_dir: Path
     run_id: str  # of MLflow
-    tracking_uri: str
+    store: TrackingStore  # of MLflow
     records: tuple[StepRecord, ...]  # one per step, from the first
 
     @property
@@ -63,19 +70,22 @@ def train(config: TrainConfig) -> TrainResult:
     """
     prepared = prepare(config)
     output = Output(config, snapshot_digest=prepared.snapshot.digest)
+    if output.store.in_output:
+        where = f"{output.folder} began with an MLflow store of its own and goes on in it"
+        tqdm.write(f"{where}: {output.store.how_to_open}", file=sys.stderr)
     with output.held():
         return _continue(config, prepared, output)
 
 
 def _continue(config: TrainConfig, prepared: Prepared, output: Output) -> TrainResult:
-    checkpoints = state.find_checkpoints(output.storage)
+    checkpoints = find_checkpoints(output.storage)
     latest = checkpoints[0] if checkpoints else None
     _check_continuation(config, latest)
     output.begin(config)
     history = History(output.metrics_file)
     if latest is not None:
-        history.add(map(StepRecord.from_line, state.read_history(latest)))
-    if latest is not None and _is_last(config, latest):
+        history.add(read_history(latest))
+    if latest is not None and latest.state.exported and latest.state.step >= config.steps:
         return _finish(output, history, latest, _open_tracker(config, output, prepared))
     with ThreadPoolExecutor(1) as background:
         opening = background.submit(_open_tracker, config, output, prepared)  # takes seconds, and so does joining Ray
@@ -83,18 +93,18 @@ def _continue(config: TrainConfig, prepared: Prepared, output: Output) -> TrainR
             with connect():
                 _check_cluster(config)
                 tracker = opening.result()
-                state.prune(output.storage, checkpoints[: config.checkpoint.keep])
+                prune(output.storage, checkpoints[: config.checkpoint.keep])
                 _fit(config, output, prepared, history, latest=latest, tracker=tracker)
         except BaseException as error:
             if opening.exception() is None:
                 opening.result().abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
-    checkpoints = state.find_checkpoints(output.storage)
-    state.prune(output.storage, checkpoints[: config.checkpoint.keep])
+    checkpoints = find_checkpoints(output.storage)
+    prune(output.storage, checkpoints[: config.checkpoint.keep])
     return _finish(output, history, checkpoints[0], tracker)
 
 
-def _check_continuation(config: TrainConfig, latest: state.StoredCheckpoint | None) -> None:
+def _check_continuation(config: TrainConfig, latest: StoredCheckpoint | None) -> None:
     if latest is None:
         return
     where = latest.checkpoint.path
@@ -107,35 +117,26 @@ def _check_continuation(config: TrainConfig, latest: state.StoredCheckpoint | No
         )
 
 
-def _is_last(config: TrainConfig, stored: state.StoredCheckpoint) -> bool:
-    return stored.state.exported and stored.state.step >= config.steps
-
-
 def _check_cluster(config: TrainConfig) -> None:
     """Refuse a cluster on which the run would wait for ever."""
-    has = ray.cluster_resources()
-    needed = {"CPU": config.num_workers * (config.resources.cpus_per_worker + config.resources.cpus_per_loader)}
-    if config.resources.device == "gpu":
-        needed["GPU"] = float(config.num_workers)
-    for name, amount in needed.items():
-        if has.get(name, 0) < amount:
-            raise UserError(
-                f"num_workers = {config.num_workers} workers and their loaders need {amount:g} {name}, the cluster has "
-                f"{has.get(name, 0):g}: lower num_workers, resources.cpus_per_worker or resources.cpus_per_loader, or "
-                "set resources.device"
-            )
+    lack = lacking([_worker_resources(config), {"CPU": config.resources.cpus_per_loader}] * config.num_workers)
+    if lack:
+        raise UserError(
+            f"num_workers = {config.num_workers} workers and their loaders need {lack}: lower num_workers, "
+            "resources.cpus_per_worker or resources.cpus_per_loader, or set resources.device"
+        )
+
+
+def _worker_resources(config: TrainConfig) -> dict[str, float]:
+    gpus = {"GPU": 1.0} if config.resources.device == "gpu" else {}
+    return {"CPU": config.resources.cpus_per_worker, **gpus}
 
 
 def _open_tracker(config: TrainConfig, output: Output, prepared: Prepared) -> Tracker:
     tracking, snapshot = config.tracking, prepared.snapshot
-    artifacts = None
-    if tracking.uri is None:
-        output.artifacts.mkdir(exist_ok=True)
-        artifacts = output.artifacts.as_uri()
     tracker = Tracker(
-        output.tracking_uri,
+        output.store,
         experiment=tracking.experiment,
-        artifacts=artifacts,
         key=output.run.key,
         run_name=tracking.run_name or output.folder.name,
     )
@@ -163,7 +164,7 @@ def _fit(
     prepared: Prepared,
     history: History,
     *,
-    latest: state.StoredCheckpoint | None,
+    latest: StoredCheckpoint | None,
     tracker: Tracker,
 ) -> None:
     """Run the workers to the last checkpoint, following them."""
@@ -175,7 +176,8 @@ def _fit(
         export=prepared.export,
         relay=relay,
         resume_from=latest.checkpoint if latest else None,
-        threads=config.resources.threads_per_worker or _default_threads(config),
+        # Unless named, as if all workers shared this machine.
+        threads=config.resources.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // config.num_workers),
     )
     bar = tqdm(
         total=config.steps, initial=history.last_step, desc="train", unit="step", disable=not config.progress,
@@ -187,9 +189,9 @@ def _fit(
         bar.update(1)
 
     recorder = Recorder(
-        relay,
-        history,
-        tracker,
+        relay=relay,
+        history=history,
+        tracker=tracker,
         flush_seconds=config.tracking.flush_seconds,
         on_record=show,
         on_sent=lambda sent: output.update(sent=sent),
@@ -225,12 +227,10 @@ def _interruptible() -> Iterator[None]:
 
 def _trainer(job: Job, output: Output) -> TorchTrainer:
     config = job.config
-    resources: dict[str, float] = {"CPU": config.resources.cpus_per_worker}
-    use_gpu = config.resources.device == "gpu"
-    if use_gpu:
-        resources["GPU"] = 1
+    resources = _worker_resources(config)
+    use_gpu = "GPU" in resources
     run_config: Any = RunConfig(  # its static type in Ray is that of Train V1
-        name=state.next_attempt(output.storage),
+        name=next_attempt(output.storage),
         storage_path=output.storage,
         failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
         checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
@@ -245,11 +245,6 @@ def _trainer(job: Job, output: Output) -> TorchTrainer:
     )
 
 
-def _default_threads(config: TrainConfig) -> int:
-    """Threads of torch per worker, if all workers share this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // config.num_workers)
-
-
 def _reason(error: Exception) -> str:
     """What went wrong, in one line: the first worker's own error where there is one."""
     failures = getattr(error, "worker_failures", None) or {}
@@ -262,9 +257,9 @@ def _kept(output: Output, history: History) -> str:
     return f"{history.last_step} steps are in {output.folder}; the same command continues from the last checkpoint"
 
 
-def _finish(output: Output, history: History, last: state.StoredCheckpoint, tracker: Tracker) -> TrainResult:
+def _finish(output: Output, history: History, last: StoredCheckpoint, tracker: Tracker) -> TrainResult:
     """Bring the finished model out of the last checkpoint and close the run."""
-    state.copy_export(last, output.export)
+    copy_export(last, output.export)
     if not output.run.finished:
         tracker.log_metrics([record.metrics() for record in history.records[output.run.sent :]])
         tracker.log_artifacts(output.export, "export")
@@ -273,6 +268,6 @@ def _finish(output: Output, history: History, last: state.StoredCheckpoint, trac
     return TrainResult(
         export_dir=output.export,
         run_id=tracker.run_id,
-        tracking_uri=output.tracking_uri,
+        store=output.store,
         records=tuple(history.records),
     )

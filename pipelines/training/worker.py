@@ -14,14 +14,14 @@ from ray.train import Checkpoint
 
 from lumos.checkpoint import load_weights
 from lumos.decoder import Decoder
-from pipelines.training import state
+from pipelines.streams import torch_stream
+from pipelines.training.checkpoints import LoopState, restore, save
 from pipelines.training.config import TrainConfig
 from pipelines.training.engine import Engine, gather_weights, make_engine, prepare_process
 from pipelines.training.export import ExportSpec, write_export
-from pipelines.training.history import StepRecord
 from pipelines.training.ingest import IngestSpec, step_batches
+from pipelines.training.record import StepRecord
 from pipelines.training.step import LossModule, StepBatch, StepResult, TrainStep
-from pipelines.training.streams import torch_stream
 
 _PUSH_SECONDS = 0.5
 
@@ -33,7 +33,7 @@ class Job:
     config: TrainConfig
     ingest: IngestSpec
     export: ExportSpec
-    relay: Any  # handle of history.Relay
+    relay: Any  # handle of record.Relay
     resume_from: Checkpoint | None  # of an earlier driver; Ray Train's own latest one comes first
     threads: int
 
@@ -87,12 +87,12 @@ class Worker:
             load_weights(model, self.config.init_from)
         return model
 
-    def _restore(self) -> state.LoopState:
+    def _restore(self) -> LoopState:
         checkpoint = ray.train.get_checkpoint() or self.job.resume_from
         if checkpoint is None:
             return self._state()
         with checkpoint.as_directory() as folder:
-            found, self.history = state.restore(self.engine, Path(folder))
+            found, self.history = restore(self.engine, Path(folder))
         self.done = found.step
         self.pushed = len(self.history)  # the driver takes these from the checkpoint itself
         return found
@@ -134,8 +134,8 @@ class Worker:
             self.pushed = len(self.history)
             self.pushed_at = time.monotonic()
 
-    def _state(self, *, exported: bool = False) -> state.LoopState:
-        return state.LoopState(
+    def _state(self, *, exported: bool = False) -> LoopState:
+        return LoopState(
             step=self.done,
             num_workers=self.config.num_workers,
             identity_hash=self.config.identity_hash(),
@@ -144,7 +144,7 @@ class Worker:
 
     def _save(self, *, export: Path | None = None, exported: bool = False) -> None:
         self._push()  # before the checkpoint can be resumed from, so that the driver misses no step of it
-        state.save(self.engine, self._state(exported=exported), self.history, rank=self.rank, export=export)
+        save(self.engine, self._state(exported=exported), self.history, rank=self.rank, export=export)
 
     def _save_last(self) -> None:
         weights = gather_weights(self.module.decoder, keep=self.rank == 0)

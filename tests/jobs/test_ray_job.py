@@ -65,7 +65,7 @@ def submit(request):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_curate_train_generate_as_ray_jobs(submit, tmp_path):
-    from pipelines.demo.corpus import write_corpus
+    from pipelines.sample_corpus import write_corpus
 
     write_corpus(tmp_path / "corpus", 0, 24)
     submit("jobs/curate.py", "demo", f"source.path={tmp_path / 'corpus'}", f"dataset={tmp_path / 'dataset'}")

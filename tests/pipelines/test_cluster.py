@@ -5,7 +5,7 @@ from pathlib import Path
 
 import ray
 
-from pipelines.cluster import connect
+from pipelines.cluster import connect, lacking
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -16,6 +16,20 @@ def test_an_existing_connection_is_used_and_left_open(ray_cluster):
         assert ray.get_runtime_context().get_node_id() == before
         assert ray.cluster_resources()["CPU"] == 6
     assert ray.is_initialized()
+
+
+def test_what_a_cluster_lacks_is_told_with_what_there_is(ray_cluster):
+    assert lacking([{"CPU": 2.0, "GPU": 0.0}] * 3) == ""
+    assert lacking([{"CPU": 2.0}] * 3 + [{"CPU": 0.5}]) == "6.5 CPU (there is 6)"
+    assert lacking([{"CPU": 7.0, "GPU": 1.0}]) == "7 CPU (there is 6), 1 GPU (there is 0)"
+
+
+def test_a_process_must_fit_on_one_node(monkeypatch):
+    nodes = [{"Alive": alive, "Resources": {"CPU": cpus}} for cpus, alive in ((4.0, True), (3.0, True), (16.0, False))]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert lacking([{"CPU": 4.0}, {"CPU": 3.0}]) == ""
+    assert lacking([{"CPU": 5.0}]) == "5 CPU on one node (there is 4)"
+    assert lacking([{"CPU": 4.0}] * 2) == "8 CPU (there is 7)"
 
 
 def test_a_local_cluster_is_started_quietly_with_spare_cpus_and_stopped(tmp_path):

@@ -1,8 +1,14 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from mlflow.tracking import MlflowClient
 
 from pipelines.errors import UserError
-from pipelines.tracking import MetricRow, Tracker, flatten, sqlite_uri
+from pipelines.tracking import MetricRow, Tracker, TrackingStore, flatten
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -11,8 +17,7 @@ def folder(tmp_path_factory):
 
 
 def open_tracker(folder, key="one"):
-    artifacts = (folder / "artifacts").as_uri()
-    return Tracker(sqlite_uri(folder), experiment="test", artifacts=artifacts, key=key, run_name="name")
+    return Tracker(TrackingStore.choose(None, folder / "run"), experiment="test", key=key, run_name="name")
 
 
 def test_a_run_is_resumed_by_its_key_and_holds_each_step_once(folder, tmp_path):
@@ -31,7 +36,7 @@ def test_a_run_is_resumed_by_its_key_and_holds_each_step_once(folder, tmp_path):
     again.set_tags({"git_commit": "abc"})
     again.finish()
 
-    client = MlflowClient(sqlite_uri(folder))
+    client = MlflowClient(f"sqlite:///{folder / 'mlruns.db'}")
     history = client.get_metric_history(first.run_id, "loss")
     assert [metric.step for metric in history] == list(range(1, 601))
     run = client.get_run(first.run_id)
@@ -50,7 +55,55 @@ def test_another_key_is_another_run_of_the_experiment(folder):
 
 def test_a_store_that_cannot_be_opened_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"tracking.uri = file:///.*: cannot open experiment 'test'"):
-        Tracker(f"file://{tmp_path}", experiment="test", artifacts=None, key="k", run_name=None)
+        Tracker(TrackingStore(f"file://{tmp_path}"), experiment="test", key="k", run_name=None)
+
+
+def test_a_folder_that_cannot_hold_a_store_is_an_error(tmp_path):
+    (tmp_path / "mlruns.db.lock").mkdir()  # root may write into any folder, but not into a folder as a file
+    with pytest.raises(UserError, match=r"tracking.uri = sqlite:///.*mlruns.db: cannot open experiment 'test'"):
+        open_tracker(tmp_path)
+
+
+# Started twice at once in a folder without a store.
+START = """
+import sys, time
+from pathlib import Path
+from mlflow.tracking import MlflowClient
+from pipelines.tracking import MetricRow, TrackingStore, Tracker
+name, folder = sys.argv[1], Path(sys.argv[2])
+(folder / f"{name}-is-ready").touch()
+while len(list(folder.glob("*-is-ready"))) < 2:
+    time.sleep(0.001)
+tracker = Tracker(TrackingStore.choose(None, folder / name), experiment="both", key=name, run_name=name)
+for step in range(40):
+    tracker.log_metrics([MetricRow(step=step, time=1000.0 + step, values={"loss": float(step)})])
+tracker.finish()
+"""
+
+
+def test_two_runs_may_start_at_once_in_one_folder(tmp_path):
+    command = [sys.executable, "-c", START]
+    runs = [
+        subprocess.Popen([*command, name, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for name in ("one", "two")
+    ]
+    for run in runs:
+        _, said = run.communicate(timeout=240)
+        assert run.returncode == 0, said
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlruns.db'}")
+    found = client.search_runs([client.get_experiment_by_name("both").experiment_id])
+    assert sorted(run.info.run_name for run in found) == ["one", "two"]
+    for run in found:
+        assert run.info.status == "FINISHED"
+        assert [each.step for each in client.get_metric_history(run.info.run_id, "loss")] == list(range(40))
+
+
+def test_a_store_says_how_it_is_opened(tmp_path):
+    folder = tmp_path / "my runs"
+    command = f"mlflow ui --backend-store-uri 'sqlite:///{folder}/mlruns.db'"
+    assert TrackingStore.choose(None, folder / "a").how_to_open == command
+    assert TrackingStore.choose("http://127.0.0.1:5000", folder / "a") == TrackingStore("http://127.0.0.1:5000")
+    assert TrackingStore("http://127.0.0.1:5000").how_to_open == "http://127.0.0.1:5000"
 
 
 def test_flatten_joins_keys():

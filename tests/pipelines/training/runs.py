@@ -1,4 +1,4 @@
-"""Configs of runs that take moments."""
+"""Configs and records of runs that take moments."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from pipelines.training.config import (
     TrackingConfig,
     TrainConfig,
 )
+from pipelines.training.record import StepRecord
 
 TINY = ModelShape(
     hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=32, max_seq_len=512
@@ -35,3 +36,21 @@ def tiny_config(dataset: Path, output: Path, **changes: Any) -> TrainConfig:
         progress=False,
     )
     return replace(config, **changes)
+
+
+def step_record(step: int, loss: float = 1.0) -> StepRecord:
+    return StepRecord(
+        step=step,
+        time=1000.0 + step,
+        loss=loss,
+        frame_losses=(loss, loss / 2),
+        lr=0.1,
+        grad_norm=1.0,
+        tokens=10,
+        tokens_per_s=5.0,
+        step_seconds=2.0,
+        data_wait=0.0,
+        masked_share=0.7,
+        masked_tokens=7,
+        epoch=0,
+    )

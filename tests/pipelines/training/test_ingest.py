@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lumos.layout import parse
+from pipelines.training.batch_plan import BatchPlan
 from pipelines.training.ingest import ShardCache, StepLoader, unpack
-from pipelines.training.plan import BatchPlan
 from pipelines.training.prepare import prepare
 from tests.pipelines.training.runs import tiny_config
 from tests.pipelines.training.snapshots import write_snapshot

@@ -112,6 +112,17 @@ def test_two_drivers_cannot_train_into_one_output(config):
         pass
 
 
+def test_an_output_of_a_newer_program_is_refused(config, tmp_path):
+    Output(config, snapshot_digest="a" * 64).begin(config)
+    file = tmp_path / "out" / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2}))
+    with pytest.raises(UserError, match=r"run.json was written by a newer lumos \(it has format\): install"):
+        Output(config, snapshot_digest="a" * 64)
+    file.write_text("[]")
+    with pytest.raises(UserError, match=r"run.json cannot be read"):
+        Output(config, snapshot_digest="a" * 64)
+
+
 def test_an_output_of_another_run_is_an_error(config, tmp_path):
     Output(config, snapshot_digest="a" * 64).begin(config)
     assert Output(replace(config, progress=True), snapshot_digest="a" * 64).run.key

@@ -4,11 +4,13 @@ import signal
 from dataclasses import replace
 
 import pytest
+from mlflow.tracking import MlflowClient
 
-from pipelines.tracking import sqlite_uri
+from pipelines.tracking import Tracker, TrackingStore
+from pipelines.training import run as run_module
 from pipelines.training.output import Output
 from pipelines.training.prepare import prepare
-from pipelines.training.run import _interruptible, _open_tracker
+from pipelines.training.run import _interruptible, _open_tracker, train
 from tests.pipelines.training.runs import tiny_config
 from tests.pipelines.training.snapshots import write_snapshot
 
@@ -35,7 +37,47 @@ def test_another_store_gets_all_steps(tmp_path):
     output.update(sent=10, finished=True)
     assert _open_tracker(config, output, prepared).run_id == first.run_id
     assert (output.run.sent, output.run.finished) == (10, True)
-    elsewhere = replace(config, tracking=replace(config.tracking, uri=sqlite_uri(tmp_path)))
+    elsewhere = replace(config, tracking=replace(config.tracking, uri=f"sqlite:///{tmp_path / 'other.db'}"))
     moved = Output(elsewhere, snapshot_digest=prepared.snapshot.digest)
     assert _open_tracker(elsewhere, moved, prepared).run_id != first.run_id
     assert (moved.run.sent, moved.run.finished) == (0, False)
+
+
+def test_two_runs_of_one_folder_stand_in_one_experiment(tmp_path):
+    dataset = write_snapshot(tmp_path / "dataset", {(2, 4, 4): 13})
+    ids = set()
+    for name in ("first", "second"):
+        config = tiny_config(dataset, tmp_path / "runs" / name)
+        prepared = prepare(config)
+        output = Output(config, snapshot_digest=prepared.snapshot.digest)
+        output.begin(config)
+        ids.add(_open_tracker(config, output, prepared).run_id)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlruns.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("lumos").experiment_id])
+    assert {run.info.run_id for run in runs} == ids
+    assert {run.info.run_name for run in runs} == {"first", "second"}
+    for run in runs:
+        assert run.info.artifact_uri.startswith((tmp_path / "runs" / "mlartifacts").as_uri())
+        assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["config.yaml"]
+    assert not list((tmp_path / "runs").glob("*/mlflow*"))
+
+
+def test_a_run_with_a_store_in_its_output_goes_on_in_it(tmp_path, monkeypatch, capsys):
+    config = tiny_config(write_snapshot(tmp_path / "dataset", {(2, 4, 4): 13}), tmp_path / "out")
+    prepared = prepare(config)
+    output = Output(config, snapshot_digest=prepared.snapshot.digest)
+    output.begin(config)
+    older = TrackingStore(
+        f"sqlite:///{tmp_path / 'out' / 'mlflow.db'}", (tmp_path / "out" / "mlflow-artifacts").as_uri()
+    )
+    begun = Tracker(older, experiment="lumos", key=output.run.key, run_name="out")
+    resumed = Output(config, snapshot_digest=prepared.snapshot.digest)
+    tracker = _open_tracker(config, resumed, prepared)
+    assert (tracker.resumed, tracker.run_id) == (True, begun.run_id)
+    assert not (tmp_path / "mlruns.db").exists()
+
+    monkeypatch.setattr(run_module, "_continue", lambda *_: None)
+    train(config)
+    said = capsys.readouterr().err
+    assert "goes on in it: mlflow ui --backend-store-uri sqlite:///" in said
+    assert f"{tmp_path}/out/mlflow.db" in said

@@ -25,13 +25,13 @@ from lumos.tokenizers.text import TextTokenizer
 from pipelines.cluster import connect
 from pipelines.config import config_to_yaml
 from pipelines.errors import JobError, UserError
+from pipelines.streams import torch_stream
 from pipelines.training.config import OptimizerConfig
-from pipelines.training.history import StepRecord
 from pipelines.training.ingest import StepLoader, unpack
 from pipelines.training.prepare import prepare
+from pipelines.training.record import StepRecord
 from pipelines.training.run import TrainResult, train
 from pipelines.training.step import LossModule
-from pipelines.training.streams import torch_stream
 from tests.pipelines.training.runs import tiny_config
 from tests.pipelines.training.snapshots import write_snapshot
 
@@ -69,8 +69,9 @@ def metrics_lines(output: Path) -> list[str]:
 
 def check_tracked_once(result: TrainResult) -> None:
     """One run, with every step once, as in ``metrics.jsonl``."""
-    client = MlflowClient(result.tracking_uri)
-    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    client = MlflowClient(result.store.uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(experiments, f"attributes.run_name = '{result.export_dir.parent.name}'")
     assert [run.info.run_id for run in runs] == [result.run_id]
     assert runs[0].info.status == "FINISHED"
     history = client.get_metric_history(result.run_id, "loss")
@@ -133,7 +134,7 @@ def test_export_is_what_generation_reads(uninterrupted):
 
 def test_mlflow_has_the_run(uninterrupted):
     check_tracked_once(uninterrupted)
-    client = MlflowClient(uninterrupted.tracking_uri)
+    client = MlflowClient(uninterrupted.store.uri)
     run = client.get_run(uninterrupted.run_id)
     wanted = {"loss", "loss_frame_0", "loss_frame_1", "lr", "tokens_per_s", "step_seconds", "grad_norm", "data_wait"}
     assert wanted <= run.data.metrics.keys()
@@ -232,15 +233,52 @@ def test_a_run_with_constant_rate_can_be_made_longer(two_cpus, dataset, folder):
     assert load_checkpoint(longer.export_dir).extra["train_config"]["steps"] == 16
 
 
+def add_unknown_key(file: Path) -> None:
+    """As a newer program would have written it: a key more in each line."""
+    lines = [json.loads(line) | {"z_loss": 0.5} for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_resume_over_the_record_of_a_newer_program_keeps_it(two_cpus, dataset, folder):
+    output = folder / "newer"
+    config = tiny_config(dataset, output, num_workers=1, optimizer=OptimizerConfig(lr=3e-3), steps=3)
+    first = train(config)
+    (checkpoint,) = output.glob("checkpoints/*/step-*")
+    add_unknown_key(output / "metrics.jsonl")
+    add_unknown_key(checkpoint / "history.jsonl")
+    sizes = json.loads((checkpoint / "worker-00000.json").read_text())
+    sizes["history.jsonl"] = (checkpoint / "history.jsonl").stat().st_size
+    (checkpoint / "worker-00000.json").write_text(json.dumps(sizes))
+    before = metrics_lines(output)
+
+    longer = train(replace(config, steps=5))
+    assert losses(longer.records)[:3] == losses(first.records)
+    lines = metrics_lines(output)
+    assert lines[:3] == before
+    assert [json.loads(line).get("z_loss") for line in lines] == [0.5, 0.5, 0.5, None, None]
+    newest = max(output.glob("checkpoints/*/step-*"), key=lambda path: path.name)
+    assert (newest / "history.jsonl").read_text().splitlines() == lines
+    check_tracked_once(longer)
+    assert longer.store.uri == f"sqlite:///{folder / 'mlruns.db'}"
+
+    damaged = "\n".join([lines[0], lines[1][:50], *lines[2:]]) + "\n"
+    (output / "metrics.jsonl").write_text(damaged)
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2: .*move the file away"):
+        train(replace(config, steps=5))
+    assert (output / "metrics.jsonl").read_text() == damaged
+    (output / "metrics.jsonl").unlink()  # the remedy that the message names
+    assert train(replace(config, steps=5)).records == longer.records
+
+
 def test_a_loss_that_is_no_number_ends_the_run_with_a_reason(two_cpus, dataset, folder):
     config = tiny_config(dataset, folder / "nan", num_workers=1, optimizer=OptimizerConfig(lr=1e30))
     with pytest.raises(JobError, match=r"training stopped at step 2: loss is nan.*Lower optimizer.lr.*1 steps are in"):
         train(config)
     run = json.loads((folder / "nan" / "run.json").read_text())
-    tracked = MlflowClient(f"sqlite:///{folder / 'nan' / 'mlflow.db'}").get_run(run["run_id"])
+    tracked = MlflowClient(f"sqlite:///{folder / 'mlruns.db'}").get_run(run["run_id"])
     assert tracked.info.status == "FAILED"
 
 
 def test_a_cluster_that_is_too_small_is_an_error(two_cpus, dataset, folder):
-    with pytest.raises(UserError, match=r"num_workers = 4 workers and their loaders need 3 CPU, the cluster has 2"):
+    with pytest.raises(UserError, match=r"num_workers = 4 workers and their loaders need 3 CPU \(there is 2\): lower"):
         train(tiny_config(dataset, folder / "wide", num_workers=4))

@@ -2,7 +2,11 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from pipelines.training.state import LoopState, find_checkpoints, next_attempt, prune, read_history
+import pytest
+
+from pipelines.errors import UserError
+from pipelines.training.checkpoints import LoopState, find_checkpoints, next_attempt, prune, read_history
+from tests.pipelines.training.runs import step_record
 
 STEP = "step-0000000{}-0123abcd"
 
@@ -12,7 +16,7 @@ def write_checkpoint(storage: Path, name: str, step: int, num_workers: int = 2) 
     (folder / "engine").mkdir(parents=True)
     state = LoopState(step=step, num_workers=num_workers, identity_hash="x")
     (folder / "state.json").write_text(json.dumps(asdict(state)))
-    (folder / "history.jsonl").write_text("line\n" * step)
+    (folder / "history.jsonl").write_text("".join(step_record(n).to_line() + "\n" for n in range(1, step + 1)))
     for rank in range(num_workers):
         part = folder / "engine" / f"part-{rank}"
         part.write_bytes(b"0" * 100)
@@ -34,6 +38,23 @@ def test_only_complete_checkpoints_are_found(tmp_path):
     found = find_checkpoints(str(tmp_path))
     assert [stored.state.step for stored in found] == [20, 10]
     assert len(read_history(found[0])) == 20
+
+
+def test_a_checkpoint_of_a_newer_program_is_refused_and_kept(tmp_path):
+    folder = write_checkpoint(tmp_path, f"attempt-00001/{STEP.format(1)}", 3)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"elastic": True}))
+    with pytest.raises(UserError, match=r"is a checkpoint of a newer lumos \(its state has elastic\): install"):
+        find_checkpoints(str(tmp_path))
+
+
+def test_a_damaged_record_in_a_checkpoint_is_named(tmp_path):
+    folder = write_checkpoint(tmp_path, f"attempt-00001/{STEP.format(1)}", 3)
+    lines = (folder / "history.jsonl").read_text().splitlines()
+    (folder / "history.jsonl").write_text("\n".join([lines[0], lines[1][:30], lines[2]]) + "\n")
+    (found,) = find_checkpoints(str(tmp_path))
+    with pytest.raises(UserError, match=r"history.jsonl, line 2: not the record .* Move that checkpoint away"):
+        read_history(found)
 
 
 def test_prune_keeps_what_it_is_told_to(tmp_path):

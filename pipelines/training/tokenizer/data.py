@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from pipelines.demo import corpus
+from lumos.config import require
+from pipelines import sample_corpus as corpus
+from pipelines.data.settings import SourceConfig
 from pipelines.errors import UserError
-from pipelines.training.procedural import texture_clip
+from pipelines.training.tokenizer.procedural import texture_clip
 
-VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif"})
+VIDEO_SUFFIXES = SourceConfig.extensions
 SAMPLE_CORPUS = "sample-corpus"  # stands for held-out clips of the demo's corpus where a folder could be named
 
 Clips = UInt8[Tensor, "batch time height width 3"]
@@ -35,54 +37,43 @@ _SPAN = 1_000_000  # seeds of the sample corpus's clips: training below it, held
 
 @dataclass(frozen=True, kw_only=True)
 class ClipSource:
-    """What to train on.
+    """What to train on."""
 
-    Attributes:
-        videos: A video file or a folder of them (searched recursively); None trains on procedural clips alone.
-        max_video_clips: At most so many clips are taken from `videos`.
-        corpus_clips: Number of different clips of the sample corpus to render, as H.264 files read back.
-        texture_clips: Number of different procedural textures and sprites to draw.
-        size: Height and width of a training clip, px; a multiple of 8.
-        num_frames: Frames of a training clip, 1 + 4k.
-        fps: Frames per second that `videos` are brought to.
-        corpus_share: Share of a batch drawn from the sample corpus, 0..1; the others share the rest evenly.
-        aligned_share: Share of the sample corpus's clips that keep their place on the grid of cells, as the demo
-            curates them; the others are shifted, 0..1.
-    """
-
-    videos: str | None = None
-    max_video_clips: int = 2000
-    corpus_clips: int = 1280
-    texture_clips: int = 1500
-    size: int = 48
-    num_frames: int = 13
-    fps: float = 12.0
-    corpus_share: float = 0.7
-    aligned_share: float = 0.85
+    videos: str | None = None  # a video or a folder of them, searched recursively; none: procedural clips alone
+    max_video_clips: int = 2000  # taken from videos
+    corpus_clips: int = 1280  # different clips of the sample corpus to render, as H.264 files read back
+    texture_clips: int = 1500  # different procedural textures and sprites to draw
+    size: int = 48  # height and width of a clip, px; a multiple of 8
+    num_frames: int = 13  # of a clip, 1 + 4k
+    fps: float = 12.0  # that videos are brought to
+    corpus_share: float = 0.7  # of a batch, drawn from the sample corpus, 0..1; the others share the rest evenly
+    aligned_share: float = 0.85  # of the sample corpus's clips, that keep their place on the grid of cells, as the demo
+    # curates them; the others are shifted, 0..1
 
     def __post_init__(self) -> None:
         """Check ranges and that there is something to draw from."""
         for name in ("max_video_clips", "corpus_clips", "texture_clips"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
         for name in ("corpus_share", "aligned_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be in 0..1")
-        if self.size < 16 or self.size % 8:
-            raise ValueError(f"size is {self.size}; it must be a multiple of 8 px, at least 16")
-        if self.num_frames < 5 or self.num_frames % 4 != 1:
-            raise ValueError(f"num_frames is {self.num_frames}; it must be 1 + 4k, at least 5")
-        if self.fps <= 0:
-            raise ValueError(f"fps is {self.fps}; it must be positive")
-        self._check_shares()
-
-    def _check_shares(self) -> None:
-        if self.corpus_share > 0 and not self.corpus_clips:
-            raise ValueError("corpus_clips is 0 while corpus_share is not; set one of them")
-        if self.corpus_share > 0 and self.num_frames > corpus.NUM_FRAMES:
-            raise ValueError(f"num_frames is {self.num_frames}; clips of the sample corpus have {corpus.NUM_FRAMES}")
-        if self.corpus_share < 1 and not (self.texture_clips or self.videos):
-            raise ValueError("texture_clips is 0, videos is null and corpus_share is below 1; there is nothing to draw")
+            require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it must be in 0..1")
+        require(
+            self.size >= 16 and self.size % 8 == 0, f"size is {self.size}; it must be a multiple of 8 px, at least 16"
+        )
+        require(
+            self.num_frames >= 5 and self.num_frames % 4 == 1,
+            f"num_frames is {self.num_frames}; it must be 1 + 4k, at least 5",
+        )
+        require(self.fps > 0, f"fps is {self.fps}; it must be positive")
+        if self.corpus_share > 0:
+            require(self.corpus_clips > 0, "corpus_clips is 0 while corpus_share is not; set one of them")
+            require(
+                self.num_frames <= corpus.NUM_FRAMES,
+                f"num_frames is {self.num_frames}; clips of the sample corpus have {corpus.NUM_FRAMES}",
+            )
+        require(
+            self.corpus_share == 1 or bool(self.texture_clips or self.videos),
+            "texture_clips is 0, videos is null and corpus_share is below 1; there is nothing to draw",
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -101,7 +92,7 @@ def list_videos(source: str, key: str = "videos") -> list[Path]:
         raise UserError(f"{key}: {source} is neither a file nor a folder; name a video or a folder of videos")
     found = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
     if not found:
-        raise UserError(f"{key}: {source} holds no videos ({', '.join(sorted(VIDEO_SUFFIXES))}); name another folder")
+        raise UserError(f"{key}: {source} holds no videos ({', '.join(VIDEO_SUFFIXES)}); name another folder")
     return found
 
 

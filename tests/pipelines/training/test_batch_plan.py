@@ -1,12 +1,10 @@
 from collections import Counter
 
-import numpy as np
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.training import plan as plan_module
-from pipelines.training.plan import BatchPlan, PlanBucket, rank_rows
-from pipelines.training.streams import numpy_stream, stream_seed, torch_stream
+from pipelines.training import batch_plan as plan_module
+from pipelines.training.batch_plan import BatchPlan, PlanBucket, rank_rows
 
 
 def make_plan(*rows: int, seed: int = 0, global_batch: int = 4) -> BatchPlan:
@@ -75,18 +73,3 @@ def test_rank_rows_divide_a_step_for_any_number_of_workers(workers, micro_batch)
 def test_rank_rows_refuses_an_uneven_division():
     with pytest.raises(ValueError, match="8 rows do not divide by 3 workers x 1 rows"):
         rank_rows(range(8), rank=0, num_workers=3, micro_batch=1)
-
-
-def test_streams_are_told_apart_by_seed_and_names():
-    seeds = {
-        stream_seed(0, "mask", 1, 2),
-        stream_seed(1, "mask", 1, 2),
-        stream_seed(0, "mask", 2, 1),
-        stream_seed(0, "mask", 12),
-        stream_seed(0, "mask", "1", 2),
-        stream_seed(0, "caption", 1, 2),
-    }
-    assert len(seeds) == 6
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    assert np.array_equal(numpy_stream(3, "a").random(4), numpy_stream(3, "a").random(4))
-    assert torch_stream(3, "a").initial_seed() == torch_stream(3, "a").initial_seed()

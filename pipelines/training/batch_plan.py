@@ -17,7 +17,7 @@ import numpy as np
 
 from pipelines.data.snapshot import Manifest
 from pipelines.errors import UserError
-from pipelines.training.streams import numpy_stream
+from pipelines.streams import numpy_stream
 
 # Rows shuffled together. Larger sets are shuffled shard by shard, then within windows of whole shards of about this
 # many rows, so that a reader needs only a few shards at a time.

@@ -7,6 +7,7 @@ that was killed continues where it was saved.
 import copy
 import io
 import math
+import statistics
 import sys
 import time
 from dataclasses import dataclass, field
@@ -16,16 +17,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from tqdm import tqdm
 
+from lumos.config import require
 from lumos.tokenizers import FsqTokenizer
 from lumos.tokenizers.fsq import FsqAutoencoder, FsqConfig, save_weights
 from lumos.tokenizers.video import frames_to_unit
+from pipelines import sample_corpus as corpus
 from pipelines import storage
 from pipelines.config import config_hash, config_to_dict, provenance
-from pipelines.demo import corpus
 from pipelines.errors import JobError, UserError
-from pipelines.training.text_tokenizer import TextCorpus, read_corpus, train_text_tokenizer
-from pipelines.training.tokenizer_data import ClipPools, ClipSource, corpus_clips, held_out_corpus_specs
-from pipelines.training.tokenizer_evaluation import Measurement, measure
+from pipelines.training.tokenizer.data import ClipPools, ClipSource, corpus_clips, held_out_corpus_specs
+from pipelines.training.tokenizer.evaluate import Measurement, measure
+from pipelines.training.tokenizer.text import TextCorpus, train_text_tokenizer
 
 _CALIBRATION_BATCHES = 24
 _REPORT_SEED = 0
@@ -33,104 +35,65 @@ _REPORT_SEED = 0
 
 @dataclass(frozen=True, kw_only=True)
 class FsqTraining:
-    """How an FSQ autoencoder is trained.
-
-    Attributes:
-        model: Its sizes.
-        source: What it sees.
-        steps: Optimiser steps.
-        batch_size: Clips per step.
-        learning_rate: Peak of AdamW's rate, after a linear warmup and before a cosine decay to a fiftieth.
-        warmup_steps: Steps of the warmup.
-        weight_decay: Of AdamW.
-        absolute_weight: Weight of the mean absolute error beside the mean squared error; sharpens edges.
-        commitment: Weight of the pull of latents towards the middle of their level; makes codes robust to noise.
-        ema_decay: Of the moving average of the weights, which is what is written.
-        precision: Number format of the products; bfloat16 halves the time on CPUs that have it.
-        threads: CPU threads.
-        save_every: Steps between the writing of weights and state.
-        report_clips: Held-out clips of the sample corpus that progress is measured on; they change no weight.
-    """
+    """How an FSQ autoencoder is trained."""
 
     model: FsqConfig = field(default_factory=FsqConfig)
     source: ClipSource = field(default_factory=ClipSource)
     steps: int = 10_000
-    batch_size: int = 10
-    learning_rate: float = 2e-3
+    batch_size: int = 10  # clips per step
+    learning_rate: float = 2e-3  # of AdamW, at its peak: after a linear warmup, before a cosine decay to a fiftieth
     warmup_steps: int = 100
     weight_decay: float = 0.01
-    absolute_weight: float = 0.0
-    commitment: float = 0.0
-    ema_decay: float = 0.998
-    precision: Literal["float32", "bfloat16"] = "float32"
-    threads: int = 1
-    save_every: int = 500
-    report_clips: int = 64
+    absolute_weight: float = 0.0  # of the mean absolute error beside the mean squared error; sharpens edges
+    commitment: float = 0.0  # weight of the pull of latents to the middle of their level; makes codes robust to noise
+    ema_decay: float = 0.998  # of the moving average of the weights, which is what is written
+    precision: Literal["float32", "bfloat16"] = (
+        "float32"  # of products; bfloat16 takes half the time on CPUs that have it
+    )
+    threads: int = 1  # of the CPU
+    save_every: int = 500  # steps between the writing of weights and state
+    report_clips: int = 64  # held-out clips of the sample corpus that progress is measured on; they change no weight
 
     def __post_init__(self) -> None:
         """Check ranges."""
         for name in ("steps", "batch_size", "threads", "save_every", "report_clips"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("warmup_steps", "weight_decay", "absolute_weight", "commitment"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}; it must be in 0..1")
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; it must be positive")
+        require(0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay}; it must be in 0..1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerTrainConfig:
-    """A run that makes a tokenizer: of videos if `fsq` is given, of text if `text` is.
-
-    Attributes:
-        output: File to write: .safetensors for fsq, .json for text.
-        seed: Decides everything.
-        fsq: The video tokenizer's training.
-        text: The text tokenizer's corpus.
-    """
+    """A run that makes a tokenizer: of videos if ``fsq`` is given, of text if ``text`` is."""
 
     KIND: ClassVar[str] = "tokenizer"
 
-    output: str
-    seed: int = 0
+    output: str  # file to write: .safetensors for fsq, .json for text
+    seed: int = 0  # decides everything
     fsq: FsqTraining | None = None
     text: TextCorpus | None = None
 
     def __post_init__(self) -> None:
         """Check that one kind is given and that the output's name fits it."""
-        if (self.fsq is None) == (self.text is None):
-            raise ValueError("fsq and text: give exactly one of them")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must not be negative")
+        require((self.fsq is None) != (self.text is None), "fsq and text: give exactly one of them")
+        require(self.seed >= 0, f"seed is {self.seed}; it must not be negative")
         suffix = ".safetensors" if self.fsq is not None else ".json"
-        if Path(self.output).suffix != suffix:
-            raise ValueError(f"output is {self.output!r}; its name must end in {suffix}")
+        require(Path(self.output).suffix == suffix, f"output is {self.output!r}; its name must end in {suffix}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerTrainResult:
-    """What a training run made.
-
-    Attributes:
-        output: The file.
-        weights_hash: "sha256:" and its hash.
-        size: Codes, or tokens of text.
-        seconds: This run took, without what an interrupted one took before it.
-        loss_first: Mean loss of the first tenth of the steps of this run; NaN for text.
-        loss_last: Of the last tenth.
-        measurement: On held-out clips of the sample corpus; None for text.
-    """
+    """What a training run made."""
 
     output: str
-    weights_hash: str
-    size: int
-    seconds: float
-    loss_first: float = math.nan
-    loss_last: float = math.nan
-    measurement: Measurement | None = None
+    weights_hash: str  # "sha256:" and the file's hash
+    size: int  # codes, or tokens of text
+    seconds: float  # without what an interrupted run took before this one
+    loss_first: float = math.nan  # mean of the first tenth of the steps of this run; of no text
+    loss_last: float = math.nan  # of the last tenth
+    measurement: Measurement | None = None  # on held-out clips of the sample corpus; of no text
 
     def __str__(self) -> str:
         """A few lines for people."""
@@ -153,8 +116,7 @@ def train_tokenizer(config: TokenizerTrainConfig) -> TokenizerTrainResult:
     if output.is_dir() or (output.parent.exists() and not output.parent.is_dir()):
         raise UserError(f"output: {config.output} is not a place for a file; name another")
     if config.text is not None:
-        lines = read_corpus(config.text)
-        tokenizer = train_text_tokenizer(config.text, lines, output)
+        tokenizer = train_text_tokenizer(config.text, output)
         seconds = time.monotonic() - started
         return TokenizerTrainResult(
             output=config.output, weights_hash=tokenizer.hash, size=tokenizer.vocab_size, seconds=seconds
@@ -180,15 +142,14 @@ def train_tokenizer(config: TokenizerTrainConfig) -> TokenizerTrainResult:
     )
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+def _mean(losses: list[float]) -> float:
+    return statistics.fmean(losses) if losses else math.nan
 
 
 class FsqRun:
     """One training run of an FSQ autoencoder: model, average, optimiser, data."""
 
     def __init__(self, config: TokenizerTrainConfig, training: FsqTraining) -> None:
-        """Render or read the data and make the model."""
         self.config, self.training = config, training
         self.pools = ClipPools(training.source, config.seed)
         self.held_out = corpus_clips(
@@ -262,9 +223,8 @@ class FsqRun:
     def _update_average(self) -> None:
         # A young average follows closely, or the first weights would linger in it.
         weight = 1 - min(self.training.ema_decay, self.step / (self.step + 20))
-        pairs = zip(self.average.parameters(), self.model.parameters(), strict=True)
-        averages, values = zip(*pairs, strict=True)
-        torch._foreach_lerp_(list(averages), list(values), weight)
+        for average, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            average.lerp_(value, weight)
 
     def save(self, output: Path) -> None:
         """Write the averaged weights, and beside them what a resumed run needs."""

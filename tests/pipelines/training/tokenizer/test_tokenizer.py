@@ -8,13 +8,13 @@ from lumos.tokenizers import FsqTokenizer, TextTokenizer, TokenizerConfig
 from lumos.tokenizers.fsq import FsqConfig
 from lumos.tokenizers.text import EMBEDDED_FILE
 from pipelines.config import load_config
-from pipelines.demo.corpus import write_video
 from pipelines.errors import UserError
-from pipelines.training.procedural import texture_clip
-from pipelines.training.text_tokenizer import TextCorpus
-from pipelines.training.tokenizer import FsqRun, FsqTraining, TokenizerTrainConfig, train_tokenizer
-from pipelines.training.tokenizer_data import ClipSource, fit, list_videos, read_video
-from pipelines.training.tokenizer_evaluation import TokenizerEvaluateConfig, evaluate_tokenizer, measure
+from pipelines.sample_corpus import write_video
+from pipelines.training.tokenizer.data import ClipSource, fit, list_videos, read_video
+from pipelines.training.tokenizer.evaluate import TokenizerEvaluateConfig, evaluate_tokenizer, measure
+from pipelines.training.tokenizer.procedural import texture_clip
+from pipelines.training.tokenizer.text import TextCorpus
+from pipelines.training.tokenizer.train import FsqRun, FsqTraining, TokenizerTrainConfig, train_tokenizer
 
 TINY = FsqConfig(levels=(4, 4, 4), hidden_size=32, encoder_blocks=1, decoder_blocks=1, memory_blocks=1)
 

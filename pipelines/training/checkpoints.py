@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -26,7 +26,9 @@ import pyarrow.fs
 import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
+from pipelines.errors import UserError
 from pipelines.training.engine import Engine
+from pipelines.training.record import StepRecord, read_records
 
 ENGINE_DIR = "engine"
 EXPORT_DIR = "export"
@@ -86,11 +88,16 @@ def restore(engine: Engine, folder: Path) -> tuple[LoopState, list[str]]:
     loaded, _ = engine.load_checkpoint(str(folder), tag=ENGINE_DIR)
     if loaded is None:
         raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
-    return _read_state((folder / STATE_FILE).read_bytes()), (folder / HISTORY_FILE).read_text().splitlines()
+    state = _read_state((folder / STATE_FILE).read_bytes(), str(folder))
+    return state, (folder / HISTORY_FILE).read_text().splitlines()
 
 
 def find_checkpoints(storage: str) -> list[StoredCheckpoint]:
-    """Complete checkpoints under a folder or URI, newest step first. Incomplete ones are left out."""
+    """Complete checkpoints under a folder or URI, newest step first. Incomplete ones are left out.
+
+    Raises:
+        UserError: if one is of a newer program.
+    """
     filesystem, root = pyarrow.fs.FileSystem.from_uri(storage)
     found = []
     for attempt in _folders(filesystem, root, _ATTEMPT):
@@ -124,9 +131,15 @@ def prune(storage: str, keep: Sequence[StoredCheckpoint]) -> None:
             filesystem.delete_dir(attempt)
 
 
-def read_history(stored: StoredCheckpoint) -> list[str]:
-    """The record a checkpoint carries."""
-    return _read(stored.checkpoint.filesystem, f"{stored.checkpoint.path}/{HISTORY_FILE}").decode().splitlines()
+def read_history(stored: StoredCheckpoint) -> list[StepRecord]:
+    """The record a checkpoint carries.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    path = f"{stored.checkpoint.path}/{HISTORY_FILE}"
+    lines = _read(stored.checkpoint.filesystem, path).splitlines()
+    return read_records(lines, path, remedy="Move that checkpoint away, to continue from the one before it")
 
 
 def copy_export(stored: StoredCheckpoint, target: Path) -> None:
@@ -151,13 +164,13 @@ def _folders(filesystem: Any, path: str, name: re.Pattern[str]) -> list[str]:
 def _complete_state(filesystem: Any, path: str) -> LoopState | None:
     """The state of a checkpoint folder, or None if any worker's files are not all there."""
     try:
-        state = _read_state(_read(filesystem, f"{path}/{STATE_FILE}"))
+        state = _read_state(_read(filesystem, f"{path}/{STATE_FILE}"), path)
         for rank in range(state.num_workers):
             files = json.loads(_read(filesystem, f"{path}/{_list_name(rank)}"))
             infos = filesystem.get_file_info([f"{path}/{name}" for name in files])
             if [info.size for info in infos] != list(files.values()):
                 return None
-    except (FileNotFoundError, ValueError, TypeError):
+    except (AttributeError, FileNotFoundError, ValueError, TypeError):
         return None
     return state
 
@@ -167,8 +180,15 @@ def _read(filesystem: Any, path: str) -> bytes:
         return bytes(stream.read())
 
 
-def _read_state(data: bytes) -> LoopState:
-    return LoopState(**json.loads(data))
+def _read_state(data: bytes, where: str) -> LoopState:
+    raw = json.loads(data)
+    unknown = sorted(raw.keys() - {each.name for each in fields(LoopState)})
+    if unknown:  # not to be taken for an incomplete checkpoint, which would be deleted
+        raise UserError(
+            f"{where} is a checkpoint of a newer lumos (its state has {', '.join(unknown)}): install the lumos-ray "
+            "that wrote it to continue this run, or begin another in another output"
+        )
+    return LoopState(**raw)
 
 
 def _list_name(rank: int) -> str:

@@ -69,16 +69,6 @@ BAD_FILES = {
 class ClipSpec:
     """Everything that determines one clip.
 
-    Attributes:
-        shape: A value of `SHAPES`.
-        size: A key of `SIZES`.
-        color: A key of `COLORS`.
-        background: A value of `BACKGROUNDS`.
-        direction: A key of `DIRECTIONS`.
-        top: First row of the subject's bounding box in the first frame, source px.
-        left: First column of it.
-        wording: Index into `WORDINGS`.
-
     Raises:
         ValueError: A value is unknown, or the subject would leave the frame.
     """
@@ -88,9 +78,9 @@ class ClipSpec:
     color: str
     background: str
     direction: str
-    top: int
-    left: int
-    wording: int = 0
+    top: int  # first row of the subject's bounding box in the first frame, source px
+    left: int  # first column of it
+    wording: int = 0  # index into WORDINGS
 
     def __post_init__(self) -> None:
         """Check the values and that the subject stays in view."""

@@ -10,8 +10,8 @@ import av
 import numpy as np
 import pytest
 
-from pipelines.demo import corpus
-from pipelines.demo.corpus import ClipSpec
+from pipelines import sample_corpus as corpus
+from pipelines.sample_corpus import ClipSpec
 
 
 def decode(path: Path) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 ``metrics.jsonl`` in the output is the truth; MLflow receives what it says. A step is recorded once: what is replayed
 after a failure is ignored. Every checkpoint carries the record up to its step, so that a resume leaves no gap.
+
+Programs older and newer than this one may have written a record: see :class:`StepRecord`.
 """
 
 import json
@@ -9,25 +11,34 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipelines import storage
+from pipelines.errors import UserError
 from pipelines.tracking import MetricRow, Tracker
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25
+_NO_METRICS = {"step", "time", "frame_losses", "tokens", "masked_tokens", "unknown"}  # all other fields are sent
+_REMEDY = (
+    "Mend the line, or move the file away: the same command then takes the record from the last checkpoint and goes on "
+    "from there"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """One line of ``metrics.jsonl``."""
+    """One line of ``metrics.jsonl``.
+
+    A field that is added needs a default, which stands for it in the lines of older programs. Keys of newer programs
+    are kept in ``unknown`` and written back.
+    """
 
     step: int  # 1-based: updates made so far
     time: float  # seconds since the epoch, at the end of the step
@@ -42,28 +53,33 @@ class StepRecord:
     masked_share: float
     masked_tokens: int
     epoch: int
+    unknown: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def to_line(self) -> str:
         """The record as a line of JSON."""
-        return json.dumps(asdict(self))
+        known = asdict(self)
+        unknown = known.pop("unknown")
+        return json.dumps(known | unknown)
 
     @classmethod
-    def from_line(cls, line: str) -> "StepRecord":
+    def from_line(cls, line: str | bytes) -> "StepRecord":
         """Inverse of :meth:`to_line`.
 
         Raises:
             ValueError: if the line is cut off or of another kind.
         """
+        names = {each.name for each in fields(cls)} - {"unknown"}
         try:
             raw = json.loads(line)
-            return cls(**(raw | {"frame_losses": tuple(raw["frame_losses"])}))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a step record: {line[:80]!r}") from error
+            known = {name: value for name, value in raw.items() if name in names}
+            known["frame_losses"] = tuple(raw["frame_losses"])
+            return cls(**known, unknown={name: value for name, value in raw.items() if name not in names})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not the record of a step: {line[:80]!r}") from error
 
     def metrics(self) -> MetricRow:
         """The record as MLflow metrics."""
-        names = ("loss", "lr", "grad_norm", "tokens_per_s", "step_seconds", "data_wait", "masked_share", "epoch")
-        values = {name: float(getattr(self, name)) for name in names}
+        values = {name: float(value) for name, value in vars(self).items() if name not in _NO_METRICS}
         values |= {f"loss_frame_{index}": loss for index, loss in enumerate(self.frame_losses)}
         return MetricRow(step=self.step, time=self.time, values=values)
 
@@ -71,15 +87,25 @@ class StepRecord:
 class History:
     """``metrics.jsonl``: steps 1, 2, 3, ... each once.
 
-    A line that a kill cut off is dropped when the file is opened.
+    A last line that a kill cut off is dropped when the file is opened; every other line stays as it is.
+
+    Raises:
+        UserError: if any other line is not the record of its step. The file is left as it is.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: list[StepRecord] = []
         if path.exists():
-            self.records = list(_intact(path.read_text().splitlines()))
-            self._rewrite()
+            *lines, tail = path.read_bytes().split(b"\n")
+            tail_is_whole = _is_json(tail)
+            lines += [tail] if tail_is_whole else []
+            self.records = read_records(lines, str(path), remedy=_REMEDY)
+            if tail_is_whole:
+                with path.open("ab") as file:
+                    file.write(b"\n")
+            else:
+                os.truncate(path, path.stat().st_size - len(tail))
 
     @property
     def last_step(self) -> int:
@@ -107,20 +133,36 @@ class History:
             self.records += new
         return new
 
-    def _rewrite(self) -> None:
-        lines = "".join(record.to_line() + "\n" for record in self.records)
-        storage.write_bytes_atomic(str(self.path), lines.encode())
 
+def read_records(lines: Iterable[str | bytes], where: str, *, remedy: str) -> list[StepRecord]:
+    """The records of the steps 1, 2, 3, ... in as many lines.
 
-def _intact(lines: Iterable[str]) -> Iterable[StepRecord]:
+    Args:
+        lines: whole lines.
+        where: the file they are from, for the message.
+        remedy: what to do about a damaged one, for the message.
+
+    Raises:
+        UserError: if a line is not the record of its step.
+    """
+    records = []
     for number, line in enumerate(lines, start=1):
         try:
             record = StepRecord.from_line(line)
-        except ValueError:
-            return
-        if record.step != number:
-            return
-        yield record
+            if record.step != number:
+                raise ValueError(f"the record of step {record.step}, not of step {number}")
+        except ValueError as error:
+            raise UserError(f"{where}, line {number}: {error}. {remedy}") from error
+        records.append(record)
+    return records
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 class Relay:
@@ -154,41 +196,22 @@ def start_relay() -> Any:
     return ray.remote(Relay).options(num_cpus=0, scheduling_strategy=node).remote()
 
 
+@dataclass(kw_only=True)
 class Recorder:
     """Follows a relay in a thread of the driver: history, MLflow, progress.
 
     MLflow being out of reach does not end a training: what could not be sent is sent later, at the latest on leaving.
     """
 
-    def __init__(
-        self,
-        relay: Any,
-        history: History,
-        tracker: Tracker,
-        *,
-        flush_seconds: float,
-        sent: int,
-        on_record: Callable[[StepRecord], None],
-        on_sent: Callable[[int], None],
-    ) -> None:
-        """Prepare to follow.
+    relay: Any  # handle of the actor
+    history: History  # where records are written down
+    tracker: Tracker  # where they are sent
+    flush_seconds: float  # between two batches sent
+    sent: int  # steps sent so far, at first by an earlier driver
+    on_record: Callable[[StepRecord], None]  # called with each new record
+    on_sent: Callable[[int], None]  # called with the number of steps sent so far
 
-        Args:
-            relay: handle of the actor.
-            history: where records are written down.
-            tracker: where they are sent.
-            flush_seconds: time between two batches sent.
-            sent: steps sent by an earlier driver.
-            on_record: called with each new record.
-            on_sent: called with the number of steps sent so far.
-        """
-        self._relay = relay
-        self._history = history
-        self._tracker = tracker
-        self._flush_seconds = flush_seconds
-        self._sent = sent
-        self._on_record = on_record
-        self._on_sent = on_sent
+    def __post_init__(self) -> None:
         self._failure: Exception | None = None
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="recorder", daemon=True)
@@ -222,7 +245,7 @@ class Recorder:
                 self._take()
                 if last_round:
                     return
-                if time.monotonic() - flushed >= self._flush_seconds:
+                if time.monotonic() - flushed >= self.flush_seconds:
                     self._try_send()
                     flushed = time.monotonic()
                 self._done.wait(_POLL_SECONDS)
@@ -230,9 +253,9 @@ class Recorder:
             self._failure = error
 
     def _take(self) -> None:
-        lines = ray.get(self._relay.take.remote())
-        for record in self._history.add(map(StepRecord.from_line, lines)):
-            self._on_record(record)
+        lines = ray.get(self.relay.take.remote())
+        for record in self.history.add(map(StepRecord.from_line, lines)):
+            self.on_record(record)
 
     def _try_send(self) -> None:
         try:
@@ -241,8 +264,8 @@ class Recorder:
             logger.warning("MLflow could not be written, which is tried again: %s", error)
 
     def _send(self) -> None:
-        pending = self._history.records[self._sent :]
+        pending = self.history.records[self.sent :]
         if pending:
-            self._tracker.log_metrics([record.metrics() for record in pending])
-            self._sent = pending[-1].step
-            self._on_sent(self._sent)
+            self.tracker.log_metrics([record.metrics() for record in pending])
+            self.sent = pending[-1].step
+            self.on_sent(self.sent)

@@ -1,7 +1,6 @@
 """Measures a video tokenizer: how much it loses, and how many of its codes it uses."""
 
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -10,10 +9,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lumos.config import require
 from lumos.tokenizers import TokenizerConfig, VideoTokenizer, load_video_tokenizer
-from pipelines.demo import corpus
+from pipelines import sample_corpus as corpus
 from pipelines.errors import UserError
-from pipelines.training.tokenizer_data import (
+from pipelines.media import psnr
+from pipelines.training.tokenizer.data import (
     SAMPLE_CORPUS,
     clip_starts,
     corpus_clips,
@@ -27,66 +28,44 @@ _BATCH = 8  # clips of one call; the last batch is padded to it
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerEvaluateConfig:
-    """What to measure a tokenizer on.
-
-    Attributes:
-        videos: A video, a folder of videos, or "sample-corpus" for held-out clips of the demo's corpus.
-        tokenizer: The tokenizer.
-        height: Of the frames, px, a multiple of 8.
-        width: Likewise.
-        fps: Frames per second.
-        clip_frames: Videos are cut into clips of so many frames, 1 + 4k.
-        max_clips: Of each video, and of the sample corpus.
-        seed: Of the sample corpus.
-        output: JSON file for the result, or None.
-    """
+    """What to measure a tokenizer on."""
 
     KIND: ClassVar[str] = "tokenizer-evaluation"
 
-    videos: str = SAMPLE_CORPUS
+    videos: str = SAMPLE_CORPUS  # a video, a folder of videos, or "sample-corpus" for held-out clips of that
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    height: int = 48
+    height: int = 48  # of the frames, px; a multiple of 8
     width: int = 48
     fps: float = 12.0
-    clip_frames: int = corpus.NUM_FRAMES
-    max_clips: int = 128
-    seed: int = 0
-    output: str | None = None
+    clip_frames: int = corpus.NUM_FRAMES  # videos are cut into clips of so many frames, 1 + 4k
+    max_clips: int = 128  # of each video, and of the sample corpus
+    seed: int = 0  # of the sample corpus
+    output: str | None = None  # JSON file for the result
 
     def __post_init__(self) -> None:
         """Check ranges."""
         for name in ("height", "width"):
-            if getattr(self, name) < 8 or getattr(self, name) % 8:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be a positive multiple of 8 px")
-        if self.clip_frames < 1 or self.clip_frames % 4 != 1:
-            raise ValueError(f"clip_frames is {self.clip_frames}; it must be 1 + 4k")
-        if self.fps <= 0:
-            raise ValueError(f"fps is {self.fps}; it must be positive")
-        if self.max_clips < 1:
-            raise ValueError(f"max_clips is {self.max_clips}; it must be at least 1")
+            size = getattr(self, name)
+            require(size >= 8 and size % 8 == 0, f"{name} is {size}; it must be a positive multiple of 8 px")
+        require(
+            self.clip_frames >= 1 and self.clip_frames % 4 == 1,
+            f"clip_frames is {self.clip_frames}; it must be 1 + 4k",
+        )
+        require(self.fps > 0, f"fps is {self.fps}; it must be positive")
+        require(self.max_clips >= 1, f"max_clips is {self.max_clips}; it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What a tokenizer does to some clips.
+    """What a tokenizer does to some clips."""
 
-    Attributes:
-        name: Of the clips.
-        clips: Their number.
-        psnr: Mean over clips of the peak signal-to-noise ratio of a whole clip, dB.
-        psnr_min: The lowest.
-        codes_used: Different codes that occur.
-        codebook_size: Codes there are.
-        entropy_bits: Entropy of the codes' frequencies.
-    """
-
-    name: str
+    name: str  # of the clips
     clips: int
-    psnr: float
+    psnr: float  # dB, of a whole clip; mean over the clips
     psnr_min: float
-    codes_used: int
+    codes_used: int  # different codes that occur
     codebook_size: int
-    entropy_bits: float
+    entropy_bits: float  # of the codes' frequencies
 
     def summary(self) -> str:
         """Figures on one line."""
@@ -143,7 +122,7 @@ def evaluate_tokenizer(config: TokenizerEvaluateConfig) -> Evaluation:
             raise UserError(f"videos: none of {config.videos} has {config.clip_frames} frames at {config.fps:g} fps")
     rows = [measure(tokenizer, value, name=name) for name, value in clips.items()]
     if len(clips) > 1:
-        rows.append(measure_all(tokenizer, list(clips.values()), name="all"))
+        rows.append(measure(tokenizer, *clips.values(), name="all"))
     result = Evaluation(weights_hash=tokenizer.weights_hash, rows=tuple(rows))
     if config.output is not None:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
@@ -165,21 +144,16 @@ def _cut(path: Path, name: str, config: TokenizerEvaluateConfig) -> dict[str, Te
     return {name: torch.stack([torch.from_numpy(frames[i : i + config.clip_frames]) for i in starts])}
 
 
-def measure(tokenizer: VideoTokenizer, clips: Tensor, *, name: str) -> Measurement:
-    """Measure on clips uint8 [clips, T, H, W, 3]."""
-    return measure_all(tokenizer, [clips], name=name)
-
-
-def measure_all(tokenizer: VideoTokenizer, groups: list[Tensor], *, name: str) -> Measurement:
-    """Measure on several groups of clips at once; sizes may differ between groups."""
+def measure(tokenizer: VideoTokenizer, *groups: Tensor, name: str) -> Measurement:
+    """Measure on groups of clips uint8 [clips, T, H, W, 3]; sizes may differ between groups."""
     psnrs: list[float] = []
     counts = torch.zeros(tokenizer.codebook_size, dtype=torch.long)
     for clips in groups:
         for batch in clips.split(_BATCH):
             codes = tokenizer.encode(batch)
             counts += torch.bincount(codes.flatten(), minlength=tokenizer.codebook_size)
-            error = tokenizer.decode(codes).float() - batch.float()
-            psnrs += [_psnr(float(value)) for value in error.square().flatten(1).mean(1)]
+            decoded = tokenizer.decode(codes).numpy()
+            psnrs += [psnr(clip, other) for clip, other in zip(batch.numpy(), decoded, strict=True)]
     shares = counts[counts > 0] / counts.sum()
     return Measurement(
         name=name,
@@ -190,8 +164,3 @@ def measure_all(tokenizer: VideoTokenizer, groups: list[Tensor], *, name: str) -
         codebook_size=tokenizer.codebook_size,
         entropy_bits=float(-(shares * shares.log2()).sum()),
     )
-
-
-def _psnr(mean_squared_error: float) -> float:
-    """PSNR in dB of an error in units of pixels 0..255; at most 100."""
-    return min(100.0, 10 * math.log10(255**2 / max(mean_squared_error, 1e-12)))

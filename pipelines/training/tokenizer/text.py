@@ -1,44 +1,39 @@
 """Trains the small text tokenizer of the package: a byte-level BPE over a word list and captions."""
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lumos.config import require
 from lumos.tokenizers.text import TextTokenizer
 from pipelines.config import PROJECT_DIR
-from pipelines.demo.corpus import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SIZES, WORDINGS
 from pipelines.errors import UserError
+from pipelines.sample_corpus import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SIZES, WORDINGS
 
 _WORDS_PER_LINE = 20  # words of a list are joined into lines, since a word inside a sentence begins with a space
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextCorpus:
-    """What the text tokenizer learns from.
+    """What the text tokenizer learns from."""
 
-    Attributes:
-        vocab_size: Tokens, 257..65536; each costs the model a row of its embedding.
-        words: Files with one word per line.
-        captions: Files with one caption per line; a relative path may also start at the project's folder.
-        caption_weight: How often each caption counts against once for each listed word.
-        sample_corpus: Whether the sample corpus's caption wordings count as captions too.
-    """
-
-    vocab_size: int = 1024
-    words: tuple[str, ...] = ()
-    captions: tuple[str, ...] = ()
-    caption_weight: int = 50
-    sample_corpus: bool = True
+    vocab_size: int = 1024  # tokens, 257..65536; each costs the model a row of its embedding
+    words: tuple[str, ...] = ()  # files with one word per line
+    captions: tuple[str, ...] = ()  # files with one caption per line; a relative path may start at the project's folder
+    caption_weight: int = 50  # how often each caption counts against once for each listed word
+    sample_corpus: bool = True  # whether the sample corpus's caption wordings count as captions too
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if not 257 <= self.vocab_size <= 65_536:
-            raise ValueError(f"vocab_size is {self.vocab_size}; it must be in 257..65536 (every byte has a token)")
-        if self.caption_weight < 1:
-            raise ValueError(f"caption_weight is {self.caption_weight}; it must be at least 1")
-        if not (self.words or self.captions or self.sample_corpus):
-            raise ValueError("words and captions are empty and sample_corpus is false; there is nothing to learn from")
+        require(
+            257 <= self.vocab_size <= 65_536,
+            f"vocab_size is {self.vocab_size}; it must be in 257..65536 (every byte has a token)",
+        )
+        require(self.caption_weight >= 1, f"caption_weight is {self.caption_weight}; it must be at least 1")
+        require(
+            bool(self.words or self.captions or self.sample_corpus),
+            "words and captions are empty and sample_corpus is false; there is nothing to learn from",
+        )
 
 
 def read_corpus(corpus: TextCorpus) -> list[str]:
@@ -57,26 +52,22 @@ def read_corpus(corpus: TextCorpus) -> list[str]:
 
 def sample_captions() -> list[str]:
     """Each wording of the sample corpus with each value of each attribute at least once."""
-    rounds = max(len(values) for values in (SHAPES, SIZES, COLORS, BACKGROUNDS, DIRECTIONS))
-    pools: list[Iterator[str]] = [
-        itertools.cycle(values) for values in (SHAPES, SIZES, COLORS, BACKGROUNDS, DIRECTIONS)
-    ]
+    values = {"shape": SHAPES, "size": SIZES, "color": COLORS, "background": BACKGROUNDS, "direction": DIRECTIONS}
+    cycles = {name: itertools.cycle(each) for name, each in values.items()}
     return [
-        wording.format(
-            shape=next(pools[0]),
-            size=next(pools[1]),
-            color=next(pools[2]),
-            background=next(pools[3]),
-            direction=next(pools[4]),
-        )
+        wording.format(**{name: next(cycle) for name, cycle in cycles.items()})
         for wording in WORDINGS
-        for _ in range(rounds)
+        for _ in range(max(map(len, values.values())))
     ]
 
 
-def train_text_tokenizer(corpus: TextCorpus, lines: list[str], output: Path) -> TextTokenizer:
-    """Learn a tokenizer and write its JSON file; the same lines give the same bytes."""
-    tokenizer = TextTokenizer.train(lines, vocab_size=corpus.vocab_size)
+def train_text_tokenizer(corpus: TextCorpus, output: Path) -> TextTokenizer:
+    """Learn a tokenizer and write its JSON file; the same corpus gives the same bytes.
+
+    Raises:
+        UserError: A file is missing, not UTF-8 text, or empty.
+    """
+    tokenizer = TextTokenizer.train(read_corpus(corpus), vocab_size=corpus.vocab_size)
     output.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(output)
     return tokenizer

@@ -1,0 +1,1 @@
+"""Training and measuring tokenizers: the causal FSQ video tokenizer and the small text tokenizer."""
