@@ -73,6 +73,7 @@ class VisionServer:
     seen: list = field(default_factory=list)
     flying: int = 0
     most_flying: int = 0
+    billed: int = 0  # answers with tokens
 
     def __post_init__(self):
         self.lock = threading.Lock()
@@ -195,6 +196,8 @@ class Handler(BaseHTTPRequestHandler):
         self.complete(f"Here it is:\n```json\n{content}\n```" if self.server.vision.fences else content)
 
     def complete(self, content, finish="stop"):
+        with self.server.vision.lock:
+            self.server.vision.billed += 1
         choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": content}}
         self.reply(200, {"choices": [choice], "usage": {"prompt_tokens": 100, "completion_tokens": 10}})
 
