@@ -312,6 +312,8 @@ def _read_caption(body: Any, id: str) -> str:
         if message.get("refusal") or finish == "content_filter":
             raise _FailureError("caption_refused")
         content = message["content"]
+        if isinstance(content, list):
+            content = "".join(part.get("text") or "" for part in content)
         # The object alone: models like to put fences or remarks around it.
         found = json.loads(content[content.find("{") : content.rfind("}") + 1], strict=False)
         found_id, caption = str(found["id"]).strip().lower(), " ".join(found["caption"].split())

@@ -245,6 +245,11 @@ def test_response_format_is_given_up_once_for_all_where_it_is_refused(server):
     assert "response_format" not in server.seen[-1].body
 
 
+def test_an_answer_in_parts_is_put_together(server):
+    server.always = {None: "parts"}
+    assert right(client(server).run(requests(range(3))))
+
+
 def test_tokens_of_failed_tries_count_too(server):
     server.faults = {1: ["malformed", "empty"], 2: ["500"]}
     answers = client(server).run(requests(range(4)))

@@ -177,6 +177,11 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(seen.id, " ")
         elif fault == "length":
             self.complete(json.dumps({"id": seen.id, "caption": "A card that"})[:-2], finish="length")
+        elif fault == "parts":
+            content = json.dumps({"id": seen.id, "caption": caption_of(seen.number)})
+            self.complete(
+                [{"type": "thinking"}, *({"type": "text", "text": half} for half in (content[:9], content[9:]))]
+            )
         elif fault == "filter":
             self.complete(None, finish="content_filter")
         else:
