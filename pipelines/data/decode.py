@@ -102,6 +102,8 @@ class DecodeChild:
 
         Errors among the jobs pass through. While the caller deals with a result, the child works on the next job.
         """
+        if self._sent:  # the last run was left half way, by an error: what the child has yet to answer is not ours
+            self.close()
         source = iter(jobs)
         queue: deque[DecodeJob | VideoError] = deque()
         while True:

@@ -1,27 +1,36 @@
-"""Captions from any OpenAI-compatible vision chat endpoint, over a network and a server that may fail in any way.
-
-Requests run in an event loop of one background thread, not in a thread each: a read that blocks cannot be interrupted,
-so a run that is abandoned would hang until its requests time out.
-"""
+"""Captions from any OpenAI-compatible vision chat endpoint, over a network and a server that may fail in any way."""
 
 import asyncio
+import base64
+import hashlib
+import json
+import math
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any
 
 import httpx
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exception, wait_random_exponential
 
-from pipelines.data.endpoint_loop import loop_in_thread
-from pipelines.data.endpoint_messages import NEGOTIABLE, TryError, chat_body, read_caption, request_id, tokens_used
-from pipelines.data.endpoint_pace import Pacer, Silence, backoff, retry_after
 from pipelines.data.endpoint_settings import EndpointConfig
 from pipelines.errors import JobError, UserError
 
-_AHEAD = 4  # requests taken from the caller per request in flight, so that one which is tried again stalls no others
+_BACKOFF = wait_random_exponential(multiplier=0.5, max=30)  # seconds, with full jitter
 _CONNECT_SECONDS = 30.0
+_PROBE_SECONDS = 5.0  # without any answer, before a request that was answered once is sent ahead of others
 _REFUSED_AT_FIRST = 8  # clips refused before any is captioned: then it is not the clips
+# Parameters that endpoints refuse by name: then the first is left out, the second replaces max_tokens.
+_NEGOTIABLE = ("response_format", "max_completion_tokens")
+_SCHEMA = {
+    "type": "object",
+    "properties": {"id": {"type": "string"}, "caption": {"type": "string"}},
+    "required": ["id", "caption"],
+    "additionalProperties": False,
+}
+_RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "caption", "strict": True, "schema": _SCHEMA}}
 
 
 class EndpointDownError(JobError):
@@ -34,66 +43,47 @@ class EndpointConfigError(UserError):
 
 @dataclass(frozen=True)
 class CaptionRequest:
-    """A clip to caption.
-
-    Attributes:
-        key: Names the clip.
-        images: JPEG files, at least one, in order of time.
-    """
+    """A clip to caption."""
 
     key: str
-    images: tuple[bytes, ...]
+    images: tuple[bytes, ...]  # JPEG files in order of time
 
-    def __post_init__(self) -> None:
-        """Check that there is something to see: a model would describe nothing at length."""
-        if not self.images:
-            raise ValueError(f"caption request {self.key!r} has no images; give at least one frame")
-
-
-@dataclass(frozen=True)
-class CaptionReply:
-    """A caption, on one line, and the tokens of the answer that brought it (0 where the endpoint does not tell)."""
-
-    key: str
-    text: str
-    input_tokens: int
-    output_tokens: int
-
-
-@dataclass(frozen=True)
-class CaptionRefusal:
-    """A clip without a caption.
-
-    Attributes:
-        key: Names the clip.
-        code: ``caption_refused`` (the endpoint rejects this clip), ``caption_truncated``, ``caption_malformed``,
-            ``caption_mismatch`` (answers to other requests) or ``caption_unanswered`` (it answers others, not this).
-        detail: For people; may differ from run to run.
-        transient: Whether the same clip may do better another time.
-    """
-
-    key: str
-    code: str
-    detail: str
-    transient: bool
+    @property
+    def id(self) -> str:
+        """What the answer has to repeat, so that one which a proxy hands to the wrong request is recognised."""
+        return hashlib.sha256(self.key.encode()).hexdigest()[:10]  # short, because a model has to copy it
 
 
 @dataclass
-class Usage:
-    """What has been asked of an endpoint, failed tries included."""
+class CaptionAnswer:
+    """What came of a request: a caption on one line, or one word that says why there is none.
 
-    requests: int = 0
-    retries: int = 0
-    input_tokens: int = 0
+    Failures are ``caption_refused`` (the endpoint rejects this clip), ``caption_truncated``, ``caption_malformed``,
+    ``caption_mismatch`` (answers to other requests) and ``caption_unanswered`` (it answers others, not this).
+    """
+
+    key: str
+    caption: str = ""
+    failure: str = ""
+    input_tokens: int = 0  # of all tries, as the endpoint counts them
     output_tokens: int = 0
 
 
-class CaptionEndpoint:
-    """A client of one endpoint. Not for use by several threads at once.
+class _FailureError(Exception):
+    """No caption, for a reason as in ``CaptionAnswer``; another try would bring the same."""
 
-    Attributes:
-        usage: Counts over all runs.
-    """
+
+class _TryAgainError(_FailureError):
+    """No caption this time."""
+
+    def __init__(self, failure: str, *, wait: float = 0.0, in_silence: bool = False) -> None:
+        super().__init__(failure)
+        self.wait = wait  # seconds that the endpoint asks for
+        self.in_silence = in_silence  # the endpoint answered nobody of late, which says nothing of the clip
+
+
+class CaptionEndpoint:
+    """A client of one endpoint. Not for use by several threads at once."""
 
     def __init__(self, config: EndpointConfig, api_key: str | None) -> None:
         if config.url is None:
@@ -101,38 +91,32 @@ class CaptionEndpoint:
         if api_key and not (api_key.isascii() and api_key.isprintable()):
             raise EndpointConfigError(f"the key in {config.api_key_env} holds characters that no key has; set it anew")
         self.config = config
-        self.usage = Usage()
         self.url = config.url.rstrip("/")
-        self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self.pacer = Pacer(config.requests_per_minute)
-        self.complaints: set[str] = set()
-        self.proven: CaptionRequest | None = None  # it was answered once, so that it tells a dead endpoint from a live
-        self.refused_at_first = 0
         self._api_key = api_key
-
-    @property
-    def cost(self) -> float:
-        """What the tokens of ``usage`` cost, in the currency of the prices."""
-        usage, config = self.usage, self.config
-        return (usage.input_tokens * config.input_price + usage.output_tokens * config.output_price) / 1e6
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._refused_parameters: frozenset[str] = frozenset()
+        self._refused_at_first = 0
+        self._proven: CaptionRequest | None = None  # the first that was answered
+        self._next_start = 0.0  # by the monotonic clock
+        self._last_answer = 0.0
+        self._silent_since: float | None = None  # when the first request since the last answer started, if it failed
 
     def check(self) -> None:
         """See that the endpoint is there, takes the key and offers the model; costs nothing.
 
         Raises:
-            EndpointDownError: nothing answers at the address.
-            EndpointConfigError: the key is refused, or the model not offered.
+            EndpointConfigError: nothing answers at the address, the key is refused, or the model not offered.
         """
         seconds = min(self.config.timeout_seconds, _CONNECT_SECONDS)
         try:
-            response = httpx.get(f"{self.url}/models", headers=self.headers, timeout=seconds)
+            response = httpx.get(f"{self.url}/models", headers=self._headers, timeout=seconds)
         except httpx.RequestError as error:
-            raise EndpointDownError(
-                f"no endpoint answers at {self.url} ({self.excerpt(_told(error))}); start it, or correct "
+            raise EndpointConfigError(
+                f"no endpoint answers at {self.url} ({self._excerpt(repr(error))}); start it, or correct "
                 "captions.endpoint.url"
             ) from error
         if response.status_code in (401, 403):
-            raise self.config_error(response)
+            raise self._config_error(response)
         try:
             offered = [str(model["id"]) for model in response.json()["data"]] if response.is_success else []
         except (ValueError, KeyError, TypeError):
@@ -143,208 +127,200 @@ class CaptionEndpoint:
                 f"{' and others' if len(offered) > 5 else ''}; correct captions.endpoint.model"
             )
 
-    def run(self, requests: Iterable[CaptionRequest]) -> Iterator[CaptionReply | CaptionRefusal]:
-        """Caption clips; answers come in the order of the requests.
+    def run(self, requests: Iterable[CaptionRequest]) -> list[CaptionAnswer]:
+        """Caption clips; the answers are in the order of the requests.
 
-        Requests are taken as answers leave, at most ``4 * concurrency`` ahead of them. Closing the iterator drops what
-        is in flight.
+        Requests are taken in another thread, one whenever fewer than ``concurrency`` are under way.
 
         Raises:
             EndpointDownError: nothing has been answered for ``patience_seconds``.
             EndpointConfigError: the endpoint refuses the address, the model, the key, or every clip.
         """
+        try:
+            return asyncio.run(self._run(iter(requests)))
+        except BaseExceptionGroup as group:  # the first error ends all other requests
+            raise group.exceptions[0] from None
+
+    async def _run(self, requests: Iterator[CaptionRequest]) -> list[CaptionAnswer]:
+        self._last_answer, self._silent_since = time.monotonic(), None
+        slots = asyncio.Semaphore(self.config.concurrency)
+        tasks: list[asyncio.Task[CaptionAnswer]] = []
         client = httpx.AsyncClient(
-            headers=self.headers,
-            timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),  # the whole has a limit of its own
+            headers=self._headers,
+            timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),  # a whole answer has a limit of its own
             limits=httpx.Limits(max_connections=self.config.concurrency),
         )
-        session = _Session(self, client)
-        source = iter(requests)
-        ahead: deque[Future[CaptionReply | CaptionRefusal]] = deque()
-        with loop_in_thread(client.aclose) as loop:
+        async with client, asyncio.TaskGroup() as group:
             while True:
-                while len(ahead) < _AHEAD * self.config.concurrency and not session.stopped.done():
-                    request = next(source, None)
-                    if request is None:
-                        break
-                    ahead.append(asyncio.run_coroutine_threadsafe(session.caption(request), loop))
-                if not ahead:
-                    return
-                first = ahead.popleft()
-                wait({first, session.stopped}, return_when=FIRST_COMPLETED)
-                yield first.result() if first.done() else session.stopped.result()
+                await slots.acquire()
+                request = await asyncio.to_thread(next, requests, None)
+                if request is None:
+                    break
+                tasks.append(group.create_task(self._caption(client, request)))
+                tasks[-1].add_done_callback(lambda _: slots.release())
+        return [task.result() for task in tasks]
 
-    def config_error(self, response: httpx.Response) -> EndpointConfigError:
-        """What to do about an answer that every request will get."""
-        location = response.headers.get("Location")
-        told = f"a redirect to {location}" if location else response.text
-        key = self.config.api_key_env
-        return EndpointConfigError(
-            f"the endpoint {self.url} (model {self.config.model!r}) answered HTTP {response.status_code}: "
-            f"{self.excerpt(told)}; check captions.endpoint.url, captions.endpoint.model, or the environment variable "
-            f"{key} ({'set' if self._api_key else 'unset: no key was sent'})"
-        )
-
-    def excerpt(self, text: str) -> str:
-        """The begin of what an endpoint told, on one line, without the key and whatever has no UTF-8."""
-        if self._api_key:
-            text = text.replace(self._api_key, "***")
-        return " ".join(text.split())[:300].encode(errors="replace").decode()
-
-
-class _Session:
-    """The requests of one run, all in one event loop.
-
-    A try that gets no answer counts against its clip only if others were answered meanwhile. Where nobody is, all wait
-    at one gate while one request probes whether the endpoint is back. It is a request that was answered before, where
-    there is one, so that a clip which the endpoint cannot bear is not taken for an endpoint that is down.
-    """
-
-    def __init__(self, endpoint: CaptionEndpoint, client: httpx.AsyncClient) -> None:
-        self.endpoint = endpoint
-        self.config = endpoint.config
-        self.client = client
-        self.stopped: Future[CaptionReply | CaptionRefusal] = Future()  # ends, with an error, when the run has to stop
-        self.silence = Silence(self.config.patience_seconds)
-        self.slots = asyncio.Semaphore(self.config.concurrency)
-        self.turns = asyncio.Lock()
-        self.gate = asyncio.Event()
-        self.gate.set()
-
-    async def caption(self, request: CaptionRequest) -> CaptionReply | CaptionRefusal:
+    async def _caption(self, client: httpx.AsyncClient, request: CaptionRequest) -> CaptionAnswer:
         """Ask until there is an answer, or a reason why there will be none."""
+        answer = CaptionAnswer(request.key)
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(_TryAgainError),
+            stop=lambda state: state.attempt_number >= self.config.max_tries and not _in_silence(state),
+            wait=_BACKOFF + wait_exception(lambda error: getattr(error, "wait", 0.0)),
+            reraise=True,
+        )
         try:
-            return await self._caption(request)
-        except (EndpointDownError, EndpointConfigError) as error:
-            if not self.stopped.done():
-                self.stopped.set_exception(error)
-            raise
+            answer.caption = await retrying(self._ask, client, request, answer)
+        except _FailureError as error:
+            answer.failure = str(error)
+        return answer
 
-    async def _caption(self, request: CaptionRequest) -> CaptionReply | CaptionRefusal:
-        attempts = tries = 0
-        failed_at = time.monotonic()
+    async def _ask(self, client: httpx.AsyncClient, request: CaptionRequest, answer: CaptionAnswer) -> str:
+        """The caption that one try brings; its tokens are added to ``answer``."""
+        silent_seconds = self.config.patience_seconds - self._patience_left()
+        if self._proven and silent_seconds > _PROBE_SECONDS:  # is it the endpoint, or the clips that are asked for?
+            await self._post(client, self._proven)
         while True:
-            attempts += 1
-            try:
-                return await self._ask(request)
-            except TryError as failure:
-                error = failure
-            others_answered = self.silence.last_answer > failed_at
-            failed_at = time.monotonic()
-            if not error.silent or others_answered:
-                tries += 1
-            elif attempts > 1 and self.gate.is_set():
-                was_down = await self._outlast(request)
-                tries += not was_down
-            if error.final or tries >= self.config.max_tries:
-                return CaptionRefusal(
-                    request.key, error.code, self.endpoint.excerpt(error.detail), transient=not error.final
-                )
-            self.endpoint.usage.retries += 1
-            if error.silent:  # a wrong answer comes from an endpoint that is well
-                await asyncio.sleep(min(max(backoff(attempts), error.wait), self.silence.patience_left))
-
-    async def _outlast(self, request: CaptionRequest) -> bool:
-        """Close the gate until the endpoint answers; whether it was down at all."""
-        self.gate.clear()
-        attempt, pause = 0, 0.0
-        try:
-            while True:
-                attempt += 1
-                await asyncio.sleep(min(max(backoff(attempt), pause), self.silence.patience_left))
-                try:
-                    await self._ask(self.endpoint.proven or request, through_gate=True)
-                except TryError as error:
-                    if error.silent:
-                        pause = error.wait
-                        if self.silence.patience_left:
-                            continue
-                        raise self._down_error() from error
-                return attempt > 1
-        finally:
-            self.gate.set()
-
-    async def _ask(self, request: CaptionRequest, *, through_gate: bool = False) -> CaptionReply:
-        """Post a request when it may be."""
-        while True:
-            if not through_gate:
-                await self.gate.wait()
-            async with self.slots:
-                await self._turn(through_gate)
-                if self.stopped.done():
-                    self.stopped.result()  # raises what ended the run
-                if through_gate or self.gate.is_set():
-                    return await self._post(request)
-
-    async def _turn(self, through_gate: bool) -> None:
-        async with self.turns:
-            if through_gate or self.gate.is_set():  # those that will wait anyway use up no turns
-                await self.endpoint.pacer.turn()
-
-    async def _post(self, request: CaptionRequest) -> CaptionReply:
-        id = request_id(request.key)
-        complaints = frozenset(self.endpoint.complaints)
-        started = time.monotonic()
-        self.endpoint.usage.requests += 1
-        try:
-            async with asyncio.timeout(self.config.timeout_seconds):
-                response = await self.client.post(
-                    f"{self.endpoint.url}/chat/completions",
-                    json=chat_body(self.config, id, request.images, complaints),
-                    headers={"X-Request-Id": id},
-                )
-        except TimeoutError:
-            raise self._no_answer(f"no answer within {self.config.timeout_seconds:g} s", started) from None
-        except httpx.RequestError as error:
-            raise self._no_answer(_told(error), started) from error
-        status = response.status_code
-        if status in (408, 425, 429) or status >= 500:
-            pause = retry_after(response.headers.get("Retry-After"))
-            raise self._no_answer(f"HTTP {status}: {response.text}", started, pause)
-        self.silence.answered()
-        if response.is_success:
-            return self._read(request, id, response)
-        if status not in (400, 413, 415, 422):
-            raise self.endpoint.config_error(response)
-        fresh = {word for word in NEGOTIABLE if word in response.text} - complaints
-        if fresh:
-            self.endpoint.complaints |= fresh
-            await self._turn(through_gate=True)
-            return await self._post(request)
-        raise self._refused(response)
-
-    def _read(self, request: CaptionRequest, id: str, response: httpx.Response) -> CaptionReply:
+            known = self._refused_parameters
+            response = await self._post(client, request)
+            refused = {name for name in _NEGOTIABLE if response.is_client_error and name in response.text}
+            if refused <= known:
+                break
+            self._refused_parameters |= refused
+        if not response.is_success:
+            self._refused_at_first += self._proven is None
+            if self._refused_at_first >= _REFUSED_AT_FIRST:
+                raise self._config_error(response)
+            raise _FailureError("caption_refused")
         try:
             body = response.json()
         except (ValueError, RecursionError):
-            raise TryError("caption_malformed", f"not JSON: {response.text}") from None
-        given, made = tokens_used(body)
-        self.endpoint.usage.input_tokens += given
-        self.endpoint.usage.output_tokens += made
-        reply = CaptionReply(request.key, read_caption(body, id), given, made)
-        self.endpoint.proven = self.endpoint.proven or request
-        return reply
+            raise _TryAgainError("caption_malformed") from None
+        with suppress(LookupError, TypeError, ValueError):  # not every endpoint counts
+            answer.input_tokens += int(body["usage"]["prompt_tokens"])
+            answer.output_tokens += int(body["usage"]["completion_tokens"])
+        caption = _read_caption(body, request.id)
+        self._proven = self._proven or request
+        return caption
 
-    def _no_answer(self, told: str, started: float, pause: float = 0.0) -> TryError:
-        self.silence.failed(self.endpoint.excerpt(told), started)
-        pause = min(pause, self.silence.patience_left)
-        self.endpoint.pacer.hold(pause)
-        return TryError("caption_unanswered", told, silent=True, wait=pause)
+    async def _post(self, client: httpx.AsyncClient, request: CaptionRequest) -> httpx.Response:
+        """Send a request when its turn has come; returns an answer, or a refusal of this very request."""
+        while (delay := self._next_start - time.monotonic()) > 0:
+            await asyncio.sleep(delay)  # and look again: another may have started, or been told to wait
+        started = time.monotonic()
+        self._next_start = started + 60 / (self.config.requests_per_minute or math.inf)
+        try:
+            async with asyncio.timeout(self.config.timeout_seconds):
+                response = await client.post(
+                    f"{self.url}/chat/completions",
+                    json=_chat_body(self.config, request, self._refused_parameters),
+                    headers={"X-Request-Id": request.id},
+                )
+        except TimeoutError:
+            raise self._unanswered(f"no answer within {self.config.timeout_seconds:g} s", started) from None
+        except httpx.RequestError as error:
+            raise self._unanswered(repr(error), started) from error
+        if response.status_code in (408, 425, 429) or response.is_server_error:
+            wait = _retry_after(response.headers.get("Retry-After", ""))
+            raise self._unanswered(f"HTTP {response.status_code}: {response.text}", started, wait)
+        self._last_answer, self._silent_since = time.monotonic(), None
+        if response.is_success or response.status_code in (400, 413, 415, 422):
+            return response
+        raise self._config_error(response)
 
-    def _refused(self, response: httpx.Response) -> TryError:
-        self.endpoint.refused_at_first += self.endpoint.proven is None
-        if self.endpoint.refused_at_first >= _REFUSED_AT_FIRST:
-            raise self.endpoint.config_error(response)
-        return TryError("caption_refused", f"HTTP {response.status_code}: {response.text}", final=True)
+    def _unanswered(self, problem: str, started: float, wait: float = 0.0) -> _TryAgainError:
+        """Note a try without an answer; all requests wait as long as the endpoint asks one of them to.
 
-    def _down_error(self) -> EndpointDownError:
-        return EndpointDownError(
-            f"the endpoint {self.endpoint.url} has answered nothing for {self.silence.seconds:.0f} s "
-            f"(captions.endpoint.patience_seconds is {self.config.patience_seconds:g}); the last failure was: "
-            f"{self.silence.last_failure}. Nothing of what is done is lost: when the endpoint is back, give the same "
-            "command again to continue"
+        Raises:
+            EndpointDownError: patience is at an end.
+        """
+        in_silence = self._silent_since is not None
+        self._silent_since = self._silent_since or max(started, self._last_answer)
+        if not self._patience_left():
+            raise EndpointDownError(
+                f"the endpoint {self.url} has answered nothing for {time.monotonic() - self._silent_since:.0f} s "
+                f"(captions.endpoint.patience_seconds is {self.config.patience_seconds:g}); the last failure was: "
+                f"{self._excerpt(problem)}. Nothing of what is done is lost: when the endpoint is back, give the same "
+                "command again to continue"
+            )
+        wait = min(wait, self._patience_left())
+        self._next_start = max(self._next_start, time.monotonic() + wait)
+        return _TryAgainError("caption_unanswered", wait=wait, in_silence=in_silence)
+
+    def _patience_left(self) -> float:
+        """Seconds that the endpoint may still answer nothing."""
+        now = time.monotonic()
+        return max(0.0, self.config.patience_seconds - (now - (self._silent_since or now)))
+
+    def _config_error(self, response: httpx.Response) -> EndpointConfigError:
+        """What to do about an answer that every request will get."""
+        location = response.headers.get("Location")
+        said = self._excerpt(f"a redirect to {location}" if location else response.text)
+        key = f"{self.config.api_key_env} ({'set' if self._api_key else 'unset: no key was sent'})"
+        return EndpointConfigError(
+            f"the endpoint {self.url} (model {self.config.model!r}) answered HTTP {response.status_code}: {said}; "
+            f"check captions.endpoint.url, captions.endpoint.model, or the environment variable {key}"
         )
 
+    def _excerpt(self, text: str) -> str:
+        """The begin of what an endpoint said, on one line, without the key and whatever has no UTF-8."""
+        text = text.replace(self._api_key, "***") if self._api_key else text
+        return " ".join(text.split())[:300].encode(errors="replace").decode()
 
-def _told(error: httpx.RequestError) -> str:
-    return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+def _in_silence(state: RetryCallState) -> bool:
+    error = state.outcome.exception() if state.outcome else None
+    return isinstance(error, _TryAgainError) and error.in_silence
+
+
+def _retry_after(header: str) -> float:
+    """Seconds that a Retry-After header (seconds or an HTTP date) asks for; 0 where it says nothing sensible."""
+    with suppress(ValueError):
+        return max(0.0, float(header))
+    with suppress(ValueError, OverflowError):
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
+    return 0.0
+
+
+def _chat_body(config: EndpointConfig, request: CaptionRequest, refused: frozenset[str]) -> dict[str, Any]:
+    text = (
+        f"{config.prompt}\n\nThe pictures are {len(request.images)} frames of one clip, in order of time. Answer with "
+        f'one JSON object and nothing else: {{"id": "{request.id}", "caption": "<your description>"}}. Copy the id '
+        "exactly."
+    )
+    urls = [f"data:image/jpeg;base64,{base64.b64encode(image).decode()}" for image in request.images]
+    pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    body: dict[str, Any] = {
+        "model": config.model,
+        "messages": [{"role": "user", "content": [{"type": "text", "text": text}, *pictures]}],
+        "max_completion_tokens" if "max_completion_tokens" in refused else "max_tokens": config.max_tokens,
+    }
+    if config.temperature is not None:
+        body["temperature"] = config.temperature
+    if "response_format" not in refused:
+        body["response_format"] = _RESPONSE_FORMAT
+    return body
+
+
+def _read_caption(body: Any, id: str) -> str:
+    """The caption in an answer, on one line."""
+    try:
+        choice = body["choices"][0]
+        message, finish = choice["message"], choice.get("finish_reason")
+        if finish == "length":
+            raise _FailureError("caption_truncated")
+        if message.get("refusal") or finish == "content_filter":
+            raise _FailureError("caption_refused")
+        content = message["content"]
+        if isinstance(content, list):
+            content = "".join(part.get("text") or "" for part in content)
+        # The object alone: models like to put fences or remarks around it.
+        found = json.loads(content[content.find("{") : content.rfind("}") + 1], strict=False)
+        found_id, caption = str(found["id"]).strip().lower(), " ".join(found["caption"].split())
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
+        raise _TryAgainError("caption_malformed") from None
+    if found_id != id:
+        raise _TryAgainError("caption_mismatch")
+    if not caption:
+        raise _TryAgainError("caption_malformed")
+    return caption.encode(errors="replace").decode()  # escaped surrogates have no UTF-8

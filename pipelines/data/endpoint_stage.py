@@ -11,30 +11,24 @@ from numpy.typing import NDArray
 
 from pipelines.config import config_hash
 from pipelines.data.captions import CAPTIONED, clean_captions
-from pipelines.data.endpoint import (
-    CaptionEndpoint,
-    CaptionReply,
-    CaptionRequest,
-    EndpointDownError,
-)
+from pipelines.data.endpoint import CaptionEndpoint, CaptionRequest
 from pipelines.data.endpoint_settings import EndpointConfig
 from pipelines.data.frames import ClipReader, Wanted, evenly
 from pipelines.data.runner import Row, Stage
 from pipelines.data.settings import DecodeConfig, StageResources
 from pipelines.data.video import VideoError, failure_reason
-from pipelines.errors import UserError
 
 _QUALITY = 90  # of the JPEG files sent, 0..100
 # What decides a caption; where the model is served and how fast it may be asked does not.
-_ASKED = ("model", "prompt", "num_frames", "max_side", "max_tokens", "temperature")
+_DECISIVE = ("model", "prompt", "num_frames", "max_side", "max_tokens", "temperature")
 
-# What a ledger says of a refusal; what the endpoint said may differ from run to run.
-_TOLD = {
-    "caption_refused": "the endpoint does not take this clip",
-    "caption_truncated": "longer than captions.endpoint.max_tokens",
-    "caption_malformed": "no answer was such JSON as was asked for",
-    "caption_mismatch": "every answer was to another request",
-    "caption_unanswered": "others were answered, this was not",
+# Why a clip has no caption, as a ledger tells it, and whether it may do better another time.
+_FAILURES = {
+    "caption_refused": ("the endpoint does not take this clip", False),
+    "caption_truncated": ("longer than captions.endpoint.max_tokens", False),
+    "caption_malformed": ("no answer was such JSON as was asked for", True),
+    "caption_mismatch": ("every answer was to another request", True),
+    "caption_unanswered": ("others were answered, this was not", True),
 }
 
 
@@ -54,30 +48,30 @@ class EndpointFunction:
             EndpointConfigError: the endpoint refuses everything, as the model or key is wrong.
             EndpointDownError: it has answered nothing for as long as the config is patient.
         """
-        made: dict[str, Row] = {
+        results: dict[str, Row] = {
             row["work_key"]: {"work_key": row["work_key"], "key": row["key"], "captions": []} for row in rows
         }
-        for answer in self.endpoint.run(self._requests(rows, made)):
-            own = made[answer.key]
-            if isinstance(answer, CaptionReply):
-                own["captions"] = clean_captions([answer.text], self.captioner)
-                own |= {"input_tokens": answer.input_tokens, "output_tokens": answer.output_tokens}
+        for answer in self.endpoint.run(self._requests(rows, results)):
+            result = results[answer.key]
+            result |= {"input_tokens": answer.input_tokens, "output_tokens": answer.output_tokens}
+            if answer.failure:
+                detail, transient = _FAILURES[answer.failure]
+                result["error"] = failure_reason(answer.failure, detail, transient=transient)
             else:
-                own["error"] = failure_reason(answer.code, _TOLD[answer.code], transient=answer.transient)
-        return list(made.values())
+                result["captions"] = clean_captions([answer.caption], self.captioner)
+        return list(results.values())
 
-    def _requests(self, rows: Sequence[Row], made: dict[str, Row]) -> Iterator[CaptionRequest]:
+    def _requests(self, rows: Sequence[Row], results: dict[str, Row]) -> Iterator[CaptionRequest]:
         for row, frames in self.reader.read(rows, self._wanted):
             if isinstance(frames, VideoError):
-                made[row["work_key"]]["error"] = frames.reason
+                results[row["work_key"]]["error"] = frames.reason
             else:
                 yield CaptionRequest(row["work_key"], tuple(_jpeg(frame) for frame in frames))
 
     def _wanted(self, row: Row) -> Wanted:
         shape = evenly(row, self.config.num_frames, self.config.max_side)
         scale = self.config.max_side / max(shape.width, shape.height)
-        size = {"width": max(8, round(shape.width * scale)), "height": max(8, round(shape.height * scale))}
-        return replace(shape, **size)
+        return replace(shape, width=max(8, round(shape.width * scale)), height=max(8, round(shape.height * scale)))
 
 
 def _jpeg(frame: NDArray[np.uint8]) -> bytes:
@@ -87,8 +81,8 @@ def _jpeg(frame: NDArray[np.uint8]) -> bytes:
 
 def endpoint_stage(config: EndpointConfig, decode: DecodeConfig, resources: StageResources) -> Stage:
     """The stage, in one process: its requests overlap, and its limits hold for all of them."""
-    asked = asdict(config)
-    settings: dict[str, Any] = {"version": 1, "captioner": "endpoint", **{name: asked[name] for name in _ASKED}}
+    values = asdict(config)
+    settings: dict[str, Any] = {"version": 1, "captioner": "endpoint", **{name: values[name] for name in _DECISIVE}}
     captioner = f"{config.model}@{config_hash(settings)[:8]}"
     return Stage(
         name="captions-endpoint",
@@ -106,7 +100,4 @@ def check_endpoint(config: EndpointConfig) -> None:
     Raises:
         UserError: it is not, refuses the key, or does not offer the model.
     """
-    try:
-        CaptionEndpoint(config, config.read_api_key()).check()
-    except EndpointDownError as error:
-        raise UserError(str(error)) from error
+    CaptionEndpoint(config, config.read_api_key()).check()
