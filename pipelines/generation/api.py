@@ -5,18 +5,18 @@ import hmac
 import math
 import re
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.requests import ClientDisconnect
 
 from lumos.config import SamplingConfig
 from pipelines.generation.card import ModelCard, RequestEncoder
@@ -46,6 +46,8 @@ class ApiSettings:
     format: VideoFormat
     token: str | None
     timeout_s: float
+    body_timeout_s: float
+    max_open_bodies: int
     max_steps: int
 
 
@@ -91,15 +93,18 @@ def build_api(settings: ApiSettings, submit: Submit, status: Status) -> FastAPI:
         status: queue lengths; must answer quickly.
     """
     app = FastAPI(title="Lumos-1 video generation", version="1", redoc_url=None)
-    app.add_middleware(_Gate, token=settings.token)
+    app.state.token = settings.token
+    app.state.bodies = _BodyReader(settings.body_timeout_s, settings.max_open_bodies)
     _add_error_handlers(app)
     encoder = RequestEncoder(settings.card)
-    authorised = [Depends(_bearer_check(settings.token))]
+    bearer = HTTPBearer(auto_error=False, description="The service's token, where one is set.")
+    v1 = APIRouter(prefix="/v1", route_class=_GuardedRoute, dependencies=[Depends(bearer)])
     errors: dict[int | str, dict[str, Any]] = {
         400: {"model": ErrorBody, "description": "The request cannot be met; the message says why."},
         401: {"model": ErrorBody, "description": "The bearer token is missing or wrong."},
+        408: {"model": ErrorBody, "description": "The body did not arrive in time."},
         413: {"model": ErrorBody, "description": "The body is too long."},
-        503: {"model": ErrorBody, "description": "The queue is full; the header Retry-After says when to come again."},
+        503: {"model": ErrorBody, "description": "Too many requests are here; Retry-After says when to come again."},
         504: {"model": ErrorBody, "description": "The video was not done in time."},
     }
     media = {MEDIA_TYPES[settings.format]: {"schema": {"type": "string", "format": "binary"}}}
@@ -107,7 +112,7 @@ def build_api(settings: ApiSettings, submit: Submit, status: Status) -> FastAPI:
         200: {"content": media, "description": "The file; X-Lumos-Seed and X-Lumos-Config-Hash say how it was made."}
     }
 
-    @app.post("/v1/videos", response_class=Response, responses=video | errors, dependencies=authorised)
+    @v1.post("/videos", response_class=Response, responses=video | errors)
     async def create_video(body: VideoBody) -> Response:
         """Make a video and answer with the file."""
         request = _to_request(body, settings, encoder)
@@ -122,10 +127,12 @@ def build_api(settings: ApiSettings, submit: Submit, status: Status) -> FastAPI:
         }
         return Response(answer.data, media_type=MEDIA_TYPES[request.format], headers=headers)
 
-    @app.get("/v1/models", responses={401: errors[401]}, dependencies=authorised)
+    @v1.get("/models", responses={401: errors[401]})
     async def list_models() -> dict[str, Any]:
         """The model that is served, with the defaults and limits of requests."""
         return {"data": [_describe(settings, encoder)]}
+
+    app.include_router(v1)
 
     @app.get("/healthz", responses={503: {"model": ErrorBody, "description": "The model does not answer."}})
     async def health() -> dict[str, Any]:
@@ -139,42 +146,68 @@ def build_api(settings: ApiSettings, submit: Submit, status: Status) -> FastAPI:
     return app
 
 
-class _Gate:
-    """Turns away who may not ask, and what is too long, before a body is read."""
+class _GuardedRoute(APIRoute):
+    """Turns away who may not ask, and what is too long or too slow, before FastAPI looks at a request."""
 
-    def __init__(self, app: ASGIApp, token: str | None) -> None:
-        self._app, self._token = app, token
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler behind the checks."""
+        handler = super().get_route_handler()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
-            return await self._app(scope, receive, send)
-        headers = Headers(scope=scope)
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        if self._token is not None and not (kind.lower() == "bearer" and _is_token(given.strip(), self._token)):
-            refusal = _error(401, _BAD_TOKEN, headers={"WWW-Authenticate": "Bearer"})
-            return await refusal(scope, receive, send)
-        length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > _MAX_BODY or "transfer-encoding" in headers:
-            refusal = _error(
-                413, f"the body must be at most {_MAX_BODY} bytes, and Content-Length must tell its length"
-            )
-            return await refusal(scope, receive, send)
-        return await self._app(scope, receive, send)
+        async def guarded(request: Request) -> Response:
+            state, headers = request.app.state, request.headers
+            kind, _, given = headers.get("authorization", "").partition(" ")
+            if state.token is not None and not (kind.lower() == "bearer" and _is_token(given.strip(), state.token)):
+                raise HTTPException(401, _BAD_TOKEN, {"WWW-Authenticate": "Bearer"})
+            length = headers.get("content-length", "0")
+            if not length.isdecimal() or int(length) > _MAX_BODY or "transfer-encoding" in headers:
+                raise HTTPException(
+                    413, f"the body must be at most {_MAX_BODY} bytes, and Content-Length must tell its length"
+                )
+            if self.body_field is not None:
+                await state.bodies.read(request)
+            return await handler(request)
+
+        return guarded
+
+
+class _BodyReader:
+    """Reads bodies within a deadline, and a bounded number at a time.
+
+    When one more comes, the one that has been arriving for longest gives way. So clients that open many requests and
+    never finish them keep out each other, and not those that send a whole body at once.
+    """
+
+    def __init__(self, timeout_s: float, max_open: int) -> None:
+        self._timeout_s, self._max_open = timeout_s, max_open
+        self._deadlines: dict[asyncio.Timeout, None] = {}  # of the bodies that are arriving, oldest first
+
+    async def read(self, request: Request) -> None:
+        """Wait for the body, which the request then keeps."""
+        try:
+            async with asyncio.timeout(self._timeout_s) as deadline:
+                if len(self._deadlines) >= self._max_open:
+                    oldest = next(iter(self._deadlines))
+                    del self._deadlines[oldest]
+                    oldest.reschedule(0.0)
+                self._deadlines[deadline] = None
+                await request.body()
+        except TimeoutError as error:
+            if deadline in self._deadlines:
+                raise HTTPException(
+                    408, f"the body did not arrive within {self._timeout_s:g} s", {"Connection": "close"}
+                ) from error
+            headers = {"Connection": "close", "Retry-After": str(math.ceil(self._timeout_s))}
+            raise HTTPException(
+                503, f"more than {self._max_open} requests are sending their bodies", headers
+            ) from error
+        except ClientDisconnect as error:
+            raise HTTPException(400, "the client left before its body had arrived") from error
+        finally:
+            self._deadlines.pop(deadline, None)
 
 
 def _is_token(given: str, token: str) -> bool:
     return hmac.compare_digest(given.encode(), token.encode())  # in constant time
-
-
-def _bearer_check(token: str | None) -> Callable[..., None]:
-    """For the description of the interface; `_Gate` has looked before."""
-    scheme = HTTPBearer(auto_error=False, description="The service's token, where one is set.")
-
-    def check(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(scheme)]) -> None:
-        if token is not None and not _is_token(credentials.credentials if credentials else "", token):
-            raise HTTPException(401, _BAD_TOKEN, {"WWW-Authenticate": "Bearer"})
-
-    return check
 
 
 def _to_request(body: VideoBody, settings: ApiSettings, encoder: RequestEncoder) -> VideoRequest:

@@ -136,6 +136,8 @@ class ServeConfig(ModelRunConfig):
     port: int = 8000
     token: str | None = None  # asked of clients as a bearer token; None: the environment's LUMOS_SERVE_TOKEN, if set
     timeout_s: float = 600.0  # longest a request may take, its waiting included
+    body_timeout_s: float = 10.0  # longest the body of a request may take to arrive
+    max_open_bodies: int = 128  # bodies that may be arriving; one more, and the oldest of them gets 503
     max_steps: int = 200  # most sampling steps a client may ask for
 
     def __post_init__(self) -> None:
@@ -143,6 +145,8 @@ class ServeConfig(ModelRunConfig):
         super().__post_init__()
         _require(1 <= self.port <= 65535, f"port must be in 1..65535, got {self.port}")
         _require(self.timeout_s > 0, f"timeout_s must be positive, got {self.timeout_s}")
+        _require(self.body_timeout_s > 0, f"body_timeout_s must be positive, got {self.body_timeout_s}")
+        _require(self.max_open_bodies >= 1, f"max_open_bodies must be at least 1, got {self.max_open_bodies}")
         _require(
             self.max_steps >= self.sampling.num_steps,
             f"max_steps ({self.max_steps}) must be at least sampling.num_steps ({self.sampling.num_steps})",

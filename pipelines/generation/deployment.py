@@ -130,13 +130,19 @@ def build_generator(card: ModelCard, config: ModelRunConfig) -> Application:
 
 
 def build_service(card: ModelCard, config: ModelRunConfig, settings: ApiSettings) -> Application:
-    """The replicas and the HTTP side before them."""
+    """The replicas and the HTTP side before them.
+
+    Serve lets requests wait unanswered, health checks too, once ``max_ongoing_requests`` are in the HTTP side. So that
+    is above what it holds itself: bodies that arrive, and as many requests as the replicas run and let wait, twice
+    over, because those too many are on their way to a refusal.
+    """
     capacity = config.batch.max_queued + config.batch.max_size + _SLACK_REQUESTS
+    ongoing = settings.max_open_bodies + 2 * capacity * config.replicas.num_replicas
     deployment = serve.deployment(
         name=API,
         num_replicas=1,
         ray_actor_options={"num_cpus": 0},  # it waits
-        max_ongoing_requests=2 * capacity * config.replicas.num_replicas,
+        max_ongoing_requests=ongoing,
         graceful_shutdown_timeout_s=5.0,
         graceful_shutdown_wait_loop_s=0.1,
         health_check_timeout_s=60.0,

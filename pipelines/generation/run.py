@@ -117,6 +117,8 @@ def serve(config: ServeConfig) -> None:
         format=config.format,
         token=token,
         timeout_s=config.timeout_s,
+        body_timeout_s=config.body_timeout_s,
+        max_open_bodies=config.max_open_bodies,
         max_steps=config.max_steps,
     )
     with connect(), _until_signal() as wait, http_application(card, config, settings) as url:

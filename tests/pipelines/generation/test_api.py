@@ -33,6 +33,8 @@ async def client_of(config: ServeConfig) -> AsyncIterator[httpx.AsyncClient]:
         format=config.format,
         token=config.token,
         timeout_s=config.timeout_s,
+        body_timeout_s=config.body_timeout_s,
+        max_open_bodies=config.max_open_bodies,
         max_steps=config.max_steps,
     )
     app = build_api(settings, lambda request: generator.generate(request, config.timeout_s), generator.status)
@@ -145,6 +147,45 @@ def test_long_bodies_are_not_read(serve_config: ServeConfig) -> None:
     talk(serve_config, conversation)
 
 
+async def begin_body(client: httpx.AsyncClient) -> httpx.Response:
+    """A request whose body never ends."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    return await client.post("/v1/videos", content=pieces(), headers={"content-length": "100"})
+
+
+def test_a_body_that_does_not_arrive_in_time_answers_408(serve_config: ServeConfig) -> None:
+    async def conversation(client: httpx.AsyncClient) -> None:
+        answer = await begin_body(client)
+        assert answer.status_code == 408
+        assert answer.headers["connection"] == "close"
+        assert answer.json()["error"]["message"] == "the body did not arrive within 0.1 s"
+        assert (await client.post("/v1/videos", json=PROMPT)).status_code == 200
+
+    talk(replace(serve_config, body_timeout_s=0.1), conversation)
+
+
+def test_of_too_many_bodies_the_oldest_gives_way_and_whole_ones_are_read(serve_config: ServeConfig) -> None:
+    async def conversation(client: httpx.AsyncClient) -> None:
+        open_bodies = [asyncio.create_task(begin_body(client)) for _ in range(5)]
+        await asyncio.wait(open_bodies[:2])
+        assert [task.done() for task in open_bodies] == [True, True, False, False, False]
+        for answer in (task.result() for task in open_bodies[:2]):
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "60")
+            assert answer.json()["error"]["message"] == "more than 3 requests are sending their bodies"
+        assert (await client.post("/v1/videos", json=PROMPT)).status_code == 200
+        assert open_bodies[2].result().status_code == 503  # it made room
+        assert (await client.get("/v1/models")).status_code == 200
+        for task in open_bodies[3:]:
+            assert not task.done()
+            task.cancel()
+
+    talk(replace(serve_config, body_timeout_s=60.0, max_open_bodies=3), conversation)
+
+
 def test_a_token_is_asked_for_where_one_is_set(serve_config: ServeConfig) -> None:
     async def conversation(client: httpx.AsyncClient) -> None:
         for headers in (
@@ -226,7 +267,7 @@ def test_the_model_and_the_interface_are_described(serve_config: ServeConfig) ->
         assert model["limits"]["size_multiple_of"] == 16
         schema = (await client.get("/openapi.json")).json()
         operation = schema["paths"]["/v1/videos"]["post"]
-        assert {"200", "400", "401", "503", "504"} <= operation["responses"].keys()
+        assert {"200", "400", "401", "408", "413", "503", "504"} <= operation["responses"].keys()
         assert "video/mp4" in operation["responses"]["200"]["content"]
         assert (await client.get("/docs")).status_code == 200
 

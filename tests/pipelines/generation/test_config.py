@@ -55,6 +55,8 @@ def test_wrong_values_are_named(tmp_path: Path, override: str, message: str) -> 
     [
         ({"port": 0}, "port"),
         ({"timeout_s": 0.0}, "timeout_s"),
+        ({"body_timeout_s": 0.0}, "body_timeout_s"),
+        ({"max_open_bodies": 0}, "max_open_bodies"),
         ({"token": " "}, "token"),
         ({"max_steps": 3}, "max_steps"),
     ],

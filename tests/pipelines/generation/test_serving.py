@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,7 @@ def _cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def service(_cluster: None, serve_config: ServeConfig) -> Iterator[str]:
-    config = replace(serve_config, port=free_port(), token=TOKEN)
+    config = replace(serve_config, port=free_port(), token=TOKEN, body_timeout_s=4.0)
     settings = ApiSettings(
         card=read_card(config),
         size=config.video,
@@ -49,6 +50,8 @@ def service(_cluster: None, serve_config: ServeConfig) -> Iterator[str]:
         format=config.format,
         token=TOKEN,
         timeout_s=config.timeout_s,
+        body_timeout_s=config.body_timeout_s,
+        max_open_bodies=config.max_open_bodies,
         max_steps=config.max_steps,
     )
     with http_application(settings.card, config, settings) as url:
@@ -180,6 +183,42 @@ def test_http_a_client_that_leaves_frees_its_place(service: str) -> None:
                 await asyncio.sleep(0.02)
             assert (await http.post("/v1/videos", json=PROMPT)).status_code == 200
 
+    asyncio.run(main())
+
+
+def test_http_hundreds_of_unfinished_bodies_stop_nobody_else(service: str) -> None:
+    head = (
+        f"POST /v1/videos HTTP/1.1\r\nHost: test\r\nAuthorization: Bearer {TOKEN}\r\n"
+        "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    )
+
+    async def begin_body() -> str:
+        """The first line of the answer, once the service has closed the connection."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(service).port)
+        writer.write(head.encode())
+        await writer.drain()
+        opened.release()
+        answer = await asyncio.wait_for(reader.read(), 60)
+        writer.close()
+        return answer.split(b"\r\n")[0].decode()
+
+    async def main() -> None:
+        async with client(service) as http:
+            before = await http.post("/v1/videos", json=PROMPT)
+            slow = [asyncio.create_task(begin_body()) for _ in range(400)]
+            for _ in slow:
+                await opened.acquire()
+            during = await http.post("/v1/videos", json=PROMPT)
+            assert (during.status_code, during.content) == (200, before.content)
+            assert (await http.get("/healthz")).status_code == 200
+            assert (await http.get("/v1/models")).status_code == 200
+            assert not all(task.done() for task in slow)
+            answers = Counter(await asyncio.gather(*slow))
+            assert answers.keys() == {"HTTP/1.1 408 Request Timeout", "HTTP/1.1 503 Service Unavailable"}
+            assert (await http.get("/healthz")).json() == {"status": "ok", "queued": 0, "running": 0}
+            assert (await http.post("/v1/videos", json=PROMPT)).content == before.content
+
+    opened = asyncio.Semaphore(0)
     asyncio.run(main())
 
 
