@@ -25,7 +25,7 @@ from pipelines.generation.manifest import file_name
 from pipelines.generation.media import MEDIA_TYPES
 from pipelines.generation.request import Refusal, Video, VideoRequest
 
-_STATUS = {"full": 503, "timeout": 504, "invalid": 400, "failed": 500}
+_STATUS = {"full": 503, "lost": 503, "timeout": 504, "invalid": 400, "failed": 500}
 _MAX_PROMPT = 10_000  # characters
 _MAX_BODY = 1 << 20  # bytes
 _BAD_TOKEN = "a valid bearer token is needed: Authorization: Bearer TOKEN"
@@ -104,7 +104,10 @@ def build_api(settings: ApiSettings, submit: Submit, status: Status) -> FastAPI:
         401: {"model": ErrorBody, "description": "The bearer token is missing or wrong."},
         408: {"model": ErrorBody, "description": "The body did not arrive in time."},
         413: {"model": ErrorBody, "description": "The body is too long."},
-        503: {"model": ErrorBody, "description": "Too many requests are here; Retry-After says when to come again."},
+        503: {
+            "model": ErrorBody,
+            "description": "Too many requests are here, or the model was lost; Retry-After says when to come again.",
+        },
         504: {"model": ErrorBody, "description": "The video was not done in time."},
     }
     media = {MEDIA_TYPES[settings.format]: {"schema": {"type": "string", "format": "binary"}}}
@@ -264,8 +267,9 @@ def _describe(settings: ApiSettings, encoder: RequestEncoder) -> dict[str, Any]:
 
 
 def _refuse(refusal: Refusal) -> JSONResponse:
-    headers = {"Retry-After": str(max(1, math.ceil(refusal.retry_after_s)))} if refusal.reason == "full" else None
-    return _error(_STATUS[refusal.reason], refusal.message, headers=headers)
+    status = _STATUS[refusal.reason]
+    headers = {"Retry-After": str(max(1, math.ceil(refusal.retry_after_s)))} if status == 503 else None
+    return _error(status, refusal.message, headers=headers)
 
 
 def _error(status: int, message: str, *, field: str | None = None, headers: Any = None) -> JSONResponse:

@@ -34,6 +34,9 @@ _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 # Above what the batcher lets in, so that its refusals, which say when to come again, come before Serve's own queueing.
 _SLACK_REQUESTS = 32
 _GRACE_S = 5.0  # in which a replica tells itself that a request took too long
+_ATTEMPTS = 5  # of a request whose replicas are lost: one that kills them must not do so for ever
+_PAUSE_S = 0.5  # after a loss, and as much longer after each further one; Serve finds out meanwhile
+_RESTART_S = 10.0  # about what a replica takes to come again
 
 
 class VideoGenerator:
@@ -94,21 +97,50 @@ class VideoApi:
         return build_api(self._settings, self._submit, self._status)
 
     async def _submit(self, request: VideoRequest) -> Video | Refusal:
-        timeout_s = self._settings.timeout_s
-        try:
-            async with asyncio.timeout(timeout_s + _GRACE_S):  # while no replica runs, Serve would wait for ever
-                answer: Video | Refusal = await self._generator.generate.remote(request, timeout_s)
-        except TimeoutError:
-            return Refusal(reason="timeout", message=f"no process of the model answered within {timeout_s:g} s")
-        except BackPressureError as error:
-            return Refusal(reason="full", message=str(error), retry_after_s=1.0)
-        except (RayError, RayServeException) as error:
-            return Refusal(reason="failed", message=f"the model's process was lost, ask again ({type(error).__name__})")
-        return answer
+        return await ask(self._generator, request, self._settings.timeout_s)
 
     async def _status(self) -> dict[str, Any]:
-        status: dict[str, Any] = await self._generator.status.remote()
-        return status
+        while True:  # the caller sets a time
+            try:
+                status: dict[str, Any] = await self._generator.status.remote()
+            except (RayError, RayServeException):
+                await asyncio.sleep(_PAUSE_S)
+            else:
+                return status
+
+
+async def ask(
+    generator: DeploymentHandle[VideoGenerator], request: VideoRequest, timeout_s: float | None = None
+) -> Video | Refusal:
+    """A video; asked for again where its replica was lost on the way, which changes nothing in it.
+
+    Args:
+        generator: the replicas.
+        request: what to make.
+        timeout_s: longest to wait for an answer, however often it is asked for.
+    """
+    clock = asyncio.get_running_loop().time
+    deadline = None if timeout_s is None else clock() + timeout_s
+    lost: Refusal | None = None
+    try:
+        # While no replica runs, Serve would wait for ever.
+        async with asyncio.timeout_at(None if deadline is None else deadline + _GRACE_S) as limit:
+            for attempt in range(1, _ATTEMPTS + 1):
+                try:
+                    answer: Video | Refusal = await generator.generate.remote(request, deadline and deadline - clock())
+                except BackPressureError as error:
+                    return Refusal(reason="full", message=str(error), retry_after_s=1.0)
+                except (RayError, RayServeException) as error:
+                    message = f"the process of the model was lost, and no other answered ({type(error).__name__})"
+                    lost = Refusal(reason="lost", message=message, retry_after_s=_RESTART_S)
+                    limit.reschedule(deadline)  # no replica that would tell by itself has the request now
+                    await asyncio.sleep(_PAUSE_S * attempt)
+                else:
+                    timed_out = isinstance(answer, Refusal) and answer.reason == "timeout"
+                    return lost if lost and timed_out else answer
+    except TimeoutError:
+        pass
+    return lost or Refusal(reason="timeout", message=f"no process of the model answered within {timeout_s:g} s")
 
 
 def build_generator(card: ModelCard, config: ModelRunConfig) -> Application:
@@ -123,6 +155,7 @@ def build_generator(card: ModelCard, config: ModelRunConfig) -> Application:
         max_constructor_retry_count=1,  # a model that does not load will not load later
         graceful_shutdown_timeout_s=5.0,
         graceful_shutdown_wait_loop_s=0.1,
+        health_check_period_s=2.0,  # a lost replica is soon replaced
         health_check_timeout_s=60.0,  # a busy machine of 2 cores is not a dead replica
         logging_config=_QUIET,
     )(VideoGenerator)

@@ -78,6 +78,6 @@ class Video:
 class Refusal:
     """Why there is no video. A value and not an exception: Serve logs every exception with its traceback."""
 
-    reason: Literal["full", "timeout", "invalid", "failed"]
+    reason: Literal["full", "lost", "timeout", "invalid", "failed"]
     message: str
-    retry_after_s: float = 0.0  # for "full"
+    retry_after_s: float = 0.0  # for "full" and "lost"

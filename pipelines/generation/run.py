@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any
 
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from tqdm import tqdm
 
@@ -25,15 +23,14 @@ from pipelines.generation.api import ApiSettings
 from pipelines.generation.application import check_port, generator_application, http_application
 from pipelines.generation.card import ModelCard, RequestEncoder, read_card
 from pipelines.generation.config import MAX_SEED, GenerateConfig, ServeConfig
+from pipelines.generation.deployment import ask
 from pipelines.generation.manifest import Manifest, file_name
 from pipelines.generation.media import MEDIA_TYPES
 from pipelines.generation.prompts import read_prompts
-from pipelines.generation.request import Refusal, Video, VideoRequest
+from pipelines.generation.request import Refusal, VideoRequest
 
 RUN_FILE = "generate.json"
 TOKEN_VARIABLE = "LUMOS_SERVE_TOKEN"
-_ATTEMPTS = 3  # of a video whose replica was lost
-_RETRY_S = 1.0
 
 Store = Callable[["_Job", bytes], None]
 
@@ -233,7 +230,10 @@ async def _drive(
 
     async def one(job: _Job) -> None:
         async with places:
-            answer = await _ask(handle, job.request)
+            answer = await ask(handle, job.request)
+            while isinstance(answer, Refusal) and answer.reason == "full":
+                await asyncio.sleep(answer.retry_after_s)
+                answer = await ask(handle, job.request)
         if isinstance(answer, Refusal):
             failures.append(f"{job.row['path']}: {answer.message}")
         else:
@@ -242,21 +242,6 @@ async def _drive(
 
     await asyncio.gather(*map(one, jobs))
     return failures
-
-
-async def _ask(handle: DeploymentHandle[Any], request: VideoRequest) -> Video | Refusal:
-    """A video; asked for again where its replica was lost on the way, which changes nothing in it."""
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            answer: Video | Refusal = await handle.generate.remote(request)
-        except (RayError, RayServeException) as error:
-            answer = Refusal(reason="failed", message=f"the replica was lost ({error})")
-        else:
-            if isinstance(answer, Video) or answer.reason != "full":
-                return answer
-        if attempt < _ATTEMPTS:
-            await asyncio.sleep(max(_RETRY_S * attempt, answer.retry_after_s))
-    return answer
 
 
 @contextmanager

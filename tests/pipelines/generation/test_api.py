@@ -17,6 +17,7 @@ from pipelines.generation.api import ApiSettings, build_api
 from pipelines.generation.card import read_card
 from pipelines.generation.config import BatchConfig, ServeConfig, SizeConfig
 from pipelines.generation.deployment import VideoGenerator
+from pipelines.generation.request import Refusal
 
 PROMPT = {"prompt": "a red square moves left", "seed": 7}
 Talk = Callable[[httpx.AsyncClient], Awaitable[None]]
@@ -246,10 +247,10 @@ def test_a_model_without_a_running_process_answers_in_time(monkeypatch: pytest.M
         await asyncio.Event().wait()
 
     monkeypatch.setattr(deployment, "_GRACE_S", 0.05)
-    handle = SimpleNamespace(generate=SimpleNamespace(remote=never))
-    api: Any = SimpleNamespace(_generator=handle, _settings=SimpleNamespace(timeout_s=0.05))
-    submit = next(base.__dict__["_submit"] for base in deployment.VideoApi.__mro__ if "_submit" in base.__dict__)
-    refusal = asyncio.run(asyncio.wait_for(submit(api, None), 10))
+    handle: Any = SimpleNamespace(generate=SimpleNamespace(remote=never))
+    request: Any = None
+    refusal = asyncio.run(asyncio.wait_for(deployment.ask(handle, request, 0.05), 10))
+    assert isinstance(refusal, Refusal)
     assert (refusal.reason, refusal.message) == ("timeout", "no process of the model answered within 0.05 s")
 
 
