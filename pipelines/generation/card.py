@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from lumos.checkpoint import load_weights, read_config
+from lumos.compression import CELL, num_latent_frames, num_source_frames
 from lumos.config import ModelConfig
 from lumos.decoder import Decoder
-from lumos.layout import PromptTemplate, header_tokens, num_source_frames, prompt_text, video_layout
+from lumos.layout import PromptTemplate, header_tokens, prompt_text, video_layout
 from lumos.sampling import GenerationRequest
 from lumos.tokenizers import TextTokenizer, TokenizerConfig, load_video_tokenizer
-from lumos.vocabulary import CELL, TEMPORAL_FACTOR, Vocabulary
+from lumos.vocabulary import Vocabulary
 from pipelines.errors import UserError
 from pipelines.generation.config import ModelRunConfig, SizeConfig
 from pipelines.generation.request import VideoRequest, VideoSize
@@ -183,9 +184,7 @@ class RequestEncoder:
             raise ValueError(f"{name} {value} is more than the {largest} px the model can write")
 
     def _check_frames(self, num_frames: int, fps: float) -> None:
-        if (num_frames - 1) % TEMPORAL_FACTOR:
-            below = num_frames - (num_frames - 1) % TEMPORAL_FACTOR
-            raise ValueError(f"num_frames {num_frames} is not 1 + 4k: use {below} or {below + TEMPORAL_FACTOR}")
+        num_latent_frames(num_frames)
         limit = self.card.vocabulary.max_number
         if not 1 <= round(fps) <= limit:
             raise ValueError(f"fps {fps:g} is outside 1..{limit}, what the model can write")

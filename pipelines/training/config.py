@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from lumos.compression import CELL
 from lumos.config import MaskConfig, ModelConfig, RopeKind
 from lumos.layout import PromptTemplate
 from lumos.tokenizers.video import TokenizerConfig
@@ -36,8 +37,8 @@ class DataConfig:
         """Check ranges."""
         _require(0.0 <= self.caption_drop <= 1.0, f"caption_drop must be in [0, 1], got {self.caption_drop}")
         _require(
-            self.grid_unit > 0 and self.grid_unit % 8 == 0,
-            f"grid_unit must be a positive multiple of 8 px, got {self.grid_unit}",
+            self.grid_unit > 0 and self.grid_unit % CELL == 0,
+            f"grid_unit must be a positive multiple of {CELL} px, got {self.grid_unit}",
         )
 
 
@@ -53,7 +54,7 @@ class ModelShape:
     head_dim: int  # a multiple of 32
     rope: RopeKind = "mm"
     rope_theta: float = 10000.0
-    position_scale: tuple[int, int, int] = (4, 8, 8)
+    position_scale: tuple[int, int, int] = ModelConfig.position_scale  # the paper's; not the tokenizer's compression
     max_seq_len: int = 32768
     checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory, a third more work
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from lumos.checkpoint import read_config
+from lumos.compression import CELL
 from lumos.config import ModelConfig
 from lumos.layout import build_sequence
 from lumos.tokenizers import load_video_tokenizer
 from lumos.tokenizers.text import EMBEDDED_FILE, TextTokenizer
-from lumos.vocabulary import CELL, Vocabulary
+from lumos.vocabulary import Vocabulary
 from pipelines.config import config_to_dict
 from pipelines.data.snapshot import Snapshot, open_snapshot
 from pipelines.errors import UserError
@@ -108,7 +109,8 @@ def _check_shapes(snapshot: Snapshot, plan: BatchPlan, vocabulary: Vocabulary, m
         except ValueError as error:
             raise UserError(
                 f"bucket {shape[0]}x{shape[1]}x{shape[2]} of snapshot {snapshot.manifest.snapshot_id}: {error}; set "
-                f"data.grid_unit to {8 * math.gcd(shape[1], shape[2])} px or a divisor of it that is a multiple of 8"
+                f"data.grid_unit to {CELL * math.gcd(shape[1], shape[2])} px or a divisor of it that is a multiple of "
+                f"{CELL}"
             ) from error
         if len(ids) > model.max_seq_len:
             raise UserError(
