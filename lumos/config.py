@@ -81,6 +81,16 @@ class MaskConfig:
         _require(0.0 < self.min_ratio <= 1.0, f"min_ratio must be in (0, 1], got {self.min_ratio}")
 
 
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What identifies the video tokenizer that made some codes."""
+
+    kind: str  # "fsq" or "cosmos"
+    codebook_size: int
+    compression: tuple[int, int, int]
+    weights_hash: str  # equal hash, equal codes
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How a video is drawn, frame by frame. The two ``release_*`` options reproduce quirks of the authors' code."""

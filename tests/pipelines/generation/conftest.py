@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lumos.checkpoint import save_checkpoint
-from lumos.config import ModelConfig, SamplingConfig
+from lumos.checkpoint import ModelInfo, save_checkpoint
+from lumos.config import ModelConfig, SamplingConfig, TokenizerInfo
 from lumos.decoder import Decoder
 from lumos.tokenizers import FsqTokenizer, TextTokenizer
 from lumos.tokenizers.fsq import FsqAutoencoder, FsqConfig, save_weights
@@ -59,19 +59,14 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) ->
         for name, weight in model.named_parameters():
             if "norm" not in name:
                 weight.mul_(8)
-    extra = {
-        "prompt_template": "caption",
-        "fps": 12.0,
-        "shapes": [[3, 4, 4]],
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "codebook_size": tokenizer.codebook_size,
-            "compression": list(tokenizer.compression),
-            "weights_hash": tokenizer.weights_hash,
-        },
-    }
+    info = ModelInfo(
+        fps=12.0,
+        shapes=((3, 4, 4),),
+        tokenizer=TokenizerInfo(tokenizer.kind, tokenizer.codebook_size, tokenizer.compression, tokenizer.weights_hash),
+        text_tokenizer_hash=text.hash,
+    )
     folder = tmp_path_factory.mktemp("run") / "export"
-    save_checkpoint(folder, model, vocabulary, extra=extra)
+    save_checkpoint(folder, model, vocabulary, info=info)
     text.save(folder / "text_tokenizer.json")
     return folder
 

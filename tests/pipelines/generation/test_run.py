@@ -27,11 +27,10 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def copy_model(model_dir: Path, target: Path, **changes: Any) -> Path:
-    """The model with other values in its config: top-level keys, or ``extra``; None takes a key of that out."""
+    """The model with other values in its config: top-level keys, or ``info``."""
     shutil.copytree(model_dir, target)
     config = json.loads((target / "config.json").read_text())
-    extra = {**config["lumos"]["extra"], **changes.pop("extra", {})}
-    config["lumos"]["extra"] = {key: value for key, value in extra.items() if value is not None}
+    config["lumos"]["info"].update(changes.pop("info", {}))
     (target / "config.json").write_text(json.dumps({**config, **changes}))
     return target
 
@@ -92,10 +91,19 @@ def test_a_text_tokenizer_with_more_ids_than_the_model_is_refused(
         generate(replace(generate_config, text_tokenizer=str(tmp_path / "large.json")))
 
 
+def test_another_text_tokenizer_than_the_model_was_trained_with_is_refused(
+    generate_config: GenerateConfig, tmp_path: Path
+) -> None:
+    other = TextTokenizer.train(["other words"], vocab_size=260)
+    other.save(tmp_path / "other.json")
+    with pytest.raises(UserError, match=r"text_tokenizer: .*other.json .*is not the one the model .* was trained with"):
+        generate(replace(generate_config, text_tokenizer=str(tmp_path / "other.json")))
+
+
 def test_a_checkpoint_that_names_no_size_asks_for_one(
     generate_config: GenerateConfig, model_dir: Path, tmp_path: Path
 ) -> None:
-    model = copy_model(model_dir, tmp_path / "model", extra={"shapes": None})
+    model = copy_model(model_dir, tmp_path / "model", info={"shapes": None})
     config = replace(generate_config, model=str(model))
     with pytest.raises(UserError, match="width is not given"):
         generate(config)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lumos.checkpoint import save_checkpoint
+from lumos.checkpoint import ModelInfo, save_checkpoint
 from lumos.decoder import Decoder
 from lumos.tokenizers.text import TextTokenizer
 from lumos.tokenizers.video import TokenizerConfig
@@ -33,11 +33,12 @@ def save_model(path: Path, vocabulary: Vocabulary, **changes: int) -> Path:
 
 def test_a_good_config_is_prepared(config):
     prepared = prepare(config)
-    assert prepared.export.extra["shapes"] == [[2, 4, 4], [3, 4, 6]]
-    assert prepared.export.extra["fps"] == 12.0
-    assert prepared.export.extra["dataset_digest"] == prepared.snapshot.digest
+    info = prepared.export.info
+    assert (info.shapes, info.fps) == (((2, 4, 4), (3, 4, 6)), 12.0)
+    assert info.dataset_digest == prepared.snapshot.digest
+    assert info.text_tokenizer_hash == TextTokenizer.load().hash
     assert prepared.ingest.vocabulary.codebook_size == CODEBOOK
-    json.dumps(prepared.export.extra)
+    assert ModelInfo.from_dict(json.loads(json.dumps(info.to_dict()))) == info
 
 
 def test_too_few_rows_is_an_error(config):
