@@ -12,7 +12,7 @@ import torch
 
 from lumos.checkpoint import TEXT_TOKENIZER_FILE, ModelInfo, load_weights, read_config
 from lumos.compression import CELL, num_latent_frames, num_source_frames
-from lumos.config import ModelConfig, TokenizerInfo
+from lumos.config import ModelConfig, SamplingConfig, TokenizerInfo
 from lumos.decoder import Decoder
 from lumos.layout import PromptTemplate, header_tokens, prompt_text, video_layout
 from lumos.sampling import GenerationRequest
@@ -34,6 +34,7 @@ class ModelCard:
     text_tokenizer: str  # path
     video_tokenizer: TokenizerConfig
     default_size: VideoSize | None  # None where the checkpoint names no size
+    sampling: SamplingConfig  # of requests that say nothing: the run's, completed from what the checkpoint recommends
     identity: dict[str, Any]  # hashes and settings on the model's side that decide a video
 
     @property
@@ -69,6 +70,7 @@ def read_card(config: ModelRunConfig) -> ModelCard:
         text_tokenizer=text_path,
         video_tokenizer=tokenizer,
         default_size=_trained_size(info),
+        sampling=config.sampling.over(info.sampling),
         identity={
             "weights": _digest(folder),
             "text_tokenizer": text_hash,

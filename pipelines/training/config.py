@@ -5,14 +5,23 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from lumos.compression import CELL
-from lumos.config import MaskConfig, ModelConfig, RopeKind
+from lumos.config import MaskConfig, ModelConfig, RopeKind, SamplingConfig
 from lumos.layout import PromptTemplate
 from lumos.tokenizers.video import TokenizerConfig
 from lumos.vocabulary import Vocabulary
 from pipelines.config import config_hash, config_to_dict
 
 # Keys that decide how a run is carried out and not what it computes: a run may be continued with others.
-_OPERATIONAL = ("output", "num_workers", "micro_batch", "resources", "checkpoint", "tracking", "progress")
+_OPERATIONAL = (
+    "output",
+    "num_workers",
+    "micro_batch",
+    "recommended_sampling",
+    "resources",
+    "checkpoint",
+    "tracking",
+    "progress",
+)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -182,6 +191,7 @@ class TrainConfig:
     num_workers: int = 1
     seed: int = 0
     init_from: str | None = None  # an exported or released checkpoint folder to start from
+    recommended_sampling: SamplingConfig = field(default_factory=SamplingConfig)  # told to all who generate with it
     resources: ResourceConfig = field(default_factory=ResourceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -77,6 +77,7 @@ def prepare(config: TrainConfig) -> Prepared:
         fps=fps,
         tokenizer=manifest.tokenizer,
         text_tokenizer_hash=text.hash,
+        sampling=config.recommended_sampling,
         dataset_digest=snapshot.digest,
         train_config=config_to_dict(config),
     )

@@ -7,12 +7,19 @@ import pytest
 import torch
 
 from lumos.checkpoint import ModelInfo, save_checkpoint
-from lumos.config import ModelConfig, SamplingConfig, TokenizerInfo
+from lumos.config import ModelConfig, TokenizerInfo
 from lumos.decoder import Decoder
 from lumos.tokenizers import FsqTokenizer, TextTokenizer
 from lumos.tokenizers.fsq import FsqAutoencoder, FsqConfig, save_weights
 from lumos.vocabulary import Vocabulary
-from pipelines.generation.config import BatchConfig, GenerateConfig, ReplicaConfig, ServeConfig, TokenizerSource
+from pipelines.generation.config import (
+    BatchConfig,
+    GenerateConfig,
+    ReplicaConfig,
+    SamplingChoice,
+    ServeConfig,
+    TokenizerSource,
+)
 
 CAPTIONS = ("a red square moves left", "a blue circle moves up over a green background")
 
@@ -71,7 +78,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) ->
     return folder
 
 
-SAMPLING = SamplingConfig(num_steps=4, guidance_scale=3.0)
+SAMPLING = SamplingChoice(num_steps=4, guidance_scale=3.0)
 REPLICAS = ReplicaConfig(num_cpus=0.5, threads=1)
 
 
