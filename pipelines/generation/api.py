@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from lumos.config import SamplingConfig
 from pipelines.generation.card import ModelCard, RequestEncoder
 from pipelines.generation.config import MAX_SEED, SizeConfig, VideoFormat
 from pipelines.generation.manifest import file_name
@@ -42,7 +41,6 @@ class ApiSettings:
 
     card: ModelCard
     size: SizeConfig  # defaults of requests
-    sampling: SamplingConfig  # defaults of requests
     format: VideoFormat
     token: str | None
     timeout_s: float
@@ -233,7 +231,9 @@ def _to_request(body: VideoBody, settings: ApiSettings, encoder: RequestEncoder)
             prompt=body.prompt.strip(),
             seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
             size=encoder.size(asked),
-            sampling=replace(settings.sampling, **{key: value for key, value in given.items() if value is not None}),
+            sampling=replace(
+                settings.card.sampling, **{key: value for key, value in given.items() if value is not None}
+            ),
             format=settings.format,
         )
         encoder.encode(request)
@@ -243,7 +243,7 @@ def _to_request(body: VideoBody, settings: ApiSettings, encoder: RequestEncoder)
 
 
 def _describe(settings: ApiSettings, encoder: RequestEncoder) -> dict[str, Any]:
-    card, sampling = settings.card, settings.sampling
+    card, sampling = settings.card, settings.card.sampling
     try:
         size = encoder.size(settings.size)
         defaults: dict[str, Any] = {"size": f"{size.width}x{size.height}", "frames": size.num_frames, "fps": size.fps}

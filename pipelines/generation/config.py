@@ -1,7 +1,7 @@
 """What a bulk run and an HTTP service are told: which model, how to draw, on what, and what to write or listen to."""
 
 import ipaddress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import ClassVar, Literal
 
 from lumos.config import SamplingConfig
@@ -30,6 +30,26 @@ class SizeConfig:
         for name in ("width", "height", "num_frames", "fps"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be positive, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingChoice:
+    """How videos are drawn (``lumos.config.SamplingConfig``); what is left out is as the model's folder recommends."""
+
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    history_ratio: float | None = None
+    temperature: float | None = None
+    release_temperature: bool | None = None
+    release_given_frames: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        self.over(SamplingConfig())
+
+    def over(self, recommended: SamplingConfig) -> SamplingConfig:
+        """The settings of a run, completed from what its model recommends."""
+        return replace(recommended, **{key: value for key, value in asdict(self).items() if value is not None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +114,7 @@ class ModelRunConfig:
 
     model: str  # folder that `lumos train` exported, or of a released Lumos-1 checkpoint
     video: SizeConfig = field(default_factory=SizeConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplingChoice = field(default_factory=SamplingChoice)
     tokenizer: TokenizerSource = field(default_factory=TokenizerSource)
     text_tokenizer: str | None = None  # a Hugging Face tokenizers JSON; None is text_tokenizer.json beside the model
     prompt_template: PromptTemplate | None = None  # None is the one the model was trained with
@@ -147,10 +167,7 @@ class ServeConfig(ModelRunConfig):
         _require(self.timeout_s > 0, f"timeout_s must be positive, got {self.timeout_s}")
         _require(self.body_timeout_s > 0, f"body_timeout_s must be positive, got {self.body_timeout_s}")
         _require(self.max_open_bodies >= 1, f"max_open_bodies must be at least 1, got {self.max_open_bodies}")
-        _require(
-            self.max_steps >= self.sampling.num_steps,
-            f"max_steps ({self.max_steps}) must be at least sampling.num_steps ({self.sampling.num_steps})",
-        )
+        _require(self.max_steps >= 1, f"max_steps must be at least 1, got {self.max_steps}")
         _require(self.token is None or bool(self.token.strip()), "token is empty: leave it out, or set a secret")
 
     @property

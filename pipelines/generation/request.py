@@ -3,9 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from lumos.compression import CELL, num_latent_frames
 from lumos.config import SamplingConfig
-from lumos.layout import num_latent_frames
-from lumos.vocabulary import CELL
 from pipelines.config import config_hash
 from pipelines.generation.config import VideoFormat
 

@@ -106,11 +106,10 @@ def serve(config: ServeConfig) -> None:
     if not is_joined():
         check_port(config.host, config.port)
     card = read_card(config)
-    _check_size(config, card)
+    _check_defaults(config, card)
     settings = ApiSettings(
         card=card,
         size=config.video,
-        sampling=config.sampling,
         format=config.format,
         token=token,
         timeout_s=config.timeout_s,
@@ -138,7 +137,7 @@ def _plan(config: GenerateConfig, card: ModelCard) -> list[_Job]:
                 if seed > MAX_SEED:
                     raise ValueError(f"seed {seed} is above 2^63-1")
                 request = VideoRequest(
-                    prompt=prompt.text, seed=seed, size=size, sampling=config.sampling, format=config.format
+                    prompt=prompt.text, seed=seed, size=size, sampling=card.sampling, format=config.format
                 )
                 if seed == first:
                     encoder.encode(request)
@@ -168,8 +167,13 @@ def _check_single(config: GenerateConfig, jobs: Sequence[_Job]) -> None:
         raise UserError(f"output: {config.output} does not end in .{config.format}: set format, or another name")
 
 
-def _check_size(config: ServeConfig, card: ModelCard) -> None:
-    """Find a default size that the model cannot write before clients do."""
+def _check_defaults(config: ServeConfig, card: ModelCard) -> None:
+    """Find defaults that cannot be met before clients do."""
+    if card.sampling.num_steps > config.max_steps:
+        raise UserError(
+            f"max_steps: {config.max_steps} is less than the {card.sampling.num_steps} steps that requests take by "
+            "default: raise it, or set sampling.num_steps (null is what the model recommends)"
+        )
     complete = all(value is not None for value in asdict(config.video).values())
     if not complete and card.default_size is None:
         return  # every request must then name its size
@@ -182,7 +186,12 @@ def _check_size(config: ServeConfig, card: ModelCard) -> None:
 def _prepare_output(config: GenerateConfig, card: ModelCard, *, is_folder: bool) -> None:
     """Note beside the videos what makes them; so a folder that cannot be written is found before Ray starts."""
     uri = storage.join(config.output, RUN_FILE) if is_folder else config.output
-    note = {"config": config_to_dict(config), "model": card.identity, "provenance": provenance()}
+    note = {
+        "config": config_to_dict(config),
+        "sampling": asdict(card.sampling),
+        "model": card.identity,
+        "provenance": provenance(),
+    }
     try:
         if is_folder:
             storage.write_json_atomic(uri, note)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from lumos.compression import CELL, TEMPORAL_FACTOR
 from pipelines.demo import corpus
 from pipelines.errors import UserError
 from pipelines.training.procedural import texture_clip
@@ -68,9 +69,9 @@ class ClipSource:
         for name in ("corpus_share", "aligned_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in 0..1")
-        if self.size < 16 or self.size % 8:
-            raise ValueError(f"size is {self.size}; it must be a multiple of 8 px, at least 16")
-        if self.num_frames < 5 or self.num_frames % 4 != 1:
+        if self.size < 16 or self.size % CELL:
+            raise ValueError(f"size is {self.size}; it must be a multiple of {CELL} px, at least 16")
+        if self.num_frames < 5 or self.num_frames % TEMPORAL_FACTOR != 1:
             raise ValueError(f"num_frames is {self.num_frames}; it must be 1 + 4k, at least 5")
         if self.fps <= 0:
             raise ValueError(f"fps is {self.fps}; it must be positive")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lumos.compression import CELL, TEMPORAL_FACTOR
 from lumos.tokenizers import TokenizerConfig, VideoTokenizer, load_video_tokenizer
 from pipelines.demo import corpus
 from pipelines.errors import UserError
@@ -56,9 +57,9 @@ class TokenizerEvaluateConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         for name in ("height", "width"):
-            if getattr(self, name) < 8 or getattr(self, name) % 8:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be a positive multiple of 8 px")
-        if self.clip_frames < 1 or self.clip_frames % 4 != 1:
+            if getattr(self, name) < CELL or getattr(self, name) % CELL:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a positive multiple of {CELL} px")
+        if self.clip_frames < 1 or self.clip_frames % TEMPORAL_FACTOR != 1:
             raise ValueError(f"clip_frames is {self.clip_frames}; it must be 1 + 4k")
         if self.fps <= 0:
             raise ValueError(f"fps is {self.fps}; it must be positive")

@@ -5,6 +5,7 @@ import io
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +16,10 @@ import pytest
 from pipelines.generation import deployment
 from pipelines.generation.api import ApiSettings, build_api
 from pipelines.generation.card import read_card
-from pipelines.generation.config import BatchConfig, ServeConfig, SizeConfig
+from pipelines.generation.config import BatchConfig, SamplingChoice, ServeConfig, SizeConfig
 from pipelines.generation.deployment import VideoGenerator
 from pipelines.generation.request import Refusal
+from tests.pipelines.generation.test_run import copy_model
 
 PROMPT = {"prompt": "a red square moves left", "seed": 7}
 Talk = Callable[[httpx.AsyncClient], Awaitable[None]]
@@ -30,7 +32,6 @@ async def client_of(config: ServeConfig) -> AsyncIterator[httpx.AsyncClient]:
     settings = ApiSettings(
         card=card,
         size=config.video,
-        sampling=config.sampling,
         format=config.format,
         token=config.token,
         timeout_s=config.timeout_s,
@@ -273,6 +274,22 @@ def test_the_model_and_the_interface_are_described(serve_config: ServeConfig) ->
         assert (await client.get("/docs")).status_code == 200
 
     talk(serve_config, conversation)
+
+
+def test_requests_are_drawn_as_the_model_recommends(serve_config: ServeConfig, model_dir: Path, tmp_path: Path) -> None:
+    recommended = {"num_steps": 3, "guidance_scale": 2.0, "history_ratio": 0.4}
+    model = copy_model(model_dir, tmp_path / "model", info={"sampling": recommended})
+    config = replace(serve_config, model=str(model), sampling=SamplingChoice())
+
+    async def conversation(client: httpx.AsyncClient) -> None:
+        defaults = (await client.get("/v1/models")).json()["data"][0]["defaults"]
+        assert (defaults["steps"], defaults["guidance_scale"], defaults["history_ratio"]) == (3, 2.0, 0.4)
+        usual = await client.post("/v1/videos", json=PROMPT)
+        named = {"steps": 3, "guidance_scale": 2.0, "history_ratio": 0.4}
+        assert (await client.post("/v1/videos", json={**PROMPT, **named})).content == usual.content
+        assert (await client.post("/v1/videos", json={**PROMPT, "steps": 4})).content != usual.content
+
+    talk(config, conversation)
 
 
 def test_images_come_as_png(serve_config: ServeConfig) -> None:

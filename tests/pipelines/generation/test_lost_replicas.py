@@ -42,7 +42,6 @@ def service(config: ServeConfig, *, num_replicas: int = 1) -> Iterator[str]:
     settings = ApiSettings(
         card=read_card(config),
         size=config.video,
-        sampling=config.sampling,
         format=config.format,
         token=None,
         timeout_s=config.timeout_s,

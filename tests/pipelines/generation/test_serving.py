@@ -46,7 +46,6 @@ def service(_cluster: None, serve_config: ServeConfig) -> Iterator[str]:
     settings = ApiSettings(
         card=read_card(config),
         size=config.video,
-        sampling=config.sampling,
         format=config.format,
         token=TOKEN,
         timeout_s=config.timeout_s,
@@ -92,6 +91,7 @@ def test_bulk_resume_makes_only_what_is_missing_and_the_same_bytes(
             assert sum(1 for _ in container.decode(video=0)) == 9
     note = json.loads((Path(config.output) / "generate.json").read_text())
     assert note["config"]["seeds_per_prompt"] == 3
+    assert note["sampling"] | {"num_steps": 4, "guidance_scale": 3.0, "history_ratio": 0.7} == note["sampling"]
     assert note["provenance"]["packages"]["torch"]
 
     with monkeypatch.context() as patch:
