@@ -30,9 +30,9 @@ from pipelines.demo.judge import Reading, judge_video, score
 from pipelines.demo.memory import PeakMemory
 from pipelines.demo.report import LedgerRow, LossPoint, Report, Sample, write_report
 from pipelines.errors import UserError
+from pipelines.generation.bulk.manifest import MANIFEST_FILE
+from pipelines.generation.bulk.run import generate
 from pipelines.generation.config import GenerateConfig
-from pipelines.generation.manifest import MANIFEST_FILE
-from pipelines.generation.run import generate
 from pipelines.training.config import TrainConfig
 from pipelines.training.run import train
 

@@ -22,12 +22,12 @@ import pytest
 from pipelines.cluster import connect
 from pipelines.config import config_to_yaml
 from pipelines.errors import UserError
-from pipelines.generation import run
-from pipelines.generation.api import ApiSettings
-from pipelines.generation.application import http_application
-from pipelines.generation.card import read_card
+from pipelines.generation.bulk import run
+from pipelines.generation.bulk.run import generate
 from pipelines.generation.config import BatchConfig, GenerateConfig, ReplicaConfig, ServeConfig
-from pipelines.generation.run import generate
+from pipelines.generation.model import read_card
+from pipelines.generation.serving.api import ApiSettings
+from pipelines.generation.serving.application import http_application
 
 TOKEN = "sesame"
 PROMPT: dict[str, Any] = {"prompt": "a red square moves left", "seed": 7}

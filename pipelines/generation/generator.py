@@ -21,12 +21,12 @@ from ray.serve import Application
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from pipelines.generation.api import ApiSettings, build_api
 from pipelines.generation.batcher import Batcher, QueueFullError
-from pipelines.generation.card import ModelCard
 from pipelines.generation.config import ModelRunConfig
 from pipelines.generation.engine import Engine, set_threads
+from pipelines.generation.model import ModelCard
 from pipelines.generation.request import Refusal, Video, VideoRequest
+from pipelines.generation.serving.api import ApiSettings, build_api
 
 GENERATOR = "generator"
 API = "api"

@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from pipelines.cluster import connect
-from pipelines.generation.api import ApiSettings
-from pipelines.generation.application import http_application
-from pipelines.generation.card import read_card
 from pipelines.generation.config import BatchConfig, ReplicaConfig, ServeConfig
+from pipelines.generation.model import read_card
+from pipelines.generation.serving.api import ApiSettings
+from pipelines.generation.serving.application import http_application
 from tests.pipelines.generation.conftest import CAPTIONS
 
 BODIES = [{"prompt": CAPTIONS[seed % 2], "seed": seed, "steps": 100, "frames": 17} for seed in range(8)]

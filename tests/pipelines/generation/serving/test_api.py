@@ -13,12 +13,12 @@ import av
 import httpx
 import pytest
 
-from pipelines.generation import deployment
-from pipelines.generation.api import ApiSettings, build_api
-from pipelines.generation.card import read_card
+from pipelines.generation import generator as deployment
 from pipelines.generation.config import BatchConfig, SamplingChoice, ServeConfig, SizeConfig
-from pipelines.generation.deployment import VideoGenerator
+from pipelines.generation.generator import VideoGenerator
+from pipelines.generation.model import read_card
 from pipelines.generation.request import Refusal
+from pipelines.generation.serving.api import ApiSettings, build_api
 from tests.pipelines.generation.test_run import copy_model
 
 PROMPT = {"prompt": "a red square moves left", "seed": 7}

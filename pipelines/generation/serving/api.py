@@ -18,11 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from pipelines.generation.card import ModelCard, RequestEncoder
+from pipelines.generation.bulk.manifest import file_name
 from pipelines.generation.config import MAX_SEED, SizeConfig, VideoFormat
-from pipelines.generation.manifest import file_name
-from pipelines.generation.media import MEDIA_TYPES
+from pipelines.generation.model import ModelCard, RequestEncoder
 from pipelines.generation.request import Refusal, Video, VideoRequest
+from pipelines.media import MEDIA_TYPES
 
 _STATUS = {"full": 503, "lost": 503, "timeout": 504, "invalid": 400, "failed": 500}
 _MAX_PROMPT = 10_000  # characters

@@ -4,7 +4,7 @@ import av
 import numpy as np
 import pytest
 
-from pipelines.generation.media import encode_video
+from pipelines.media import encode_video
 
 
 def moving_square(num_frames: int, size: int = 48) -> np.ndarray:

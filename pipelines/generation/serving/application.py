@@ -15,10 +15,10 @@ from ray.serve.handle import DeploymentHandle
 
 from pipelines.cluster import is_joined
 from pipelines.errors import JobError, UserError
-from pipelines.generation.api import ApiSettings
-from pipelines.generation.card import ModelCard
 from pipelines.generation.config import ModelRunConfig, ServeConfig
-from pipelines.generation.deployment import build_generator, build_service
+from pipelines.generation.generator import build_generator, build_service
+from pipelines.generation.model import ModelCard
+from pipelines.generation.serving.api import ApiSettings
 
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 _SERVICE = "lumos"

@@ -19,15 +19,15 @@ from pipelines import storage
 from pipelines.cluster import connect, is_joined
 from pipelines.config import config_to_dict, provenance
 from pipelines.errors import JobError, UserError
-from pipelines.generation.api import ApiSettings
-from pipelines.generation.application import check_port, generator_application, http_application
-from pipelines.generation.card import ModelCard, RequestEncoder, read_card
+from pipelines.generation.bulk.manifest import Manifest, file_name
+from pipelines.generation.bulk.prompts import read_prompts
 from pipelines.generation.config import MAX_SEED, GenerateConfig, ServeConfig
-from pipelines.generation.deployment import ask
-from pipelines.generation.manifest import Manifest, file_name
-from pipelines.generation.media import MEDIA_TYPES
-from pipelines.generation.prompts import read_prompts
+from pipelines.generation.generator import ask
+from pipelines.generation.model import ModelCard, RequestEncoder, read_card
 from pipelines.generation.request import Refusal, VideoRequest
+from pipelines.generation.serving.api import ApiSettings
+from pipelines.generation.serving.application import check_port, generator_application, http_application
+from pipelines.media import MEDIA_TYPES
 
 RUN_FILE = "generate.json"
 TOKEN_VARIABLE = "LUMOS_SERVE_TOKEN"
