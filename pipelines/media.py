@@ -4,13 +4,14 @@ import io
 import tempfile
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
 from av.filter import Graph
 from av.video.reformatter import ColorRange, Colorspace
 
-from pipelines.generation.config import VideoFormat
+VideoFormat = Literal["mp4", "gif", "png"]
 
 MEDIA_TYPES: dict[VideoFormat, str] = {"mp4": "video/mp4", "gif": "image/gif", "png": "image/png"}
 

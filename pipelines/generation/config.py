@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from lumos.config import SamplingConfig
 from lumos.layout import PromptTemplate
+from pipelines.media import VideoFormat
 
-VideoFormat = Literal["mp4", "gif", "png"]
 MAX_SEED = 2**63 - 1
 
 

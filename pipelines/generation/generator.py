@@ -1,12 +1,14 @@
-"""The Serve application: replicas that hold the model and batch requests, and a replica that speaks HTTP.
+"""The model in Ray Serve: replicas that hold it and batch requests, asked through a handle; they need no port.
 
-They are apart so that bulk runs need no port, and so that HTTP stays quick while a model computes.
+HTTP and bulk runs stand on it, and know nothing of each other.
 """
 
 import asyncio
+import logging
 import os
-import time
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,28 +16,34 @@ from typing import Any
 # very threads they wait for as soon as anything else runs on the machine; a batch took 10 times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from fastapi import FastAPI
+import ray
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve import Application
+from ray.serve.config import ProxyLocation
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from pipelines.cluster import is_joined
+from pipelines.errors import JobError, UserError
 from pipelines.generation.batcher import Batcher, QueueFullError
 from pipelines.generation.config import ModelRunConfig
 from pipelines.generation.engine import Engine, set_threads
 from pipelines.generation.model import ModelCard
-from pipelines.generation.request import Refusal, Video, VideoRequest
-from pipelines.generation.serving.api import ApiSettings, build_api
+from pipelines.generation.request import Refusal, VideoRequest
 
-GENERATOR = "generator"
-API = "api"
-_QUIET = {"log_level": "WARNING", "enable_access_log": False}
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
+DEPLOYMENT_OPTIONS: dict[str, Any] = {
+    "graceful_shutdown_timeout_s": 5.0,
+    "graceful_shutdown_wait_loop_s": 0.1,
+    "health_check_period_s": 2.0,  # a lost replica is soon replaced
+    "health_check_timeout_s": 60.0,  # a busy machine of 2 cores is not a dead replica
+    "logging_config": QUIET,
+}
+PAUSE_S = 0.5  # after the loss of a replica, and as much longer after each further one; Serve finds out meanwhile
 # Above what the batcher lets in, so that its refusals, which say when to come again, come before Serve's own queueing.
 _SLACK_REQUESTS = 32
 _GRACE_S = 5.0  # in which a replica tells itself that a request took too long
 _ATTEMPTS = 5  # of a request whose replicas are lost: one that kills them must not do so for ever
-_PAUSE_S = 0.5  # after a loss, and as much longer after each further one; Serve finds out meanwhile
 _RESTART_S = 10.0  # about what a replica takes to come again
 
 
@@ -45,8 +53,8 @@ class VideoGenerator:
     def __init__(self, card: ModelCard, config: ModelRunConfig) -> None:
         set_threads(config.replicas)
         self._engine = Engine(card, config.replicas)
-        self._batcher: Batcher[VideoRequest, Video] = Batcher(
-            self._run,
+        self._batcher: Batcher[VideoRequest, bytes] = Batcher(
+            self._engine.run,
             lambda request: request.batch_kind,
             max_size=config.batch.max_size,
             wait_s=config.batch.wait_ms / 1000,
@@ -54,14 +62,8 @@ class VideoGenerator:
             on_thread_start=partial(set_threads, config.replicas),
         )
 
-    def _run(self, requests: Sequence[VideoRequest], abandoned: Callable[[], bool]) -> list[Video]:
-        begin = time.monotonic()
-        files = self._engine.run(requests, abandoned)
-        seconds = time.monotonic() - begin
-        return [Video(data=data, batch_size=len(files), run_s=seconds) for data in files]
-
-    async def generate(self, request: VideoRequest, timeout_s: float | None = None) -> Video | Refusal:
-        """A video, or why there is none."""
+    async def generate(self, request: VideoRequest, timeout_s: float | None = None) -> bytes | Refusal:
+        """The file of a video, or why there is none."""
         try:
             self._engine.encoder.encode(request)  # so that a bad request cannot spoil its batch
         except ValueError as error:
@@ -85,34 +87,10 @@ class VideoGenerator:
             raise RuntimeError("the dispatcher of the batch queue has died")
 
 
-@serve.ingress()
-class VideoApi:
-    """The HTTP side: checks requests and hands them to the replicas."""
-
-    def __init__(self, generator: DeploymentHandle[VideoGenerator], settings: ApiSettings) -> None:
-        self._generator, self._settings = generator, settings
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        """Called by Serve in the replica."""
-        return build_api(self._settings, self._submit, self._status)
-
-    async def _submit(self, request: VideoRequest) -> Video | Refusal:
-        return await ask(self._generator, request, self._settings.timeout_s)
-
-    async def _status(self) -> dict[str, Any]:
-        while True:  # the caller sets a time
-            try:
-                status: dict[str, Any] = await self._generator.status.remote()
-            except (RayError, RayServeException):
-                await asyncio.sleep(_PAUSE_S)
-            else:
-                return status
-
-
 async def ask(
     generator: DeploymentHandle[VideoGenerator], request: VideoRequest, timeout_s: float | None = None
-) -> Video | Refusal:
-    """A video; asked for again where its replica was lost on the way, which changes nothing in it.
+) -> bytes | Refusal:
+    """The file of a video; asked for again where its replica was lost on the way, which changes nothing in it.
 
     Args:
         generator: the replicas.
@@ -127,14 +105,14 @@ async def ask(
         async with asyncio.timeout_at(None if deadline is None else deadline + _GRACE_S) as limit:
             for attempt in range(1, _ATTEMPTS + 1):
                 try:
-                    answer: Video | Refusal = await generator.generate.remote(request, deadline and deadline - clock())
+                    answer: bytes | Refusal = await generator.generate.remote(request, deadline and deadline - clock())
                 except BackPressureError as error:
                     return Refusal(reason="full", message=str(error), retry_after_s=1.0)
                 except (RayError, RayServeException) as error:
                     message = f"the process of the model was lost, and no other answered ({type(error).__name__})"
                     lost = Refusal(reason="lost", message=message, retry_after_s=_RESTART_S)
                     limit.reschedule(deadline)  # no replica that would tell by itself has the request now
-                    await asyncio.sleep(_PAUSE_S * attempt)
+                    await asyncio.sleep(PAUSE_S * attempt)
                 else:
                     timed_out = isinstance(answer, Refusal) and answer.reason == "timeout"
                     return lost if lost and timed_out else answer
@@ -143,42 +121,73 @@ async def ask(
     return lost or Refusal(reason="timeout", message=f"no process of the model answered within {timeout_s:g} s")
 
 
-def build_generator(card: ModelCard, config: ModelRunConfig) -> Application:
-    """The replicas alone, for use through a handle."""
-    capacity = config.batch.max_queued + config.batch.max_size + _SLACK_REQUESTS
+def replica_capacity(config: ModelRunConfig) -> int:
+    """Requests that Serve may have at one replica."""
+    return config.batch.max_queued + config.batch.max_size + _SLACK_REQUESTS
+
+
+def generator_deployment(card: ModelCard, config: ModelRunConfig) -> serve.Application:
+    """The replicas, for use through a handle."""
+    capacity, replicas = replica_capacity(config), config.replicas
     deployment = serve.deployment(
-        name=GENERATOR,
-        num_replicas=config.replicas.num_replicas,
-        ray_actor_options={"num_cpus": config.replicas.num_cpus, "num_gpus": config.replicas.num_gpus},
+        name="generator",
+        num_replicas=replicas.num_replicas,
+        ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
         max_ongoing_requests=capacity,
-        max_queued_requests=capacity * config.replicas.num_replicas,
+        max_queued_requests=capacity * replicas.num_replicas,
         max_constructor_retry_count=1,  # a model that does not load will not load later
-        graceful_shutdown_timeout_s=5.0,
-        graceful_shutdown_wait_loop_s=0.1,
-        health_check_period_s=2.0,  # a lost replica is soon replaced
-        health_check_timeout_s=60.0,  # a busy machine of 2 cores is not a dead replica
-        logging_config=_QUIET,
+        **DEPLOYMENT_OPTIONS,
     )(VideoGenerator)
     return deployment.bind(card, config)
 
 
-def build_service(card: ModelCard, config: ModelRunConfig, settings: ApiSettings) -> Application:
-    """The replicas and the HTTP side before them.
+@contextmanager
+def generator_application(card: ModelCard, config: ModelRunConfig) -> Iterator[DeploymentHandle[Any]]:
+    """The model's replicas behind a handle, without HTTP; gone after the block.
 
-    Serve lets requests wait unanswered, health checks too, once ``max_ongoing_requests`` are in the HTTP side. So that
-    is above what it holds itself: bodies that arrive, and as many requests as the replicas run and let wait, twice
-    over, because those too many are on their way to a refusal.
+    Serve's controller stays: it holds no CPU, and other applications may use it.
+
+    Raises:
+        UserError: if this machine's cluster has not what the replicas reserve.
+        JobError: if the model does not start.
     """
-    capacity = config.batch.max_queued + config.batch.max_size + _SLACK_REQUESTS
-    ongoing = settings.max_open_bodies + 2 * capacity * config.replicas.num_replicas
-    deployment = serve.deployment(
-        name=API,
-        num_replicas=1,
-        ray_actor_options={"num_cpus": 0},  # it waits
-        max_ongoing_requests=ongoing,
-        graceful_shutdown_timeout_s=5.0,
-        graceful_shutdown_wait_loop_s=0.1,
-        health_check_timeout_s=60.0,
-        logging_config=_QUIET,
-    )(VideoApi)
-    return deployment.bind(build_generator(card, config), settings)
+    check_resources(config)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    name = f"lumos-generate-{uuid.uuid4().hex[:8]}"
+    serve.start(proxy_location=ProxyLocation.Disabled, logging_config=QUIET)
+    try:
+        yield run_application(name, None, generator_deployment(card, config))
+    finally:
+        serve.delete(name)
+
+
+def run_application(name: str, route_prefix: str | None, application: serve.Application) -> DeploymentHandle[Any]:
+    """Start a Serve application and wait until it is up.
+
+    Raises:
+        JobError: if the model does not start.
+    """
+    try:
+        return serve.run(application, name=name, route_prefix=route_prefix)
+    except RuntimeError as error:
+        status = serve.status().applications.get(name)
+        reasons = [d.message for d in status.deployments.values() if d.message] if status else []
+        raise JobError("the model did not start: " + ("\n".join(reasons) or str(error))) from error
+
+
+def check_resources(config: ModelRunConfig) -> None:
+    """Serve would wait for ever for what this machine does not have; a joined cluster may grow.
+
+    Raises:
+        UserError: if this machine's cluster has not what the replicas reserve.
+    """
+    if is_joined():
+        return
+    have = ray.cluster_resources()
+    replicas = config.replicas
+    for key, name, each in (("num_cpus", "CPU", replicas.num_cpus), ("num_gpus", "GPU", replicas.num_gpus)):
+        if each * replicas.num_replicas > have.get(name, 0.0):
+            raise UserError(
+                f"replicas.{key}: {replicas.num_replicas} replicas of {each:g} need {each * replicas.num_replicas:g} "
+                f"{name}, Ray has {have.get(name, 0.0):g} here: reserve less, or join a cluster (RAY_ADDRESS)"
+            )

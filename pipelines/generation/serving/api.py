@@ -6,7 +6,7 @@ import math
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
@@ -18,10 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from pipelines.generation.bulk.manifest import file_name
-from pipelines.generation.config import MAX_SEED, SizeConfig, VideoFormat
+from pipelines.generation.config import MAX_SEED, ServeConfig
 from pipelines.generation.model import ModelCard, RequestEncoder
-from pipelines.generation.request import Refusal, Video, VideoRequest
+from pipelines.generation.request import Refusal, VideoRequest, file_name
 from pipelines.media import MEDIA_TYPES
 
 _STATUS = {"full": 503, "lost": 503, "timeout": 504, "invalid": 400, "failed": 500}
@@ -31,22 +30,8 @@ _BAD_TOKEN = "a valid bearer token is needed: Authorization: Bearer TOKEN"
 _HEALTH_TIMEOUT_S = 5.0
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 
-Submit = Callable[[VideoRequest], Awaitable[Video | Refusal]]
+Submit = Callable[[VideoRequest], Awaitable[bytes | Refusal]]
 Status = Callable[[], Awaitable[dict[str, Any]]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ApiSettings:
-    """What the HTTP side is told."""
-
-    card: ModelCard
-    size: SizeConfig  # defaults of requests
-    format: VideoFormat
-    token: str | None
-    timeout_s: float
-    body_timeout_s: float
-    max_open_bodies: int
-    max_steps: int
 
 
 class VideoBody(BaseModel):
@@ -82,19 +67,20 @@ class _BadRequestError(Exception):
         self.field = field
 
 
-def build_api(settings: ApiSettings, submit: Submit, status: Status) -> FastAPI:
+def build_api(card: ModelCard, config: ServeConfig, submit: Submit, status: Status) -> FastAPI:
     """The application.
 
     Args:
-        settings: model, defaults, limits and token.
-        submit: makes a video, or says why not.
+        card: the model.
+        config: defaults and limits of requests, and the token.
+        submit: makes the file of a video, or says why not.
         status: queue lengths; must answer quickly.
     """
     app = FastAPI(title="Lumos-1 video generation", version="1", redoc_url=None)
-    app.state.token = settings.token
-    app.state.bodies = _BodyReader(settings.body_timeout_s, settings.max_open_bodies)
+    app.state.token = config.token
+    app.state.bodies = _BodyReader(config.body_timeout_s, config.max_open_bodies)
     _add_error_handlers(app)
-    encoder = RequestEncoder(settings.card)
+    encoder = RequestEncoder(card)
     bearer = HTTPBearer(auto_error=False, description="The service's token, where one is set.")
     v1 = APIRouter(prefix="/v1", route_class=_GuardedRoute, dependencies=[Depends(bearer)])
     errors: dict[int | str, dict[str, Any]] = {
@@ -108,7 +94,7 @@ def build_api(settings: ApiSettings, submit: Submit, status: Status) -> FastAPI:
         },
         504: {"model": ErrorBody, "description": "The video was not done in time."},
     }
-    media = {MEDIA_TYPES[settings.format]: {"schema": {"type": "string", "format": "binary"}}}
+    media = {MEDIA_TYPES[config.format]: {"schema": {"type": "string", "format": "binary"}}}
     video: dict[int | str, dict[str, Any]] = {
         200: {"content": media, "description": "The file; X-Lumos-Seed and X-Lumos-Config-Hash say how it was made."}
     }
@@ -116,22 +102,22 @@ def build_api(settings: ApiSettings, submit: Submit, status: Status) -> FastAPI:
     @v1.post("/videos", response_class=Response, responses=video | errors)
     async def create_video(body: VideoBody) -> Response:
         """Make a video and answer with the file."""
-        request = _to_request(body, settings, encoder)
+        request = _to_request(body, card, config, encoder)
         answer = await submit(request)
         if isinstance(answer, Refusal):
             return _refuse(answer)
-        name = file_name(0, request.prompt, request.seed, request.format).partition("-")[2]
+        name = file_name(request.prompt, request.seed, request.format)
         headers = {
             "X-Lumos-Seed": str(request.seed),
-            "X-Lumos-Config-Hash": request.config_hash(settings.card.identity),
+            "X-Lumos-Config-Hash": request.config_hash(card.identity),
             "Content-Disposition": f'inline; filename="{name}"',
         }
-        return Response(answer.data, media_type=MEDIA_TYPES[request.format], headers=headers)
+        return Response(answer, media_type=MEDIA_TYPES[request.format], headers=headers)
 
     @v1.get("/models", responses={401: errors[401]})
     async def list_models() -> dict[str, Any]:
         """The model that is served, with the defaults and limits of requests."""
-        return {"data": [_describe(settings, encoder)]}
+        return {"data": [_describe(card, config, encoder)]}
 
     app.include_router(v1)
 
@@ -211,30 +197,28 @@ def _is_token(given: str, token: str) -> bool:
     return hmac.compare_digest(given.encode(), token.encode())  # in constant time
 
 
-def _to_request(body: VideoBody, settings: ApiSettings, encoder: RequestEncoder) -> VideoRequest:
-    width, height = settings.size.width, settings.size.height
+def _to_request(body: VideoBody, card: ModelCard, config: ServeConfig, encoder: RequestEncoder) -> VideoRequest:
+    width, height = config.video.width, config.video.height
     if body.size is not None:
         match = _SIZE.fullmatch(body.size)
         if match is None:
             raise _BadRequestError(f"size is {body.size!r}; write it as WIDTHxHEIGHT, for example 448x256", "size")
         width, height = int(match[1]), int(match[2])
-    if body.steps is not None and body.steps > settings.max_steps:
-        raise _BadRequestError(f"steps is {body.steps}; this service allows at most {settings.max_steps}", "steps")
+    if body.steps is not None and body.steps > config.max_steps:
+        raise _BadRequestError(f"steps is {body.steps}; this service allows at most {config.max_steps}", "steps")
     given: dict[str, Any] = {
         "num_steps": body.steps,
         "guidance_scale": body.guidance_scale,
         "history_ratio": body.history_ratio,
     }
     try:
-        asked = replace(settings.size, width=width, height=height, num_frames=body.frames or settings.size.num_frames)
+        asked = replace(config.video, width=width, height=height, num_frames=body.frames or config.video.num_frames)
         request = VideoRequest(
             prompt=body.prompt.strip(),
             seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
             size=encoder.size(asked),
-            sampling=replace(
-                settings.card.sampling, **{key: value for key, value in given.items() if value is not None}
-            ),
-            format=settings.format,
+            sampling=replace(card.sampling, **{key: value for key, value in given.items() if value is not None}),
+            format=config.format,
         )
         encoder.encode(request)
     except ValueError as error:
@@ -242,10 +226,10 @@ def _to_request(body: VideoBody, settings: ApiSettings, encoder: RequestEncoder)
     return request
 
 
-def _describe(settings: ApiSettings, encoder: RequestEncoder) -> dict[str, Any]:
-    card, sampling = settings.card, settings.card.sampling
+def _describe(card: ModelCard, config: ServeConfig, encoder: RequestEncoder) -> dict[str, Any]:
+    sampling = card.sampling
     try:
-        size = encoder.size(settings.size)
+        size = encoder.size(config.video)
         defaults: dict[str, Any] = {"size": f"{size.width}x{size.height}", "frames": size.num_frames, "fps": size.fps}
     except ValueError:  # the checkpoint names no size: every request must
         defaults = {}
@@ -254,12 +238,12 @@ def _describe(settings: ApiSettings, encoder: RequestEncoder) -> dict[str, Any]:
         "guidance_scale": sampling.guidance_scale,
         "history_ratio": sampling.history_ratio,
     }
-    limits = {"size_multiple_of": card.vocabulary.grid_unit, "frames": "1 + 4k", "max_steps": settings.max_steps}
+    limits = {"size_multiple_of": card.vocabulary.grid_unit, "frames": "1 + 4k", "max_steps": config.max_steps}
     limits["max_tokens"] = card.config.max_seq_len
     return {
         "id": card.name,
         "parameters": card.config.num_parameters,
-        "format": settings.format,
+        "format": config.format,
         "defaults": defaults,
         "limits": limits,
         "identity": card.identity,

@@ -1,58 +1,94 @@
-"""Running the Serve application for the length of a block, in whatever cluster this process is connected to."""
+"""The Serve application behind HTTP, for the length of a block, in whatever cluster this process is connected to.
 
+What speaks HTTP is a process of its own, so that it stays quick while a model computes.
+"""
+
+import asyncio
 import logging
 import socket
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.config import ProxyLocation
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from pipelines.cluster import is_joined
-from pipelines.errors import JobError, UserError
-from pipelines.generation.config import ModelRunConfig, ServeConfig
-from pipelines.generation.generator import build_generator, build_service
+from pipelines.errors import UserError
+from pipelines.generation.config import ServeConfig
+from pipelines.generation.generator import (
+    DEPLOYMENT_OPTIONS,
+    PAUSE_S,
+    QUIET,
+    VideoGenerator,
+    ask,
+    check_resources,
+    generator_deployment,
+    replica_capacity,
+    run_application,
+)
 from pipelines.generation.model import ModelCard
-from pipelines.generation.serving.api import ApiSettings
+from pipelines.generation.request import Refusal, VideoRequest
+from pipelines.generation.serving.api import build_api
 
-_QUIET = {"log_level": "WARNING", "enable_access_log": False}
 _SERVICE = "lumos"
 
 
-@contextmanager
-def generator_application(card: ModelCard, config: ModelRunConfig) -> Iterator[DeploymentHandle[Any]]:
-    """The model's replicas behind a handle, without HTTP; gone after the block.
+@serve.ingress()
+class VideoApi:
+    """The HTTP side: checks requests and hands them to the replicas."""
 
-    Serve's controller stays: it holds no CPU, and other applications may use it.
+    def __init__(self, generator: DeploymentHandle[VideoGenerator], card: ModelCard, config: ServeConfig) -> None:
+        self._generator, self._card, self._config = generator, card, config
 
-    Raises:
-        UserError: if this machine's cluster has not what the replicas reserve.
-        JobError: if the model does not start.
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve in the replica."""
+        return build_api(self._card, self._config, self._submit, self._status)
+
+    async def _submit(self, request: VideoRequest) -> bytes | Refusal:
+        return await ask(self._generator, request, self._config.timeout_s)
+
+    async def _status(self) -> dict[str, Any]:
+        while True:  # the caller sets a time
+            try:
+                status: dict[str, Any] = await self._generator.status.remote()
+            except (RayError, RayServeException):
+                await asyncio.sleep(PAUSE_S)
+            else:
+                return status
+
+
+def service_deployment(card: ModelCard, config: ServeConfig) -> serve.Application:
+    """The replicas and the HTTP side before them.
+
+    Serve lets requests wait unanswered, health checks too, once ``max_ongoing_requests`` are in the HTTP side. So that
+    is above what it holds itself: bodies that arrive, and as many requests as the replicas run and let wait, twice
+    over, because those too many are on their way to a refusal.
     """
-    _check_resources(config)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    name = f"lumos-generate-{uuid.uuid4().hex[:8]}"
-    serve.start(proxy_location=ProxyLocation.Disabled, logging_config=_QUIET)
-    try:
-        yield _run(name, None, build_generator(card, config))
-    finally:
-        serve.delete(name)
+    deployment = serve.deployment(
+        name="api",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0},  # it waits
+        max_ongoing_requests=config.max_open_bodies + 2 * replica_capacity(config) * config.replicas.num_replicas,
+        **DEPLOYMENT_OPTIONS,
+    )(VideoApi)
+    return deployment.bind(generator_deployment(card, config), card, config)
 
 
 @contextmanager
-def http_application(card: ModelCard, config: ServeConfig, settings: ApiSettings) -> Iterator[str]:
+def http_application(card: ModelCard, config: ServeConfig) -> Iterator[str]:
     """The model behind HTTP; the value is the URL. Gone after the block, the port with it.
 
     Raises:
         UserError: if Serve is in use in this cluster, or it lacks what the replicas reserve.
         JobError: if the model does not start.
     """
-    _check_resources(config)
+    check_resources(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     _clear_idle_serve()
     if is_joined():
@@ -60,10 +96,10 @@ def http_application(card: ModelCard, config: ServeConfig, settings: ApiSettings
     serve.start(
         proxy_location=ProxyLocation.HeadOnly,
         http_options={"host": config.host, "port": config.port},
-        logging_config=_QUIET,
+        logging_config=QUIET,
     )
     try:
-        _run(_SERVICE, "/", build_service(card, config, settings))
+        run_application(_SERVICE, "/", service_deployment(card, config))
         host = f"[{config.host}]" if ":" in config.host else config.host
         yield f"http://{host}:{config.port}"
     finally:
@@ -99,15 +135,6 @@ def _check_port_on_head(host: str, port: int) -> None:
         raise error.cause from None
 
 
-def _run(name: str, route_prefix: str | None, application: serve.Application) -> DeploymentHandle[Any]:
-    try:
-        return serve.run(application, name=name, route_prefix=route_prefix)
-    except RuntimeError as error:
-        status = serve.status().applications.get(name)
-        reasons = [d.message for d in status.deployments.values() if d.message] if status else []
-        raise JobError("the model did not start: " + ("\n".join(reasons) or str(error))) from error
-
-
 def _clear_idle_serve() -> None:
     """Serve cannot open a port later: one that a bulk run left without applications is started anew."""
     status = serve.status()
@@ -117,17 +144,3 @@ def _clear_idle_serve() -> None:
             "`serve shutdown`, or use a cluster of its own (unset RAY_ADDRESS)"
         )
     serve.shutdown()
-
-
-def _check_resources(config: ModelRunConfig) -> None:
-    """Serve would wait for ever for what this machine does not have; a joined cluster may grow."""
-    if is_joined():
-        return
-    have = ray.cluster_resources()
-    replicas = config.replicas
-    for key, name, each in (("num_cpus", "CPU", replicas.num_cpus), ("num_gpus", "GPU", replicas.num_gpus)):
-        if each * replicas.num_replicas > have.get(name, 0.0):
-            raise UserError(
-                f"replicas.{key}: {replicas.num_replicas} replicas of {each:g} need {each * replicas.num_replicas:g} "
-                f"{name}, Ray has {have.get(name, 0.0):g} here: reserve less, or join a cluster (RAY_ADDRESS)"
-            )

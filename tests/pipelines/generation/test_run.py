@@ -13,9 +13,10 @@ import ray
 from lumos.config import SamplingConfig
 from lumos.tokenizers import TextTokenizer
 from pipelines.errors import UserError
-from pipelines.generation.bulk.run import _plan, generate, serve
+from pipelines.generation.bulk.run import _plan, generate
 from pipelines.generation.config import GenerateConfig, SamplingChoice, ServeConfig, SizeConfig, TokenizerSource
 from pipelines.generation.model import RequestEncoder, read_card
+from pipelines.generation.serving.run import serve
 from tests.pipelines.generation.conftest import save_tokenizer
 
 

@@ -26,7 +26,6 @@ from pipelines.generation.bulk import run
 from pipelines.generation.bulk.run import generate
 from pipelines.generation.config import BatchConfig, GenerateConfig, ReplicaConfig, ServeConfig
 from pipelines.generation.model import read_card
-from pipelines.generation.serving.api import ApiSettings
 from pipelines.generation.serving.application import http_application
 
 TOKEN = "sesame"
@@ -43,17 +42,7 @@ def _cluster() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def service(_cluster: None, serve_config: ServeConfig) -> Iterator[str]:
     config = replace(serve_config, port=free_port(), token=TOKEN, body_timeout_s=4.0)
-    settings = ApiSettings(
-        card=read_card(config),
-        size=config.video,
-        format=config.format,
-        token=TOKEN,
-        timeout_s=config.timeout_s,
-        body_timeout_s=config.body_timeout_s,
-        max_open_bodies=config.max_open_bodies,
-        max_steps=config.max_steps,
-    )
-    with http_application(settings.card, config, settings) as url:
+    with http_application(read_card(config), config) as url:
         yield url
 
 

@@ -13,12 +13,12 @@ import av
 import httpx
 import pytest
 
-from pipelines.generation import generator as deployment
+from pipelines.generation import generator
 from pipelines.generation.config import BatchConfig, SamplingChoice, ServeConfig, SizeConfig
-from pipelines.generation.generator import VideoGenerator
+from pipelines.generation.generator import VideoGenerator, ask
 from pipelines.generation.model import read_card
 from pipelines.generation.request import Refusal
-from pipelines.generation.serving.api import ApiSettings, build_api
+from pipelines.generation.serving.api import build_api
 from tests.pipelines.generation.test_run import copy_model
 
 PROMPT = {"prompt": "a red square moves left", "seed": 7}
@@ -28,18 +28,8 @@ Talk = Callable[[httpx.AsyncClient], Awaitable[None]]
 @asynccontextmanager
 async def client_of(config: ServeConfig) -> AsyncIterator[httpx.AsyncClient]:
     card = read_card(config)
-    generator = VideoGenerator(card, config)
-    settings = ApiSettings(
-        card=card,
-        size=config.video,
-        format=config.format,
-        token=config.token,
-        timeout_s=config.timeout_s,
-        body_timeout_s=config.body_timeout_s,
-        max_open_bodies=config.max_open_bodies,
-        max_steps=config.max_steps,
-    )
-    app = build_api(settings, lambda request: generator.generate(request, config.timeout_s), generator.status)
+    model = VideoGenerator(card, config)
+    app = build_api(card, config, lambda request: model.generate(request, config.timeout_s), model.status)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         yield client
 
@@ -247,10 +237,10 @@ def test_a_model_without_a_running_process_answers_in_time(monkeypatch: pytest.M
     async def never(*_: Any) -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(deployment, "_GRACE_S", 0.05)
+    monkeypatch.setattr(generator, "_GRACE_S", 0.05)
     handle: Any = SimpleNamespace(generate=SimpleNamespace(remote=never))
     request: Any = None
-    refusal = asyncio.run(asyncio.wait_for(deployment.ask(handle, request, 0.05), 10))
+    refusal = asyncio.run(asyncio.wait_for(ask(handle, request, 0.05), 10))
     assert isinstance(refusal, Refusal)
     assert (refusal.reason, refusal.message) == ("timeout", "no process of the model answered within 0.05 s")
 

@@ -15,7 +15,6 @@ import pytest
 from pipelines.cluster import connect
 from pipelines.generation.config import BatchConfig, ReplicaConfig, ServeConfig
 from pipelines.generation.model import read_card
-from pipelines.generation.serving.api import ApiSettings
 from pipelines.generation.serving.application import http_application
 from tests.pipelines.generation.conftest import CAPTIONS
 
@@ -39,17 +38,7 @@ def service(config: ServeConfig, *, num_replicas: int = 1) -> Iterator[str]:
         batch=BatchConfig(max_size=4, max_queued=16),
         replicas=ReplicaConfig(num_cpus=0.5, threads=1, num_replicas=num_replicas),
     )
-    settings = ApiSettings(
-        card=read_card(config),
-        size=config.video,
-        format=config.format,
-        token=None,
-        timeout_s=config.timeout_s,
-        body_timeout_s=config.body_timeout_s,
-        max_open_bodies=config.max_open_bodies,
-        max_steps=config.max_steps,
-    )
-    with http_application(settings.card, config, settings) as url:
+    with http_application(read_card(config), config) as url:
         yield url
 
 
