@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from lumos.compression import CELL, num_source_frames
 from lumos.tokenizers import TokenizerConfig, VideoTokenizer, load_video_tokenizer
 from pipelines.data.decode import CrashLog, DecodeChild
 from pipelines.data.frames import Wanted
@@ -144,4 +145,4 @@ def _choose(snapshot: Snapshot, count: int) -> list[Row]:
 
 def _encoded(clip: Row, _: Row) -> Wanted:
     """The frames of a clip that were encoded."""
-    return Wanted(clip["fps"], 1 + 4 * (clip["t"] - 1), 8 * clip["w"], 8 * clip["h"])
+    return Wanted(clip["fps"], num_source_frames(clip["t"]), CELL * clip["w"], CELL * clip["h"])

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lumos.config import TokenizerInfo as TokenizerInfo  # part of the manifest
 from pipelines import storage
 from pipelines.data.schemas import SCHEMA_VERSION
 from pipelines.errors import UserError
@@ -35,16 +36,6 @@ class TokenizerIdentity(Protocol):
     @property
     def weights_hash(self) -> str:
         """Hash of the weights; equal hash, equal codes."""
-
-
-@dataclass(frozen=True)
-class TokenizerInfo:
-    """The visual tokenizer that made a snapshot's codes."""
-
-    kind: str
-    codebook_size: int
-    compression: tuple[int, int, int]
-    weights_hash: str
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,28 @@
-"""The two commands: a bulk run over prompts, and a service until interrupted."""
+"""The command: a bulk run over prompts."""
 
 import asyncio
-import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from types import FrameType
 from typing import Any
 
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from tqdm import tqdm
 
 from pipelines import storage
-from pipelines.cluster import connect, is_joined
+from pipelines.cluster import connect
 from pipelines.config import config_to_dict, provenance
 from pipelines.errors import JobError, UserError
-from pipelines.generation.api import ApiSettings
-from pipelines.generation.application import check_port, generator_application, http_application
-from pipelines.generation.card import ModelCard, RequestEncoder, read_card
-from pipelines.generation.config import MAX_SEED, GenerateConfig, ServeConfig
-from pipelines.generation.manifest import Manifest, file_name
-from pipelines.generation.media import MEDIA_TYPES
-from pipelines.generation.prompts import read_prompts
-from pipelines.generation.request import Refusal, Video, VideoRequest
+from pipelines.generation.bulk.manifest import Manifest
+from pipelines.generation.bulk.prompts import read_prompts
+from pipelines.generation.config import MAX_SEED, GenerateConfig
+from pipelines.generation.generator import ask, generator_application
+from pipelines.generation.model import ModelCard, RequestEncoder, read_card
+from pipelines.generation.request import Refusal, VideoRequest, file_name
+from pipelines.media import MEDIA_TYPES
 
 RUN_FILE = "generate.json"
-TOKEN_VARIABLE = "LUMOS_SERVE_TOKEN"
-_ATTEMPTS = 3  # of a video whose replica was lost
-_RETRY_S = 1.0
 
 Store = Callable[["_Job", bytes], None]
 
@@ -91,39 +80,6 @@ def generate(config: GenerateConfig) -> GenerateResult:
     )
 
 
-def serve(config: ServeConfig) -> None:
-    """Serve the model over HTTP until SIGINT (Ctrl-C) or SIGTERM.
-
-    Raises:
-        UserError: if the model cannot be used, the port is taken, or strangers could connect without a token.
-        JobError: if the model does not start.
-    """
-    token = (config.token or os.environ.get(TOKEN_VARIABLE) or "").strip() or None
-    if token is not None and not token.isascii():
-        raise UserError(f"token: holds characters that no HTTP header can; set another {TOKEN_VARIABLE}")
-    if token is None and not config.is_loopback:
-        raise UserError(
-            f"host: {config.host} can be reached from other machines, which needs a token: set {TOKEN_VARIABLE} (or "
-            "the key token), or use host 127.0.0.1"
-        )
-    if not is_joined():
-        check_port(config.host, config.port)
-    card = read_card(config)
-    _check_size(config, card)
-    settings = ApiSettings(
-        card=card,
-        size=config.video,
-        sampling=config.sampling,
-        format=config.format,
-        token=token,
-        timeout_s=config.timeout_s,
-        max_steps=config.max_steps,
-    )
-    with connect(), _until_signal() as wait, http_application(card, config, settings) as url:
-        _announce(url, card, needs_token=token is not None)
-        wait()
-
-
 def _plan(config: GenerateConfig, card: ModelCard) -> list[_Job]:
     """Every video of a run, each known to fit the model."""
     encoder = RequestEncoder(card)
@@ -139,14 +95,14 @@ def _plan(config: GenerateConfig, card: ModelCard) -> list[_Job]:
                 if seed > MAX_SEED:
                     raise ValueError(f"seed {seed} is above 2^63-1")
                 request = VideoRequest(
-                    prompt=prompt.text, seed=seed, size=size, sampling=config.sampling, format=config.format
+                    prompt=prompt.text, seed=seed, size=size, sampling=card.sampling, format=config.format
                 )
                 if seed == first:
                     encoder.encode(request)
             except ValueError as error:
                 raise UserError(f"prompts: prompt {index} ({prompt.text[:60]!r}): {error}") from error
             row = {
-                "path": file_name(index, prompt.text, seed, config.format),
+                "path": f"{index:05d}-{file_name(prompt.text, seed, config.format)}",
                 "index": index,
                 "id": prompt.id,
                 "prompt": prompt.text,
@@ -169,21 +125,15 @@ def _check_single(config: GenerateConfig, jobs: Sequence[_Job]) -> None:
         raise UserError(f"output: {config.output} does not end in .{config.format}: set format, or another name")
 
 
-def _check_size(config: ServeConfig, card: ModelCard) -> None:
-    """Find a default size that the model cannot write before clients do."""
-    complete = all(value is not None for value in asdict(config.video).values())
-    if not complete and card.default_size is None:
-        return  # every request must then name its size
-    try:
-        RequestEncoder(card).size(config.video)
-    except ValueError as error:
-        raise UserError(f"video: {error}") from error
-
-
 def _prepare_output(config: GenerateConfig, card: ModelCard, *, is_folder: bool) -> None:
     """Note beside the videos what makes them; so a folder that cannot be written is found before Ray starts."""
     uri = storage.join(config.output, RUN_FILE) if is_folder else config.output
-    note = {"config": config_to_dict(config), "model": card.identity, "provenance": provenance()}
+    note = {
+        "config": config_to_dict(config),
+        "sampling": asdict(card.sampling),
+        "model": card.identity,
+        "provenance": provenance(),
+    }
     try:
         if is_folder:
             storage.write_json_atomic(uri, note)
@@ -231,64 +181,15 @@ async def _drive(
 
     async def one(job: _Job) -> None:
         async with places:
-            answer = await _ask(handle, job.request)
+            answer = await ask(handle, job.request)
+            while isinstance(answer, Refusal) and answer.reason == "full":  # one replica may have got more than others
+                await asyncio.sleep(answer.retry_after_s)
+                answer = await ask(handle, job.request)
         if isinstance(answer, Refusal):
             failures.append(f"{job.row['path']}: {answer.message}")
         else:
-            store(job, answer.data)
+            store(job, answer)
         bar.update()
 
     await asyncio.gather(*map(one, jobs))
     return failures
-
-
-async def _ask(handle: DeploymentHandle[Any], request: VideoRequest) -> Video | Refusal:
-    """A video; asked for again where its replica was lost on the way, which changes nothing in it."""
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            answer: Video | Refusal = await handle.generate.remote(request)
-        except (RayError, RayServeException) as error:
-            answer = Refusal(reason="failed", message=f"the replica was lost ({error})")
-        else:
-            if isinstance(answer, Video) or answer.reason != "full":
-                return answer
-        if attempt < _ATTEMPTS:
-            await asyncio.sleep(max(_RETRY_S * attempt, answer.retry_after_s))
-    return answer
-
-
-@contextmanager
-def _until_signal() -> Iterator[Callable[[], None]]:
-    """Let SIGINT and SIGTERM end the block, at once and in order; the value waits for that to happen."""
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        for number in previous:
-            signal.signal(number, signal.SIG_IGN)  # one is enough: leave the clean-up alone
-        raise _StoppedError
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield _wait_for_ever
-    except _StoppedError:
-        sys.stdout.write("\nstopping\n")
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _wait_for_ever() -> None:
-    threading.Event().wait()
-
-
-class _StoppedError(BaseException):
-    """A signal asked the service to end."""
-
-
-def _announce(url: str, card: ModelCard, *, needs_token: bool) -> None:
-    header = f' -H "Authorization: Bearer ${TOKEN_VARIABLE}"' if needs_token else ""
-    body = '{"prompt": "a red square moves left", "seed": 7}'
-    sys.stdout.write(
-        f"serving {card.name} at {url} (documentation: {url}/docs); Ctrl-C ends it. Try:\n"
-        f"  curl {url}/v1/videos{header} -H 'Content-Type: application/json' -d '{body}' -o video.mp4\n"
-    )
-    sys.stdout.flush()

@@ -2,31 +2,14 @@
 
 import hashlib
 import json
-import re
 import time
-import unicodedata
 from typing import Any
 
 from pipelines import storage
 from pipelines.errors import UserError
 
 MANIFEST_FILE = "manifest.jsonl"
-_MAX_SLUG = 60  # characters; a file name stays far under the 255 bytes of file systems
 _SAVE_INTERVAL_S = 5.0
-
-
-def file_name(index: int, prompt: str, seed: int, suffix: str) -> str:
-    """Name of a video, unique by index and seed and safe on any file system: ``00012-a-red-square-3.mp4``.
-
-    Args:
-        index: place of the prompt in its list.
-        prompt: any text; what is not an ASCII letter or digit becomes a hyphen, and it is cut to 60 characters.
-        seed: sampling seed.
-        suffix: file type, without a dot.
-    """
-    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
-    slug = re.sub(r"[^a-z0-9]+", "-", plain)[:_MAX_SLUG].strip("-") or "video"
-    return f"{index:05d}-{slug}-{seed}.{suffix}"
 
 
 class Manifest:

@@ -5,6 +5,7 @@ import io
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +13,13 @@ import av
 import httpx
 import pytest
 
-from pipelines.generation import deployment
-from pipelines.generation.api import ApiSettings, build_api
-from pipelines.generation.card import read_card
-from pipelines.generation.config import BatchConfig, ServeConfig, SizeConfig
-from pipelines.generation.deployment import VideoGenerator
+from pipelines.generation import generator
+from pipelines.generation.config import BatchConfig, SamplingChoice, ServeConfig, SizeConfig
+from pipelines.generation.generator import VideoGenerator, ask
+from pipelines.generation.model import read_card
+from pipelines.generation.request import Refusal
+from pipelines.generation.serving.api import build_api
+from tests.pipelines.generation.test_run import copy_model
 
 PROMPT = {"prompt": "a red square moves left", "seed": 7}
 Talk = Callable[[httpx.AsyncClient], Awaitable[None]]
@@ -25,17 +28,8 @@ Talk = Callable[[httpx.AsyncClient], Awaitable[None]]
 @asynccontextmanager
 async def client_of(config: ServeConfig) -> AsyncIterator[httpx.AsyncClient]:
     card = read_card(config)
-    generator = VideoGenerator(card, config)
-    settings = ApiSettings(
-        card=card,
-        size=config.video,
-        sampling=config.sampling,
-        format=config.format,
-        token=config.token,
-        timeout_s=config.timeout_s,
-        max_steps=config.max_steps,
-    )
-    app = build_api(settings, lambda request: generator.generate(request, config.timeout_s), generator.status)
+    model = VideoGenerator(card, config)
+    app = build_api(card, config, lambda request: model.generate(request, config.timeout_s), model.status)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         yield client
 
@@ -145,6 +139,45 @@ def test_long_bodies_are_not_read(serve_config: ServeConfig) -> None:
     talk(serve_config, conversation)
 
 
+async def begin_body(client: httpx.AsyncClient) -> httpx.Response:
+    """A request whose body never ends."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    return await client.post("/v1/videos", content=pieces(), headers={"content-length": "100"})
+
+
+def test_a_body_that_does_not_arrive_in_time_answers_408(serve_config: ServeConfig) -> None:
+    async def conversation(client: httpx.AsyncClient) -> None:
+        answer = await begin_body(client)
+        assert answer.status_code == 408
+        assert answer.headers["connection"] == "close"
+        assert answer.json()["error"]["message"] == "the body did not arrive within 0.1 s"
+        assert (await client.post("/v1/videos", json=PROMPT)).status_code == 200
+
+    talk(replace(serve_config, body_timeout_s=0.1), conversation)
+
+
+def test_of_too_many_bodies_the_oldest_gives_way_and_whole_ones_are_read(serve_config: ServeConfig) -> None:
+    async def conversation(client: httpx.AsyncClient) -> None:
+        open_bodies = [asyncio.create_task(begin_body(client)) for _ in range(5)]
+        await asyncio.wait(open_bodies[:2])
+        assert [task.done() for task in open_bodies] == [True, True, False, False, False]
+        for answer in (task.result() for task in open_bodies[:2]):
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "60")
+            assert answer.json()["error"]["message"] == "more than 3 requests are sending their bodies"
+        assert (await client.post("/v1/videos", json=PROMPT)).status_code == 200
+        assert open_bodies[2].result().status_code == 503  # it made room
+        assert (await client.get("/v1/models")).status_code == 200
+        for task in open_bodies[3:]:
+            assert not task.done()
+            task.cancel()
+
+    talk(replace(serve_config, body_timeout_s=60.0, max_open_bodies=3), conversation)
+
+
 def test_a_token_is_asked_for_where_one_is_set(serve_config: ServeConfig) -> None:
     async def conversation(client: httpx.AsyncClient) -> None:
         for headers in (
@@ -204,11 +237,11 @@ def test_a_model_without_a_running_process_answers_in_time(monkeypatch: pytest.M
     async def never(*_: Any) -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(deployment, "_GRACE_S", 0.05)
-    handle = SimpleNamespace(generate=SimpleNamespace(remote=never))
-    api: Any = SimpleNamespace(_generator=handle, _settings=SimpleNamespace(timeout_s=0.05))
-    submit = next(base.__dict__["_submit"] for base in deployment.VideoApi.__mro__ if "_submit" in base.__dict__)
-    refusal = asyncio.run(asyncio.wait_for(submit(api, None), 10))
+    monkeypatch.setattr(generator, "_GRACE_S", 0.05)
+    handle: Any = SimpleNamespace(generate=SimpleNamespace(remote=never))
+    request: Any = None
+    refusal = asyncio.run(asyncio.wait_for(ask(handle, request, 0.05), 10))
+    assert isinstance(refusal, Refusal)
     assert (refusal.reason, refusal.message) == ("timeout", "no process of the model answered within 0.05 s")
 
 
@@ -226,11 +259,27 @@ def test_the_model_and_the_interface_are_described(serve_config: ServeConfig) ->
         assert model["limits"]["size_multiple_of"] == 16
         schema = (await client.get("/openapi.json")).json()
         operation = schema["paths"]["/v1/videos"]["post"]
-        assert {"200", "400", "401", "503", "504"} <= operation["responses"].keys()
+        assert {"200", "400", "401", "408", "413", "503", "504"} <= operation["responses"].keys()
         assert "video/mp4" in operation["responses"]["200"]["content"]
         assert (await client.get("/docs")).status_code == 200
 
     talk(serve_config, conversation)
+
+
+def test_requests_are_drawn_as_the_model_recommends(serve_config: ServeConfig, model_dir: Path, tmp_path: Path) -> None:
+    recommended = {"num_steps": 3, "guidance_scale": 2.0, "history_ratio": 0.4}
+    model = copy_model(model_dir, tmp_path / "model", info={"sampling": recommended})
+    config = replace(serve_config, model=str(model), sampling=SamplingChoice())
+
+    async def conversation(client: httpx.AsyncClient) -> None:
+        defaults = (await client.get("/v1/models")).json()["data"][0]["defaults"]
+        assert (defaults["steps"], defaults["guidance_scale"], defaults["history_ratio"]) == (3, 2.0, 0.4)
+        usual = await client.post("/v1/videos", json=PROMPT)
+        named = {"steps": 3, "guidance_scale": 2.0, "history_ratio": 0.4}
+        assert (await client.post("/v1/videos", json={**PROMPT, **named})).content == usual.content
+        assert (await client.post("/v1/videos", json={**PROMPT, "steps": 4})).content != usual.content
+
+    talk(config, conversation)
 
 
 def test_images_come_as_png(serve_config: ServeConfig) -> None:

@@ -10,18 +10,17 @@ from typing import Any
 
 import torch
 
-from lumos.checkpoint import load_weights, read_config
-from lumos.config import ModelConfig
+from lumos.checkpoint import TEXT_TOKENIZER_FILE, ModelInfo, load_weights, read_config
+from lumos.compression import CELL, num_latent_frames, num_source_frames
+from lumos.config import ModelConfig, SamplingConfig, TokenizerInfo
 from lumos.decoder import Decoder
-from lumos.layout import PromptTemplate, header_tokens, num_source_frames, prompt_text, video_layout
+from lumos.layout import PromptTemplate, header_tokens, prompt_text, video_layout
 from lumos.sampling import GenerationRequest
 from lumos.tokenizers import TextTokenizer, TokenizerConfig, load_video_tokenizer
-from lumos.vocabulary import CELL, TEMPORAL_FACTOR, Vocabulary
+from lumos.vocabulary import Vocabulary
 from pipelines.errors import UserError
 from pipelines.generation.config import ModelRunConfig, SizeConfig
 from pipelines.generation.request import VideoRequest, VideoSize
-
-TEXT_TOKENIZER_FILE = "text_tokenizer.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +34,7 @@ class ModelCard:
     text_tokenizer: str  # path
     video_tokenizer: TokenizerConfig
     default_size: VideoSize | None  # None where the checkpoint names no size
+    sampling: SamplingConfig  # of requests that say nothing: the run's, completed from what the checkpoint recommends
     identity: dict[str, Any]  # hashes and settings on the model's side that decide a video
 
     @property
@@ -53,18 +53,15 @@ def read_card(config: ModelRunConfig) -> ModelCard:
     """
     folder = Path(config.model).expanduser().resolve()
     try:
-        model_config, vocabulary, extra = read_config(folder)
+        model_config, vocabulary, info = read_config(folder)
         with torch.device("meta"):
             model = Decoder(model_config)
         load_weights(model, folder)  # names and shapes are compared; nothing is kept
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"model: {error}") from error
-    except KeyError as error:
-        raise UserError(f"model: {folder}/config.json lacks {error}; was it written by `lumos train`?") from error
-    # A released checkpoint brings no settings of ours; it was trained with the question as its prompt.
-    template = config.prompt_template or extra.get("prompt_template") or ("caption" if extra else "lumos1")
-    text_path, text_hash = _check_text_tokenizer(config, folder, vocabulary)
-    tokenizer, tokenizer_hash = _check_video_tokenizer(config, folder, vocabulary, extra.get("tokenizer") or {})
+    template = config.prompt_template or info.prompt_template
+    text_path, text_hash = _check_text_tokenizer(config, folder, vocabulary, info.text_tokenizer_hash)
+    tokenizer, tokenizer_hash = _check_video_tokenizer(config, folder, vocabulary, info.tokenizer)
     return ModelCard(
         path=str(folder),
         config=model_config,
@@ -72,7 +69,8 @@ def read_card(config: ModelRunConfig) -> ModelCard:
         prompt_template=template,
         text_tokenizer=text_path,
         video_tokenizer=tokenizer,
-        default_size=_trained_size(extra),
+        default_size=_trained_size(info),
+        sampling=config.sampling.over(info.sampling),
         identity={
             "weights": _digest(folder),
             "text_tokenizer": text_hash,
@@ -84,7 +82,9 @@ def read_card(config: ModelRunConfig) -> ModelCard:
     )
 
 
-def _check_text_tokenizer(config: ModelRunConfig, folder: Path, vocabulary: Vocabulary) -> tuple[str, str]:
+def _check_text_tokenizer(
+    config: ModelRunConfig, folder: Path, vocabulary: Vocabulary, trained_hash: str | None
+) -> tuple[str, str]:
     path = Path(config.text_tokenizer).expanduser().resolve() if config.text_tokenizer else folder / TEXT_TOKENIZER_FILE
     try:
         tokenizer = TextTokenizer.load(path)
@@ -95,13 +95,18 @@ def _check_text_tokenizer(config: ModelRunConfig, folder: Path, vocabulary: Voca
             f"text_tokenizer: {path} has {tokenizer.vocab_size} ids, the model {folder} has room for "
             f"{vocabulary.text_vocab_size}: name the text tokenizer it was trained with"
         )
+    if trained_hash not in (None, tokenizer.hash):
+        raise UserError(
+            f"text_tokenizer: {path} ({tokenizer.hash}) is not the one the model {folder} was trained with "
+            f"({trained_hash}): its ids mean other words; name that one"
+        )
     return str(path), tokenizer.hash
 
 
 def _check_video_tokenizer(
-    config: ModelRunConfig, folder: Path, vocabulary: Vocabulary, trained: dict[str, Any]
+    config: ModelRunConfig, folder: Path, vocabulary: Vocabulary, trained: TokenizerInfo | None
 ) -> tuple[TokenizerConfig, str]:
-    kind = config.tokenizer.kind or trained.get("kind") or "cosmos"
+    kind = config.tokenizer.kind or ("fsq" if trained is not None and trained.kind == "fsq" else "cosmos")
     source = config.tokenizer.path
     path = str(Path(source).expanduser().resolve()) if source else None
     try:
@@ -109,11 +114,10 @@ def _check_video_tokenizer(
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"tokenizer: {error}") from error
     ours = f"{kind} tokenizer {path or 'in the package'} ({tokenizer.weights_hash})"
-    theirs = trained.get("weights_hash")
-    if theirs and theirs != tokenizer.weights_hash:
+    if trained is not None and trained.weights_hash != tokenizer.weights_hash:
         raise UserError(
-            f"tokenizer: the {ours} is not the one the model {folder} was trained with, {trained.get('kind')} "
-            f"{theirs}: its codes mean other pictures; set tokenizer.kind and tokenizer.path to that one"
+            f"tokenizer: the {ours} is not the one the model {folder} was trained with, {trained.kind} "
+            f"{trained.weights_hash}: its codes mean other pictures; set tokenizer.kind and tokenizer.path to that one"
         )
     if tokenizer.codebook_size != vocabulary.codebook_size:
         raise UserError(
@@ -124,13 +128,12 @@ def _check_video_tokenizer(
     return TokenizerConfig(kind=kind, path=path, device=device), tokenizer.weights_hash
 
 
-def _trained_size(extra: dict[str, Any]) -> VideoSize | None:
+def _trained_size(info: ModelInfo) -> VideoSize | None:
     """The first shape the checkpoint was trained on."""
-    shapes, fps = extra.get("shapes"), extra.get("fps")
-    if not shapes or not fps:
+    if not info.shapes or info.fps is None:
         return None
-    t, h, w = shapes[0]
-    return VideoSize(width=w * CELL, height=h * CELL, num_frames=num_source_frames(t), fps=float(fps))
+    t, h, w = info.shapes[0]
+    return VideoSize(width=w * CELL, height=h * CELL, num_frames=num_source_frames(t), fps=info.fps)
 
 
 def _digest(folder: Path) -> str:
@@ -183,9 +186,7 @@ class RequestEncoder:
             raise ValueError(f"{name} {value} is more than the {largest} px the model can write")
 
     def _check_frames(self, num_frames: int, fps: float) -> None:
-        if (num_frames - 1) % TEMPORAL_FACTOR:
-            below = num_frames - (num_frames - 1) % TEMPORAL_FACTOR
-            raise ValueError(f"num_frames {num_frames} is not 1 + 4k: use {below} or {below + TEMPORAL_FACTOR}")
+        num_latent_frames(num_frames)
         limit = self.card.vocabulary.max_number
         if not 1 <= round(fps) <= limit:
             raise ValueError(f"fps {fps:g} is outside 1..{limit}, what the model can write")

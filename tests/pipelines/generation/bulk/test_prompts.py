@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.generation.prompts import Prompt, read_prompts
+from pipelines.generation.bulk.prompts import Prompt, read_prompts
 
 EXPECTED = [Prompt(text="a red square, moving", seed=7, id="x"), Prompt(text="ein Würfel")]
 
