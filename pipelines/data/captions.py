@@ -96,7 +96,8 @@ def _sidecars(listing: pa.Table) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     names: dict[str, set[str]] = {}  # by folder: one listing instead of a question for each video
     for uri in listing["uri"].to_pylist():
-        sidecar = os.path.splitext(uri)[0] + ".txt"
+        place = storage.filesystem(uri)[1] if storage.is_local(uri) else uri  # whose name may be escaped
+        sidecar = os.path.splitext(place)[0] + ".txt"
         folder, _, name = sidecar.rpartition("/")
         if folder not in names:
             names[folder] = set(storage.list_names(folder))

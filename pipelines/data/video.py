@@ -407,7 +407,7 @@ def _read_with_decord(request: ClipRequest, beat: Callable[[], None]) -> _Readin
                 frames += [fit_frame(picture, request)] * copies
                 if check.is_wanted:
                     check.add(rgb_thumbnail(picture))
-    except (decord.DECORDError, RuntimeError, IndexError):
+    except (decord.DECORDError, RuntimeError, IndexError, UnicodeEncodeError):  # it takes names in UTF-8 only
         return None
     return _Reading(frames, check, whole=False) if frames else None
 

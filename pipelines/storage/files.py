@@ -1,7 +1,7 @@
 """Files on local disks and object stores behind plain functions of a URI; writes appear whole or not at all.
 
 A URI is a local path or anything fsspec knows (``s3://bucket/key``). A local path and a key may hold any character,
-``::``, ``#`` and ``*`` among them.
+``::``, ``#`` and ``*`` among them; one whose bytes are no UTF-8 is kept under an escaped name.
 
 S3 fails now and then: what may pass is waited for (see s3.py), and what is left is an ``OSError`` as a disk would
 raise it (see errors.py).
@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
+from urllib.parse import quote, unquote_to_bytes
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -53,7 +54,7 @@ def filesystem(uri: str) -> tuple[Any, str]:
         UserError: if the protocol is unknown, or its package is not installed.
     """
     if is_local(uri):
-        return LocalFileSystem(), os.path.abspath(uri.removeprefix("file://"))
+        return LocalFileSystem(), os.path.abspath(_local_path(uri))
     try:
         if s3.is_s3(uri):
             return s3.filesystem(), s3.path(uri)
@@ -61,6 +62,25 @@ def filesystem(uri: str) -> tuple[Any, str]:
     except (ImportError, ValueError) as error:
         raise UserError(f"{uri}: {error}; use a local path, s3:// or another protocol that fsspec offers") from error
     return fs, path
+
+
+def _local_path(uri: str) -> str:
+    """The path that a URI names; one with ``file://`` is percent-encoded."""
+    return os.fsdecode(unquote_to_bytes(uri.removeprefix("file://"))) if uri.startswith("file://") else uri
+
+
+def _named(path: str, local: str) -> tuple[str, str]:
+    r"""A path and a URI of a local file that are text, whatever bytes its name has.
+
+    A name that is not UTF-8 (Python reads it with surrogates) shows its odd bytes as ``\xe9``, and is percent-encoded
+    in a ``file://`` URI, by which it is opened.
+    """
+    try:
+        local.encode()
+        path.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(path).decode("utf-8", "backslashreplace"), "file://" + quote(os.fsencode(local))
+    return path, local
 
 
 def join(uri: str, *parts: str) -> str:
@@ -203,8 +223,10 @@ def describe_file(uri: str, path: str) -> FileInfo:
     """What ``list_files`` says of one local file; a remote one is described by its URI alone, without a request."""
     if not is_local(uri):
         return FileInfo(path=path, uri=uri, size=-1, version="")
+    local = filesystem(uri)[1]
+    path, uri = _named(path, local if uri.startswith("file://") else uri)
     try:
-        status = os.stat(filesystem(uri)[1])
+        status = os.stat(local)
     except OSError:
         return FileInfo(path=path, uri=uri, size=-1, version="")
     return FileInfo(path=path, uri=uri, size=status.st_size, version=str(status.st_mtime_ns))

@@ -1,3 +1,4 @@
+import hashlib
 import os
 import shutil
 
@@ -126,6 +127,19 @@ def test_captions_come_from_any_kind_of_named_table(folder, suffix):
         pq.write_table(pa.table(rows), path)
     config = CaptionConfig(file=str(path), path_column="file", caption_column="text")
     assert captions(folder, config) == ("metadata", {"a.mp4": ("first",), "b.mp4": ("second",)})
+
+
+def test_names_that_are_not_utf8_are_kept_under_an_escaped_name(folder):
+    odd = folder / os.fsdecode(b"caf\xe9 100%.mp4")
+    odd.write_bytes(b"something else")
+    odd.with_suffix(".txt").write_text("a coffee house")
+    for path in (folder, f"{folder}/*.mp4", f"file://{folder}"):
+        listing = list_sources(SourceConfig(path=str(path)))
+        [row] = [row for row in listing.to_pylist() if row["path"].startswith("caf")]
+        assert row["path"] == "caf\\xe9 100%.mp4"
+        assert row["size"] == 14
+        assert hash_file(row["uri"])["source_id"] == hashlib.sha256(b"something else").hexdigest()
+    assert ("a coffee house",) in captions(folder)[1].values()
 
 
 def test_captions_come_from_sidecars(folder):
