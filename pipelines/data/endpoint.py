@@ -179,7 +179,7 @@ class CaptionEndpoint:
         """The caption that one try brings; its tokens are added to ``answer``."""
         silent_seconds = self.config.patience_seconds - self._patience_left()
         if self._proven and silent_seconds > _PROBE_SECONDS:  # is it the endpoint, or the clips that are asked for?
-            await self._post(client, self._proven)
+            _add_tokens(answer, await self._post(client, self._proven))
         while True:
             known = self._refused_parameters
             response = await self._post(client, request)
@@ -192,13 +192,11 @@ class CaptionEndpoint:
             if self._refused_at_first >= _REFUSED_AT_FIRST:
                 raise self._config_error(response)
             raise _FailureError("caption_refused")
+        _add_tokens(answer, response)
         try:
             body = response.json()
         except (ValueError, RecursionError):
             raise _TryAgainError("caption_malformed") from None
-        with suppress(LookupError, TypeError, ValueError):  # not every endpoint counts
-            answer.input_tokens += int(body["usage"]["prompt_tokens"])
-            answer.output_tokens += int(body["usage"]["completion_tokens"])
         caption = _read_caption(body, request.id)
         self._proven = self._proven or request
         return caption
@@ -221,8 +219,9 @@ class CaptionEndpoint:
         except httpx.RequestError as error:
             raise self._unanswered(repr(error), started) from error
         if response.status_code in (408, 425, 429) or response.is_server_error:
-            wait = _retry_after(response.headers.get("Retry-After", ""))
-            raise self._unanswered(f"HTTP {response.status_code}: {response.text}", started, wait)
+            header = response.headers.get("Retry-After", "")
+            problem = f"HTTP {response.status_code}{header and f', Retry-After {header}'}: {response.text}"
+            raise self._unanswered(problem, started, _retry_after(header))
         self._last_answer, self._silent_since = time.monotonic(), None
         if response.is_success or response.status_code in (400, 413, 415, 422):
             return response
@@ -271,6 +270,13 @@ class CaptionEndpoint:
 def _in_silence(state: RetryCallState) -> bool:
     error = state.outcome.exception() if state.outcome else None
     return isinstance(error, _TryAgainError) and error.in_silence
+
+
+def _add_tokens(answer: CaptionAnswer, response: httpx.Response) -> None:
+    with suppress(LookupError, TypeError, ValueError, RecursionError):  # not every endpoint counts
+        usage = response.json()["usage"]
+        answer.input_tokens += int(usage["prompt_tokens"])
+        answer.output_tokens += int(usage["completion_tokens"])
 
 
 def _retry_after(header: str) -> float:
