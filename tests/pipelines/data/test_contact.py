@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from jobs.data import command
 from pipelines.data import stills
 from pipelines.data.card import reason_classes
-from pipelines.data.contact import CLIPS_EACH, choose_clips, hash_strings, shorten
+from pipelines.data.contact import CLIPS_EACH, choose_clips, hash_strings
 from pipelines.data.curate import curate
 from pipelines.data.report import write_report
 from pipelines.data.schemas import LEDGER
@@ -91,13 +91,14 @@ class Tile:
 def tiles(page: Path) -> list[Tile]:
     found = []
     text = page.read_text(encoding="utf-8").partition('<section class="contact">')[2]
+    figure = re.compile(r'(<div class="pair">)?<figure class="card" title="([^"]*)">(.*?)</figure>', re.DOTALL)
     for section in text.split("<h3>")[1:]:
         fate = html.unescape(section.partition(" <i>")[0])
-        for match in re.finditer(r'(<div class="pair">|</figure>)?<figure title="([^"]*)">(.*?)</figure>', section):
+        for match in figure.finditer(section):
             inner = match[3]
             data = [base64.b64decode(each) for each in re.findall(r'src="data:image/jpeg;base64,([^"]+)"', inner)]
             images = [cv2.imdecode(np.frombuffer(each, np.uint8), cv2.IMREAD_COLOR) for each in data]
-            told = html.unescape(re.sub("<[^>]+>", " ", inner))
+            told = " ".join(html.unescape(re.sub("<[^>]+>", " ", inner)).split())
             title = html.unescape(match[2])
             found.append(Tile(title.partition("\n")[0], title, images, told, fate, match[1] == '<div class="pair">'))
     return found
@@ -146,7 +147,7 @@ def test_the_pictures_shape_is_kept_and_its_bars_are_cut_off(dataset, tmp_path):
 def test_tiles_tell_the_scores_and_the_whole_reason(dataset, tmp_path):
     tile = of(report(dataset, tmp_path), "static.mp4")
     assert tile.fate == "rejected: motion_time"
-    assert tile.text.split()[-2:] == ["motion_time", "0"]
+    assert tile.text.endswith("motion_time 0 < 0.25")
     assert tile.title == "static.mp4\nmotion_time 0 < 0.25"
 
 
@@ -213,7 +214,7 @@ def test_without_frames_no_video_is_read(dataset, films, tmp_path):
     assert report(dataset, tmp_path, "--no-frames") == []
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "data:image" not in page
-    assert "$" not in page
+    assert 'href="#contact"' not in page
 
 
 def test_the_page_is_the_same_again(dataset, tmp_path):
@@ -296,9 +297,3 @@ def test_the_hash_of_a_string_depends_on_it_alone():
     assert np.array_equal(whole[3:40], hash_strings(pieces.slice(3, 37)))
     assert len(set(whole.tolist())) == len(set(names))
     assert 0.4 < np.mean(np.unique(whole) >> np.uint64(63)) < 0.6
-
-
-def test_a_long_path_loses_its_middle():
-    assert shorten("short", 10) == "short"
-    assert shorten("0123456789abcdef", 9) == "0123…cdef"
-    assert len(shorten("x" * 99, 64)) == 64
