@@ -1,19 +1,17 @@
 """Contact sheets: frames of some clips of every fate, so that one sees what the scores and thresholds do.
 
-The clips are chosen from the ledger alone; stills.py decodes their frames. A clip that cannot be shown gets a tile that
-says why, and never keeps the page from being written.
+The clips are chosen from the ledger alone; who has frames of them is asked once. A clip that cannot be shown gets a
+tile that says why, and never keeps the page from being written.
 """
 
-import base64
-import html
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, zip_longest
-from typing import Any
+from itertools import zip_longest
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
@@ -22,20 +20,37 @@ from pipelines import storage
 from pipelines.data.runner import Row, read_parts
 from pipelines.data.schemas import STATUSES
 from pipelines.data.snapshot import Snapshot
-from pipelines.data.stills import MOMENTS, Shown, decode_frames
+from pipelines.data.stills import Shown
 from pipelines.data.video import VideoError
 
 IDENTITY = ("key", "source_id")  # columns of the ledger that only contact sheets take
 CLIPS_EACH = 12  # shown of every fate
-_PATH_CHARACTERS = 64  # of a path that are shown
-_CAPTION_CHARACTERS = 160
 _HASH_ROWS = 1 << 16  # hashed at a time
-_HASH_FACTOR = 0x9E3779B97F4A7C15  # odd, of evenly strewn bits
 
-# What reasons name: "dark_share 0.6273 > 0.5", "near: of KEY (cosine 0.998)", "exact: of SOURCE_ID".
-_SCORE = re.compile(r"(?:^|; )(\w+ [-+.\w]+) [<>] |\((cosine .+)\)$")
-_NEAR = re.compile(r"near: of (\S+) ")
-_EXACT = re.compile(r"exact: of (\S+)")
+# What a duplicate's reason names: "near: of KEY (cosine 0.998)", "exact: of SOURCE_ID".
+_ORIGINAL = re.compile(r"(?:near|exact): of (\S+)")
+
+# Frames of some clips of a snapshot (ledger rows with a span), by key.
+FramesOf = Callable[[Snapshot, Sequence[Row]], Mapping[str, Shown]]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What is shown of a clip or source.
+
+    Attributes:
+        row: Of the ledger.
+        frames: JPEG files in the order of time; none where there are words instead.
+        words: Why there are no frames.
+        note: What else is said of it.
+        caption: Of a kept clip.
+    """
+
+    row: Row
+    frames: Sequence[bytes]
+    words: str
+    note: str = ""
+    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,41 +63,38 @@ class Sheet:
     total: int
 
 
-def contact_sheets(snapshot: Snapshot, ledger: pa.Table) -> str:
-    """The page's section of contact sheets, as HTML.
+def contact_sheets(snapshot: Snapshot, ledger: pa.Table, frames_of: FramesOf) -> list[tuple[Sheet, list[list[Tile]]]]:
+    """Sheets, each with a tile for every row, or two: a near-duplicate stands beside its original.
 
     Args:
-        snapshot: Whose clips; the stage tables and sources it was made from are looked for, not relied upon.
+        snapshot: Whose clips.
         ledger: Its ledger (no scores are needed), with a column ``class``: that of each row's reason.
+        frames_of: What has frames of them.
     """
     sheets = choose_clips(ledger)
     chosen = [row for rank in zip_longest(*(sheet.rows for sheet in sheets)) for row in rank if row is not None]
-    originals, contents = _originals(ledger, chosen), _contents(ledger, chosen)
-    clips = {row["key"]: row for row in chain(chosen, originals.values()) if row["end_s"] is not None}
-    shown = decode_frames(snapshot, list(clips.values()))
+    originals = _originals(ledger, chosen)
+    alike = [row for name, row in originals.items() if name == row["key"]]
+    clips = {row["key"]: row for row in [*chosen, *alike] if row["end_s"] is not None}
+    shown = frames_of(snapshot, list(clips.values()))
     captions = _captions(snapshot, [row["key"] for row in clips.values() if row["status"] == "kept"])
 
-    def tiles(row: Row) -> str:
-        original = originals.get(_named(_NEAR, row))
-        if original is None:
-            content = contents.get(_named(_EXACT, row))
-            seen = f"the same content as {content}" if content else shown.get(row["key"])
-            return _tile(row, seen, caption=captions.get(row["key"], ""))
-        caption, note = captions.get(original["key"], ""), f"the original, {original['status']}"
-        second = _tile(original, shown.get(original["key"]), note=note, caption=caption)
-        return f'<div class="pair">{_tile(row, shown.get(row["key"]))}{second}</div>'
+    def tile(row: Row, words: str, note: str = "") -> Tile:
+        frames = shown.get(row["key"], [])
+        caption = captions.get(row["key"], "")
+        if isinstance(frames, VideoError):
+            return Tile(row, (), f"no frames, {frames.code.replace('_', ' ')}: {frames.detail}", note, caption)
+        return Tile(row, frames, words, note, caption)
 
-    parts = [
-        '<section class="contact">',
-        "<h2>What the clips look like</h2>",
-        f"<p>Start, middle and end of up to {CLIPS_EACH} clips of every fate, drawn by a hash of their keys and spread "
-        "over the sources. Point at one to read its full reason.</p>",
-    ]
-    for sheet in sheets:
-        title = html.escape(f"{sheet.status}: {sheet.reason}" if sheet.reason else sheet.status)
-        parts.append(f"<h3>{title} <i>{len(sheet.rows)} of {sheet.total}</i></h3>")
-        parts.append(f'<div class="sheet">{"".join(map(tiles, sheet.rows))}</div>')
-    return "\n".join([*parts, "</section>"])
+    def tiles(row: Row) -> list[Tile]:
+        original = originals.get(_original(row))
+        if original is None:
+            return [tile(row, row["reason"])]
+        if original not in alike:
+            return [tile(row, f"the same content as {original['path']}")]
+        return [tile(row, row["reason"]), tile(original, original["reason"], f"the original, {original['status']}")]
+
+    return [(sheet, list(map(tiles, sheet.rows))) for sheet in sheets]
 
 
 def choose_clips(ledger: pa.Table, each: int = CLIPS_EACH) -> list[Sheet]:
@@ -90,63 +102,42 @@ def choose_clips(ledger: pa.Table, each: int = CLIPS_EACH) -> list[Sheet]:
 
     So the choice is the same whenever the ledger is, and changes little when sources are added.
     """
-    names = pc.binary_join_element_wise(ledger["status"], ledger["class"], "\n")
-    fates = names.dictionary_encode().unify_dictionaries().combine_chunks()
-    codes, hashes, sources = fates.indices.to_numpy(), hash_strings(ledger["key"]), hash_strings(ledger["path"])
-    by_source = np.lexsort((hashes, sources, codes))
-    turns = np.empty(len(codes), np.int64)  # of a clip among those of its fate and source
-    turns[by_source] = _count_up((codes[by_source], sources[by_source]))
-    by_turn = np.lexsort((hashes, turns, codes))
-    order = by_turn[_count_up((codes[by_turn],)) < each]
-    rows = ledger.take(pa.array(order)).to_pylist()
-    totals = np.bincount(codes)
+    fates = pc.binary_join_element_wise(ledger["status"], ledger["class"], "\n")
+    names, sources = (
+        column.dictionary_encode().unify_dictionaries().combine_chunks() for column in (fates, ledger["path"])
+    )
+    codes = {"fate": names.indices.to_numpy(), "source": sources.indices.to_numpy()}
+    rows = pd.DataFrame({**codes, "hash": hash_strings(ledger["key"])})
+    rows["turn"] = rows.sort_values("hash").groupby(["fate", "source"]).cumcount()  # among its fate and source
+    chosen = rows.sort_values(["turn", "hash"]).groupby("fate").head(each)
+    totals = rows["fate"].value_counts()
     sheets = []
-    for code, name in enumerate(fates.dictionary.to_pylist()):
-        status, _, reason = name.partition("\n")
-        own = [row for row, other in zip(rows, codes[order], strict=True) if other == code]
-        sheets.append(Sheet(status, reason, own, int(totals[code])))
+    for fate, indices in chosen.groupby("fate").groups.items():
+        status, _, reason = names.dictionary[fate].as_py().partition("\n")
+        sheets.append(Sheet(status, reason, ledger.take(pa.array(indices)).to_pylist(), int(totals[fate])))
     return sorted(sheets, key=lambda sheet: (STATUSES.index(sheet.status), -sheet.total, sheet.reason))
 
 
-def _count_up(columns: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
-    """0, 1, 2... within each run of rows that are equal in all columns."""
-    places = np.arange(len(columns[0]))
-    new = np.ones(len(places), dtype=bool)
-    new[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
-    return places - np.maximum.accumulate(np.where(new, places, 0))
-
-
 def hash_strings(column: pa.ChunkedArray) -> NDArray[np.uint64]:
-    """A hash of each string, which depends on nothing else: a polynomial of its bytes, well mixed."""
-    found = [np.zeros(0, np.uint64)]
-    for begin in range(0, len(column), _HASH_ROWS):
-        part = column.slice(begin, _HASH_ROWS).combine_chunks().cast(pa.large_string())
-        _, offsets, data = part.buffers()
-        edges = np.frombuffer(offsets, np.int64)[part.offset : part.offset + len(part) + 1]
-        letters = np.frombuffer(data or b"", np.uint8)[edges[0] : edges[-1]]
-        lengths = np.diff(edges)
-        powers = np.full(int(lengths.max()), _HASH_FACTOR, np.uint64).cumprod(dtype=np.uint64)
-        terms = powers[np.arange(len(letters)) - np.repeat(edges[:-1] - edges[0], lengths)] * (letters + np.uint64(1))
-        sums = np.concatenate([np.zeros(1, np.uint64), terms.cumsum(dtype=np.uint64)])
-        found.append(sums[edges[1:] - edges[0]] - sums[edges[:-1] - edges[0]])
-    mixed = np.concatenate(found)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):  # those of SplitMix64
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    return mixed
+    """A hash of each string, which depends on nothing else."""
+    parts = (column.slice(begin, _HASH_ROWS) for begin in range(0, len(column), _HASH_ROWS))
+    hashes = [pd.util.hash_array(part.to_numpy(zero_copy_only=False), categorize=False) for part in parts]
+    return np.concatenate([np.zeros(0, np.uint64), *hashes])
+
+
+def _original(row: Row) -> str | None:
+    """The key or the source_id of what a row's reason says that it is a duplicate of."""
+    match = _ORIGINAL.match(row["reason"])
+    return match[1] if match else None
 
 
 def _originals(ledger: pa.Table, rows: Sequence[Row]) -> dict[str | None, Row]:
-    """Ledger rows of the clips that some rows are near-duplicates of, by key."""
-    keys = pa.array({_named(_NEAR, row) for row in rows} - {None}, pa.string())
-    return {row["key"]: row for row in ledger.filter(pc.is_in(ledger["key"], keys)).to_pylist()}
-
-
-def _contents(ledger: pa.Table, rows: Sequence[Row]) -> dict[str | None, str]:
-    """Paths that stand for the contents which some rows have too, by source_id."""
-    ids = pa.array({_named(_EXACT, row) for row in rows} - {None}, pa.string())
-    same = ledger.filter(pc.is_in(ledger["source_id"], ids))
-    stands = pc.invert(pc.match_substring(same["key"], "@"))  # in whose rows the key is no path
-    return {row["source_id"]: row["path"] for row in same.filter(stands).to_pylist()}
+    """Ledger rows of what some rows are duplicates of: by key of a clip, or by source_id of a source's content."""
+    names = pa.array(set(map(_original, rows)) - {None}, pa.string())
+    stands = pc.invert(pc.match_substring(ledger["key"], "@"))  # not so in rows of a source that repeats another
+    contents = ledger.filter(pc.and_(pc.is_in(ledger["source_id"], names), stands)).to_pylist()
+    clips = ledger.filter(pc.is_in(ledger["key"], names)).to_pylist()
+    return {**{row["source_id"]: row for row in contents}, **{row["key"]: row for row in clips}}
 
 
 def _captions(snapshot: Snapshot, keys: Sequence[str]) -> dict[str, str]:
@@ -159,37 +150,3 @@ def _captions(snapshot: Snapshot, keys: Sequence[str]) -> dict[str, str]:
                 if row["captions"]:
                     found[row["clip_id"]] = row["captions"][0]["text"]
     return found
-
-
-def _named(pattern: re.Pattern[str], row: Row) -> str | None:
-    """What a row's reason says that it is a duplicate of."""
-    match = pattern.match(row["reason"])
-    return match[1] if match else None
-
-
-def _tile(row: Row, shown: Shown | str | None, note: str = "", caption: str = "") -> str:
-    """Frames or words, and below them the path, the span, the scores that the reason names, and what is said of it."""
-    reason = row["reason"] or row["status"]
-    is_image = row["end_s"] is not None and row["end_s"] == row["start_s"]
-    if isinstance(shown, list):
-        images = zip(("image",) if is_image else MOMENTS, shown, strict=False)
-        inner = '<div class="strip">' + "".join(_image(*image) for image in images) + "</div>"
-    else:
-        words = f"no frames, {shown.code.replace('_', ' ')}: {shown.detail}" if isinstance(shown, VideoError) else shown
-        inner = f'<p class="words">{html.escape(words or reason)}</p>'
-    span = "" if row["end_s"] is None else "image" if is_image else f"{row['start_s']:.1f} to {row['end_s']:.1f} s"
-    scores = ", ".join(match[1] or match[2] for match in _SCORE.finditer(reason))
-    below = "".join(f"<span>{html.escape(text)}</span>" for text in (span, scores, note) if text)
-    below += f"<q>{html.escape(shorten(caption, _CAPTION_CHARACTERS))}</q>" if caption else ""
-    title = html.escape("\n".join(filter(None, (row["path"], reason, caption))))
-    path = html.escape(shorten(row["path"], _PATH_CHARACTERS))
-    return f'<figure title="{title}">{inner}<figcaption><code>{path}</code>{below}</figcaption></figure>'
-
-
-def _image(moment: str, data: bytes) -> str:
-    return f'<img alt="{moment}" src="data:image/jpeg;base64,{base64.b64encode(data).decode()}">'
-
-
-def shorten(text: str, length: int) -> str:
-    """A text without its middle, if it is longer than so many characters."""
-    return text if len(text) <= length else f"{text[: length // 2]}…{text[len(text) - (length - 1) // 2 :]}"

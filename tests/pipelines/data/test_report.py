@@ -56,15 +56,15 @@ def page(rows, tmp_path_factory):
 
 def cells(page: str, heading: str) -> list[list[str]]:
     """A table's rows."""
-    table = page.partition(f"<h2>{heading}</h2>")[2].partition("</table>")[0]
-    lines = re.findall(r"<tr>(<td.*?)</tr>", table)
-    return [[unescape(re.sub("<[^>]+>", "", cell)) for cell in re.findall(r"<td.*?</td>", line)] for line in lines]
+    table = page.partition(f">{heading}</h2>")[2].partition("</table>")[0].partition("<tbody>")[2]
+    lines = re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
+    return [[unescape(cell) for cell in re.findall(r"<t[dh][^>]*>([^<]*)", line)] for line in lines]
 
 
 def test_counts_and_reasons_are_those_of_the_rows(page, rows):
     statuses = Counter(row["status"] for row in rows)
     for status in ("kept", "rejected", "failed", "duplicate"):
-        assert f'<li class="{status}"><b>{statuses[status]}</b> {status}</li>' in page
+        assert f'<li class="card {status}"><b>{statuses[status]}</b> {status}</li>' in page
     expected = Counter((row["status"], reason_class(row["reason"])) for row in rows)
     found = cells(page, "What became of clips and sources")
     assert {(status, reason): int(count) for status, reason, count, *_ in found} == expected
@@ -76,7 +76,7 @@ def test_counts_and_reasons_are_those_of_the_rows(page, rows):
 
 def test_yields_of_sources_are_those_of_the_rows(page, rows):
     found = cells(page, "Yield by source")
-    assert found.pop()[0] == "and 30 more"
+    assert found.pop() == ["and 30 more"]
     assert len(found) == 40
     for path, clips, kept, seconds, reasons in found:
         own = [row for row in rows if row["path"] == path]
@@ -110,8 +110,10 @@ def test_no_threshold_beyond_one_is_tried_for_a_share():
 
 
 def test_every_score_has_its_histogram_though_some_are_null(page):
-    named = re.findall(r"<figcaption>(\w+)", page)
+    named = re.findall(r"<figcaption><b>(\w+)</b>", page)
     assert set(named) == set(SCORES) - {"height"}  # the one that is the same everywhere, and has no threshold
+    assert len(re.findall(r'<svg [^>]*role="img" aria-label="Histogram of', page)) == len(named)
+    assert "<b>motion</b> threshold 0.3<" in page
     assert "nan" not in page
 
 

