@@ -24,17 +24,17 @@ from lumos.tokenizers import TokenizerConfig, load_video_tokenizer
 from pipelines.benchmarks.curation import measure_curation
 from pipelines.benchmarks.machine import describe_machine, product_ms, ratio
 from pipelines.cluster import connect
-from pipelines.data.clips import Clips
 from pipelines.data.config import CurateConfig, TokenConfig
-from pipelines.data.decode import CrashLog, DecodeChild, DecodeJob
-from pipelines.data.frames import REQUEST_COLUMNS
-from pipelines.data.runlog import RunLog
-from pipelines.data.runner import PART, Row, Stage, StageTable, run_stage
 from pipelines.data.settings import DecodeConfig, SourceConfig, SplitConfig, StageResources
-from pipelines.data.sources import list_sources
-from pipelines.data.split import CLIPS, split_stage
-from pipelines.data.tokens import TOKENIZED, load_tokenizer_info, token_inputs, tokens_stage
-from pipelines.data.video import ClipRequest, read_clip
+from pipelines.data.stage.log import RunLog
+from pipelines.data.stage.run import PART, Row, Stage, StageTable, run_stage
+from pipelines.data.steps.clips import Clips
+from pipelines.data.steps.sources import list_sources
+from pipelines.data.steps.split import CLIPS, split_stage
+from pipelines.data.steps.tokens import TOKENIZED, load_tokenizer_info, token_inputs, tokens_stage
+from pipelines.data.video.decode import CrashLog, DecodeChild, DecodeJob
+from pipelines.data.video.frames import REQUEST_COLUMNS
+from pipelines.data.video.reader import ClipRequest, read_clip
 from pipelines.memory import own_memory, sampled_memory
 
 _SIZE = (1280, 720)

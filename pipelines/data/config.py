@@ -6,10 +6,7 @@ from typing import ClassVar
 from lumos.compression import CELL, num_latent_frames
 from lumos.config import require
 from lumos.tokenizers.video import TokenizerConfig
-from pipelines.data.decide import bounds, is_share
 from pipelines.data.model_settings import CaptionConfig, FeatureConfig
-from pipelines.data.publish import PublishConfig
-from pipelines.data.schemas import MODEL_SCORES
 from pipelines.data.settings import (
     DecodeConfig,
     ResourceConfig,
@@ -17,6 +14,9 @@ from pipelines.data.settings import (
     SplitConfig,
     Thresholds,
 )
+from pipelines.data.snapshot.schemas import MODEL_SCORES
+from pipelines.data.snapshot.write import PublishConfig
+from pipelines.data.steps.decide import bounds, is_share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from lumos.layout import (
 from lumos.masking import sample_masked_positions
 from lumos.tokenizers.text import TextTokenizer
 from lumos.vocabulary import Vocabulary
-from pipelines.data.snapshot import Shard, Snapshot
+from pipelines.data.snapshot.read import Shard, Snapshot
 from pipelines.streams import numpy_stream, torch_stream
 from pipelines.training.batch_plan import BatchPlan, PlannedStep, rank_rows
 from pipelines.training.config import DataConfig

@@ -15,7 +15,7 @@ from lumos.tokenizers import load_video_tokenizer
 from lumos.tokenizers.text import EMBEDDED_FILE, TextTokenizer
 from lumos.vocabulary import Vocabulary
 from pipelines.config import config_to_dict
-from pipelines.data.snapshot import Snapshot, open_snapshot
+from pipelines.data.snapshot.read import Snapshot, open_snapshot
 from pipelines.errors import UserError
 from pipelines.storage import is_local
 from pipelines.training.batch_plan import BatchPlan

@@ -19,10 +19,10 @@ from s3fs import S3FileSystem
 
 from pipelines import storage
 from pipelines.data.curate import curate
-from pipelines.data.publish import parquet_bytes
-from pipelines.data.runner import read_columns, table_parts
-from pipelines.data.snapshot import open_snapshot
-from pipelines.data.sources import hash_file
+from pipelines.data.snapshot.read import open_snapshot
+from pipelines.data.snapshot.write import parquet_bytes
+from pipelines.data.stage.run import read_columns, table_parts
+from pipelines.data.steps.sources import hash_file
 from pipelines.errors import JobError, UserError
 from pipelines.storage import lock, s3
 from pipelines.storage.lock import dataset_lock
