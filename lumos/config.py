@@ -181,3 +181,24 @@ def lumos_1b() -> ModelConfig:
 def lumos_3b() -> ModelConfig:
     """The paper's 3B model (3.6 B parameters with both vocabulary matrices)."""
     return replace(lumos_1b(), num_layers=28, hidden_size=3072, num_heads=24, head_dim=128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Which video tokenizer to load.
+
+    Attributes:
+        kind: "fsq" (our own) or "cosmos" (JIT files of NVIDIA's Cosmos tokenizer).
+        path: The weights: an .safetensors file for fsq, None for those in the package; a folder with encoder.jit and
+            decoder.jit for cosmos.
+        device: Where it computes, as torch names devices.
+    """
+
+    kind: Literal["fsq", "cosmos"] = "fsq"
+    path: str | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Check that the kind is known and has its files named."""
+        if self.kind not in ("fsq", "cosmos"):
+            raise ValueError(f"kind is {self.kind!r}; known tokenizers: fsq, cosmos")

@@ -1,9 +1,10 @@
 """Tokenizers: video frames to integer grids and back, and text to token ids."""
 
+from lumos.config import TokenizerConfig
 from lumos.tokenizers.cosmos import CosmosTokenizer
 from lumos.tokenizers.fsq import FsqTokenizer
 from lumos.tokenizers.text import TextTokenizer
-from lumos.tokenizers.video import TokenizerConfig, VideoTokenizer
+from lumos.tokenizers.video import VideoTokenizer
 
 __all__ = [
     "CosmosTokenizer",

@@ -3,8 +3,7 @@
 An image is t = 1 (`lumos.compression`). Latent frame i depends on frames up to 4i only.
 """
 
-from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -42,27 +41,6 @@ class VideoTokenizer(Protocol):
         Raises:
             ValueError: A code is out of range.
         """
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """Which video tokenizer to load.
-
-    Attributes:
-        kind: "fsq" (our own) or "cosmos" (JIT files of NVIDIA's Cosmos tokenizer).
-        path: The weights: an .safetensors file for fsq, None for those in the package; a folder with encoder.jit and
-            decoder.jit for cosmos.
-        device: Where it computes, as torch names devices.
-    """
-
-    kind: Literal["fsq", "cosmos"] = "fsq"
-    path: str | None = None
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        """Check that the kind is known and has its files named."""
-        if self.kind not in ("fsq", "cosmos"):
-            raise ValueError(f"kind is {self.kind!r}; known tokenizers: fsq, cosmos")
 
 
 def check_frames(frames: Tensor) -> tuple[int, int, int]:

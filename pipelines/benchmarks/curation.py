@@ -19,13 +19,13 @@ import pyarrow.parquet as pq
 from lumos.tokenizers import TokenizerConfig
 from pipelines.data.captions.given import CaptionSource
 from pipelines.data.config import CurateConfig, TokenConfig
+from pipelines.data.keys import clip_key
 from pipelines.data.pipeline import Curation
 from pipelines.data.settings import SourceConfig
 from pipelines.data.snapshot.write import write_snapshot
 from pipelines.data.stage.log import RunLog
-from pipelines.data.stage.run import Row
+from pipelines.data.stage.stage import Row
 from pipelines.data.steps.sources import list_sources
-from pipelines.data.steps.split import clip_key
 from pipelines.data.steps.tokens import load_tokenizer_info
 from pipelines.data.video.fingerprint import DIMENSIONS
 from pipelines.memory import own_memory, sampled_memory

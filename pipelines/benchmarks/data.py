@@ -25,9 +25,11 @@ from pipelines.benchmarks.curation import measure_curation
 from pipelines.benchmarks.machine import describe_machine, product_ms, ratio
 from pipelines.cluster import connect
 from pipelines.data.config import CurateConfig, TokenConfig
-from pipelines.data.settings import DecodeConfig, SourceConfig, SplitConfig, StageResources
+from pipelines.data.settings import DecodeConfig, SourceConfig, SplitConfig
 from pipelines.data.stage.log import RunLog
-from pipelines.data.stage.run import PART, Row, Stage, StageTable, run_stage
+from pipelines.data.stage.run import run_stage
+from pipelines.data.stage.stage import Row, Stage, StageResources
+from pipelines.data.stage.table import PART, StageTable
 from pipelines.data.steps.clips import Clips
 from pipelines.data.steps.sources import list_sources
 from pipelines.data.steps.split import CLIPS, split_stage

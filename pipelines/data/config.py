@@ -4,11 +4,11 @@ from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from lumos.compression import CELL, num_latent_frames
-from lumos.config import require
-from lumos.tokenizers.video import TokenizerConfig
-from pipelines.data.model_settings import CaptionConfig, FeatureConfig
+from lumos.config import TokenizerConfig, require
 from pipelines.data.settings import (
+    CaptionConfig,
     DecodeConfig,
+    FeatureConfig,
     ResourceConfig,
     SourceConfig,
     SplitConfig,

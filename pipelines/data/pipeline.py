@@ -25,17 +25,9 @@ from pipelines.data.snapshot.removals import read_removed
 from pipelines.data.snapshot.write import PUBLISHED_CLIPS, SnapshotContent, draw_split
 from pipelines.data.stage.columns import iterate, sort, take
 from pipelines.data.stage.log import RunLog
-from pipelines.data.stage.run import (
-    PART,
-    WORK,
-    WORK_KEY,
-    Stage,
-    StageTable,
-    TooManyFailuresError,
-    anti_join,
-    check_fits,
-    run_stage,
-)
+from pipelines.data.stage.run import TooManyFailuresError, check_fits, run_stage
+from pipelines.data.stage.stage import WORK, WORK_KEY, Stage
+from pipelines.data.stage.table import PART, StageTable, anti_join
 from pipelines.data.steps.clips import Clips
 from pipelines.data.steps.duplicates import find_near_duplicates, linked_groups
 from pipelines.data.steps.features import TEXT_INPUTS, FeatureScores, features_stage, similarity, texts_stage

@@ -1,9 +1,18 @@
-"""Settings of the single stages. Apart from config.py, which needs torch: workers and decode children do without it."""
+"""Settings of the single stages, of their models and of the endpoint that captions; free of torch and of clients."""
 
+import os
+import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
+from urllib.parse import urlsplit
 
 from lumos.config import require
+from pipelines.data.stage.stage import StageResources
+
+PROMPT = (
+    "Describe this video clip in one or two detailed sentences: who or what it shows, what happens, the setting, and "
+    "how the camera is placed and moves. State what is visible; do not begin with words such as 'The video shows'."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,27 +113,6 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageResources:
-    """What each process of one stage holds of the cluster, and how many processes there may be."""
-
-    num_cpus: float = 1.0
-    num_gpus: float = 0.0  # or a share of one
-    memory_mb: float | None = None  # that Ray sets aside for each
-    min_workers: int = 1
-    max_workers: int | None = None  # none: as many as the cluster can hold
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        require(self.num_cpus >= 0, f"num_cpus must not be negative, got {self.num_cpus}")
-        require(self.num_gpus >= 0, f"num_gpus must not be negative, got {self.num_gpus}")
-        require(self.num_cpus > 0 or self.num_gpus > 0, "num_cpus and num_gpus are both 0; a process needs one of them")
-        require(self.memory_mb is None or self.memory_mb > 0, f"memory_mb must be positive, got {self.memory_mb}")
-        require(self.min_workers >= 1, f"min_workers must be at least 1, got {self.min_workers}")
-        most = self.max_workers
-        require(most is None or most >= self.min_workers, f"max_workers must be at least min_workers, got {most}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class ResourceConfig:
     """What the run takes of the cluster, stage by stage, and how much failure it bears."""
 
@@ -147,3 +135,175 @@ class ResourceConfig:
         if own.max_workers is None and self.workers is not None:
             return replace(own, max_workers=max(self.workers, own.min_workers))
         return own
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointConfig:
+    """An OpenAI-compatible vision chat endpoint that captions clips, and what may be asked of it."""
+
+    url: str | None = None  # up to the version, such as http://127.0.0.1:8000/v1; none: no captions are asked for
+    model: str = ""  # as the endpoint names it
+    api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key; unset: no key is sent
+    prompt: str = PROMPT
+    num_frames: int = 4  # of each clip that the model sees
+    max_side: int = 512  # px of the longer side of a frame
+    max_tokens: int = 256  # of an answer, the JSON around the caption included
+    temperature: float | None = 0.0  # none: the endpoint's own, for models that take no other
+    concurrency: int = 8  # requests in flight
+    requests_per_minute: float | None = None  # started, retries included; none: no limit
+    timeout_seconds: float = 120.0  # for one whole answer
+    max_tries: int = 6  # that fail while the endpoint answers others, before a clip goes without a caption
+    patience_seconds: float = 600.0  # for an endpoint that answers nothing at all, before the run stops
+    input_price: float = 0.0  # per million tokens, in any currency
+    output_price: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the address and ranges."""
+        if self.url is not None:
+            _check_url(self.url)
+            require(bool(self.model), "model is empty; name one that the endpoint offers (GET url/models lists them)")
+        require(
+            re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env) is not None,
+            "api_key_env must be the name of an environment variable, such as OPENAI_API_KEY, never the key itself",
+        )
+        require(bool(self.prompt.strip()), "prompt is empty; say what a caption should tell")
+        require(1 <= self.num_frames <= 64, f"num_frames must be in 1..64, got {self.num_frames}")
+        require(64 <= self.max_side <= 4096, f"max_side must be in 64..4096 px, got {self.max_side}")
+        require(self.max_tokens >= 32, f"max_tokens must be at least 32, got {self.max_tokens}")
+        heat = self.temperature
+        require(heat is None or 0 <= heat <= 2, f"temperature must be in [0, 2], or none, got {heat}")
+        require(1 <= self.concurrency <= 1024, f"concurrency must be in 1..1024, got {self.concurrency}")
+        rate = self.requests_per_minute
+        require(rate is None or rate > 0, f"requests_per_minute must be positive, or none for no limit, got {rate}")
+        require(self.timeout_seconds > 0, f"timeout_seconds must be positive, got {self.timeout_seconds}")
+        require(self.max_tries >= 1, f"max_tries must be at least 1, got {self.max_tries}")
+        require(self.patience_seconds > 0, f"patience_seconds must be positive, got {self.patience_seconds}")
+        require(self.input_price >= 0, f"input_price must not be negative, got {self.input_price}")
+        require(self.output_price >= 0, f"output_price must not be negative, got {self.output_price}")
+
+    def read_api_key(self) -> str | None:
+        """The key from the environment, None where it is unset or empty."""
+        return os.environ.get(self.api_key_env, "").strip() or None
+
+
+def _check_url(url: str) -> None:
+    """Refuse what is no endpoint, and what holds a secret: configs are published with the data."""
+    parts = urlsplit(url)
+    require(
+        not (parts.username or parts.password or parts.query or parts.fragment),
+        "url must hold no user, password or query, as configs are published; the key belongs in the environment "
+        "variable that api_key_env names",
+    )
+    require(
+        parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.split() == [url],
+        f"url must be like http://127.0.0.1:8000/v1, got {url!r}",
+    )
+    require(
+        not url.rstrip("/").endswith("/completions"),
+        f"url must end before /chat/completions, as in http://127.0.0.1:8000/v1, got {url!r}",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenClipConfig:
+    """A model of open_clip, from files."""
+
+    weights: str | None = None  # a weights file, or a folder with open_clip_config.json and weights, as on the hub
+    model: str = "ViT-L-14"  # open_clip's name of the architecture; a folder names its own
+    device: str = "cpu"
+    batch_size: int = 8  # images in one call, always as many (filled up where fewer are left)
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
+        require(bool(self.model), "model is empty; name an architecture of open_clip, such as ViT-L-14")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureConfig:
+    """Scores by models, of the clips that all other thresholds keep. A score is null where its file is not named."""
+
+    clip: OpenClipConfig = field(default_factory=OpenClipConfig)  # gives similarity, and features to the heads
+    aesthetic_head: str | None = None  # state dict of linear layers over CLIP features, such as LAION's predictors
+    nsfw_head: str | None = None  # likewise, ReLU between its layers
+    text_detector: str | None = None  # ONNX file of a differentiable-binarization detector (DB), as OpenCV loads it
+    num_frames: int = 4  # of each clip, evenly spaced
+
+    def __post_init__(self) -> None:
+        """Heads need features."""
+        require(self.num_frames >= 1, f"num_frames must be at least 1, got {self.num_frames}")
+        for name in ("aesthetic_head", "nsfw_head"):
+            require(
+                getattr(self, name) is None or self.clip.weights is not None,
+                f"{name} needs CLIP features: name open_clip weights in clip.weights too",
+            )
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The scores that this computes."""
+        on = {
+            "text_area": self.text_detector,
+            "aesthetic": self.aesthetic_head,
+            "nsfw": self.nsfw_head,
+            "similarity": self.clip.weights,
+        }
+        return tuple(name for name, file in on.items() if file is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocaConfig:
+    """A captioner of open_clip: the middle frame of a clip, words chosen greedily."""
+
+    weights: str | None = None
+    model: str = "coca_ViT-L-14"
+    device: str = "cpu"
+    batch_size: int = 8
+    max_tokens: int = 40
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
+        require(1 <= self.max_tokens <= 75, f"max_tokens must be in 1..75, got {self.max_tokens}")
+
+    @property
+    def open_clip(self) -> OpenClipConfig:
+        """The model."""
+        return OpenClipConfig(weights=self.weights, model=self.model, device=self.device, batch_size=self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionConfig:
+    """Where captions come from, and which are used."""
+
+    captioners: tuple[Literal["given", "coca", "endpoint"], ...] = ("given",)  # each adds captions, in this order
+    file: str | None = (
+        None  # CSV, JSONL or Parquet; none: captions.{csv,jsonl,parquet} in the source folder, or sidecars
+    )
+    path_column: str = "path"  # relative to the table's folder, or absolute
+    caption_column: str = "caption"
+    coca: CocaConfig = field(default_factory=CocaConfig)
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    require: bool = False  # whether clips without a caption are rejected
+    min_words: int | None = None  # captions of fewer are left out
+    max_words: int | None = None
+    languages: tuple[str, ...] = ()  # ISO 639-1 codes; captions surely in another are left out; empty: any
+    language_certainty: float = 0.9  # 0..1, below which a caption gets the benefit of the doubt
+
+    def __post_init__(self) -> None:
+        """Check that captioners are named once, and have what they need."""
+        require(bool(self.captioners), "captioners is empty; name given, coca or endpoint")
+        require(len(set(self.captioners)) == len(self.captioners), f"captioners names one twice: {self.captioners}")
+        require(
+            "coca" not in self.captioners or self.coca.weights is not None,
+            "captioners names coca, but coca.weights is not set: name a weights file, or a folder of "
+            "laion/mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k downloaded from the hub",
+        )
+        require(
+            "endpoint" not in self.captioners or self.endpoint.url is not None,
+            "captioners names endpoint, but endpoint.url is not set: name an OpenAI-compatible base URL, such as "
+            "http://127.0.0.1:8000/v1",
+        )
+        low, high = self.min_words or 0, self.max_words
+        require(low >= 0 and (high is None or high >= low), f"min_words {low} and max_words {high} leave nothing")
+        for language in self.languages:
+            require(len(language) == 2 and language.islower(), f"languages are codes such as en, got {language!r}")

@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from lumos.compression import CELL
-from lumos.config import MaskConfig, ModelConfig, RopeKind, SamplingConfig, require
+from lumos.config import MaskConfig, ModelConfig, RopeKind, SamplingConfig, TokenizerConfig, require
 from lumos.layout import PromptTemplate
-from lumos.tokenizers.video import TokenizerConfig
 from lumos.vocabulary import Vocabulary
 from pipelines.config import config_hash, config_to_dict
 

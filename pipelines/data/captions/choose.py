@@ -20,12 +20,10 @@ from pipelines.data.captions.given import (
     captions_stage,
     unique_captions,
 )
-from pipelines.data.endpoint_settings import EndpointConfig
-from pipelines.data.model_settings import CaptionConfig
-from pipelines.data.settings import DecodeConfig, StageResources
+from pipelines.data.settings import CaptionConfig, DecodeConfig, EndpointConfig
 from pipelines.data.snapshot.schemas import CAPTIONS
 from pipelines.data.stage.columns import take
-from pipelines.data.stage.run import Stage
+from pipelines.data.stage.stage import Stage, StageResources
 from pipelines.data.video.frames import clip_inputs, picture_keys
 
 _PIECE = 1 << 14  # clips at a time, as Python's objects weigh several times more

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from pipelines.data.captions.given import CAPTIONED, clean_captions
-from pipelines.data.model_settings import CocaConfig
-from pipelines.data.models.open_clip import OpenClip, check_open_clip, load_open_clip, open_clip_hash
-from pipelines.data.settings import DecodeConfig, StageResources
-from pipelines.data.stage.run import Row, Stage
-from pipelines.data.steps.features import fixed_batches
+from pipelines.data.models.open_clip import OpenClip, check_open_clip, fixed_batches, load_open_clip, open_clip_hash
+from pipelines.data.settings import CocaConfig, DecodeConfig
+from pipelines.data.stage.stage import Row, Stage, StageResources
 from pipelines.data.video.frames import ClipReader, evenly
 from pipelines.data.video.reader import VideoError
 

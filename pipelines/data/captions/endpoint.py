@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exception, wait_random_exponential
 
-from pipelines.data.endpoint_settings import EndpointConfig
+from pipelines.data.settings import EndpointConfig
 from pipelines.errors import JobError, UserError
 
 _BACKOFF = wait_random_exponential(multiplier=0.5, max=30)  # seconds, with full jitter

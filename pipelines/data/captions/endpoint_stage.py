@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from pipelines.config import config_hash
 from pipelines.data.captions.endpoint import CaptionEndpoint, CaptionRequest
 from pipelines.data.captions.given import CAPTIONED, clean_captions
-from pipelines.data.endpoint_settings import EndpointConfig
-from pipelines.data.settings import DecodeConfig, StageResources
-from pipelines.data.stage.run import Row, Stage
+from pipelines.data.settings import DecodeConfig, EndpointConfig
+from pipelines.data.stage.stage import Row, Stage, StageResources
 from pipelines.data.video.frames import ClipReader, Wanted, evenly
 from pipelines.data.video.reader import VideoError, failure_reason
 

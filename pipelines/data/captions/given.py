@@ -16,12 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import storage
-from pipelines.data.model_settings import CaptionConfig
-from pipelines.data.settings import SourceConfig, StageResources
+from pipelines.data.settings import CaptionConfig, SourceConfig
 from pipelines.data.snapshot.schemas import CAPTIONS
-from pipelines.data.stage.columns import TABLE_SUFFIXES, is_table, read_table, resolve_paths
-from pipelines.data.stage.run import Row, Stage
+from pipelines.data.stage.stage import Row, Stage, StageResources
 from pipelines.data.steps.sources import source_folder
+from pipelines.data.steps.user_tables import TABLE_SUFFIXES, is_table, read_table, resolve_paths
 from pipelines.errors import UserError
 
 CAPTION_INPUTS = pa.schema(

@@ -3,7 +3,7 @@
 import hashlib
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines import storage
-from pipelines.data.model_settings import OpenClipConfig
+from pipelines.data.settings import OpenClipConfig
 from pipelines.errors import UserError
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -129,3 +129,13 @@ def fit_shorter_side(frame: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     scaled = np.asarray(cv2.resize(frame, scaled_size, interpolation=method), np.uint8)
     top, left = (scaled.shape[0] - size) // 2, (scaled.shape[1] - size) // 2
     return scaled[top : top + size, left : left + size]
+
+
+def fixed_batches(values: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """Batches of just ``size`` rows, the last filled up with zeros, and how many rows of each are meant.
+
+    A product over another number of rows may round otherwise.
+    """
+    for batch in values.split(size):
+        fill = batch.new_zeros(size - len(batch), *batch.shape[1:])
+        yield torch.cat([batch, fill]), len(batch)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipelines.data.stage.run import StageTable
+from pipelines.data.stage.table import StageTable
 
 _BUFFER_BYTES = 1 << 28  # of codes held in memory before they go to a scratch folder
 _DEALT = pa.schema([("position", pa.int64()), ("codes", pa.list_(pa.uint16()))])

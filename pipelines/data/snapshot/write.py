@@ -6,7 +6,6 @@ the content, so publishing an unchanged dataset finds its newest snapshot and wr
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines import storage
@@ -35,7 +33,7 @@ from pipelines.data.snapshot.read import (
     snapshot_number,
 )
 from pipelines.data.snapshot.schemas import LEDGER, STATUSES, TOKENS
-from pipelines.data.stage.columns import iterate, sort, take
+from pipelines.data.stage.columns import iterate, parquet_bytes, sort, take
 
 ROW_GROUP_ROWS = 256
 _LEDGER, _CARD = "ledger.parquet", "README.md"
@@ -153,14 +151,6 @@ def count_statuses(ledger: pa.Table) -> dict[str, int]:
     """Rows of a ledger by status, every status named."""
     counts = {count["values"]: count["counts"] for count in pc.value_counts(ledger["status"]).to_pylist()}
     return {status: counts.get(status, 0) for status in STATUSES}
-
-
-def parquet_bytes(table: pa.Table, *, row_group_rows: int) -> bytes:
-    """A table as Parquet, the same bytes for the same rows (of one version of pyarrow)."""
-    sink = io.BytesIO()
-    options = {"compression": "zstd", "compression_level": 3, "version": "2.6", "data_page_version": "1.0"}
-    pq.write_table(table.combine_chunks(), sink, row_group_size=row_group_rows, **options)
-    return sink.getvalue()
 
 
 def _content_digest(content: SnapshotContent, ledger: pa.Table, config: PublishConfig) -> str:

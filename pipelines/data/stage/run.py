@@ -14,193 +14,27 @@ import math
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 import ray.data
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipelines import storage
 from pipelines.cluster import cluster_cores, cluster_is_ours, lacking
-from pipelines.config import config_hash
-from pipelines.data.settings import StageResources
-from pipelines.data.snapshot.write import parquet_bytes
+from pipelines.data.stage.columns import parquet_bytes
 from pipelines.data.stage.log import BatchReport, RunLog, StageProgress
+from pipelines.data.stage.stage import ERROR, WORK, WORK_KEY, RowFunction, Stage, StageResources
+from pipelines.data.stage.table import PART_ROW_GROUP, StageTable, anti_join
 from pipelines.errors import JobError, UserError
 
-Row = dict[str, Any]
-RowFunction = Callable[[list[Row]], list[Row]]
-
-STAGES = "stages"
-WORK_KEY = "work_key"
-WORK = "work"  # column that inputs may have: how much work each is, in whatever measure; for the time left
-ERROR = "error"  # column of a table whose inputs may fail
-PART = "part"  # column that any table has when it is read: number of the file, among ``StageTable.parts``
 _WAVE_ROWS = 1 << 16  # inputs handed to Ray at a time, which bounds what the driver holds
-PART_ROW_GROUP = 1 << 12
-_READERS = 16  # threads, as a store takes long to answer
-_PIECE_ROWS = 1 << 16
-_PIECE_BYTES = 1 << 27
-_PART_FIELD = pa.field(PART, pa.int32())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A pure function over rows, and what its table is named by.
-
-    Attributes:
-        name: Folder of its tables.
-        settings: All that its output depends on besides the rows, as JSON-able values; its hash names the table.
-        schema: Columns of the output, ``work_key`` among them.
-        function: Picklable; given the URI of the stage's folder for side records, returns the function over a batch
-            of rows. Called once in each worker process, so models load there.
-        rows_per_part: Rows in one batch, at most; what is lost when a worker dies.
-        min_rows_per_part: Rows below which a batch is not worth another worker.
-        resources: What each worker holds, and how many there may be.
-        stateful: Whether workers are worth keeping (they hold a model or a child process).
-    """
-
-    name: str
-    settings: dict[str, Any]
-    schema: pa.Schema
-    function: Callable[[str], RowFunction]
-    rows_per_part: int
-    min_rows_per_part: int = 1
-    resources: StageResources = field(default_factory=StageResources)
-    stateful: bool = True
-
-    @property
-    def hash(self) -> str:
-        """Name of the configuration."""
-        return config_hash({"stage": self.name, **self.settings})
-
-
-class StageTable:
-    """The committed rows of one stage and configuration."""
-
-    def __init__(self, dataset: str, stage: Stage) -> None:
-        self.uri = storage.join(dataset, STAGES, stage.name, stage.hash)
-        self.schema = stage.schema
-
-    def parts(self) -> list[str]:
-        """URIs of the committed files, sorted."""
-        return table_parts(self.uri)
-
-    def keys(self) -> pa.Array:
-        """All keys that are done."""
-        chunks = [chunk for table in read_parts(self.parts(), [WORK_KEY]) for chunk in table[WORK_KEY].chunks]
-        return pc.unique(pa.chunked_array(chunks, type=pa.string()))
-
-    def failures(self, keys: pa.ChunkedArray) -> list[str]:
-        """Failures of these keys."""
-        if ERROR not in self.schema.names:
-            return []
-        pieces = self.pieces([ERROR], keys, may_lack=True)
-        return [error for _, rows in pieces for error in rows[ERROR].drop_null().to_pylist()]
-
-    def pieces(
-        self, columns: Sequence[str], keys: pa.Array | pa.ChunkedArray, *, may_lack: bool = False
-    ) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
-        """The rows of some keys, each key's from one part, some parts at a time; memory holds one piece.
-
-        Args:
-            columns: Wanted columns; ``PART`` may be among them.
-            keys: No key twice.
-            may_lack: Whether keys may be pending.
-
-        Yields:
-            For each row the place of its key among ``keys``, and the rows: ``work_key`` and ``columns``.
-
-        Raises:
-            JobError: the table lacks a key.
-        """
-        schema = pa.schema([self.schema.field(name) for name in dict.fromkeys([WORK_KEY, *columns]) if name != PART])
-        wanted = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
-        seen = np.zeros(len(wanted) + 1, bool)
-        seen[-1] = True  # where -1, the place of what is not wanted, leads
-        read = (table.cast(schema) for table in read_parts(self.parts(), schema.names))
-        if PART in columns:
-            read = (_numbered(table, number) for number, table in enumerate(read))
-        for tables in _grouped(read):
-            group = pa.concat_tables(tables)
-            places = pc.fill_null(pc.index_in(group[WORK_KEY], wanted), -1).to_numpy().astype(np.int64)
-            chosen = np.zeros(group.num_rows, bool)
-            start = 0
-            for table in tables:
-                own = slice(start, start + table.num_rows)
-                chosen[own] = ~seen[places[own]]
-                seen[places[own]] = True
-                start = own.stop
-            if chosen.any():
-                yield places[chosen], group.filter(pa.array(chosen))
-        pa.default_memory_pool().release_unused()
-        if not may_lack and not seen.all():
-            example = wanted[int(np.flatnonzero(~seen)[0])]
-            raise JobError(
-                f"{self.uri} lacks {(~seen).sum()} of {len(wanted)} rows, such as that of {example}: files of it were "
-                "deleted meanwhile; give the same command again"
-            )
-
-    def read(self, columns: Sequence[str] | None = None, keys: pa.Array | pa.ChunkedArray | None = None) -> pa.Table:
-        """All rows (or those of some keys), each key's from one part."""
-        wanted = list(columns if columns is not None else self.schema.names)
-        every = self.schema.append(_PART_FIELD)
-        schema = pa.schema([every.field(name) for name in dict.fromkeys([WORK_KEY, *wanted])])
-        tables = [rows for _, rows in self.pieces(wanted, self.keys() if keys is None else keys)]
-        return pa.concat_tables([schema.empty_table(), *(table.select(schema.names) for table in tables)]).select(
-            wanted
-        )
-
-
-def _numbered(table: pa.Table, number: int) -> pa.Table:
-    return table.append_column(_PART_FIELD, pa.array(np.full(table.num_rows, number, np.int32)))
-
-
-def _grouped(tables: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:
-    """Tables in groups of some size: enough rows that looking up their keys costs little, few enough bytes."""
-    group: list[pa.Table] = []
-    rows = size = 0
-    for table in tables:
-        group.append(table)
-        rows, size = rows + table.num_rows, size + table.nbytes
-        if rows >= _PIECE_ROWS or size >= _PIECE_BYTES:
-            yield group
-            group, rows, size = [], 0, 0
-    if group:
-        yield group
-
-
-def table_parts(uri: str) -> list[str]:
-    """URIs of the committed files of a stage table, sorted."""
-    return [storage.join(uri, name) for name in storage.list_names(uri) if name.startswith("part-")]
-
-
-def read_columns(uri: str, columns: list[str]) -> pa.Table:
-    """Some columns of one Parquet file; of a remote one, little else is fetched."""
-    with storage.open_ranges(uri) as file:
-        return pq.read_table(file, columns=columns)
-
-
-def read_parts(uris: Sequence[str], columns: list[str]) -> Iterator[pa.Table]:
-    """Some columns of many Parquet files, in their order; a few ahead at a time."""
-    with ThreadPoolExecutor(_READERS) as pool:
-        ahead: deque[Future[pa.Table]] = deque()
-        for uri in uris:
-            ahead.append(pool.submit(read_columns, uri, columns))
-            if len(ahead) > _READERS:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
 
 
 class StageWorker:
@@ -337,11 +171,6 @@ def _count(state: StageProgress, report: BatchReport, seconds: float) -> None:
     state.source_s += report.source_s
     state.work += report.work
     state.seconds = seconds
-
-
-def anti_join(inputs: pa.Table, done: pa.Array) -> pa.Table:
-    """The inputs whose key is not done."""
-    return inputs.filter(pc.invert(pc.is_in(inputs[WORK_KEY], done))) if len(done) else inputs
 
 
 def check_fits(stage: Stage) -> None:

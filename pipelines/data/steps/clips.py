@@ -12,7 +12,7 @@ from pipelines.data.settings import Thresholds
 from pipelines.data.snapshot.ledger import Verdicts
 from pipelines.data.snapshot.schemas import PASS_SCORES, SCORES
 from pipelines.data.stage.columns import take
-from pipelines.data.stage.run import PART, StageTable
+from pipelines.data.stage.table import PART, StageTable
 from pipelines.data.steps.decide import decide, keeps
 from pipelines.data.steps.tokens import plan_shape
 

@@ -3,24 +3,21 @@
 The table holds features, not verdicts of heads: another head, caption or threshold costs no pass of the large model.
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 
-from pipelines.data.model_settings import FeatureConfig, OpenClipConfig
-from pipelines.data.models.open_clip import check_open_clip, file_hash, load_open_clip, open_clip_hash
-from pipelines.data.settings import DecodeConfig, StageResources
-from pipelines.data.stage.run import Row, Stage
+from pipelines.data.models import text_detector
+from pipelines.data.models.heads import Head
+from pipelines.data.models.open_clip import check_open_clip, file_hash, fixed_batches, load_open_clip, open_clip_hash
+from pipelines.data.models.text_detector import TextDetector
+from pipelines.data.settings import DecodeConfig, FeatureConfig, OpenClipConfig
+from pipelines.data.stage.stage import Row, Stage, StageResources
 from pipelines.data.video.frames import CLIP_INPUTS, ClipReader, evenly
 from pipelines.data.video.reader import VideoError
 from pipelines.errors import UserError
@@ -44,64 +41,7 @@ TEXT_FEATURES = pa.schema(
 )
 _SIDE = 224  # px of the shorter side that frames are decoded at, and more for what the text detector reads
 _TEXT_SIDE = 480
-_TEXT_MULTIPLE = 32  # px that divide the sides of the text detector's input
-_PIXEL_THRESHOLD, _BOX_THRESHOLD, _UNCLIP = 0.3, 0.6, 1.5  # as the paper and PaddleOCR set them
-_MAX_BOXES, _MIN_SIDE = 1000, 3.0
-_TEXT_MEAN = (122.68, 116.67, 104.01)  # of B, G, R in this order, as these models were trained
 _KEY = "features.clip.weights"
-_HEAD_WHERE = (
-    "take one that was trained on the features of features.clip: sa_0_4_vit_l_14_linear.pth from "
-    "github.com/LAION-AI/aesthetic-predictor for OpenAI's ViT-L-14, h14_nsfw.pth from github.com/LAION-AI/"
-    "CLIP-based-NSFW-Detector for LAION's ViT-H-14, or your own"
-)
-_TEXT_WHERE = "take a DB text detection model in ONNX form from github.com/opencv/opencv_zoo (text_detection_*)"
-
-
-class TextDetector:
-    """Share of a picture that text covers, by a differentiable-binarization network (Liao et al. 2020, 1911.08947).
-
-    Raises:
-        UserError: the file cannot be loaded.
-    """
-
-    def __init__(self, path: str) -> None:
-        try:
-            self._net = cv2.dnn.readNetFromONNX(path)
-        except cv2.error as error:
-            raise UserError(f"features.text_detector {path} cannot be loaded as ONNX: {error.err}") from error
-
-    def area(self, frame: NDArray[np.uint8]) -> float:
-        """Share of an RGB frame [height, width, 3] inside the boxes found."""
-        height, width = (max(1, round(side / _TEXT_MULTIPLE)) * _TEXT_MULTIPLE for side in frame.shape[:2])
-        picture = np.ascontiguousarray(frame[..., ::-1])
-        self._net.setInput(cv2.dnn.blobFromImage(picture, 1 / 255, (width, height), _TEXT_MEAN))
-        likely = np.asarray(self._net.forward(), np.float32).reshape(height, width)
-        return text_share(likely)
-
-
-def text_share(likely: NDArray[np.float32]) -> float:
-    """Share of a picture inside boxes of text.
-
-    The network marks shrunk boxes; each is grown again by area * 1.5 / perimeter on every side, as it was trained.
-
-    Args:
-        likely: Probability of (the inner part of) text, [height, width].
-    """
-    covered = np.zeros(likely.shape, np.uint8)
-    marks = (likely > _PIXEL_THRESHOLD).astype(np.uint8)
-    contours, _ = cv2.findContours(marks, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
-    for contour in sorted(contours, key=len, reverse=True)[:_MAX_BOXES]:
-        left, top, width, height = cv2.boundingRect(contour)
-        inside = np.zeros((height, width), np.uint8)
-        cv2.fillPoly(inside, [np.asarray(contour) - (left, top)], 1)
-        part = likely[top : top + height, left : left + width]
-        centre, (long, short), angle = cv2.minAreaRect(contour)
-        if min(long, short) < _MIN_SIDE or float(part[inside > 0].mean()) < _BOX_THRESHOLD:
-            continue
-        growth = 2 * _UNCLIP * long * short / (2 * (long + short))
-        grown = cv2.boxPoints((centre, (long + growth, short + growth), angle))
-        cv2.fillPoly(covered, [grown.round().astype(np.int32)], 1)
-    return float(covered.mean())
 
 
 class FeatureFunction:
@@ -147,16 +87,6 @@ class FeatureFunction:
             made["clip"] = pack_features(own)
 
 
-def fixed_batches(values: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, int]]:
-    """Batches of just ``size`` rows, the last filled up with zeros, and how many rows of each are meant.
-
-    A product over another number of rows may round otherwise.
-    """
-    for batch in values.split(size):
-        fill = batch.new_zeros(size - len(batch), *batch.shape[1:])
-        yield torch.cat([batch, fill]), len(batch)
-
-
 def pack_features(features: torch.Tensor) -> bytes:
     """Float16 bytes of unit vectors [n, width]."""
     return features.cpu().to(torch.float16).numpy().astype("<f2").tobytes()
@@ -190,75 +120,6 @@ class TextFunction:
             {"work_key": row["work_key"], "clip": pack_features(own[None])}
             for row, own in zip(rows, features, strict=True)
         ]
-
-
-class Head:
-    """A stack of linear layers over CLIP features that gives one number.
-
-    Takes the state dicts of LAION's predictors: one `nn.Linear`, or several in an `nn.Sequential`.
-
-    Args:
-        path: A .pth, .pt or .safetensors file.
-        key: Config key that named it.
-        rectified: Whether there is a ReLU between layers, where their numbers leave room for one.
-
-    Raises:
-        UserError: the file is missing or is no such stack.
-    """
-
-    def __init__(self, path: str, key: str, *, rectified: bool) -> None:
-        self.hash = file_hash(path, key, where=_HEAD_WHERE)
-        try:
-            if path.endswith(".safetensors"):
-                state = load_file(path)
-            else:
-                state = torch.load(path, weights_only=True, map_location="cpu")
-            self._layers = _linear_layers(state, rectified=rectified)
-        except Exception as error:
-            raise UserError(
-                f"{key} {path} is no state dict of linear layers that end in one number: {error}"
-            ) from error
-
-    @property
-    def width(self) -> int:
-        """Features that it takes."""
-        return int(self._layers[0].weight.shape[1])
-
-    def __call__(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Scores [n] of features [n, width]."""
-        values = features.astype(np.float64)
-        for layer in self._layers:
-            if layer.rectify:
-                values = np.maximum(values, 0)
-            values = values @ layer.weight.T + layer.bias
-        return values[:, 0]
-
-
-@dataclass(frozen=True)
-class _Layer:
-    weight: NDArray[np.float64]
-    bias: NDArray[np.float64]
-    rectify: bool  # its input
-
-
-def _linear_layers(state: Mapping[str, Any], *, rectified: bool) -> list[_Layer]:
-    numbers = {name: [int(number) for number in re.findall(r"\d+", name)] for name in state}
-    names = sorted((name for name, value in state.items() if value.ndim == 2), key=numbers.__getitem__)
-    used = {*names, *(name.removesuffix("weight") + "bias" for name in names)}
-    if odd := sorted(state.keys() - used):
-        raise ValueError(f"{odd[0]} belongs to no linear layer")
-    layers: list[_Layer] = []
-    last: list[int] | None = None
-    for name in names:
-        weight, bias = state[name].double().numpy(), state.get(name.removesuffix("weight") + "bias")
-        gap = last is not None and bool(last) and numbers[name][-1] - last[-1] > 1
-        offset = bias.double().numpy() if bias is not None else np.zeros(len(weight))
-        layers.append(_Layer(weight, offset, rectified and gap))
-        last = numbers[name]
-    shapes = [layer.weight.shape for layer in layers]
-    if not layers or shapes[-1][0] != 1 or any(after[1] != before[0] for before, after in pairwise(shapes)):
-        raise ValueError(f"layers of shapes {shapes}")
-    return layers
 
 
 class FeatureScores:
@@ -333,7 +194,7 @@ def features_stage(config: FeatureConfig, decode: DecodeConfig, resources: Stage
         settings["clip"] = open_clip_hash(config.clip, _KEY)
         settings["batch_size"] = config.clip.batch_size
     if config.text_detector is not None:
-        settings["text"] = file_hash(config.text_detector, "features.text_detector", where=_TEXT_WHERE)
+        settings["text"] = file_hash(config.text_detector, "features.text_detector", where=text_detector.WHERE)
     threads = max(1, int(resources.num_cpus))
     return Stage(
         name="features",

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import storage
-from pipelines.data.settings import SourceConfig, StageResources
-from pipelines.data.stage.columns import TABLE_SUFFIXES, is_table, read_table, resolve_paths
-from pipelines.data.stage.run import Row, Stage
+from pipelines.data.settings import SourceConfig
+from pipelines.data.stage.stage import Row, Stage, StageResources
+from pipelines.data.steps.user_tables import TABLE_SUFFIXES, is_table, read_table, resolve_paths
 from pipelines.data.video.reader import VideoError, unreadable_error
 from pipelines.errors import UserError
 from pipelines.storage import s3

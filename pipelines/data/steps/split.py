@@ -1,7 +1,6 @@
 """The split stage: from a source to its measured clips, the one fan-out."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -9,11 +8,13 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines import storage
-from pipelines.data.settings import DecodeConfig, SplitConfig, StageResources
+from pipelines.data.keys import clip_key
+from pipelines.data.settings import DecodeConfig, SplitConfig
 from pipelines.data.snapshot.schemas import PASS_SCORES
-from pipelines.data.stage.run import Row, Stage
+from pipelines.data.stage.stage import Row, Stage, StageResources
 from pipelines.data.video.decode import CRASHES, CrashLog, DecodeChild, DecodeJob
-from pipelines.data.video.reader import DecodedSource, VideoError, unreadable_error
+from pipelines.data.video.local_files import LocalFiles
+from pipelines.data.video.reader import DecodedSource, VideoError
 
 # ``key`` is null in the one row of a source that yields no clip; ``error`` says why then.
 CLIPS = pa.schema(
@@ -37,35 +38,6 @@ CLIPS = pa.schema(
         pa.field("error", pa.string()),
     ]
 )
-
-
-class LocalFiles:
-    """Local paths of the files of a batch, the fetched ones removed at the end."""
-
-    def __init__(self) -> None:
-        self._open: dict[str, ExitStack] = {}
-        self._paths: dict[str, str] = {}
-
-    def path(self, uri: str) -> str:
-        """Where a file's content is on this machine.
-
-        Raises:
-            VideoError: if it cannot be fetched.
-        """
-        if uri not in self._paths:
-            stack = ExitStack()
-            try:
-                self._paths[uri] = stack.enter_context(storage.local_copy(uri))
-            except OSError as error:  # it could be read when it was hashed
-                raise unreadable_error(error).as_transient() from error
-            self._open[uri] = stack
-        return self._paths[uri]
-
-    def release(self, uri: str) -> None:
-        """Forget a file, and its copy."""
-        self._paths.pop(uri, None)
-        if stack := self._open.pop(uri, None):
-            stack.close()
 
 
 class SplitFunction:
@@ -92,11 +64,6 @@ class SplitFunction:
                 yield error
                 continue
             yield DecodeJob(row["work_key"], "split", {"path": path, "config": self.config})
-
-
-def clip_key(source_id: str, start_s: float, end_s: float) -> str:
-    """Names a clip by what it shows: content hash of the source, and span in milliseconds."""
-    return f"{source_id}:{round(start_s * 1000):08d}-{round(end_s * 1000):08d}"
 
 
 def clip_rows(source_id: str, result: DecodedSource | VideoError) -> list[Row]:

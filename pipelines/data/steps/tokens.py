@@ -19,7 +19,7 @@ from pipelines.data.config import CurateConfig, TokenConfig
 from pipelines.data.settings import DecodeConfig
 from pipelines.data.snapshot.read import TokenizerInfo
 from pipelines.data.stage.columns import iterate
-from pipelines.data.stage.run import Row, Stage
+from pipelines.data.stage.stage import Row, Stage
 from pipelines.data.video.frames import CLIP_INPUTS, ClipReader, Wanted, clip_inputs, picture_names
 from pipelines.data.video.reader import VideoError
 from pipelines.media import psnr

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from pipelines import storage
 from pipelines.data.snapshot.read import Snapshot
 from pipelines.data.snapshot.schemas import STATUSES
-from pipelines.data.stage.run import Row, read_parts
+from pipelines.data.stage.stage import Row
+from pipelines.data.stage.table import read_parts
 from pipelines.data.upkeep.stills import Shown
 from pipelines.data.video.reader import VideoError
 

@@ -17,7 +17,7 @@ from pipelines.data.config import CurateConfig
 from pipelines.data.curate import prepare, told_as_job_error
 from pipelines.data.snapshot.write import write_snapshot
 from pipelines.data.stage.log import RunLog
-from pipelines.data.stage.run import Stage
+from pipelines.data.stage.stage import Stage
 from pipelines.errors import UserError
 from pipelines.memory import sampled_memory
 from pipelines.statistics import wilson_interval

@@ -13,7 +13,7 @@ from lumos.compression import CELL, num_source_frames
 from lumos.tokenizers import TokenizerConfig, VideoTokenizer, load_video_tokenizer
 from pipelines.data.settings import DecodeConfig
 from pipelines.data.snapshot.read import Snapshot
-from pipelines.data.stage.run import Row
+from pipelines.data.stage.stage import Row
 from pipelines.data.upkeep.stills import REQUEST, Sources, source_job, stage_rows
 from pipelines.data.video.decode import CrashLog, DecodeChild
 from pipelines.data.video.frames import Wanted

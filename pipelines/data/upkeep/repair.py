@@ -17,12 +17,12 @@ import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.data.captions.given import caption_fault, unique_captions
-from pipelines.data.model_settings import CaptionConfig
+from pipelines.data.settings import CaptionConfig
 from pipelines.data.snapshot.card import dataset_card
 from pipelines.data.snapshot.read import SNAPSHOTS, Bucket, Snapshot, list_snapshots, open_snapshot
 from pipelines.data.snapshot.schemas import LEDGER
 from pipelines.data.snapshot.write import PUBLISHED_CLIPS, deal_shards, draw_split, shard_bytes
-from pipelines.data.stage.run import STAGES, table_parts
+from pipelines.data.stage.table import STAGES, table_parts
 from pipelines.data.steps.duplicates import linked_groups
 from pipelines.data.upkeep.status import list_tables
 from pipelines.errors import UserError

@@ -20,7 +20,7 @@ from pipelines.data.snapshot.card import reason_classes
 from pipelines.data.snapshot.read import Snapshot
 from pipelines.data.snapshot.schemas import STATUSES, stage_place
 from pipelines.data.stage.log import stage_timings
-from pipelines.data.stage.run import Row
+from pipelines.data.stage.stage import Row
 from pipelines.data.steps.decide import bounds, fills, is_share, keeps
 from pipelines.data.upkeep.contact import CLIPS_EACH, IDENTITY, contact_sheets
 from pipelines.data.upkeep.stills import decode_frames

@@ -13,9 +13,10 @@ from pipelines.data.snapshot.ledger import count_reasons
 from pipelines.data.snapshot.read import MANIFEST, SNAPSHOTS, list_snapshots, open_snapshot
 from pipelines.data.snapshot.removals import HASH_DIGITS, read_removed
 from pipelines.data.snapshot.schemas import stage_place
-from pipelines.data.snapshot.write import parquet_bytes
+from pipelines.data.stage.columns import parquet_bytes
 from pipelines.data.stage.log import RunRecord, last_run
-from pipelines.data.stage.run import ERROR, PART_ROW_GROUP, STAGES, WORK_KEY, read_columns, table_parts
+from pipelines.data.stage.stage import ERROR, WORK_KEY
+from pipelines.data.stage.table import PART_ROW_GROUP, STAGES, read_columns, table_parts
 from pipelines.data.video.decode import CRASHES, CrashLog
 from pipelines.errors import UserError
 from pipelines.storage.lock import dataset_lock

@@ -19,11 +19,13 @@ from pipelines import storage
 from pipelines.data.settings import DecodeConfig
 from pipelines.data.snapshot.card import reason_class
 from pipelines.data.snapshot.read import Snapshot
-from pipelines.data.stage.run import STAGES, Row, table_parts
+from pipelines.data.stage.stage import Row
+from pipelines.data.stage.table import STAGES, table_parts
 from pipelines.data.steps.sources import hash_file
-from pipelines.data.steps.split import CLIPS, LocalFiles
+from pipelines.data.steps.split import CLIPS
 from pipelines.data.video.decode import CrashLog, DecodeChild, DecodeJob
 from pipelines.data.video.frames import Wanted
+from pipelines.data.video.local_files import LocalFiles
 from pipelines.data.video.reader import ClipRequest, VideoError
 
 MOMENTS = ("start", "middle", "end")  # of a clip's span, that are shown

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from pipelines import storage
 from pipelines.data.settings import DecodeConfig
-from pipelines.data.stage.run import WORK, Row, read_columns
-from pipelines.data.steps.split import LocalFiles
+from pipelines.data.stage.stage import WORK, Row
+from pipelines.data.stage.table import read_columns
 from pipelines.data.video.decode import CRASHES, CrashLog, DecodeChild, DecodeJob
+from pipelines.data.video.local_files import LocalFiles
 from pipelines.data.video.reader import ClipRequest, VideoError
 
 # What a stage over clips is given of each; the rest of it comes from the split stage's row.

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.demo import corpus, judge
+from pipelines import sample_corpus as corpus
+from pipelines.demo import judge
 from pipelines.demo.judge import Reading
 from pipelines.demo.report import LedgerRow, LossPoint, Report, Sample, write_report
 

@@ -20,8 +20,8 @@ from s3fs import S3FileSystem
 from pipelines import storage
 from pipelines.data.curate import curate
 from pipelines.data.snapshot.read import open_snapshot
-from pipelines.data.snapshot.write import parquet_bytes
-from pipelines.data.stage.run import read_columns, table_parts
+from pipelines.data.stage.columns import parquet_bytes
+from pipelines.data.stage.table import read_columns, table_parts
 from pipelines.data.steps.sources import hash_file
 from pipelines.errors import JobError, UserError
 from pipelines.storage import lock, s3

@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 
 from lumos.checkpoint import ModelInfo, save_checkpoint
-from lumos.config import SamplingConfig
+from lumos.config import SamplingConfig, TokenizerConfig
 from lumos.decoder import Decoder
 from lumos.tokenizers.text import TextTokenizer
-from lumos.tokenizers.video import TokenizerConfig
 from lumos.vocabulary import Vocabulary
 from pipelines.errors import UserError
 from pipelines.training.output import Output

@@ -10,9 +10,9 @@ import pytest
 from pipelines.data.captions.choose import Captioning
 from pipelines.data.captions.given import CAPTIONED, CaptionSource, caption_fault, unique_captions
 from pipelines.data.curate import curate
-from pipelines.data.model_settings import CaptionConfig
-from pipelines.data.settings import DecodeConfig, StageResources
+from pipelines.data.settings import CaptionConfig, DecodeConfig
 from pipelines.data.snapshot.read import open_snapshot
+from pipelines.data.stage.stage import StageResources
 from pipelines.data.upkeep.status import retry
 from pipelines.errors import JobError, UserError
 from tests.pipelines.data.corpora import curate_config

@@ -10,7 +10,7 @@ from tenacity import wait_random_exponential
 
 from pipelines.data.captions import endpoint as endpoint_module
 from pipelines.data.captions.endpoint import CaptionEndpoint, CaptionRequest, EndpointConfigError, EndpointDownError
-from pipelines.data.endpoint_settings import EndpointConfig
+from pipelines.data.settings import EndpointConfig
 from tests.pipelines.data.vision_server import MODEL, VisionServer, caption_of, card, fault_plan
 
 # What anyio leaves when a request is cancelled while it connects.

@@ -8,10 +8,10 @@ import pytest
 from pipelines.data.snapshot import codes
 from pipelines.data.snapshot.codes import CodeReader
 from pipelines.data.stage import run as runner
-from pipelines.data.stage.run import StageTable
+from pipelines.data.stage.table import StageTable
 from pipelines.data.steps.tokens import TOKENIZED
 from pipelines.errors import JobError
-from tests.pipelines.data.test_runner import stage
+from tests.pipelines.data.stage.test_run import stage
 
 
 @pytest.fixture

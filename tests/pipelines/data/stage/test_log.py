@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 import ray
 
-from pipelines.data.settings import StageResources
 from pipelines.data.stage.log import RunLog, StageProgress, last_run
-from pipelines.data.stage.run import Stage, TooManyFailuresError, run_stage
+from pipelines.data.stage.run import TooManyFailuresError, run_stage
+from pipelines.data.stage.stage import Stage, StageResources
 
 SCHEMA = pa.schema(
     [("work_key", pa.string()), ("start_s", pa.float64()), ("end_s", pa.float64()), ("error", pa.string())]

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.settings import StageResources
-from pipelines.data.stage.run import Stage, StageTable, StageWorker, anti_join, run_stage
+from pipelines.data.stage.run import StageWorker, run_stage
+from pipelines.data.stage.stage import Stage, StageResources
+from pipelines.data.stage.table import StageTable, anti_join
 from pipelines.errors import JobError, UserError
 
 SCHEMA = pa.schema([("work_key", pa.string()), ("value", pa.int64())])

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from pipelines.data.curate import curate
-from pipelines.data.model_settings import CaptionConfig, CocaConfig, FeatureConfig, OpenClipConfig
-from pipelines.data.settings import DecodeConfig, SplitConfig
+from pipelines.data.models.heads import Head
+from pipelines.data.models.text_detector import TextDetector
+from pipelines.data.settings import CaptionConfig, CocaConfig, DecodeConfig, FeatureConfig, OpenClipConfig, SplitConfig
 from pipelines.data.snapshot.read import open_snapshot
-from pipelines.data.steps.features import FeatureFunction, FeatureScores, Head, TextDetector, TextFunction, similarity
+from pipelines.data.steps.features import FeatureFunction, FeatureScores, TextFunction, similarity
 from pipelines.data.steps.split import CLIPS, SplitFunction
 from pipelines.data.video.frames import CLIP_INPUTS, ClipReader, clip_inputs, evenly, picture_keys
 from pipelines.errors import UserError

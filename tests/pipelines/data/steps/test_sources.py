@@ -7,8 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.data.captions.given import CaptionSource, clean_captions, find_captions, share_captions
-from pipelines.data.model_settings import CaptionConfig
-from pipelines.data.settings import SourceConfig
+from pipelines.data.settings import CaptionConfig, SourceConfig
 from pipelines.data.steps.sources import HASHED, first_paths, hash_file, list_sources
 from pipelines.errors import UserError
 from tests.pipelines.data.videos import write_table

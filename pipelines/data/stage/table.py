@@ -1,0 +1,146 @@
+"""The durable table of a stage: committed parts, each a file; readers see each key once."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipelines import storage
+from pipelines.data.stage.stage import ERROR, WORK_KEY, Stage
+from pipelines.errors import JobError
+
+STAGES = "stages"  # folder of a dataset
+PART = "part"  # column that any table has when it is read: number of the file, among ``StageTable.parts``
+PART_ROW_GROUP = 1 << 12
+_READERS = 16  # threads, as a store takes long to answer
+_PIECE_ROWS = 1 << 16
+_PIECE_BYTES = 1 << 27
+_PART_FIELD = pa.field(PART, pa.int32())
+
+
+class StageTable:
+    """The committed rows of one stage and configuration."""
+
+    def __init__(self, dataset: str, stage: Stage) -> None:
+        self.uri = storage.join(dataset, STAGES, stage.name, stage.hash)
+        self.schema = stage.schema
+
+    def parts(self) -> list[str]:
+        """URIs of the committed files, sorted."""
+        return table_parts(self.uri)
+
+    def keys(self) -> pa.Array:
+        """All keys that are done."""
+        chunks = [chunk for table in read_parts(self.parts(), [WORK_KEY]) for chunk in table[WORK_KEY].chunks]
+        return pc.unique(pa.chunked_array(chunks, type=pa.string()))
+
+    def failures(self, keys: pa.ChunkedArray) -> list[str]:
+        """Failures of these keys."""
+        if ERROR not in self.schema.names:
+            return []
+        pieces = self.pieces([ERROR], keys, may_lack=True)
+        return [error for _, rows in pieces for error in rows[ERROR].drop_null().to_pylist()]
+
+    def pieces(
+        self, columns: Sequence[str], keys: pa.Array | pa.ChunkedArray, *, may_lack: bool = False
+    ) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
+        """The rows of some keys, each key's from one part, some parts at a time; memory holds one piece.
+
+        Args:
+            columns: Wanted columns; ``PART`` may be among them.
+            keys: No key twice.
+            may_lack: Whether keys may be pending.
+
+        Yields:
+            For each row the place of its key among ``keys``, and the rows: ``work_key`` and ``columns``.
+
+        Raises:
+            JobError: the table lacks a key.
+        """
+        schema = pa.schema([self.schema.field(name) for name in dict.fromkeys([WORK_KEY, *columns]) if name != PART])
+        wanted = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
+        seen = np.zeros(len(wanted) + 1, bool)
+        seen[-1] = True  # where -1, the place of what is not wanted, leads
+        read = (table.cast(schema) for table in read_parts(self.parts(), schema.names))
+        if PART in columns:
+            read = (_numbered(table, number) for number, table in enumerate(read))
+        for tables in _grouped(read):
+            group = pa.concat_tables(tables)
+            places = pc.fill_null(pc.index_in(group[WORK_KEY], wanted), -1).to_numpy().astype(np.int64)
+            chosen = np.zeros(group.num_rows, bool)
+            start = 0
+            for table in tables:
+                own = slice(start, start + table.num_rows)
+                chosen[own] = ~seen[places[own]]
+                seen[places[own]] = True
+                start = own.stop
+            if chosen.any():
+                yield places[chosen], group.filter(pa.array(chosen))
+        pa.default_memory_pool().release_unused()
+        if not may_lack and not seen.all():
+            example = wanted[int(np.flatnonzero(~seen)[0])]
+            raise JobError(
+                f"{self.uri} lacks {(~seen).sum()} of {len(wanted)} rows, such as that of {example}: files of it were "
+                "deleted meanwhile; give the same command again"
+            )
+
+    def read(self, columns: Sequence[str] | None = None, keys: pa.Array | pa.ChunkedArray | None = None) -> pa.Table:
+        """All rows (or those of some keys), each key's from one part."""
+        wanted = list(columns if columns is not None else self.schema.names)
+        every = self.schema.append(_PART_FIELD)
+        schema = pa.schema([every.field(name) for name in dict.fromkeys([WORK_KEY, *wanted])])
+        tables = [rows for _, rows in self.pieces(wanted, self.keys() if keys is None else keys)]
+        return pa.concat_tables([schema.empty_table(), *(table.select(schema.names) for table in tables)]).select(
+            wanted
+        )
+
+
+def _numbered(table: pa.Table, number: int) -> pa.Table:
+    return table.append_column(_PART_FIELD, pa.array(np.full(table.num_rows, number, np.int32)))
+
+
+def _grouped(tables: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:
+    """Tables in groups of some size: enough rows that looking up their keys costs little, few enough bytes."""
+    group: list[pa.Table] = []
+    rows = size = 0
+    for table in tables:
+        group.append(table)
+        rows, size = rows + table.num_rows, size + table.nbytes
+        if rows >= _PIECE_ROWS or size >= _PIECE_BYTES:
+            yield group
+            group, rows, size = [], 0, 0
+    if group:
+        yield group
+
+
+def table_parts(uri: str) -> list[str]:
+    """URIs of the committed files of a stage table, sorted."""
+    return [storage.join(uri, name) for name in storage.list_names(uri) if name.startswith("part-")]
+
+
+def read_columns(uri: str, columns: list[str]) -> pa.Table:
+    """Some columns of one Parquet file; of a remote one, little else is fetched."""
+    with storage.open_ranges(uri) as file:
+        return pq.read_table(file, columns=columns)
+
+
+def read_parts(uris: Sequence[str], columns: list[str]) -> Iterator[pa.Table]:
+    """Some columns of many Parquet files, in their order; a few ahead at a time."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        ahead: deque[Future[pa.Table]] = deque()
+        for uri in uris:
+            ahead.append(pool.submit(read_columns, uri, columns))
+            if len(ahead) > _READERS:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def anti_join(inputs: pa.Table, done: pa.Array) -> pa.Table:
+    """The inputs whose key is not done."""
+    return inputs.filter(pc.invert(pc.is_in(inputs[WORK_KEY], done))) if len(done) else inputs
