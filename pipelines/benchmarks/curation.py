@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lumos.tokenizers import TokenizerConfig
-from pipelines.data.captions.given import CaptionSource
+from pipelines.data.captions.captioner import CaptionSource
 from pipelines.data.config import CurateConfig, TokenConfig
 from pipelines.data.keys import clip_key
 from pipelines.data.pipeline import Curation
@@ -164,5 +164,5 @@ def _curate(config: CurateConfig) -> int:
     curation = Curation(config, CaptionSource("metadata", texts), load_tokenizer_info(TokenizerConfig()))
     for name, function in (("sources", MadeUpHashes), ("split", MadeUpClips), ("tokens", MadeUpCodes)):
         curation.stages[name] = replace(curation.stages[name], function=function)
-    made = curation.run(listing, RunLog(config.dataset))
-    return write_snapshot(config.dataset, made.content, config.publish).manifest.ledger.counts["kept"]
+    content = curation.content(curation.run(listing, RunLog(config.dataset)))
+    return write_snapshot(config.dataset, content, config.publish).manifest.ledger.counts["kept"]

@@ -1,10 +1,13 @@
 """What a curation run is: sources, splitting, thresholds, captions, tokens, publication, and the means to do it."""
 
-from dataclasses import dataclass, field, fields
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from lumos.compression import CELL, num_latent_frames
 from lumos.config import TokenizerConfig, require
+from pipelines.data.scores import DECISIVE, Thresholds, scores_of
 from pipelines.data.settings import (
     CaptionConfig,
     DecodeConfig,
@@ -12,11 +15,8 @@ from pipelines.data.settings import (
     ResourceConfig,
     SourceConfig,
     SplitConfig,
-    Thresholds,
 )
-from pipelines.data.snapshot.schemas import MODEL_SCORES
 from pipelines.data.snapshot.write import PublishConfig
-from pipelines.data.steps.decide import bounds, is_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +94,34 @@ def area_buckets(area: int, multiple: int, max_aspect: float = 3.0) -> tuple[tup
     return tuple(sorted(sizes))
 
 
-# What has to be named for a score by a model.
-_FILES = {
-    "text_area": "text_detector",
-    "aesthetic": "aesthetic_head",
-    "nsfw": "nsfw_head",
-    "similarity": "clip.weights",
-}
+@dataclass(frozen=True)
+class ClipShape:
+    """What of a clip is encoded."""
+
+    num_frames: int
+    width: int  # px
+    height: int
+
+
+def plan_shape(scores: Mapping[str, float], config: TokenConfig) -> ClipShape | None:
+    """The longest allowed length that a clip fills, at the size nearest to its aspect ratio; None if it is too short.
+
+    Args:
+        scores: Of them, duration (seconds), aspect (width / height of the picture), and whether it is an image.
+        config: What is allowed.
+    """
+    aspect = scores["aspect"]
+    available = math.floor(scores["duration"] * config.fps + 0.01)  # spans are rounded to milliseconds
+    if scores["image"]:
+        lengths = [count for count in config.num_frames if count == 1]
+    else:
+        lengths = [count for count in config.num_frames if 1 < count <= available]
+    if not lengths:
+        return None
+    width, height = min(
+        config.frame_sizes, key=lambda size: (round(abs(math.log(size[0] / size[1] / aspect)), 6), -size[0] * size[1])
+    )
+    return ClipShape(max(lengths), width, height)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,29 +148,29 @@ class CurateConfig:
         require(bool(self.dataset), "dataset is empty; name a folder or an s3:// prefix to write to")
         cosine = self.near_duplicates
         require(cosine is None or 0 < cosine <= 1, f"near_duplicates must be a cosine in (0, 1], got {cosine}")
-        for field_ in fields(self.thresholds):
-            _, _, score = field_.name.partition("_")
-            require(
-                score not in MODEL_SCORES
-                or score in self.features.scores
-                or getattr(self.thresholds, field_.name) is None,
-                f"thresholds.{field_.name} needs a score that nothing computes: name the file in "
-                f"features.{_FILES.get(score)}, or set thresholds.{field_.name}=null",
-            )
+        for score in scores_of("features"):
+            for key in (f"{which}_{score.name}" for which in score.bounds):
+                require(
+                    score.name in self.features.scores or getattr(self.thresholds, key) is None,
+                    f"thresholds.{key} needs a score that nothing computes: name the file in features.{score.file}, or "
+                    f"set thresholds.{key}=null",
+                )
         self._check_possible()
 
     def _check_possible(self) -> None:
         """Refuse settings that no clip can meet."""
-        for name, low, high in bounds(self.thresholds):
-            told = f"thresholds.min_{name} {low} is above thresholds.max_{name} {high}"
-            require(low is None or high is None or low <= high, f"{told}: nothing could be kept")
-            for which, value in (("min", low), ("max", high)):
-                inside = value is None or not is_share(name) or 0 <= value <= 1
-                require(inside, f"thresholds.{which}_{name} must be in 0..1, as the score is, got {value}")
+        for score in DECISIVE:
+            keys = {which: f"thresholds.{which}_{score.name}" for which in ("min", "max")}
+            low, high = (getattr(self.thresholds, f"{which}_{score.name}", None) for which in keys)
+            possible = low is None or high is None or low <= high
+            require(possible, f"{keys['min']} {low} is above {keys['max']} {high}: nothing could be kept")
+            for key, value in zip(keys.values(), (low, high), strict=True):
+                inside = value is None or not score.share or 0 <= value <= 1
+                require(inside, f"{key} must be in 0..1, as the score is, got {value}")
         shortest = min((count for count in self.tokens.num_frames if count > 1), default=None)
         if shortest is None:  # images alone
             return
-        longest, least = self.split.max_seconds, self.thresholds.min_duration
+        longest, least = self.split.max_seconds, getattr(self.thresholds, "min_duration", None)
         require(
             least is None or longest >= least,
             f"split.max_seconds {longest} is below thresholds.min_duration {least}: nothing could be kept",

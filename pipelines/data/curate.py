@@ -8,14 +8,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.cluster import connect
-from pipelines.data.captions.given import CaptionSource, find_captions
+from pipelines.data.captions.captioner import CaptionSource
+from pipelines.data.captions.given import find_captions
 from pipelines.data.config import CurateConfig
 from pipelines.data.models.transnet import load_transnet
-from pipelines.data.pipeline import Curation, Published
+from pipelines.data.pipeline import Curation
 from pipelines.data.snapshot.ledger import count_reasons
 from pipelines.data.snapshot.read import Snapshot
-from pipelines.data.snapshot.write import write_snapshot
+from pipelines.data.snapshot.write import SnapshotContent, write_snapshot
 from pipelines.data.stage.log import RunLog
+from pipelines.data.steps.run import Run
 from pipelines.data.steps.sources import list_sources
 from pipelines.data.steps.tokens import load_tokenizer_info
 from pipelines.errors import JobError, UserError
@@ -86,9 +88,10 @@ def curate(config: CurateConfig) -> CurateResult:
     with told_as_job_error():
         listing, curation = prepare(config)
         with dataset_lock(config.dataset), connect(), RunLog(config.dataset).record() as log:
-            made = curation.run(listing, log)
-            snapshot = write_snapshot(config.dataset, made.content, config.publish)
-        return _result(config, snapshot, made)
+            done = curation.run(listing, log)
+            content = curation.content(done)
+            snapshot = write_snapshot(config.dataset, content, config.publish)
+        return _result(config, snapshot, content, done)
 
 
 @contextmanager
@@ -128,17 +131,17 @@ def prepare(config: CurateConfig) -> tuple[pa.Table, Curation]:
     return listing, Curation(config, captions, tokenizer)
 
 
-def _result(config: CurateConfig, snapshot: Snapshot, made: Published) -> CurateResult:
+def _result(config: CurateConfig, snapshot: Snapshot, content: SnapshotContent, done: Run) -> CurateResult:
     manifest = snapshot.manifest
     return CurateResult(
         snapshot_uri=snapshot.uri,
         snapshot_id=manifest.snapshot_id,
         counts=manifest.ledger.counts,
-        reasons=count_reasons(made.content.ledger),
-        uncaptioned=pc.sum(pc.equal(pc.list_value_length(made.content.clips["captions"]), 0)).as_py() or 0,
-        left_out=made.captions.left_out,
-        caption_cost=made.captions.cost(config.captions.endpoint),
+        reasons=count_reasons(content.ledger),
+        uncaptioned=pc.sum(pc.equal(pc.list_value_length(content.clips["captions"]), 0)).as_py() or 0,
+        left_out=done.captions.left_out,
+        caption_cost=done.captions.cost(config.captions.endpoint),
         rows={name: total.rows for name, total in manifest.totals.items()},
         tokens={name: total.tokens for name, total in manifest.totals.items()},
-        computed=made.computed,
+        computed=done.computed,
     )

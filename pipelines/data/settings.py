@@ -3,10 +3,12 @@
 import os
 import re
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Literal
 from urllib.parse import urlsplit
 
 from lumos.config import require
+from pipelines.data.scores import scores_of
 from pipelines.data.stage.stage import StageResources
 
 PROMPT = (
@@ -65,36 +67,6 @@ class SplitConfig:
                 f"weights are for the detector transnetv2, not for {self.detector}; set weights=null or "
                 "detector=transnetv2",
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Thresholds:
-    """What a clip's scores must be for it to be kept; ``none`` switches a threshold off.
-
-    A change here decodes and computes nothing anew: scores are stored.
-    """
-
-    min_duration: float | None = 2.0  # seconds
-    min_fps: float | None = 8.0
-    min_width: float | None = None  # px of the picture
-    min_height: float | None = None
-    min_aspect: float | None = 0.33  # width / height
-    max_aspect: float | None = 3.0
-    min_decoded_share: float | None = 0.95  # frames decoded of those the file declares: less is a damaged file
-    min_brightness: float | None = 0.02  # mean luma, 0 black, 1 white
-    max_brightness: float | None = 0.98
-    max_dark_share: float | None = 0.5  # of the frames that are as good as black
-    max_flash_share: float | None = 0.1  # of the frames that are much brighter or darker than those around them
-    max_repeat_share: float | None = None  # of the frames that show the very picture of the one before
-    max_freeze: float | None = None  # seconds of the longest stretch of such frames
-    min_sharpness: float | None = None  # variance of the Laplacian of the full-size luma, 0..255; depends on contrast
-    min_motion: float | None = None  # mean share of the picture that changes between looks 1/8 s apart
-    min_motion_time: float | None = 0.25  # share of the time in which anything moves: a static camera with a small
-    # moving subject has nearly 1, a slide that is turned now and then nearly 0
-    max_text_area: float | None = None  # share of the picture that text covers; needs features.text_detector
-    min_aesthetic: float | None = None  # 1..10 by LAION's heads, 4.5-5 in the field; needs features.aesthetic_head
-    max_nsfw: float | None = None  # as the head gives it; needs features.nsfw_head
-    min_similarity: float | None = None  # cosine of frames and best caption, -1..1; needs features.clip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,13 +213,7 @@ class FeatureConfig:
     @property
     def scores(self) -> tuple[str, ...]:
         """The scores that this computes."""
-        on = {
-            "text_area": self.text_detector,
-            "aesthetic": self.aesthetic_head,
-            "nsfw": self.nsfw_head,
-            "similarity": self.clip.weights,
-        }
-        return tuple(name for name, file in on.items() if file is not None)
+        return tuple(score.name for score in scores_of("features") if attrgetter(score.file)(self) is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,7 +241,7 @@ class CocaConfig:
 class CaptionConfig:
     """Where captions come from, and which are used."""
 
-    captioners: tuple[Literal["given", "coca", "endpoint"], ...] = ("given",)  # each adds captions, in this order
+    captioners: tuple[str, ...] = ("given",)  # each adds captions, in this order
     file: str | None = (
         None  # CSV, JSONL or Parquet; none: captions.{csv,jsonl,parquet} in the source folder, or sidecars
     )

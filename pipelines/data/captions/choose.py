@@ -1,8 +1,9 @@
-"""All captioners of a curation together: what each is asked, and which of their captions a clip gets."""
+"""All captioners of a curation together, and which of their captions a clip gets."""
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,98 +11,57 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.config import config_hash
-from pipelines.data.captions.coca import coca_stage
-from pipelines.data.captions.endpoint_stage import endpoint_stage
-from pipelines.data.captions.given import (
-    CAPTION_INPUTS,
-    CaptionSource,
-    caption_fault,
-    caption_key,
-    captions_stage,
-    unique_captions,
-)
-from pipelines.data.settings import CaptionConfig, DecodeConfig, EndpointConfig
+from pipelines.data.captions.captioner import CaptionSource
+from pipelines.data.captions.given import share_captions
+from pipelines.data.captions.registry import captioner_named
+from pipelines.data.config import CurateConfig
+from pipelines.data.settings import CaptionConfig
 from pipelines.data.snapshot.schemas import CAPTIONS
-from pipelines.data.stage.columns import take
-from pipelines.data.stage.stage import Stage, StageResources
-from pipelines.data.video.frames import clip_inputs, picture_keys
+from pipelines.data.steps.run import Captions, Run, Step, read_in_order
 
 _PIECE = 1 << 14  # clips at a time, as Python's objects weigh several times more
 
 
-@dataclass(frozen=True, kw_only=True)
-class Captions:
-    """The captions of clips.
+class Caption(Step):
+    """Captions the clips kept so far, by all captioners that the config names.
 
-    Attributes:
-        clips: Their numbers, ascending.
-        of: Of each, captions fit to be used, in the order of the captioners, as ``schemas.CAPTIONS``.
-        faults: By clip without any: status and reason, as the ledger tells it.
-        left_out: Captions not used, by why.
-        input_tokens: That endpoints counted for these clips.
-        output_tokens: Likewise.
-    """
-
-    clips: NDArray[np.int64]
-    of: pa.ChunkedArray
-    faults: dict[int, tuple[str, str]]
-    left_out: dict[str, int]
-    input_tokens: int
-    output_tokens: int
-
-    def take(self, clips: NDArray[np.int64]) -> pa.ChunkedArray:
-        """The captions of some of the clips."""
-        return take(self.of, np.searchsorted(self.clips, clips))
-
-    def cost(self, prices: EndpointConfig) -> float:
-        """What they cost at these prices, in their currency."""
-        return (self.input_tokens * prices.input_price + self.output_tokens * prices.output_price) / 1e6
-
-
-class Captioning:
-    """The captioners that a config names.
+    Args:
+        config: Of the run.
+        given: The captions that the user brought.
 
     Raises:
-        UserError: a model's file is missing.
+        UserError: a captioner is unknown, or a file of its model is missing.
     """
 
-    def __init__(
-        self, config: CaptionConfig, given: CaptionSource, decode: DecodeConfig, resources: StageResources
-    ) -> None:
-        self.config = config
+    def __init__(self, config: CurateConfig, given: CaptionSource) -> None:
+        self.rules = config.captions
         self.given = given
-        self.stages: dict[str, Stage] = {}
-        for name in config.captioners:
-            if name == "given":
-                self.stages[name] = captions_stage(resources)
-            elif name == "coca":
-                self.stages[name] = coca_stage(config.coca, decode, resources)
-            else:
-                self.stages[name] = endpoint_stage(config.endpoint, decode, resources)
+        self.captioners = [captioner_named(name) for name in config.captions.captioners]
+        self.stages = tuple(captioner.stage(config) for captioner in self.captioners)
+        self.checks = [check for captioner in self.captioners for check in captioner.checks(config)]
 
     @property
     def hash(self) -> str:
         """Of the captioners' configurations, as a ledger names it."""
-        hashes = [stage.hash for stage in self.stages.values()]
+        hashes = [stage.hash for stage in self.stages]
         return hashes[0] if len(hashes) == 1 else config_hash(hashes)
 
-    def inputs(self, name: str, clips: pa.Table) -> pa.Table:
-        """What a captioner is asked about clips (rows of the split stage, with ``uri`` and ``split_part``)."""
-        if name != "given":
-            return clip_inputs(clips, picture_keys(clips))
-        captioner = self.given.captioner
-        made = [CAPTION_INPUTS.empty_table()]
-        for start in range(0, clips.num_rows, _PIECE):
-            texts = [self.given.texts.get(uri, ()) for uri in clips["uri"].slice(start, _PIECE).to_pylist()]
-            keys = clips["key"].slice(start, _PIECE).to_pylist()
-            columns = {
-                "work_key": [caption_key(key, text, captioner) for key, text in zip(keys, texts, strict=True)],
-                "key": keys,
-                "texts": texts,
-                "captioner": [captioner] * len(keys),
-            }
-            made.append(pa.table(columns, schema=CAPTION_INPUTS))
-        return pa.concat_tables(made)
+    def apply(self, run: Run) -> None:
+        """Caption what is new, and choose; without a caption that is fit, a clip may be rejected."""
+        clips, kept = run.clips, run.clips.verdicts.kept
+        rows = clips.of(kept)
+        given = share_captions(self.given, run.sources)
+        made = {}
+        for captioner in self.captioners:
+            inputs = captioner.inputs(rows, given)
+            table = run.compute_clips(captioner.stage_name, inputs)
+            columns = ["captions", "input_tokens", "output_tokens", "error"]
+            made[captioner.name] = read_in_order(table, columns, inputs["work_key"])
+        run.captions = self.gather(kept, made)
+        clips.verdicts.mark("captions", kept)
+        if self.rules.require:
+            for index, (status, reason) in run.captions.faults.items():
+                clips.verdicts.set(index, status, reason)
 
     def gather(self, clips: NDArray[np.int64], made: Mapping[str, pa.Table]) -> Captions:
         """Put together what the captioners made of clips, leave out what is not fit and what is said twice.
@@ -118,7 +78,7 @@ class Captioning:
             chosen = []
             for clip, rows in zip(clips[start : start + _PIECE].tolist(), zip(*pieces, strict=True), strict=True):
                 offered = unique_captions([caption for row in rows for caption in row["captions"]])
-                judged = [(caption_fault(caption["text"], self.config), caption) for caption in offered]
+                judged = [(caption_fault(caption["text"], self.rules), caption) for caption in offered]
                 chosen.append([caption for fault, caption in judged if fault is None])
                 unfit = [fault for fault, _ in judged if fault is not None]
                 left_out.update(_kind(fault) for fault in unfit)
@@ -144,3 +104,32 @@ class Captioning:
 def _kind(fault: str) -> str:
     words = fault.split()
     return fault if words[0] == "language" else f"{words[0]} {words[2]} {words[3]}"
+
+
+def unique_captions(captions: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """The captions in their order, each text once, by whoever said it first."""
+    unique: dict[str, dict[str, str]] = {}
+    for caption in captions:
+        unique.setdefault(caption["text"], caption)
+    return list(unique.values())
+
+
+def caption_fault(text: str, config: CaptionConfig) -> str | None:
+    """Why a caption is not to be used, such as "words 2 < 3" or "language de"; None if it is."""
+    words = len(text.split())
+    if config.min_words is not None and words < config.min_words:
+        return f"words {words} < {config.min_words}"
+    if config.max_words is not None and words > config.max_words:
+        return f"words {words} > {config.max_words}"
+    if config.languages:
+        language, certainty = _language_identifier().classify(text)
+        if language not in config.languages and certainty >= config.language_certainty:
+            return f"language {language}"
+    return None
+
+
+@lru_cache(maxsize=1)
+def _language_identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

@@ -7,13 +7,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pipelines.data.captions.given import CAPTIONED, clean_captions
+from pipelines.data.captions.captioner import CAPTIONED, Captioner, clean_captions
+from pipelines.data.config import CurateConfig
 from pipelines.data.models.open_clip import OpenClip, check_open_clip, fixed_batches, load_open_clip, open_clip_hash
 from pipelines.data.settings import CocaConfig, DecodeConfig
-from pipelines.data.stage.stage import Row, Stage, StageResources
+from pipelines.data.stage.stage import Row, Stage
+from pipelines.data.steps.run import Check, check_device
 from pipelines.data.video.frames import ClipReader, evenly
 from pipelines.data.video.reader import VideoError
 
+STAGE = "captions-coca"
 _KEY = "captions.coca.weights"
 _START, _END = 49406, 49407  # of the CLIP tokenizer
 
@@ -74,21 +77,14 @@ def _text(coca: OpenClip, tokens: Sequence[int]) -> str:
     return text.replace("<start_of_text>", "").strip(" .") + "." if words else ""
 
 
-def check_coca(config: CocaConfig) -> None:
-    """Load the model once, before hours of work that lead to it.
-
-    Raises:
-        UserError: its weights do not fit its architecture.
-    """
-    check_open_clip(config.open_clip, _KEY)
-
-
-def coca_stage(config: CocaConfig, decode: DecodeConfig, resources: StageResources) -> Stage:
+def coca_stage(curate: CurateConfig) -> Stage:
     """The stage that captions with CoCa.
 
     Raises:
         UserError: the weights are not there.
     """
+    config, resources = curate.captions.coca, curate.resources.of("captions")
+    threads = max(1, int(resources.num_cpus))
     digest = open_clip_hash(config.open_clip, _KEY)
     name = "coca" if os.path.isdir(config.weights or "") else config.model
     captioner = f"{name}@{digest[-64:][:8]}"
@@ -100,12 +96,21 @@ def coca_stage(config: CocaConfig, decode: DecodeConfig, resources: StageResourc
         "batch_size": config.batch_size,
     }
     return Stage(
-        name="captions-coca",
+        name=STAGE,
         settings=settings,
         schema=CAPTIONED,
-        function=partial(
-            CocaFunction, config=config, captioner=captioner, decode=decode, threads=max(1, int(resources.num_cpus))
-        ),
+        function=partial(CocaFunction, config=config, captioner=captioner, decode=curate.decode, threads=threads),
         rows_per_part=64,
         resources=resources,
     )
+
+
+def _checks(curate: CurateConfig) -> Sequence[Check]:
+    config = curate.captions.coca
+    return (
+        Check(STAGE, partial(check_open_clip, config.open_clip, _KEY), costly=True),
+        Check(STAGE, partial(check_device, "captions.coca.device", config.device)),
+    )
+
+
+COCA = Captioner(name="coca", stage_name=STAGE, stage=coca_stage, checks=_checks)

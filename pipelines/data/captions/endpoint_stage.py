@@ -10,15 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.config import config_hash
+from pipelines.data.captions.captioner import CAPTIONED, Captioner, clean_captions
 from pipelines.data.captions.endpoint import CaptionEndpoint, CaptionRequest
-from pipelines.data.captions.given import CAPTIONED, clean_captions
+from pipelines.data.config import CurateConfig
 from pipelines.data.settings import DecodeConfig, EndpointConfig
-from pipelines.data.stage.stage import Row, Stage, StageResources
+from pipelines.data.stage.stage import Row, Stage
+from pipelines.data.steps.run import Check
 from pipelines.data.video.frames import ClipReader, Wanted, evenly
 from pipelines.data.video.reader import VideoError, failure_reason
 
 _QUALITY = 90  # of the JPEG files sent, 0..100
 # What decides a caption; where the model is served and how fast it may be asked does not.
+STAGE = "captions-endpoint"
 _DECISIVE = ("model", "prompt", "num_frames", "max_side", "max_tokens", "temperature")
 
 # Why a clip has no caption, as a ledger tells it, and whether it may do better another time.
@@ -78,16 +81,17 @@ def _jpeg(frame: NDArray[np.uint8]) -> bytes:
     return data.tobytes()
 
 
-def endpoint_stage(config: EndpointConfig, decode: DecodeConfig, resources: StageResources) -> Stage:
+def endpoint_stage(curate: CurateConfig) -> Stage:
     """The stage, in one process: its requests overlap, and its limits hold for all of them."""
+    config, resources = curate.captions.endpoint, curate.resources.of("captions")
     values = asdict(config)
     settings: dict[str, Any] = {"version": 1, "captioner": "endpoint", **{name: values[name] for name in _DECISIVE}}
     captioner = f"{config.model}@{config_hash(settings)[:8]}"
     return Stage(
-        name="captions-endpoint",
+        name=STAGE,
         settings=settings,
         schema=CAPTIONED,
-        function=partial(EndpointFunction, config=config, captioner=captioner, decode=decode),
+        function=partial(EndpointFunction, config=config, captioner=captioner, decode=curate.decode),
         rows_per_part=max(64, 8 * config.concurrency),
         resources=replace(resources, min_workers=1, max_workers=1),
     )
@@ -100,3 +104,10 @@ def check_endpoint(config: EndpointConfig) -> None:
         UserError: it is not, refuses the key, or does not offer the model.
     """
     CaptionEndpoint(config, config.read_api_key()).check()
+
+
+def _checks(curate: CurateConfig) -> Sequence[Check]:
+    return (Check(STAGE, partial(check_endpoint, curate.captions.endpoint)),)
+
+
+ENDPOINT = Captioner(name="endpoint", stage_name=STAGE, stage=endpoint_stage, checks=_checks)

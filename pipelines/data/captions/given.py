@@ -2,23 +2,20 @@
 
 import hashlib
 import os
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import storage
+from pipelines.data.captions.captioner import CAPTIONED, Captioner, CaptionSource, clean_captions
+from pipelines.data.config import CurateConfig
 from pipelines.data.settings import CaptionConfig, SourceConfig
-from pipelines.data.snapshot.schemas import CAPTIONS
-from pipelines.data.stage.stage import Row, Stage, StageResources
+from pipelines.data.stage.stage import Row, Stage
 from pipelines.data.steps.sources import source_folder
 from pipelines.data.steps.user_tables import TABLE_SUFFIXES, is_table, read_table, resolve_paths
 from pipelines.errors import UserError
@@ -26,25 +23,9 @@ from pipelines.errors import UserError
 CAPTION_INPUTS = pa.schema(
     [("work_key", pa.string()), ("key", pa.string()), ("texts", pa.list_(pa.string())), ("captioner", pa.string())]
 )
-CAPTIONED = pa.schema(
-    [
-        pa.field("work_key", pa.string(), nullable=False),
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("captions", CAPTIONS),
-        pa.field("input_tokens", pa.int64()),  # that an endpoint counted, asks money for
-        pa.field("output_tokens", pa.int64()),
-        pa.field("error", pa.string()),  # why a captioner has none
-    ]
-)
-_SPACE = re.compile(r"\s+")
 
 
-@dataclass(frozen=True)
-class CaptionSource:
-    """Raw captions by the URI of their video."""
-
-    captioner: str  # "metadata" or "sidecar"
-    texts: dict[str, tuple[str, ...]]
+_PIECE = 1 << 14  # clips at a time, as Python's objects weigh several times more
 
 
 def find_captions(config: CaptionConfig, source: SourceConfig, listing: pa.Table) -> CaptionSource:
@@ -125,20 +106,6 @@ def share_captions(source: CaptionSource, files: pa.Table) -> CaptionSource:
     return CaptionSource(source.captioner, texts)
 
 
-def clean_captions(texts: Sequence[str], captioner: str) -> list[dict[str, str]]:
-    """Captions without stray white space, empty ones and repetitions."""
-    cleaned = dict.fromkeys(_SPACE.sub(" ", text).strip() for text in texts)
-    return [{"text": text, "captioner": captioner} for text in cleaned if text]
-
-
-def unique_captions(captions: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """The captions in their order, each text once, by whoever said it first."""
-    unique: dict[str, dict[str, str]] = {}
-    for caption in captions:
-        unique.setdefault(caption["text"], caption)
-    return list(unique.values())
-
-
 def caption_key(clip_key: str, texts: Sequence[str], captioner: str) -> str:
     """Names a clip with these very captions, so that another text is other work."""
     digest = hashlib.sha256("\0".join([captioner, *texts]).encode()).hexdigest()[:16]
@@ -163,7 +130,23 @@ class CaptionFunction:
         ]
 
 
-def captions_stage(resources: StageResources) -> Stage:
+def given_inputs(clips: pa.Table, source: CaptionSource) -> pa.Table:
+    """What the stage is given of clips: the captions of their files."""
+    made = [CAPTION_INPUTS.empty_table()]
+    for start in range(0, clips.num_rows, _PIECE):
+        texts = [source.texts.get(uri, ()) for uri in clips["uri"].slice(start, _PIECE).to_pylist()]
+        keys = clips["key"].slice(start, _PIECE).to_pylist()
+        columns = {
+            "work_key": [caption_key(key, text, source.captioner) for key, text in zip(keys, texts, strict=True)],
+            "key": keys,
+            "texts": texts,
+            "captioner": [source.captioner] * len(keys),
+        }
+        made.append(pa.table(columns, schema=CAPTION_INPUTS))
+    return pa.concat_tables(made)
+
+
+def captions_stage(config: CurateConfig) -> Stage:
     """The stage that attaches captions."""
     return Stage(
         name="captions",
@@ -172,27 +155,9 @@ def captions_stage(resources: StageResources) -> Stage:
         function=CaptionFunction,
         rows_per_part=8192,
         min_rows_per_part=4096,
-        resources=resources,
+        resources=config.resources.of("captions"),
         stateful=False,
     )
 
 
-def caption_fault(text: str, config: CaptionConfig) -> str | None:
-    """Why a caption is not to be used, such as "words 2 < 3" or "language de"; None if it is."""
-    words = len(text.split())
-    if config.min_words is not None and words < config.min_words:
-        return f"words {words} < {config.min_words}"
-    if config.max_words is not None and words > config.max_words:
-        return f"words {words} > {config.max_words}"
-    if config.languages:
-        language, certainty = _language_identifier().classify(text)
-        if language not in config.languages and certainty >= config.language_certainty:
-            return f"language {language}"
-    return None
-
-
-@lru_cache(maxsize=1)
-def _language_identifier() -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+GIVEN = Captioner(name="given", stage_name="captions", stage=captions_stage, inputs=given_inputs)

@@ -2,34 +2,10 @@
 
 import pyarrow as pa
 
+from pipelines.data.scores import SCORES
+
 SCHEMA_VERSION = 1  # of published snapshots
 
-# What the low-resolution pass measures of a clip (video/meter.py says how). All are stored; which of them
-# decide is the thresholds' matter.
-PASS_SCORES = (
-    "image",  # 1 for an image, 0 for a video
-    "duration",
-    "fps",
-    "width",
-    "height",
-    "aspect",
-    "picture_share",
-    "declared_frames",
-    "decoded_frames",
-    "decoded_share",
-    "brightness",
-    "dark_share",
-    "flash_share",
-    "repeat_share",
-    "freeze",
-    "sharpness",
-    "motion",
-    "motion_time",
-)
-# What models say of the clips that the other scores keep (steps/features.py), and how well the tokenizer does
-# on a sample of them (steps/tokens.py); null where nobody looked.
-MODEL_SCORES = ("text_area", "aesthetic", "nsfw", "similarity", "psnr")
-SCORES = (*PASS_SCORES, *MODEL_SCORES)
 # The stages whose configuration a ledger row names.
 STAGES = ("split", "features", "captions", "tokens")
 

@@ -7,14 +7,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipelines.data.config import TokenConfig
-from pipelines.data.settings import Thresholds
+from pipelines.data.config import TokenConfig, plan_shape
+from pipelines.data.scores import SCORES, Thresholds, scores_of
 from pipelines.data.snapshot.ledger import Verdicts
-from pipelines.data.snapshot.schemas import PASS_SCORES, SCORES
 from pipelines.data.stage.columns import take
 from pipelines.data.stage.table import PART, StageTable
 from pipelines.data.steps.decide import decide, keeps
-from pipelines.data.steps.tokens import plan_shape
 
 
 class Clips:
@@ -36,7 +34,7 @@ class Clips:
             .append_column("split_part", pa.chunked_array(split_part, pa.dictionary(pa.int32(), pa.string())))
         )
         self.scores = {name: np.full(count, np.nan) for name in SCORES}  # nan where nobody looked
-        for name in PASS_SCORES:
+        for name in (score.name for score in scores_of("split")):
             self.scores[name][:] = pc.struct_field(table["scores"], name).to_numpy()
         self.shapes = np.zeros((count, 3), np.int32)  # frames, width, height to encode
         self.verdicts = Verdicts(count)

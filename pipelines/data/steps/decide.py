@@ -2,53 +2,22 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.data.settings import Thresholds
-
-# In this order reasons are told; the first names the class that a rejection is counted under. Damage comes first, as
-# other scores may follow from it.
-_ORDER = (
-    "decoded_share",
-    "duration",
-    "fps",
-    "width",
-    "height",
-    "aspect",
-    "brightness",
-    "dark_share",
-    "flash_share",
-    "repeat_share",
-    "freeze",
-    "sharpness",
-    "motion",
-    "motion_time",
-    "text_area",
-    "aesthetic",
-    "nsfw",
-    "similarity",
-)
-# What an image cannot have enough of, and is not asked for.
-_OF_TIME = frozenset(
-    ("decoded_share", "duration", "fps", "flash_share", "repeat_share", "freeze", "motion", "motion_time")
-)
-
-_SHARES = ("brightness", "motion", "motion_time", "text_area")  # besides those that are called so
+from pipelines.data.scores import DECISIVE, Score, Thresholds
 
 
-def is_share(name: str) -> bool:
-    """Whether a score lies in 0..1, so that a threshold beyond makes no sense."""
-    return name.endswith("_share") or name in _SHARES
-
-
-def bounds(thresholds: Thresholds) -> Iterator[tuple[str, float | None, float | None]]:
+def bounds(thresholds: Thresholds) -> Iterator[tuple[Score, float | None, float | None]]:
     """Each score that is decided on, in the order of reasons, with the least and the most it may be."""
-    for name in _ORDER:
-        yield name, getattr(thresholds, f"min_{name}", None), getattr(thresholds, f"max_{name}", None)
+    for score in DECISIVE:
+        yield (
+            score,
+            getattr(thresholds, f"min_{score.name}", None),
+            getattr(thresholds, f"max_{score.name}", None),
+        )
 
 
 def decide(scores: Mapping[str, float | None], thresholds: Thresholds) -> tuple[str, str]:
@@ -58,14 +27,14 @@ def decide(scores: Mapping[str, float | None], thresholds: Thresholds) -> tuple[
     that nobody took (null, or not there) says nothing, and an image is not asked for what only a video has.
     """
     reasons = []
-    for name, low, high in bounds(thresholds):
-        value = scores.get(name)
-        if value is None or (scores.get("image") and name in _OF_TIME):
+    for score, low, high in bounds(thresholds):
+        value = scores.get(score.name)
+        if value is None or (scores.get("image") and score.of_time):
             continue
         if low is not None and value < low:
-            reasons.append(f"{name} {value:.4g} < {low:.4g}")
+            reasons.append(f"{score.name} {value:.4g} < {low:.4g}")
         if high is not None and value > high:
-            reasons.append(f"{name} {value:.4g} > {high:.4g}")
+            reasons.append(f"{score.name} {value:.4g} > {high:.4g}")
     return ("rejected", "; ".join(reasons)) if reasons else ("kept", "")
 
 
@@ -77,11 +46,11 @@ def keeps(scores: Mapping[str, NDArray[np.float64]], thresholds: Thresholds) -> 
         thresholds: What to decide by.
     """
     kept = np.ones(len(next(iter(scores.values()), ())), dtype=bool)
-    for name, low, high in bounds(thresholds):
-        values = scores.get(name)
+    for score, low, high in bounds(thresholds):
+        values = scores.get(score.name)
         if values is None:
             continue
-        if name in _OF_TIME and "image" in scores:
+        if score.of_time and "image" in scores:
             values = np.where(scores["image"] > 0, np.nan, values)
         if low is not None:
             kept &= ~(values < low)  # not "values >= low", which nan would fail
@@ -101,16 +70,3 @@ def fills(scores: Mapping[str, NDArray[np.float64]], tokens: Mapping[str, Any]) 
     shortest = min((count for count in lengths if count > 1), default=math.inf)
     available = np.floor(scores["duration"] * tokens["fps"] + 0.01)
     return np.where(scores["image"] > 0, 1 in lengths, available >= shortest)
-
-
-def check_complete() -> None:
-    """Every threshold must be looked at above.
-
-    Raises:
-        AssertionError: if one is not.
-    """
-    named = {field.name.partition("_")[2] for field in fields(Thresholds)}
-    assert named <= set(_ORDER), f"thresholds nobody looks at: {named - set(_ORDER)}"
-
-
-check_complete()

@@ -14,13 +14,14 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pipelines.data.steps.run import Run, Step
 from pipelines.data.video.fingerprint import DIMENSIONS
 
 MIN_FRAMES = 3  # that must match
@@ -184,3 +185,24 @@ def linked_groups(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
                 lowest[member] = name
                 waiting += neighbours[member]
     return lowest
+
+
+class NearDuplicates(Step):
+    """Marks clips that show what another one shows, found across the whole set."""
+
+    def apply(self, run: Run) -> None:
+        """Decide, and group the sources that are linked so, whose split is drawn together."""
+        threshold, clips = run.config.near_duplicates, run.clips
+        if threshold is None:
+            return
+        kept = clips.verdicts.kept
+        rows = clips.of(kept)
+        found = find_near_duplicates(
+            rows["key"], partial(clips.fingerprints, run.table("split"), rows["key"]), threshold
+        )
+        pairs = []
+        for place, duplicate in found.items():
+            original = rows["key"][duplicate.of].as_py()
+            clips.verdicts.set(int(kept[place]), "duplicate", f"near: of {original} (cosine {duplicate.cosine:.3f})")
+            pairs.append((rows["work_key"][place].as_py(), rows["work_key"][duplicate.of].as_py()))
+        run.groups = linked_groups(pairs)

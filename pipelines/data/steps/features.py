@@ -3,22 +3,27 @@
 The table holds features, not verdicts of heads: another head, caption or threshold costs no pass of the large model.
 """
 
+import hashlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
+from pipelines.data.config import CurateConfig
 from pipelines.data.models import text_detector
 from pipelines.data.models.heads import Head
 from pipelines.data.models.open_clip import check_open_clip, file_hash, fixed_batches, load_open_clip, open_clip_hash
 from pipelines.data.models.text_detector import TextDetector
 from pipelines.data.settings import DecodeConfig, FeatureConfig, OpenClipConfig
+from pipelines.data.stage.columns import iterate, take
 from pipelines.data.stage.stage import Row, Stage, StageResources
-from pipelines.data.video.frames import CLIP_INPUTS, ClipReader, evenly
+from pipelines.data.steps.run import Check, Run, Step, check_device, read_in_order
+from pipelines.data.video.frames import CLIP_INPUTS, ClipReader, clip_inputs, evenly, picture_keys
 from pipelines.data.video.reader import VideoError
 from pipelines.errors import UserError
 
@@ -221,3 +226,61 @@ def texts_stage(config: OpenClipConfig, resources: StageResources) -> Stage:
         rows_per_part=4096,
         resources=resources,
     )
+
+
+class Features(Step):
+    """What models see in the clips kept so far."""
+
+    def __init__(self, config: CurateConfig) -> None:
+        features = config.features
+        self.scores = FeatureScores(features)
+        self.stages = (features_stage(features, config.decode, config.resources.of("features")),)
+        self.checks = (
+            Check("features", self.scores.check, costly=True),
+            Check("features", partial(check_device, "features.clip.device", features.clip.device)),
+        )
+
+    def apply(self, run: Run) -> None:
+        """Look, and decide."""
+        clips = run.clips
+        kept = clips.verdicts.kept
+        rows = clips.of(kept)
+        inputs = clip_inputs(rows, picture_keys(rows))
+        table = run.compute_clips("features", inputs)
+        clips.verdicts.mark("features", kept)
+        for places, piece in table.pieces(["clip", "text_area", "error"], inputs["work_key"]):
+            for index, row in zip(kept[places].tolist(), piece.to_pylist(), strict=True):
+                if row["error"]:
+                    clips.verdicts.set(index, "failed", row["error"])
+                    continue
+                for name, value in self.scores.of_clip(row).items():
+                    clips.scores[name][index] = value
+        clips.decide(run.config.thresholds)
+
+
+class Similarity(Step):
+    """How well clips and their captions go together."""
+
+    def __init__(self, config: CurateConfig) -> None:
+        self.stages = (texts_stage(config.features.clip, config.resources.of("features")),)
+
+    def apply(self, run: Run) -> None:
+        """Read the captions, compare, and decide."""
+        clips, kept = run.clips, run.clips.verdicts.kept
+        captioned = kept[pc.greater(pc.list_value_length(run.captions.take(kept)), 0).to_numpy()]
+        captions = run.captions.take(captioned)
+        said = pc.struct_field(pc.list_flatten(captions), "text")
+        hashes = pa.array((hashlib.sha256(text.encode()).hexdigest() for text in iterate(said)), pa.string())
+        keys = pc.unique(hashes)
+        texts = take(said, pc.index_in(keys, hashes).to_numpy())
+        table = run.compute_clips("texts", pa.table([keys, texts], schema=TEXT_INPUTS))
+        vectors = read_in_order(table, ["clip"], pa.chunked_array([keys]))["clip"]
+        spoken = pc.index_in(hashes, keys).to_numpy()  # numbers of the captions' texts, clip after clip
+        bounds = np.concatenate([[0], np.cumsum(pc.list_value_length(captions).to_numpy())])
+        rows = clips.of(captioned)
+        for places, piece in run.table("features").pieces(["clip"], picture_keys(rows)):
+            for place, seen in zip(places.tolist(), piece["clip"].to_pylist(), strict=True):
+                numbers = spoken[bounds[place] : bounds[place + 1]]
+                texts_of_clip = [vectors[number].as_py() for number in numbers.tolist()]
+                clips.scores["similarity"][captioned[place]] = similarity(seen, texts_of_clip)
+        clips.decide(run.config.thresholds)

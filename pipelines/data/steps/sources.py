@@ -10,8 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import storage
+from pipelines.data.config import CurateConfig
 from pipelines.data.settings import SourceConfig
-from pipelines.data.stage.stage import Row, Stage, StageResources
+from pipelines.data.snapshot.removals import read_removed
+from pipelines.data.stage.stage import WORK, Row, Stage, StageResources
+from pipelines.data.steps.run import Run, Step, read_in_order
 from pipelines.data.steps.user_tables import TABLE_SUFFIXES, is_table, read_table, resolve_paths
 from pipelines.data.video.reader import VideoError, unreadable_error
 from pipelines.errors import UserError
@@ -179,3 +182,25 @@ def first_paths(sources: pa.Table) -> pa.Table:
         return readable
     new = pc.fill_null(pc.not_equal(ids[1:], ids[:-1]), True)
     return readable.filter(pa.concat_arrays([pa.array([True]), new]))
+
+
+class HashSources(Step):
+    """Gives each file its content hash, or why it has none; leaves out what was removed from the dataset."""
+
+    def __init__(self, config: CurateConfig) -> None:
+        self.stages = (sources_stage(config.resources.of("sources")),)
+
+    def apply(self, run: Run) -> None:
+        """Hash what is new, and find what stands for each content."""
+        listing = run.listing
+        keys = pc.unique(listing["work_key"])  # a file may be listed under several names
+        files = listing.take(pc.index_in(keys, listing["work_key"].combine_chunks()))
+        work = pc.max_element_wise(files["size"], 0).cast(pa.float64())
+        table = run.compute("sources", files.append_column(WORK, work))
+        hashed = read_in_order(table, ["source_id", "error"], files["work_key"])
+        places = pc.index_in(listing["work_key"], keys)
+        for name in ("source_id", "error"):
+            listing = listing.append_column(name, hashed[name].take(places))
+        flags = pc.is_in(listing["source_id"], pa.array(read_removed(run.config.dataset), pa.string()))
+        run.sources, run.removed = listing.filter(pc.invert(flags)), listing.filter(flags)
+        run.first = first_paths(run.sources)

@@ -6,12 +6,19 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines import storage
+from pipelines.data.config import CurateConfig
 from pipelines.data.keys import clip_key
+from pipelines.data.scores import scores_of
 from pipelines.data.settings import DecodeConfig, SplitConfig
-from pipelines.data.snapshot.schemas import PASS_SCORES
-from pipelines.data.stage.stage import Row, Stage, StageResources
+from pipelines.data.stage.columns import sort
+from pipelines.data.stage.run import TooManyFailuresError
+from pipelines.data.stage.stage import WORK, Row, Stage, StageResources
+from pipelines.data.stage.table import PART
+from pipelines.data.steps.clips import Clips
+from pipelines.data.steps.run import Run, Step
 from pipelines.data.video.decode import CRASHES, CrashLog, DecodeChild, DecodeJob
 from pipelines.data.video.local_files import LocalFiles
 from pipelines.data.video.reader import DecodedSource, VideoError
@@ -23,7 +30,7 @@ CLIPS = pa.schema(
         pa.field("key", pa.string()),
         pa.field("start_s", pa.float64()),
         pa.field("end_s", pa.float64()),
-        pa.field("scores", pa.struct([pa.field(name, pa.float64()) for name in PASS_SCORES])),
+        pa.field("scores", pa.struct([pa.field(score.name, pa.float64()) for score in scores_of("split")])),
         pa.field("fingerprint", pa.binary()),  # thumbnails, see duplicates.py
         pa.field("codec", pa.string()),
         pa.field("pixel_format", pa.string()),
@@ -101,11 +108,42 @@ def split_stage(config: SplitConfig, decode: DecodeConfig, resources: StageResou
     Raises:
         OSError: the weights of its detector cannot be read.
     """
+    added = sorted(score.name for score in scores_of("split") if score.measure is not None)
     return Stage(
         name="split",
-        settings={"version": 6, **split_identity(config)},
+        settings={"version": 6, **split_identity(config), **({"measures": added} if added else {})},
         schema=CLIPS,
         function=partial(SplitFunction, config=config, decode=decode),
         rows_per_part=32,
         resources=resources,
     )
+
+
+class SplitSources(Step):
+    """Cuts the sources into measured clips."""
+
+    def __init__(self, config: CurateConfig) -> None:
+        self.stages = (split_stage(config.split, config.decode, config.resources.of("split")),)
+
+    def apply(self, run: Run) -> None:
+        """Split what is new.
+
+        Raises:
+            JobError: as soon as more sources have failed than the run bears.
+        """
+        first = run.first
+        work = pc.max_element_wise(first["size"], 0).cast(pa.float64())
+        inputs = pa.table({"work_key": first["source_id"], "uri": first["uri"], WORK: work})
+        unreadable = pc.drop_null(run.sources["error"])
+        share, total = run.config.resources.max_failed_share, run.sources.num_rows
+        if len(unreadable) > share * total:
+            raise run.too_many(TooManyFailuresError(unreadable[0].as_py(), len(unreadable)), total, "sources")
+        table = run.compute("split", inputs, max_failed=share * total - len(unreadable))
+        # Fingerprints are most of the table, and read where they are needed.
+        columns = [*(name for name in CLIPS.names if name != "fingerprint"), PART]
+        parts = table.parts()
+        rows = table.read(columns, keys=first["source_id"])
+        run.failed = rows.filter(pc.is_null(rows["key"]))
+        clips = sort(rows.filter(pc.is_valid(rows["key"])), ["work_key", "start_s"])
+        places = pc.index_in(clips["work_key"], first["source_id"].combine_chunks())
+        run.clips = Clips(clips, first["uri"].take(places), parts)

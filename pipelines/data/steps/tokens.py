@@ -1,10 +1,8 @@
 """The token stage: the frames of kept clips, decoded once more at their final size, become grids of codes."""
 
 import hashlib
-import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +18,7 @@ from pipelines.data.settings import DecodeConfig
 from pipelines.data.snapshot.read import TokenizerInfo
 from pipelines.data.stage.columns import iterate
 from pipelines.data.stage.stage import Row, Stage
+from pipelines.data.steps.run import Check, Run, Step, check_device, read_in_order
 from pipelines.data.video.frames import CLIP_INPUTS, ClipReader, Wanted, clip_inputs, picture_names
 from pipelines.data.video.reader import VideoError
 from pipelines.media import psnr
@@ -47,36 +46,6 @@ TOKENIZED = pa.schema(
         pa.field("error", pa.string()),
     ]
 )
-
-
-@dataclass(frozen=True)
-class ClipShape:
-    """What of a clip is encoded."""
-
-    num_frames: int
-    width: int  # px
-    height: int
-
-
-def plan_shape(scores: Mapping[str, float], config: TokenConfig) -> ClipShape | None:
-    """The longest allowed length that a clip fills, at the size nearest to its aspect ratio; None if it is too short.
-
-    Args:
-        scores: Of them, duration (seconds), aspect (width / height of the picture), and whether it is an image.
-        config: What is allowed.
-    """
-    aspect = scores["aspect"]
-    available = math.floor(scores["duration"] * config.fps + 0.01)  # spans are rounded to milliseconds
-    if scores["image"]:
-        lengths = [count for count in config.num_frames if count == 1]
-    else:
-        lengths = [count for count in config.num_frames if 1 < count <= available]
-    if not lengths:
-        return None
-    width, height = min(
-        config.frame_sizes, key=lambda size: (round(abs(math.log(size[0] / size[1] / aspect)), 6), -size[0] * size[1])
-    )
-    return ClipShape(max(lengths), width, height)
 
 
 def token_inputs(clips: pa.Table, shapes: NDArray[np.int32], decode_back_share: float) -> pa.Table:
@@ -192,3 +161,25 @@ def load_tokenizer_info(config: TokenizerConfig) -> TokenizerInfo:
         ValueError: a file is not what it should be.
     """
     return tokenizer_info(load_video_tokenizer(TokenizerConfig(kind=config.kind, path=config.path, device="cpu")))
+
+
+class Tokenize(Step):
+    """Encodes the clips kept to the end."""
+
+    def __init__(self, config: CurateConfig, tokenizer: TokenizerInfo) -> None:
+        self.stages = (tokens_stage(config, tokenizer),)
+        self.checks = (
+            Check("tokens", partial(check_device, "tokens.tokenizer.device", config.tokens.tokenizer.device)),
+        )
+
+    def apply(self, run: Run) -> None:
+        """Encode what is new; of codes, only their hashes are read."""
+        clips, kept = run.clips, run.clips.verdicts.kept
+        inputs = token_inputs(clips.of(kept), clips.shapes[kept], run.config.tokens.decode_back_share)
+        columns = ["fps", "t", "h", "w", "codes_sha256", "psnr", "error"]
+        made = read_in_order(run.compute_clips("tokens", inputs), columns, inputs["work_key"])
+        clips.verdicts.mark("tokens", kept)
+        clips.scores["psnr"][kept] = made["psnr"].to_numpy()
+        for place in np.flatnonzero(made["error"].is_valid().to_numpy()).tolist():
+            clips.verdicts.set(int(kept[place]), "failed", made["error"][place].as_py())
+        run.tokens = made.append_column("clip", pa.array(kept))

@@ -168,8 +168,8 @@ def plan_curation(config: CurateConfig, cluster: Cluster, *, sources: int, seed:
                 RunLog(folder).record() as log,
                 sampled_memory(_largest_process, _SAMPLE_SECONDS) as peaks,
             ):
-                made = curation.run(chosen, log)
-                snapshot = write_snapshot(folder, made.content, config.publish)
+                done = curation.run(chosen, log)
+                snapshot = write_snapshot(folder, curation.content(done), config.publish)
             disk = sum(file.size for file in storage.list_files(folder))
             ledger = snapshot.read_ledger()
     scale = _scale(listing, chosen)
@@ -190,7 +190,7 @@ def plan_curation(config: CurateConfig, cluster: Cluster, *, sources: int, seed:
         stages=tuple(
             StagePlan(name=name, work_s=scale * took.busy_s, workers=workers[name]) for name, took in log.stages.items()
         ),
-        caption_cost=scale * made.captions.cost(config.captions.endpoint),
+        caption_cost=scale * done.captions.cost(config.captions.endpoint),
         price_per_hour=cluster.price,
     )
 

@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import storage
-from pipelines.data.captions.given import caption_fault, unique_captions
+from pipelines.data.captions.choose import caption_fault, unique_captions
+from pipelines.data.captions.registry import captioner_named
 from pipelines.data.settings import CaptionConfig
 from pipelines.data.snapshot.card import dataset_card
 from pipelines.data.snapshot.read import SNAPSHOTS, Bucket, Snapshot, list_snapshots, open_snapshot
@@ -30,7 +31,6 @@ from pipelines.storage.lock import dataset_lock
 
 Row = dict[str, Any]
 _TRIES = 64  # versions of a shard that are compared with its hash
-_CAPTION_STAGES = {"given": "captions", "coca": "captions-coca", "endpoint": "captions-endpoint"}
 
 
 @dataclass(kw_only=True)
@@ -141,7 +141,7 @@ class _Rebuild:
         self.tokens = self._stage_rows("tokens")
         self.rules = CaptionConfig(**_rules(self.created_from["config"]["captions"]))
         captioners = self.created_from["config"]["captions"].get("captioners", ["given"])
-        self.captions = [self._stage_rows(_CAPTION_STAGES[captioner]) for captioner in captioners]
+        self.captions = [self._stage_rows(captioner_named(captioner).stage_name) for captioner in captioners]
 
     def restore(self, damaged: Sequence[tuple[Bucket, int]], done: Repair) -> None:
         """Write the shards that come out as the manifest has them."""

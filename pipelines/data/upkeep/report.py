@@ -15,13 +15,13 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from pipelines.data.settings import Thresholds
+from pipelines.data.scores import SCORES, Thresholds
 from pipelines.data.snapshot.card import reason_classes
 from pipelines.data.snapshot.read import Snapshot
 from pipelines.data.snapshot.schemas import STATUSES, stage_place
 from pipelines.data.stage.log import stage_timings
 from pipelines.data.stage.stage import Row
-from pipelines.data.steps.decide import bounds, fills, is_share, keeps
+from pipelines.data.steps.decide import bounds, fills, keeps
 from pipelines.data.upkeep.contact import CLIPS_EACH, IDENTITY, contact_sheets
 from pipelines.data.upkeep.stills import decode_frames
 from pipelines.pages.plots import Values, histogram
@@ -73,7 +73,7 @@ def what_if(
         if value is None:
             continue
         values = {float(f"{value * factor:.3g}") for factor in _FACTORS} - {value}
-        if is_share(field.name.partition("_")[2]):
+        if SCORES[field.name.partition("_")[2]].share:
             values = {other for other in values if other <= 1}
         others = [(other, passing(replace(thresholds, **{field.name: other}))) for other in sorted(values)]
         without = passing(replace(thresholds, **{field.name: None}))
@@ -134,7 +134,7 @@ def _scores(snapshot: Snapshot) -> tuple[list[Histogram], list[WhatIf]]:
 
 
 def _histograms(scores: Mapping[str, Values], kept: NDArray[np.bool_], thresholds: Thresholds) -> Iterator[Histogram]:
-    limits = {name: [bound for bound in pair if bound is not None] for name, *pair in bounds(thresholds)}
+    limits = {score.name: [each for each in pair if each is not None] for score, *pair in bounds(thresholds)}
     for name, values in scores.items():
         known, near = np.isfinite(values), limits.get(name, [])
         if known.any() and (near or np.ptp(values[known])):

@@ -13,17 +13,20 @@ before, as a stalled recording does.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
+from typing import cast
 
 import cv2
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from pipelines.data.scores import scores_of
 from pipelines.data.video.fingerprint import LOOK_SECONDS
 
+_MEASURED = tuple(score for score in scores_of("split") if score.measure is not None)
 BLOCK = 8  # px
 BLOCK_CHANGE = 4.0  # mean absolute difference of a block's luma, 0..255; grain and usual compression stay below
 CHROMA_CHANGE = 12.0  # likewise of Cb or Cr, in which codecs save most
@@ -44,6 +47,7 @@ class FrameMeter:
     looks: list[tuple[float, float, float]] = field(default_factory=list)  # from, to (seconds), share of changed blocks
     repeats: list[bool] = field(default_factory=list)
     sharpness: list[tuple[float, float]] = field(default_factory=list)  # seconds, variance of the Laplacian
+    measured: dict[str, list[float]] = field(default_factory=lambda: {score.name: [] for score in _MEASURED})
     _last: NDArray[np.uint8] | None = None
     _last_look: tuple[float, list[NDArray[np.uint8]]] | None = None
 
@@ -63,6 +67,8 @@ class FrameMeter:
         same = self._last is not None and cv2.norm(self._last, luma, cv2.NORM_L1) <= REPEAT * luma.size
         self.repeats.append(same)
         self._last = luma
+        for score in _MEASURED:
+            self.measured[score.name].append(cast(Callable[[NDArray[np.uint8]], float], score.measure)(planes))
         if self._last_look is None:
             self._last_look = (time, smooth(planes))
         elif time - self._last_look[0] >= LOOK_SECONDS - 1e-3:
@@ -98,6 +104,7 @@ class FrameMeter:
             "sharpness": self._sharpness(start_time, last_time) / picture_share,
             "motion": min(1.0, float(np.mean(shares)) / picture_share) if shares else 0.0,
             "motion_time": float(np.mean([share > 0 for share in shares])) if shares else 0.0,
+            **{name: float(np.mean(values[first:end])) for name, values in self.measured.items()},
         }
 
     def _longest_freeze(self, first: int, end: int) -> float:

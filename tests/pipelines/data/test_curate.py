@@ -9,9 +9,9 @@ import pytest
 
 from lumos.tokenizers.fsq import FsqAutoencoder, FsqConfig, save_weights
 from pipelines.data.curate import curate
+from pipelines.data.scores import scores_of
 from pipelines.data.snapshot.card import reason_class
 from pipelines.data.snapshot.read import list_snapshots, open_snapshot
-from pipelines.data.snapshot.schemas import PASS_SCORES
 from pipelines.data.steps.sources import hash_file
 from pipelines.errors import JobError, UserError
 from pipelines.storage.lock import dataset_lock
@@ -56,7 +56,7 @@ def test_the_ledger_accounts_for_every_source_and_clip(curated, corpus):
         if row["status"] in ("kept", "rejected"):
             assert row["start_s"] == 0.0
             assert row["end_s"] > 0
-            assert None not in [row["scores"][name] for name in PASS_SCORES]
+            assert None not in [row["scores"][score.name] for score in scores_of("split")]
             assert row["stage_hashes"]["split"]
         assert (row["stage_hashes"]["tokens"] is not None) == (row["status"] == "kept")
 

@@ -7,12 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.data.captions.choose import Captioning
-from pipelines.data.captions.given import CAPTIONED, CaptionSource, caption_fault, unique_captions
+from pipelines.data.captions.captioner import CAPTIONED, CaptionSource
+from pipelines.data.captions.choose import Caption, caption_fault, unique_captions
+from pipelines.data.config import CurateConfig
 from pipelines.data.curate import curate
-from pipelines.data.settings import CaptionConfig, DecodeConfig
+from pipelines.data.settings import CaptionConfig, SourceConfig
 from pipelines.data.snapshot.read import open_snapshot
-from pipelines.data.stage.stage import StageResources
 from pipelines.data.upkeep.status import retry
 from pipelines.errors import JobError, UserError
 from tests.pipelines.data.corpora import curate_config
@@ -130,11 +130,12 @@ def test_captions_are_checked_for_length_and_language(text, fault):
 
 def test_faults_are_counted_and_told():
     config = CaptionConfig(min_words=3, languages=("en",))
-    captioning = Captioning(config, CaptionSource("metadata", {}), DecodeConfig(), StageResources())
+    curation = CurateConfig(dataset="-", source=SourceConfig(path="-"), captions=config)
+    step = Caption(curation, CaptionSource("metadata", {}))
     rows = [["one two three"], ["short", "Das ist ganz sicher ein deutscher Satz über Wände."], []]
     said = [{"captions": [{"text": text, "captioner": "x"} for text in texts]} for texts in rows]
     schema = pa.schema([CAPTIONED.field(name) for name in ("captions", "input_tokens", "output_tokens", "error")])
-    captions = captioning.gather(np.array([7, 8, 9]), {"given": pa.Table.from_pylist(said, schema=schema)})
+    captions = step.gather(np.array([7, 8, 9]), {"given": pa.Table.from_pylist(said, schema=schema)})
     assert [len(own) for own in captions.of.to_pylist()] == [1, 0, 0]
     assert captions.take(np.array([7, 9])).to_pylist() == [[{"text": "one two three", "captioner": "x"}], []]
     assert captions.faults == {

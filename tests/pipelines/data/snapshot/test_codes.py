@@ -7,7 +7,7 @@ import pytest
 
 from pipelines.data.snapshot import codes
 from pipelines.data.snapshot.codes import CodeReader
-from pipelines.data.stage import run as runner
+from pipelines.data.stage import table as stage_table
 from pipelines.data.stage.table import StageTable
 from pipelines.data.steps.tokens import TOKENIZED
 from pipelines.errors import JobError
@@ -39,7 +39,7 @@ def reader(table, numbers):
 @pytest.mark.parametrize(("buffer", "rows"), [(1, 1), (2000, 100), (1 << 28, 1 << 16)])
 def test_each_shard_gets_the_codes_of_its_clips_in_order(table, monkeypatch, buffer, rows):
     monkeypatch.setattr(codes, "_BUFFER_BYTES", buffer)
-    monkeypatch.setattr(runner, "_PIECE_ROWS", rows)
+    monkeypatch.setattr(stage_table, "_PIECE_ROWS", rows)
     numbers = np.random.default_rng(0).permutation(300)[:250]
     shards = [ids(part) for part in np.array_split(numbers, 7)]
     found = list(reader(table, range(300))([*shards, ids([])]))
@@ -56,7 +56,7 @@ def test_each_file_is_read_once(table, monkeypatch):
         read.append(part)
         return pq.read_table(part, columns=columns)
 
-    monkeypatch.setattr(runner, "read_columns", counting)
+    monkeypatch.setattr(stage_table, "read_columns", counting)
     list(reader(table, range(300))([ids([number]) for number in range(300)]))
     assert len(read) == 10
 

@@ -5,11 +5,9 @@ import numpy as np
 import pytest
 
 from pipelines.config import load_config
-from pipelines.data.config import CurateConfig, TokenConfig, area_buckets
-from pipelines.data.settings import Thresholds
-from pipelines.data.snapshot.schemas import PASS_SCORES, SCORES
+from pipelines.data.config import ClipShape, CurateConfig, TokenConfig, area_buckets, plan_shape
+from pipelines.data.scores import SCORES, Thresholds, scores_of
 from pipelines.data.steps.decide import decide, keeps
-from pipelines.data.steps.tokens import ClipShape, plan_shape
 from pipelines.errors import UserError
 
 GOOD = {
@@ -39,7 +37,7 @@ def scores(duration, aspect, image=0.0):
 
 
 def test_a_good_clip_is_kept():
-    assert set(GOOD) == set(PASS_SCORES)
+    assert set(GOOD) == {score.name for score in scores_of("split")}
     assert decide(GOOD, Thresholds()) == ("kept", "")
 
 

@@ -1,0 +1,65 @@
+"""What a captioner is; each is one file beside this one and a line in registry.py (or in a plugin)."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from pipelines.data.config import CurateConfig
+from pipelines.data.snapshot.schemas import CAPTIONS
+from pipelines.data.stage.stage import Stage
+from pipelines.data.steps.run import Check
+from pipelines.data.video.frames import clip_inputs, picture_keys
+
+# What a captioner's stage makes of each clip.
+CAPTIONED = pa.schema(
+    [
+        pa.field("work_key", pa.string(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("captions", CAPTIONS),
+        pa.field("input_tokens", pa.int64()),  # that an endpoint counted, asks money for
+        pa.field("output_tokens", pa.int64()),
+        pa.field("error", pa.string()),  # why a captioner has none
+    ]
+)
+_SPACE = re.compile(r"\s+")
+
+
+@dataclass(frozen=True)
+class CaptionSource:
+    """Raw captions by the URI of their video."""
+
+    captioner: str  # "metadata" or "sidecar"
+    texts: dict[str, tuple[str, ...]]
+
+
+def _shown(clips: pa.Table, given: CaptionSource) -> pa.Table:
+    del given  # a captioner that sees the clips needs no words
+    return clip_inputs(clips, picture_keys(clips))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captioner:
+    """One way to get captions.
+
+    Attributes:
+        name: In ``captions.captioners``.
+        stage_name: Of its stage, whose table has the columns ``CAPTIONED``.
+        stage: Makes the stage for a run's config. Raises a UserError if a file is missing.
+        checks: Of what the stage needs.
+        inputs: Of the stage, from clips (rows of the split stage with ``uri`` and ``split_part``) and the captions that
+            the user brought; by default the clips, to be looked at (``video.frames.ClipReader``).
+    """
+
+    name: str
+    stage_name: str
+    stage: Callable[[CurateConfig], Stage]
+    checks: Callable[[CurateConfig], Sequence[Check]] = lambda config: ()
+    inputs: Callable[[pa.Table, CaptionSource], pa.Table] = _shown
+
+
+def clean_captions(texts: Sequence[str], captioner: str) -> list[dict[str, str]]:
+    """Captions without stray white space, empty ones and repetitions."""
+    cleaned = dict.fromkeys(_SPACE.sub(" ", text).strip() for text in texts)
+    return [{"text": text, "captioner": captioner} for text in cleaned if text]

@@ -1,0 +1,25 @@
+"""The captioners that there are."""
+
+from collections.abc import Mapping
+
+from pipelines.data.captions.captioner import Captioner
+from pipelines.data.captions.coca import COCA
+from pipelines.data.captions.endpoint_stage import ENDPOINT
+from pipelines.data.captions.given import GIVEN
+from pipelines.data.plugins import offered
+from pipelines.errors import UserError
+
+CAPTIONERS: Mapping[str, Captioner] = {
+    captioner.name: captioner for captioner in (GIVEN, COCA, ENDPOINT, *offered("CAPTIONERS"))
+}
+
+
+def captioner_named(name: str) -> Captioner:
+    """A captioner.
+
+    Raises:
+        UserError: if there is none of that name.
+    """
+    if name not in CAPTIONERS:
+        raise UserError(f"captions.captioners: there is no captioner {name!r}; name one of {', '.join(CAPTIONERS)}")
+    return CAPTIONERS[name]

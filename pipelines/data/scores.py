@@ -1,0 +1,193 @@
+"""The one table of scores: what is measured of a clip, by whom, and which thresholds there are for it.
+
+A new score is a line here (or in a plugin, see plugins.py), the function that measures it, and its threshold in a
+config. Ledger, stage table, thresholds, decisions and report follow from the table.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, make_dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.data.plugins import offered
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One score.
+
+    Attributes:
+        name: As ledgers and thresholds have it.
+        unit: Of its values.
+        about: What it says, in words.
+        stage: Which stage measures it: the pass over all frames ("split"), models ("features"), the tokenizer
+            ("tokens").
+        of_time: Whether it is about time; an image cannot have enough of that, and is not asked for it.
+        share: Whether it lies in 0..1, so that a threshold beyond makes no sense.
+        damage: Whether it tells of a damaged file; such a reason is told first, as others may follow from it.
+        bounds: Thresholds that there are, "min" and "max", with their defaults; None: switched off.
+        file: Config key, below ``features``, of the file that it needs.
+        measure: Of one small frame of a clip (Y, Cb and Cr, [3, height, width], 0..255), where the clip's score is the
+            mean over its frames; None where ``video/shots.py`` or a model measures otherwise.
+    """
+
+    name: str
+    unit: str
+    about: str
+    stage: Literal["split", "features", "tokens"] = "split"
+    of_time: bool = False
+    share: bool = False
+    damage: bool = False
+    bounds: Mapping[str, float | None] = field(default_factory=dict)
+    file: str = ""
+    measure: Callable[[NDArray[np.uint8]], float] | None = None
+
+
+_BUILT_IN = (
+    Score(name="image", unit="0 or 1", about="1 for an image, 0 for a video"),
+    Score(name="duration", unit="s", about="length of the clip", of_time=True, bounds={"min": 2.0}),
+    Score(name="fps", unit="1/s", about="frames per second of the source", of_time=True, bounds={"min": 8.0}),
+    Score(name="width", unit="px", about="of the picture between black bars", bounds={"min": None}),
+    Score(name="height", unit="px", about="of the picture between black bars", bounds={"min": None}),
+    Score(name="aspect", unit="width / height", about="shape of the picture", bounds={"min": 0.33, "max": 3.0}),
+    Score(name="picture_share", unit="share", about="of the frame that lies between black bars", share=True),
+    Score(name="declared_frames", unit="frames", about="that the file says it has"),
+    Score(name="decoded_frames", unit="frames", about="that could be decoded"),
+    Score(
+        name="decoded_share",
+        unit="share",
+        about="frames decoded of those the file declares: less is a damaged file",
+        of_time=True,
+        share=True,
+        damage=True,
+        bounds={"min": 0.95},
+    ),
+    Score(
+        name="brightness",
+        unit="share",
+        about="mean luma, 0 black, 1 white",
+        share=True,
+        bounds={"min": 0.02, "max": 0.98},
+    ),
+    Score(
+        name="dark_share",
+        unit="share",
+        about="of the frames that are as good as black",
+        share=True,
+        bounds={"max": 0.5},
+    ),
+    Score(
+        name="flash_share",
+        unit="share",
+        about="of the frames that are much brighter or darker than those around them",
+        of_time=True,
+        share=True,
+        bounds={"max": 0.1},
+    ),
+    Score(
+        name="repeat_share",
+        unit="share",
+        about="of the frames that show the very picture of the one before",
+        of_time=True,
+        share=True,
+        bounds={"max": None},
+    ),
+    Score(
+        name="freeze",
+        unit="s",
+        about="longest stretch of such frames",
+        of_time=True,
+        bounds={"max": None},
+    ),
+    Score(
+        name="sharpness",
+        unit="variance",
+        about="of the Laplacian of the full-size luma, 0..255; depends on contrast",
+        bounds={"min": None},
+    ),
+    Score(
+        name="motion",
+        unit="share",
+        about="of the picture that changes between looks 1/8 s apart, on average",
+        of_time=True,
+        share=True,
+        bounds={"min": None},
+    ),
+    # A static camera with a small moving subject has nearly 1, a slide that is turned now and then nearly 0.
+    Score(
+        name="motion_time",
+        unit="share",
+        about="of the time in which anything moves",
+        of_time=True,
+        share=True,
+        bounds={"min": 0.25},
+    ),
+    Score(
+        name="text_area",
+        unit="share",
+        about="of the picture that text covers",
+        stage="features",
+        share=True,
+        bounds={"max": None},
+        file="text_detector",
+    ),
+    Score(
+        name="aesthetic",
+        unit="1..10",
+        about="by LAION's heads; 4.5-5 in the field",
+        stage="features",
+        bounds={"min": None},
+        file="aesthetic_head",
+    ),
+    Score(
+        name="nsfw", unit="0..1", about="as the head gives it", stage="features", bounds={"max": None}, file="nsfw_head"
+    ),
+    Score(
+        name="similarity",
+        unit="cosine",
+        about="of frames and best caption, -1..1",
+        stage="features",
+        bounds={"min": None},
+        file="clip.weights",
+    ),
+    Score(name="psnr", unit="dB", about="of the decoded codes, of a sample of clips", stage="tokens"),
+)
+_PASS_FIRST = sorted((*_BUILT_IN, *offered("SCORES")), key=lambda score: score.stage != "split")
+SCORES: Mapping[str, Score] = {score.name: score for score in _PASS_FIRST}
+if len(SCORES) != len(_PASS_FIRST):
+    raise ValueError(f"a plugin names a score that there is already; known: {', '.join(SCORES)}")
+# In this order reasons are told; the first names the class that a rejection is counted under.
+DECISIVE = tuple(sorted((score for score in SCORES.values() if score.bounds), key=lambda score: not score.damage))
+
+
+def scores_of(stage: str) -> tuple[Score, ...]:
+    """The scores that a stage measures."""
+    return tuple(score for score in SCORES.values() if score.stage == stage)
+
+
+if TYPE_CHECKING:
+
+    class Thresholds:
+        """What a clip's scores must be for it to be kept: ``min_`` and ``max_`` of them; none switches one off.
+
+        A change here decodes and computes nothing anew: scores are stored.
+        """
+
+        __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+        def __init__(self, **bounds: float | None) -> None: ...
+
+else:
+    Thresholds = make_dataclass(
+        "Thresholds",
+        [
+            (f"{which}_{score.name}", float | None, field(default=default))
+            for score in SCORES.values()
+            for which, default in score.bounds.items()
+        ],
+        frozen=True,
+        kw_only=True,
+        namespace={"__module__": __name__, "__doc__": "What a clip's scores must be for it to be kept."},
+    )

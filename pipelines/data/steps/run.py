@@ -1,0 +1,198 @@
+"""A curation under way: what its steps share, and what each leaves for those after it."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from pipelines.cluster import is_joined
+from pipelines.data.config import CurateConfig
+from pipelines.data.settings import EndpointConfig
+from pipelines.data.stage.columns import take
+from pipelines.data.stage.log import RunLog
+from pipelines.data.stage.run import TooManyFailuresError, run_stage
+from pipelines.data.stage.stage import WORK_KEY, Stage
+from pipelines.data.stage.table import StageTable, anti_join
+from pipelines.data.steps.clips import Clips
+from pipelines.errors import JobError, UserError
+
+
+@dataclass(frozen=True)
+class Check:
+    """Whether what a stage needs is there, found out before any work.
+
+    Attributes:
+        stage: Name of the stage.
+        test: Raises a UserError if it is not. That counts only while the stage has work left.
+        costly: Whether the test is left out once the stage has done something, as it loads a model.
+    """
+
+    stage: str
+    test: Callable[[], object]
+    costly: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captions:
+    """The captions of clips.
+
+    Attributes:
+        clips: Their numbers, ascending.
+        of: Of each, captions fit to be used, in the order of the captioners, as ``schemas.CAPTIONS``.
+        faults: By clip without any: status and reason, as the ledger tells it.
+        left_out: Captions not used, by why.
+        input_tokens: That endpoints counted for these clips.
+        output_tokens: Likewise.
+    """
+
+    clips: NDArray[np.int64]
+    of: pa.ChunkedArray
+    faults: dict[int, tuple[str, str]]
+    left_out: dict[str, int]
+    input_tokens: int
+    output_tokens: int
+
+    def take(self, clips: NDArray[np.int64]) -> pa.ChunkedArray:
+        """The captions of some of the clips."""
+        return take(self.of, np.searchsorted(self.clips, clips))
+
+    def cost(self, prices: EndpointConfig) -> float:
+        """What they cost at these prices, in their currency."""
+        return (self.input_tokens * prices.input_price + self.output_tokens * prices.output_price) / 1e6
+
+
+class Run:
+    """What the steps of a curation work on.
+
+    Args:
+        config: Of the run.
+        stages: By name, all stages of all steps.
+        unready: By stage, why it could do no work.
+        log: Where to note how far it is.
+
+    Attributes:
+        computed: By stage, inputs that this run computed.
+        listing: Every file that was named.
+        sources: Those that may be used, with ``source_id`` or ``error``.
+        removed: Those that were taken out of the dataset.
+        first: One row per content.
+        failed: The split stage's rows of sources without clips.
+        clips: All clips.
+        groups: The duplicate group of each source that has one, by which its split is drawn.
+        captions: Of the clips that got so far.
+        tokens: What the token stage made of the kept clips, without codes; ``clip`` numbers them.
+    """
+
+    sources: pa.Table
+    removed: pa.Table
+    first: pa.Table
+    failed: pa.Table
+    clips: Clips
+    captions: Captions
+    tokens: pa.Table
+
+    def __init__(
+        self,
+        config: CurateConfig,
+        stages: Mapping[str, Stage],
+        unready: Mapping[str, UserError],
+        listing: pa.Table,
+        log: RunLog,
+    ) -> None:
+        self.config, self.stages, self.log = config, stages, log
+        self.listing = listing
+        self.groups: dict[str, str] = {}
+        self.computed: dict[str, int] = {}
+        self._unready = unready
+
+    def table(self, name: str) -> StageTable:
+        """The table of a stage."""
+        return StageTable(self.config.dataset, self.stages[name])
+
+    def compute(self, name: str, inputs: pa.Table, max_failed: float = math.inf) -> StageTable:
+        """Bring a stage's table up to date with its inputs.
+
+        Raises:
+            UserError: what it needs is not there, and there is work left.
+            JobError: a worker failed, or more inputs than the run bears.
+        """
+        table, config = self.table(name), self.config
+        if name in self._unready and anti_join(inputs, table.keys()).num_rows:
+            raise self._unready[name]
+        try:
+            self.computed[name] = run_stage(
+                self.stages[name],
+                inputs,
+                dataset=config.dataset,
+                progress=config.progress,
+                log=self.log,
+                max_failed=max_failed,
+            )
+        except TooManyFailuresError as error:
+            raise self.too_many(error, inputs.num_rows, name) from error
+        return table
+
+    def compute_clips(self, name: str, inputs: pa.Table) -> StageTable:
+        """As ``compute``, of a stage over clips."""
+        return self.compute(name, inputs, self.config.resources.max_failed_share * inputs.num_rows)
+
+    def too_many(self, error: TooManyFailuresError, total: int, where: str) -> JobError:
+        """What ends a run in which too much failed."""
+        return JobError(
+            f"{error.count} of {total} sources or clips failed in the stage {where}, more than "
+            f"resources.max_failed_share = {self.config.resources.max_failed_share} allows; one of them: "
+            f"{error.reason}. Something else than the videos may be wrong; if not, raise the share and give the same "
+            "command again"
+        )
+
+
+class Step(ABC):
+    """One step of a curation: a stage or more, what they need, and what follows from what they make.
+
+    Attributes:
+        stages: That it runs.
+        checks: Of what they need.
+    """
+
+    stages: Sequence[Stage] = ()
+    checks: Sequence[Check] = ()
+
+    @abstractmethod
+    def apply(self, run: Run) -> None:
+        """Do its part: compute what is missing, decide what follows from it."""
+
+
+def check_device(key: str, device: str) -> None:
+    """See that this machine has a device; of a cluster that is joined, others may.
+
+    Raises:
+        UserError: if it has not, or torch knows no such device.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UserError(f"{key}={device}: {str(error).splitlines()[0]}") from error
+    if kind == "cuda" and not is_joined() and not torch.cuda.is_available():
+        raise UserError(
+            f"{key}={device}: torch finds no GPU on this machine; set {key}=cpu, or RAY_ADDRESS to a cluster that has "
+            "one"
+        )
+
+
+def read_in_order(table: StageTable, columns: Sequence[str], keys: pa.ChunkedArray) -> pa.Table:
+    """Some columns of a stage that makes one row of each input, in the order of the inputs' keys, each told once.
+
+    Raises:
+        JobError: the table lacks a key.
+    """
+    found = [(places, rows.select([WORK_KEY, *columns])) for places, rows in table.pieces(columns, keys)]
+    every = np.concatenate([places for places, _ in found] or [np.zeros(0, np.int64)])
+    _, first = np.unique(every, return_index=True)  # ascending; a key may have several rows, where it was given twice
+    schema = pa.schema([table.schema.field(name) for name in (WORK_KEY, *columns)])
+    rows = pa.concat_tables([schema.empty_table(), *(rows for _, rows in found)])
+    return take(rows, first)
