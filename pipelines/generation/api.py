@@ -3,10 +3,9 @@
 import asyncio
 import hmac
 import math
-import re
 import secrets
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -18,7 +17,9 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pipelines.generation.card import ModelCard, RequestEncoder
+from lumos.compression import parse_size
+from lumos.encoder import RequestEncoder
+from pipelines.generation.card import ModelCard
 from pipelines.generation.config import MAX_SEED, SizeConfig, VideoFormat
 from pipelines.generation.manifest import file_name
 from pipelines.generation.media import MEDIA_TYPES
@@ -29,7 +30,6 @@ _MAX_PROMPT = 10_000  # characters
 _MAX_BODY = 1 << 20  # bytes
 _BAD_TOKEN = "a valid bearer token is needed: Authorization: Bearer TOKEN"
 _HEALTH_TIMEOUT_S = 5.0
-_SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 
 Submit = Callable[[VideoRequest], Awaitable[Video | Refusal]]
 Status = Callable[[], Awaitable[dict[str, Any]]]
@@ -91,7 +91,7 @@ def build_api(settings: ApiSettings, submit: Submit, status: Status) -> FastAPI:
     app = FastAPI(title="Lumos-1 video generation", version="1", redoc_url=None)
     app.add_middleware(_Gate, token=settings.token)
     _add_error_handlers(app)
-    encoder = RequestEncoder(settings.card)
+    encoder = RequestEncoder(settings.card.folder)
     authorised = [Depends(_bearer_check(settings.token))]
     errors: dict[int | str, dict[str, Any]] = {
         400: {"model": ErrorBody, "description": "The request cannot be met; the message says why."},
@@ -178,10 +178,10 @@ def _bearer_check(token: str | None) -> Callable[..., None]:
 def _to_request(body: VideoBody, settings: ApiSettings, encoder: RequestEncoder) -> VideoRequest:
     width, height = settings.size.width, settings.size.height
     if body.size is not None:
-        match = _SIZE.fullmatch(body.size)
-        if match is None:
-            raise _BadRequestError(f"size is {body.size!r}; write it as WIDTHxHEIGHT, for example 448x256", "size")
-        width, height = int(match[1]), int(match[2])
+        try:
+            width, height = parse_size(body.size)
+        except ValueError as error:
+            raise _BadRequestError(str(error), "size") from error
     if body.steps is not None and body.steps > settings.max_steps:
         raise _BadRequestError(f"steps is {body.steps}; this service allows at most {settings.max_steps}", "steps")
     given: dict[str, Any] = {
@@ -194,22 +194,22 @@ def _to_request(body: VideoBody, settings: ApiSettings, encoder: RequestEncoder)
         request = VideoRequest(
             prompt=body.prompt.strip(),
             seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
-            size=encoder.size(asked),
+            size=encoder.size(**asdict(asked)),
             sampling=replace(
                 settings.card.sampling, **{key: value for key, value in given.items() if value is not None}
             ),
             format=settings.format,
         )
-        encoder.encode(request)
+        request.encode(encoder)
     except ValueError as error:
         raise _BadRequestError(str(error)) from error
     return request
 
 
 def _describe(settings: ApiSettings, encoder: RequestEncoder) -> dict[str, Any]:
-    card, sampling = settings.card, settings.card.sampling
+    folder, sampling = settings.card.folder, settings.card.sampling
     try:
-        size = encoder.size(settings.size)
+        size = encoder.size(**asdict(settings.size))
         defaults: dict[str, Any] = {"size": f"{size.width}x{size.height}", "frames": size.num_frames, "fps": size.fps}
     except ValueError:  # the checkpoint names no size: every request must
         defaults = {}
@@ -218,15 +218,15 @@ def _describe(settings: ApiSettings, encoder: RequestEncoder) -> dict[str, Any]:
         "guidance_scale": sampling.guidance_scale,
         "history_ratio": sampling.history_ratio,
     }
-    limits = {"size_multiple_of": card.vocabulary.grid_unit, "frames": "1 + 4k", "max_steps": settings.max_steps}
-    limits["max_tokens"] = card.config.max_seq_len
+    limits = {"size_multiple_of": folder.vocabulary.grid_unit, "frames": "1 + 4k", "max_steps": settings.max_steps}
+    limits["max_tokens"] = folder.config.max_seq_len
     return {
-        "id": card.name,
-        "parameters": card.config.num_parameters,
+        "id": folder.name,
+        "parameters": folder.config.num_parameters,
         "format": settings.format,
         "defaults": defaults,
         "limits": limits,
-        "identity": card.identity,
+        "identity": settings.card.identity,
     }
 
 

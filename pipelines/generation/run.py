@@ -17,13 +17,14 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from tqdm import tqdm
 
+from lumos.encoder import RequestEncoder
 from pipelines import storage
 from pipelines.cluster import connect, is_joined
 from pipelines.config import config_to_dict, provenance
 from pipelines.errors import JobError, UserError
 from pipelines.generation.api import ApiSettings
 from pipelines.generation.application import check_port, generator_application, http_application
-from pipelines.generation.card import ModelCard, RequestEncoder, read_card
+from pipelines.generation.card import ModelCard, read_card
 from pipelines.generation.config import MAX_SEED, GenerateConfig, ServeConfig
 from pipelines.generation.manifest import Manifest, file_name
 from pipelines.generation.media import MEDIA_TYPES
@@ -125,9 +126,9 @@ def serve(config: ServeConfig) -> None:
 
 def _plan(config: GenerateConfig, card: ModelCard) -> list[_Job]:
     """Every video of a run, each known to fit the model."""
-    encoder = RequestEncoder(card)
+    encoder = RequestEncoder(card.folder)
     try:
-        size = encoder.size(config.video)
+        size = encoder.size(**asdict(config.video))
     except ValueError as error:
         raise UserError(f"video: {error}") from error
     jobs = []
@@ -141,7 +142,7 @@ def _plan(config: GenerateConfig, card: ModelCard) -> list[_Job]:
                     prompt=prompt.text, seed=seed, size=size, sampling=card.sampling, format=config.format
                 )
                 if seed == first:
-                    encoder.encode(request)
+                    request.encode(encoder)
             except ValueError as error:
                 raise UserError(f"prompts: prompt {index} ({prompt.text[:60]!r}): {error}") from error
             row = {
@@ -176,10 +177,10 @@ def _check_defaults(config: ServeConfig, card: ModelCard) -> None:
             "default: raise it, or set sampling.num_steps (null is what the model recommends)"
         )
     complete = all(value is not None for value in asdict(config.video).values())
-    if not complete and card.default_size is None:
+    if not complete and card.folder.default_size is None:
         return  # every request must then name its size
     try:
-        RequestEncoder(card).size(config.video)
+        RequestEncoder(card.folder).size(**asdict(config.video))
     except ValueError as error:
         raise UserError(f"video: {error}") from error
 
@@ -297,7 +298,7 @@ def _announce(url: str, card: ModelCard, *, needs_token: bool) -> None:
     header = f' -H "Authorization: Bearer ${TOKEN_VARIABLE}"' if needs_token else ""
     body = '{"prompt": "a red square moves left", "seed": 7}'
     sys.stdout.write(
-        f"serving {card.name} at {url} (documentation: {url}/docs); Ctrl-C ends it. Try:\n"
+        f"serving {card.folder.name} at {url} (documentation: {url}/docs); Ctrl-C ends it. Try:\n"
         f"  curl {url}/v1/videos{header} -H 'Content-Type: application/json' -d '{body}' -o video.mp4\n"
     )
     sys.stdout.flush()
