@@ -6,18 +6,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import av
 import httpx
 import pytest
 
-from pipelines.generation import generator
 from pipelines.generation.config import BatchConfig, SamplingChoice, ServeConfig, SizeConfig
-from pipelines.generation.generator import VideoGenerator, ask
+from pipelines.generation.generator import VideoGenerator
 from pipelines.generation.model import read_card
-from pipelines.generation.request import Refusal
 from pipelines.generation.serving.api import build_api
 from tests.pipelines.generation.test_run import copy_model
 
@@ -231,18 +228,6 @@ def test_a_video_that_takes_too_long_answers_504(serve_config: ServeConfig) -> N
         assert "0.2 s" in answer.json()["error"]["message"]
 
     talk(replace(serve_config, timeout_s=0.2), conversation)
-
-
-def test_a_model_without_a_running_process_answers_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def never(*_: Any) -> None:
-        await asyncio.Event().wait()
-
-    monkeypatch.setattr(generator, "_GRACE_S", 0.05)
-    handle: Any = SimpleNamespace(generate=SimpleNamespace(remote=never))
-    request: Any = None
-    refusal = asyncio.run(asyncio.wait_for(ask(handle, request, 0.05), 10))
-    assert isinstance(refusal, Refusal)
-    assert (refusal.reason, refusal.message) == ("timeout", "no process of the model answered within 0.05 s")
 
 
 def test_the_model_and_the_interface_are_described(serve_config: ServeConfig) -> None:
