@@ -183,7 +183,7 @@ class _BodyReader:
                 raise HTTPException(
                     408, f"the body did not arrive within {self._timeout_s:g} s", {"Connection": "close"}
                 ) from error
-            headers = {"Connection": "close", "Retry-After": str(math.ceil(self._timeout_s))}
+            headers = {"Connection": "close", "Retry-After": "1"}
             raise HTTPException(
                 503, f"more than {self._max_open} requests are sending their bodies", headers
             ) from error
