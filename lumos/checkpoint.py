@@ -270,6 +270,18 @@ def load_checkpoint(
     return Checkpoint(model=model.eval(), vocabulary=vocabulary, info=info)
 
 
+def check_weights(path: str | os.PathLike[str]) -> None:
+    """Read a checkpoint folder's weights and compare names and shapes with its config, keeping nothing.
+
+    Raises:
+        FileNotFoundError: as :func:`load_checkpoint`.
+        ValueError: likewise.
+    """
+    with torch.device("meta"):
+        model = Decoder(read_config(path)[0])
+    load_weights(model, path)
+
+
 def load_weights(model: Decoder, path: str | os.PathLike[str]) -> None:
     """Copy the weights of a checkpoint folder into a model, cast to its dtype.
 

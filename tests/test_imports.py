@@ -1,11 +1,16 @@
 """The two rules about imports that the import linter cannot hold, because they are about what happens at run time."""
 
+import os
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from tests.lumos.models import save_tiny_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,18 +69,18 @@ for name in names:
 print(*names)
 """
 
-# A model is built, trained a little, saved, loaded and sampled from; both embedded tokenizers are used.
+# A model is built, trained a little, saved, loaded and asked for a video; both embedded tokenizers are used.
 USE = """
 import tempfile
 import torch
-from lumos.checkpoint import load_checkpoint, save_checkpoint
-from lumos.config import MaskConfig, ModelConfig, SamplingConfig
+from lumos.checkpoint import save_checkpoint
+from lumos.config import MaskConfig, ModelConfig
 from lumos.decoder import Decoder
 from lumos.layout import build_sequence
 from lumos.losses import masked_visual_loss
 from lumos.masking import apply_mask, sample_masked_positions
-from lumos.sampling import GenerationRequest, generate
 from lumos.tokenizers import TextTokenizer, TokenizerConfig, load_video_tokenizer
+from lumos.tokenizers.text import EMBEDDED_FILE
 from lumos.vocabulary import Vocabulary
 
 text, video = TextTokenizer.load(None), load_video_tokenizer(TokenizerConfig(kind="fsq"))
@@ -93,18 +98,18 @@ hidden = model(apply_mask(ids, masked, vocabulary), [layout])
 masked_visual_loss(hidden, model.lm_head.weight, ids, masked, [layout], vocabulary).total().backward()
 assert model.lm_head.weight.grad.abs().sum() > 0
 with tempfile.TemporaryDirectory() as folder:
-    save_checkpoint(folder + "/model", model, vocabulary)
-    model = load_checkpoint(folder + "/model").model
-request = GenerationRequest(
-    text_ids=text.encode("a blue circle"), shape=(2, 4, 4), fps=12, seed=0, config=SamplingConfig(num_steps=2)
-)
-frames = video.decode(torch.from_numpy(generate(model.eval(), vocabulary, [request])[0])[None])
-assert frames.shape == (1, 5, 32, 32, 3)
+    save_checkpoint(folder + "/model", model, vocabulary, text_tokenizer=EMBEDDED_FILE.read_text(encoding="utf-8"))
+    loaded = lumos.load(folder + "/model", tokenizer_kind="fsq")
+frames = loaded.generate("a blue circle", seed=7, size="32x32", num_frames=5, fps=12, num_steps=2)
+assert frames.shape == (5, 32, 32, 3)
 """
 
 
-def run_python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240)
+def run_python(code: str, folder: Path = ROOT) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -117,6 +122,22 @@ def test_lumos_imports_with_its_own_dependencies_alone():
 
 def test_lumos_runs_with_its_own_dependencies_alone():
     run_python(ISOLATE + USE)
+
+
+def test_the_example_of_the_readme_runs_with_the_dependencies_of_lumos_alone(tmp_path):
+    examples = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    assert len(examples) == 1
+    (folder,) = re.findall(r'lumos\.load\("(.+?)"\)', examples[0])
+    save_tiny_folder(tmp_path / folder)
+    printed = run_python(ISOLATE + examples[0], tmp_path).splitlines()
+    frames = np.load(tmp_path / "video.npy")
+    assert (frames.shape, frames.dtype) == ((5, 16, 32, 3), np.uint8)
+    assert printed[1] == "(5, 16, 32, 3) uint8"  # the first line is ISOLATE's
+
+
+def test_importing_lumos_loads_nothing():
+    loaded = "[name for name in sys.modules if name.partition('.')[0] in ('torch', 'numpy', 'lumos')]"
+    assert run_python(f"import sys, lumos\nprint({loaded})").strip() == "['lumos']"
 
 
 @pytest.mark.parametrize("top", ["lumos", "pipelines", "jobs"])

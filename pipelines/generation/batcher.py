@@ -27,7 +27,6 @@ class QueueFullError(Exception):
 
     def __init__(self, limit: int, retry_after_s: float) -> None:
         super().__init__(f"{limit} requests are waiting already")
-        self.limit = limit
         self.retry_after_s = retry_after_s
 
 

@@ -152,7 +152,7 @@ class ServeConfig(ModelRunConfig):
     token: str | None = None  # asked of clients as a bearer token; None: the environment's LUMOS_SERVE_TOKEN, if set
     timeout_s: float = 600.0  # longest a request may take, its waiting included
     body_timeout_s: float = 10.0  # longest the body of a request may take to arrive
-    max_open_bodies: int = 128  # bodies that may be arriving; one more, and the oldest of them gets 503
+    max_open_bodies: int = 256  # bodies that may be arriving, more than clients send at once; else the oldest gets 503
     max_steps: int = 200  # most sampling steps a client may ask for
 
     def __post_init__(self) -> None:

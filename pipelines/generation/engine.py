@@ -5,11 +5,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lumos.checkpoint import load_checkpoint
-from lumos.sampling import generate
-from lumos.tokenizers import load_video_tokenizer
+from lumos.api import Model
 from pipelines.generation.config import ReplicaConfig
-from pipelines.generation.model import ModelCard, RequestEncoder
+from pipelines.generation.model import ModelCard
 from pipelines.generation.request import VideoRequest
 from pipelines.media import encode_video
 
@@ -21,7 +19,7 @@ class AbandonedError(Exception):
 
 
 class Engine:
-    """A model with its tokenizers, loaded.
+    """A model, loaded, and what it draws written as files.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -29,16 +27,14 @@ class Engine:
     """
 
     def __init__(self, card: ModelCard, replicas: ReplicaConfig) -> None:
-        self.encoder = RequestEncoder(card)
-        checkpoint = load_checkpoint(card.path, device=replicas.torch_device, dtype=_DTYPES[replicas.dtype])
-        self._model, self._vocabulary = checkpoint.model, checkpoint.vocabulary
-        self._tokenizer = load_video_tokenizer(card.video_tokenizer)
+        self._model = Model(card.folder, device=replicas.torch_device, dtype=_DTYPES[replicas.dtype])
+        self.encoder = self._model.encoder
 
     def run(self, requests: Sequence[VideoRequest], abandoned: Callable[[], bool]) -> list[bytes]:
         """Files of a batch of requests, which share a size and a number of steps.
 
-        On CPU in float32 each file depends on its own request only: the sampler sees to it for the codes, and frames
-        are decoded and written one video at a time.
+        On CPU in float32 each file depends on its own request only: the sampler sees to it for the codes, and videos
+        are decoded and written one at a time.
 
         Args:
             requests: what to make.
@@ -53,20 +49,15 @@ class Engine:
             if abandoned():
                 raise AbandonedError
 
-        encoded = [self.encoder.encode(request) for request in requests]
-        videos = generate(self._model, self._vocabulary, encoded, on_frame=stop_if_abandoned)
-        files = []
-        for request, codes in zip(requests, videos, strict=True):
-            frames = self._tokenizer.decode(torch.from_numpy(codes)[None])[0]
-            files.append(encode_video(frames.cpu().numpy(), request.size.fps, request.format))
-        return files
+        encoded = [request.encode(self.encoder) for request in requests]
+        videos = self._model.draw(encoded, on_frame=stop_if_abandoned)
+        return [
+            encode_video(frames, request.size.fps, request.format)
+            for request, frames in zip(requests, videos, strict=True)
+        ]
 
 
 def set_threads(replicas: ReplicaConfig) -> None:
     """Set the torch threads of this thread's work; Ray starts workers with one thread per reserved CPU."""
-    torch.set_num_threads(replicas.threads or default_threads(replicas.num_replicas))
-
-
-def default_threads(num_replicas: int) -> int:
-    """Cores this process may use, shared among the replicas of a node."""
-    return max(1, len(os.sched_getaffinity(0)) // num_replicas)
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(replicas.threads or max(1, cores // replicas.num_replicas))

@@ -64,7 +64,7 @@ class VideoGenerator:
     async def generate(self, request: VideoRequest, timeout_s: float | None = None) -> bytes | Refusal:
         """The file of a video, or why there is none."""
         try:
-            self._engine.encoder.encode(request)  # so that a bad request cannot spoil its batch
+            request.encode(self._engine.encoder)  # so that a bad request cannot spoil its batch
         except ValueError as error:
             return Refusal(reason="invalid", message=str(error))
         try:

@@ -5,8 +5,10 @@ import unicodedata
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lumos.compression import CELL, num_latent_frames
+from lumos.compression import VideoSize
 from lumos.config import SamplingConfig
+from lumos.encoder import RequestEncoder
+from lumos.sampling import GenerationRequest
 from pipelines.config import config_hash
 from pipelines.media import VideoFormat
 
@@ -14,30 +16,11 @@ _MAX_SLUG = 60  # characters; a file name stays far under the 255 bytes of file 
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoSize:
-    """Pixels and frames of a video."""
-
-    width: int
-    height: int
-    num_frames: int  # 1 + 4k
-    fps: float
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """The grid of codes (t, h, w) behind the video."""
-        return num_latent_frames(self.num_frames), self.height // CELL, self.width // CELL
-
-    def __str__(self) -> str:
-        """For messages."""
-        return f"{self.width}x{self.height}, {self.num_frames} frames at {self.fps:g} fps"
-
-
-@dataclass(frozen=True, kw_only=True)
 class VideoRequest:
     """A prompt with everything that decides its video, the model apart.
 
     Raises:
-        ValueError: if the format cannot hold the video, or the prompt is empty.
+        ValueError: if the format cannot hold the video.
     """
 
     prompt: str
@@ -48,8 +31,6 @@ class VideoRequest:
 
     def __post_init__(self) -> None:
         """Check what needs no model."""
-        if not self.prompt.strip():
-            raise ValueError("the prompt is empty")
         if self.format == "png" and self.size.num_frames != 1:
             raise ValueError(f"format png holds one frame, num_frames is {self.size.num_frames}: use mp4 or gif")
 
@@ -57,6 +38,14 @@ class VideoRequest:
     def batch_kind(self) -> tuple[VideoSize, int]:
         """What requests must share to be drawn together."""
         return self.size, self.sampling.num_steps
+
+    def encode(self, encoder: RequestEncoder) -> GenerationRequest:
+        """As the sampler takes it.
+
+        Raises:
+            ValueError: if it does not fit the model.
+        """
+        return encoder.encode(self.prompt, size=self.size, seed=self.seed, sampling=self.sampling)
 
     def config_hash(self, model_identity: dict[str, Any]) -> str:
         """Names everything that decides the video but prompt and seed.

@@ -1,11 +1,14 @@
-"""Small decoders and documents that several tests share."""
+"""Small decoders, documents and model folders that several tests share."""
 
 import numpy as np
 import torch
 
-from lumos.config import ModelConfig
+from lumos.checkpoint import ModelInfo, save_checkpoint
+from lumos.config import ModelConfig, SamplingConfig, TokenizerInfo
 from lumos.decoder import Decoder
 from lumos.layout import build_sequence
+from lumos.tokenizers import FsqTokenizer, TextTokenizer
+from lumos.tokenizers.text import EMBEDDED_FILE
 from lumos.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.compact(50, 32, grid_unit=8)
@@ -44,3 +47,18 @@ def documents(*text_lengths: int, shape=(3, 2, 4), seed: int = 0):
         codes = rng.integers(0, VOCABULARY.codebook_size, shape)
         built.append(build_sequence(VOCABULARY, text, codes, fps=12))
     return [ids for ids, _ in built], [layout for _, layout in built]
+
+
+def save_tiny_folder(path) -> None:
+    """A model folder as `lumos train` exports one, with random weights and the tokenizers in the package."""
+    text, video = TextTokenizer.load(), FsqTokenizer()
+    vocabulary = Vocabulary.compact(text.vocab_size, video.codebook_size, grid_unit=16)
+    info = ModelInfo(
+        shapes=((2, 2, 4), (3, 2, 4)),
+        fps=12.0,
+        tokenizer=TokenizerInfo(video.kind, video.codebook_size, video.compression, video.weights_hash),
+        text_tokenizer_hash=text.hash,
+        sampling=SamplingConfig(num_steps=3, guidance_scale=2.0),
+    )
+    model = tiny_model(vocab_size=vocabulary.vocab_size, max_seq_len=200)
+    save_checkpoint(path, model, vocabulary, info=info, text_tokenizer=EMBEDDED_FILE.read_text(encoding="utf-8"))

@@ -10,6 +10,7 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 from tqdm import tqdm
 
+from lumos.encoder import RequestEncoder
 from pipelines import storage
 from pipelines.cluster import connect
 from pipelines.config import config_to_dict, provenance
@@ -18,7 +19,7 @@ from pipelines.generation.bulk.manifest import Manifest
 from pipelines.generation.bulk.prompts import read_prompts
 from pipelines.generation.config import MAX_SEED, GenerateConfig
 from pipelines.generation.generator import ask, generator_application
-from pipelines.generation.model import ModelCard, RequestEncoder, read_card
+from pipelines.generation.model import ModelCard, read_card
 from pipelines.generation.request import Refusal, VideoRequest, file_name
 from pipelines.media import MEDIA_TYPES
 
@@ -82,9 +83,9 @@ def generate(config: GenerateConfig) -> GenerateResult:
 
 def _plan(config: GenerateConfig, card: ModelCard) -> list[_Job]:
     """Every video of a run, each known to fit the model."""
-    encoder = RequestEncoder(card)
+    encoder = RequestEncoder(card.folder)
     try:
-        size = encoder.size(config.video)
+        size = encoder.size(**asdict(config.video))
     except ValueError as error:
         raise UserError(f"video: {error}") from error
     jobs = []
@@ -98,7 +99,7 @@ def _plan(config: GenerateConfig, card: ModelCard) -> list[_Job]:
                     prompt=prompt.text, seed=seed, size=size, sampling=card.sampling, format=config.format
                 )
                 if seed == first:
-                    encoder.encode(request)
+                    request.encode(encoder)
             except ValueError as error:
                 raise UserError(f"prompts: prompt {index} ({prompt.text[:60]!r}): {error}") from error
             row = {

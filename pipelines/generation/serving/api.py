@@ -3,10 +3,9 @@
 import asyncio
 import hmac
 import math
-import re
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
@@ -18,8 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from lumos.compression import parse_size
+from lumos.encoder import RequestEncoder
 from pipelines.generation.config import MAX_SEED, ServeConfig
-from pipelines.generation.model import ModelCard, RequestEncoder
+from pipelines.generation.model import ModelCard
 from pipelines.generation.request import Refusal, VideoRequest, file_name
 from pipelines.media import MEDIA_TYPES
 
@@ -28,7 +29,6 @@ _MAX_PROMPT = 10_000  # characters
 _MAX_BODY = 1 << 20  # bytes
 _BAD_TOKEN = "a valid bearer token is needed: Authorization: Bearer TOKEN"
 _HEALTH_TIMEOUT_S = 5.0
-_SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 
 Submit = Callable[[VideoRequest], Awaitable[bytes | Refusal]]
 Status = Callable[[], Awaitable[dict[str, Any]]]
@@ -80,7 +80,7 @@ def build_api(card: ModelCard, config: ServeConfig, submit: Submit, status: Stat
     app.state.token = config.token
     app.state.bodies = _BodyReader(config.body_timeout_s, config.max_open_bodies)
     _add_error_handlers(app)
-    encoder = RequestEncoder(card)
+    encoder = RequestEncoder(card.folder)
     bearer = HTTPBearer(auto_error=False, description="The service's token, where one is set.")
     v1 = APIRouter(prefix="/v1", route_class=_GuardedRoute, dependencies=[Depends(bearer)])
     errors: dict[int | str, dict[str, Any]] = {
@@ -183,7 +183,7 @@ class _BodyReader:
                 raise HTTPException(
                     408, f"the body did not arrive within {self._timeout_s:g} s", {"Connection": "close"}
                 ) from error
-            headers = {"Connection": "close", "Retry-After": str(math.ceil(self._timeout_s))}
+            headers = {"Connection": "close", "Retry-After": "1"}
             raise HTTPException(
                 503, f"more than {self._max_open} requests are sending their bodies", headers
             ) from error
@@ -200,10 +200,10 @@ def _is_token(given: str, token: str) -> bool:
 def _to_request(body: VideoBody, card: ModelCard, config: ServeConfig, encoder: RequestEncoder) -> VideoRequest:
     width, height = config.video.width, config.video.height
     if body.size is not None:
-        match = _SIZE.fullmatch(body.size)
-        if match is None:
-            raise _BadRequestError(f"size is {body.size!r}; write it as WIDTHxHEIGHT, for example 448x256", "size")
-        width, height = int(match[1]), int(match[2])
+        try:
+            width, height = parse_size(body.size)
+        except ValueError as error:
+            raise _BadRequestError(str(error), "size") from error
     if body.steps is not None and body.steps > config.max_steps:
         raise _BadRequestError(f"steps is {body.steps}; this service allows at most {config.max_steps}", "steps")
     given: dict[str, Any] = {
@@ -216,20 +216,20 @@ def _to_request(body: VideoBody, card: ModelCard, config: ServeConfig, encoder: 
         request = VideoRequest(
             prompt=body.prompt.strip(),
             seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
-            size=encoder.size(asked),
+            size=encoder.size(**asdict(asked)),
             sampling=replace(card.sampling, **{key: value for key, value in given.items() if value is not None}),
             format=config.format,
         )
-        encoder.encode(request)
+        request.encode(encoder)
     except ValueError as error:
         raise _BadRequestError(str(error)) from error
     return request
 
 
 def _describe(card: ModelCard, config: ServeConfig, encoder: RequestEncoder) -> dict[str, Any]:
-    sampling = card.sampling
+    folder, sampling = card.folder, card.sampling
     try:
-        size = encoder.size(config.video)
+        size = encoder.size(**asdict(config.video))
         defaults: dict[str, Any] = {"size": f"{size.width}x{size.height}", "frames": size.num_frames, "fps": size.fps}
     except ValueError:  # the checkpoint names no size: every request must
         defaults = {}
@@ -238,11 +238,11 @@ def _describe(card: ModelCard, config: ServeConfig, encoder: RequestEncoder) -> 
         "guidance_scale": sampling.guidance_scale,
         "history_ratio": sampling.history_ratio,
     }
-    limits = {"size_multiple_of": card.vocabulary.grid_unit, "frames": "1 + 4k", "max_steps": config.max_steps}
-    limits["max_tokens"] = card.config.max_seq_len
+    limits = {"size_multiple_of": folder.vocabulary.grid_unit, "frames": "1 + 4k", "max_steps": config.max_steps}
+    limits["max_tokens"] = folder.config.max_seq_len
     return {
-        "id": card.name,
-        "parameters": card.config.num_parameters,
+        "id": folder.name,
+        "parameters": folder.config.num_parameters,
         "format": config.format,
         "defaults": defaults,
         "limits": limits,

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from types import FrameType
 
+from lumos.encoder import RequestEncoder
 from pipelines.cluster import connect, is_joined
 from pipelines.errors import UserError
 from pipelines.generation.config import ServeConfig
-from pipelines.generation.model import ModelCard, RequestEncoder, read_card
+from pipelines.generation.model import ModelCard, read_card
 from pipelines.generation.serving.application import check_port, http_application
 
 TOKEN_VARIABLE = "LUMOS_SERVE_TOKEN"
@@ -51,10 +52,10 @@ def _check_defaults(config: ServeConfig, card: ModelCard) -> None:
             "default: raise it, or set sampling.num_steps (null is what the model recommends)"
         )
     complete = all(value is not None for value in asdict(config.video).values())
-    if not complete and card.default_size is None:
+    if not complete and card.folder.default_size is None:
         return  # every request must then name its size
     try:
-        RequestEncoder(card).size(config.video)
+        RequestEncoder(card.folder).size(**asdict(config.video))
     except ValueError as error:
         raise UserError(f"video: {error}") from error
 
@@ -82,7 +83,7 @@ def _announce(url: str, card: ModelCard, *, needs_token: bool) -> None:
     header = f' -H "Authorization: Bearer ${TOKEN_VARIABLE}"' if needs_token else ""
     body = '{"prompt": "a red square moves left", "seed": 7}'
     sys.stdout.write(
-        f"serving {card.name} at {url} (documentation: {url}/docs); Ctrl-C ends it. Try:\n"
+        f"serving {card.folder.name} at {url} (documentation: {url}/docs); Ctrl-C ends it. Try:\n"
         f"  curl {url}/v1/videos{header} -H 'Content-Type: application/json' -d '{body}' -o video.mp4\n"
     )
     sys.stdout.flush()

@@ -1,5 +1,6 @@
 """A tiny model with random weights and its tokenizers, as `lumos train` would export it."""
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def save_tokenizer(path: Path, seed: int) -> Path:

@@ -1,12 +1,15 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+import lumos
 from lumos.config import SamplingConfig
-from pipelines.generation.config import GenerateConfig, SizeConfig
+from pipelines.generation.config import GenerateConfig
 from pipelines.generation.engine import AbandonedError, Engine
 from pipelines.generation.model import read_card
 from pipelines.generation.request import VideoRequest
+from pipelines.media import encode_video
 
 PROMPTS = ("a red square moves left", "a blue circle moves up over a green background", "x")
 
@@ -18,7 +21,7 @@ def engine(generate_config: GenerateConfig) -> Engine:
 
 def requests_of(engine: Engine, count: int, num_steps: int = 4) -> list[VideoRequest]:
     """Prompts of several lengths, with settings of their own."""
-    size = engine.encoder.size(SizeConfig())
+    size = engine.encoder.size()
     sampling = SamplingConfig(num_steps=num_steps)
     return [
         VideoRequest(
@@ -43,6 +46,21 @@ def test_invariance_a_video_does_not_depend_on_its_batch(engine: Engine) -> None
         batches = [requests[start : start + size] for start in range(0, 8, size)]
         assert [data for batch in batches for data in engine.run(batch, never)] == alone
     assert engine.run(requests[::-1], never) == alone[::-1]
+
+
+def test_the_library_draws_the_same_videos(engine: Engine, model_dir: Path, tokenizer_path: Path) -> None:
+    model = lumos.load(model_dir, device="cpu", tokenizer=tokenizer_path)
+    requests = requests_of(engine, 3)
+    for request, data in zip(requests, engine.run(requests, never), strict=True):
+        sampling = request.sampling
+        frames = model.generate(
+            request.prompt,
+            seed=request.seed,
+            num_steps=sampling.num_steps,
+            guidance_scale=sampling.guidance_scale,
+            history_ratio=sampling.history_ratio,
+        )
+        assert encode_video(frames, request.size.fps) == data
 
 
 def test_a_batch_nobody_waits_for_is_stopped_after_a_frame(engine: Engine) -> None:

@@ -11,13 +11,14 @@ import pytest
 import ray
 
 from lumos.config import SamplingConfig
+from lumos.encoder import RequestEncoder
 from lumos.tokenizers import TextTokenizer
 from pipelines.errors import UserError
 from pipelines.generation.bulk.run import _plan, generate
 from pipelines.generation.config import GenerateConfig, SamplingChoice, ServeConfig, SizeConfig, TokenizerSource
-from pipelines.generation.model import RequestEncoder, read_card
+from pipelines.generation.model import read_card
 from pipelines.generation.serving.run import serve
-from tests.pipelines.generation.conftest import save_tokenizer
+from tests.pipelines.generation.conftest import free_port, save_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +110,7 @@ def test_a_checkpoint_that_names_no_size_asks_for_one(
     config = replace(generate_config, model=str(model))
     with pytest.raises(UserError, match="width is not given"):
         generate(config)
-    size = RequestEncoder(read_card(config)).size(SizeConfig(width=32, height=16, num_frames=1, fps=12.0))
+    size = RequestEncoder(read_card(config).folder).size(width=32, height=16, num_frames=1, fps=12.0)
     assert (size.width, size.height, size.latent_shape) == (32, 16, (1, 2, 4))
 
 
@@ -202,10 +203,3 @@ def test_other_machines_may_not_connect_without_a_token(
 def test_a_default_size_the_model_cannot_write_is_found_before_ray_starts(serve_config: ServeConfig) -> None:
     with pytest.raises(UserError, match="height 20"):
         serve(replace(serve_config, port=free_port(), video=SizeConfig(height=20)))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

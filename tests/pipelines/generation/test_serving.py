@@ -27,6 +27,7 @@ from pipelines.generation.bulk.run import generate
 from pipelines.generation.config import BatchConfig, GenerateConfig, ReplicaConfig, ServeConfig
 from pipelines.generation.model import read_card
 from pipelines.generation.serving.application import http_application
+from tests.pipelines.generation.conftest import free_port
 
 TOKEN = "sesame"
 PROMPT: dict[str, Any] = {"prompt": "a red square moves left", "seed": 7}
@@ -44,13 +45,6 @@ def service(_cluster: None, serve_config: ServeConfig) -> Iterator[str]:
     config = replace(serve_config, port=free_port(), token=TOKEN, body_timeout_s=4.0)
     with http_application(read_card(config), config) as url:
         yield url
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def client(url: str, token: str = TOKEN) -> httpx.AsyncClient:

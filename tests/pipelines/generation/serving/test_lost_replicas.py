@@ -2,7 +2,6 @@
 
 import asyncio
 import shutil
-import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -16,7 +15,7 @@ from pipelines.cluster import connect
 from pipelines.generation.config import BatchConfig, ReplicaConfig, ServeConfig
 from pipelines.generation.model import read_card
 from pipelines.generation.serving.application import http_application
-from tests.pipelines.generation.conftest import CAPTIONS
+from tests.pipelines.generation.conftest import CAPTIONS, free_port
 
 BODIES = [{"prompt": CAPTIONS[seed % 2], "seed": seed, "steps": 100, "frames": 17} for seed in range(8)]
 
@@ -29,12 +28,9 @@ def _cluster() -> Iterator[None]:
 
 @contextmanager
 def service(config: ServeConfig, *, num_replicas: int = 1) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     config = replace(
         config,
-        port=port,
+        port=free_port(),
         batch=BatchConfig(max_size=4, max_queued=16),
         replicas=ReplicaConfig(num_cpus=0.5, threads=1, num_replicas=num_replicas),
     )

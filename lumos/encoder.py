@@ -1,0 +1,107 @@
+"""Prompts and sizes to the sampler's requests, and in words what a model cannot do."""
+
+from typing import Any
+
+import numpy as np
+
+from lumos.compression import VideoSize, num_latent_frames
+from lumos.config import SamplingConfig
+from lumos.folder import ModelFolder
+from lumos.layout import header_tokens, prompt_text, video_layout
+from lumos.sampling import GenerationRequest
+from lumos.tokenizers import TextTokenizer
+
+
+class RequestEncoder:
+    """Turns what is asked of a model into requests of the sampler; needs no weights."""
+
+    def __init__(self, folder: ModelFolder) -> None:
+        self.folder = folder
+        self._text = TextTokenizer.load(folder.text_tokenizer)
+
+    def size(
+        self,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        num_frames: int | None = None,
+        fps: float | None = None,
+    ) -> VideoSize:
+        """The size asked for, completed from the first that the model was trained on.
+
+        Raises:
+            ValueError: if the model cannot write it, or has no default for what is left out; the message names the
+                value and the nearest that would do.
+        """
+        values: dict[str, Any] = {"width": width, "height": height, "num_frames": num_frames, "fps": fps}
+        for name, value in values.items():
+            if value is None:
+                if self.folder.default_size is None:
+                    raise ValueError(
+                        f"{name} is not given and the model {self.folder.path} names no size it was trained on"
+                    )
+                values[name] = getattr(self.folder.default_size, name)
+        size = VideoSize(**values)
+        self._check_pixels("width", size.width)
+        self._check_pixels("height", size.height)
+        self._check_frames(size.num_frames, size.fps)
+        return size
+
+    def _check_pixels(self, name: str, value: int) -> None:
+        unit = self.folder.vocabulary.grid_unit
+        if value < 1 or value % unit:
+            below = max(unit, value - value % unit)
+            raise ValueError(
+                f"{name} {value} is not a multiple of {unit} px, the model's grid unit: use {below} or {below + unit}"
+            )
+        largest = unit * self.folder.vocabulary.max_number
+        if value > largest:
+            raise ValueError(f"{name} {value} is more than the {largest} px the model can write")
+
+    def _check_frames(self, num_frames: int, fps: float) -> None:
+        num_latent_frames(num_frames)
+        limit = self.folder.vocabulary.max_number
+        if not 1 <= round(fps) <= limit:
+            raise ValueError(f"fps {fps:g} is outside 1..{limit}, what the model can write")
+        if num_frames > limit * fps:
+            raise ValueError(
+                f"num_frames {num_frames} at {fps:g} fps last longer than {limit} s, the most the model can write"
+            )
+
+    def encode(
+        self, prompt: str, *, size: VideoSize, seed: int, sampling: SamplingConfig, given: np.ndarray | None = None
+    ) -> GenerationRequest:
+        """The request as the sampler takes it.
+
+        Args:
+            prompt: the caption; the template that the model was trained with is put around it.
+            size: of the whole video, given frames included.
+            seed: of the draws.
+            sampling: how to draw.
+            given: codes [t, h, w] of frames to continue.
+
+        Raises:
+            ValueError: if the prompt is empty, or prompt and video are longer than the model's context.
+        """
+        if not prompt.strip():
+            raise ValueError("the prompt is empty")
+        text = prompt_text(
+            self.folder.prompt_template,
+            prompt,
+            width=size.width,
+            height=size.height,
+            num_frames=size.num_frames,
+            fps=size.fps,
+        )
+        text_ids = self._text.encode(text)
+        t, h, w = size.latent_shape
+        header = header_tokens(self.folder.vocabulary, text_ids, num_latents=t, fps=size.fps)
+        length = video_layout(len(header), num_latents=t, rows=h, cols=w).length
+        if length > self.folder.config.max_seq_len:
+            raise ValueError(
+                f"{size} and a prompt of {len(text_ids)} tokens make {length} tokens, the model takes "
+                f"{self.folder.config.max_seq_len}: use a shorter prompt, fewer frames or a smaller size"
+            )
+        return GenerationRequest(
+            text_ids=text_ids, shape=size.latent_shape, fps=size.fps, seed=seed, config=sampling, given=given
+        )
