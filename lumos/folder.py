@@ -82,7 +82,7 @@ def open_folder(
 
 
 def _absolute(path: str | os.PathLike[str] | None) -> str | None:
-    return None if path is None else str(Path(path).expanduser().resolve())
+    return str(Path(path).expanduser().resolve()) if path else None  # an empty text names nothing
 
 
 def _check_text_tokenizer(path: str, folder: Path, vocabulary: Vocabulary, info: ModelInfo) -> str:
