@@ -205,7 +205,7 @@ def _given_frames(image: Any, clip: Any) -> NDArray[np.uint8] | None:
     if image is not None and clip is not None:
         raise ValueError("image and clip are both given: a video begins with one of them")
     name, shape, frames = ("image", "[H, W, 3]", image) if clip is None else ("clip", "[T, H, W, 3]", clip)
-    frames = np.asarray(frames)
+    frames = np.asarray(frames.cpu() if isinstance(frames, torch.Tensor) else frames)
     if frames.dtype != np.uint8 or frames.ndim != shape.count(",") + 1 or frames.shape[-1] != 3:
         raise ValueError(f"{name} must be uint8 {shape} with values 0..255, got {frames.dtype} {list(frames.shape)}")
     frames = np.array(frames if clip is not None else frames[None])  # a copy: torch takes no read-only arrays

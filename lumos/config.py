@@ -1,6 +1,6 @@
 """Frozen configuration of the model, the training mask and the sampler, with the named sizes as functions."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 RopeKind = Literal["1d", "3d", "m", "mm"]
@@ -153,11 +153,6 @@ def from_release_config(raw: dict[str, Any]) -> ModelConfig:
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}; is this a Lumos-1 checkpoint?")
     return ModelConfig(**known)
-
-
-def to_dict(config: ModelConfig | MaskConfig | SamplingConfig) -> dict[str, Any]:
-    """A config as plain values for JSON."""
-    return asdict(config)
 
 
 def lumos_500m() -> ModelConfig:

@@ -82,7 +82,7 @@ def open_folder(
 
 
 def _absolute(path: str | os.PathLike[str] | None) -> str | None:
-    return None if path is None else str(Path(path).expanduser().resolve())
+    return str(Path(path).expanduser().resolve()) if path else None  # an empty text names nothing
 
 
 def _check_text_tokenizer(path: str, folder: Path, vocabulary: Vocabulary, info: ModelInfo) -> str:
@@ -111,8 +111,10 @@ def _check_text_tokenizer(path: str, folder: Path, vocabulary: Vocabulary, info:
 def _check_video_tokenizer(config: TokenizerConfig, folder: Path, vocabulary: Vocabulary, info: ModelInfo) -> str:
     try:
         tokenizer = load_video_tokenizer(config)
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"tokenizer: {error}") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"tokenizer: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"tokenizer: {error}") from error
     ours = f"{config.kind} tokenizer {config.path or 'in the package'} ({tokenizer.weights_hash})"
     trained = info.tokenizer
     if trained is not None and trained.weights_hash != tokenizer.weights_hash:

@@ -106,7 +106,7 @@ assert frames.shape == (5, 32, 32, 3)
 
 
 def run_python(code: str, folder: Path = ROOT) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # for such small models
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
     )

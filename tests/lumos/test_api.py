@@ -1,6 +1,7 @@
 import ast
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import lumos
+from lumos.api import SamplingOptions
 from lumos.config import SamplingConfig
 from lumos.sampling import GenerationRequest, generate
 from lumos.tokenizers import TextTokenizer, TokenizerConfig
@@ -17,6 +19,15 @@ from .models import save_tiny_folder
 
 PROMPT = "a red square moves left over a blue background"
 HEIGHT, WIDTH = 16, 32  # of the folder's first shape
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """More would spend their time on waiting for each other in a model this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +131,10 @@ def test_what_cannot_be_drawn_is_named(model, arguments, message):
         model.generate(" ")
 
 
+def test_every_setting_of_the_sampler_is_an_option():
+    assert list(SamplingOptions.__annotations__) == [f.name for f in fields(SamplingConfig)]
+
+
 def test_an_option_that_does_not_exist_is_named(model):
     with pytest.raises(TypeError, match="steps"):
         model.generate(PROMPT, steps=3)
@@ -160,7 +175,8 @@ def test_a_model_that_names_no_size_asks_for_one(folder, tmp_path):
 
 
 def test_where_and_what_a_model_is_is_told(model, folder):
-    assert repr(model) == "<lumos.Model run0: 0.2 M parameters on cpu, videos 32x16, 5 frames at 12 fps>"
+    name = folder.parent.name  # "export" says nothing
+    assert repr(model) == f"<lumos.Model {name}: 0.2 M parameters on cpu, videos 32x16, 5 frames at 12 fps>"
     assert model.folder.video_tokenizer == TokenizerConfig(kind="fsq")
     automatic = lumos.load(folder, dtype=torch.bfloat16).decoder.lm_head.weight
     assert automatic.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
