@@ -20,12 +20,14 @@ from click.testing import CliRunner
 from jobs.data import command
 from pipelines.data import stills
 from pipelines.data.card import reason_classes
-from pipelines.data.contact import CLIPS_EACH, choose_clips, hash_strings
+from pipelines.data.contact import CLIPS_EACH, choose_clips, contact_sheets, hash_strings
 from pipelines.data.curate import curate
 from pipelines.data.report import write_report
 from pipelines.data.schemas import LEDGER
 from pipelines.data.snapshot import open_snapshot
+from pipelines.data.video import VideoError
 from tests.pipelines.data.corpora import curate_config
+from tests.pipelines.data.snapshots import make_snapshot
 from tests.pipelines.data.videos import moving_square, still, write_video
 
 MOVES = 12  # clips of a moving square
@@ -297,3 +299,32 @@ def test_the_hash_of_a_string_depends_on_it_alone():
     assert np.array_equal(whole[3:40], hash_strings(pieces.slice(3, 37)))
     assert len(set(whole.tolist())) == len(set(names))
     assert 0.4 < np.mean(np.unique(whole) >> np.uint64(63)) < 0.6
+
+
+def test_frames_are_asked_for_once_and_whoever_has_none_gets_words(tmp_path):
+    clip, source = {"start_s": 0.0, "end_s": 2.0}, {"start_s": None, "end_s": None}
+    rows = [
+        clip | {"key": "s:0", "path": "a.mp4", "status": "kept", "reason": ""},
+        clip | {"key": "t:0", "path": "b.mp4", "status": "duplicate", "reason": "near: of s:0 (cosine 0.998)"},
+        clip | {"key": "u:0", "path": "c.mp4", "status": "rejected", "reason": "motion 0 < 0.2"},
+        source | {"key": "s@d.mp4", "path": "d.mp4", "status": "duplicate", "reason": "exact: of s"},
+        source | {"key": "v", "path": "e.txt", "status": "failed", "reason": "not_a_video (permanent): text"},
+    ]
+    rows = [row | {"source_id": row["key"][0]} for row in rows]
+    asked = []
+
+    def frames_of(snapshot, clips):
+        asked.append([row["key"] for row in clips])
+        return {"s:0": [b"first", b"last"], "t:0": [b"only"], "u:0": VideoError("missing_file", "no such file")}
+
+    sheets = contact_sheets(make_snapshot(str(tmp_path), {"s:0": np.zeros((1, 4, 4), int)}), ledger_of(rows), frames_of)
+    assert [sorted(keys) for keys in asked] == [["s:0", "t:0", "u:0"]]
+    shown = {tile.row["path"]: tile for _, pairs in sheets for pair in pairs for tile in pair}
+    assert shown["b.mp4"].frames == [b"only"]
+    assert (shown["a.mp4"].frames, shown["a.mp4"].note) == ([b"first", b"last"], "the original, kept")
+    assert shown["a.mp4"].caption == "the clip s:0"
+    assert shown["c.mp4"].words == "no frames, missing file: no such file"
+    assert shown["d.mp4"].words == "the same content as a.mp4"
+    assert shown["e.txt"].words == "not_a_video (permanent): text"
+    pairs = {pair[0].row["path"]: [tile.row["path"] for tile in pair] for _, pairs in sheets for pair in pairs}
+    assert pairs["b.mp4"] == ["b.mp4", "a.mp4"]
