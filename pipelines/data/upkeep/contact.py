@@ -29,7 +29,7 @@ CLIPS_EACH = 12  # shown of every fate
 _HASH_ROWS = 1 << 16  # hashed at a time
 
 # What a duplicate's reason names: "near: of KEY (cosine 0.998)", "exact: of SOURCE_ID".
-_ORIGINAL = re.compile(r"(?:near|exact): of (\S+)")
+_ORIGINAL = re.compile(r"(near|exact): of (\S+)")
 
 # Frames of some clips of a snapshot (ledger rows with a span), by key.
 FramesOf = Callable[[Snapshot, Sequence[Row]], Mapping[str, Shown]]
@@ -75,7 +75,7 @@ def contact_sheets(snapshot: Snapshot, ledger: pa.Table, frames_of: FramesOf) ->
     sheets = choose_clips(ledger)
     chosen = [row for rank in zip_longest(*(sheet.rows for sheet in sheets)) for row in rank if row is not None]
     originals = _originals(ledger, chosen)
-    alike = [row for name, row in originals.items() if name == row["key"]]
+    alike = [row for (kind, _), row in originals.items() if kind == "near"]
     clips = {row["key"]: row for row in [*chosen, *alike] if row["end_s"] is not None}
     shown = frames_of(snapshot, list(clips.values()))
     captions = _captions(snapshot, [row["key"] for row in clips.values() if row["status"] == "kept"])
@@ -88,10 +88,11 @@ def contact_sheets(snapshot: Snapshot, ledger: pa.Table, frames_of: FramesOf) ->
         return Tile(row, frames, words, note, caption)
 
     def tiles(row: Row) -> list[Tile]:
-        original = originals.get(_original(row))
+        kind, name = _original(row)
+        original = originals.get((kind, name))
         if original is None:
             return [tile(row, row["reason"])]
-        if original not in alike:
+        if kind == "exact":
             return [tile(row, f"the same content as {original['path']}")]
         return [tile(row, row["reason"]), tile(original, original["reason"], f"the original, {original['status']}")]
 
@@ -126,19 +127,19 @@ def hash_strings(column: pa.ChunkedArray) -> NDArray[np.uint64]:
     return np.concatenate([np.zeros(0, np.uint64), *hashes])
 
 
-def _original(row: Row) -> str | None:
-    """The key or the source_id of what a row's reason says that it is a duplicate of."""
+def _original(row: Row) -> tuple[str, str]:
+    """What a row's reason says that it is a duplicate of: "near" and a clip's key, or "exact" and a source_id."""
     match = _ORIGINAL.match(row["reason"])
-    return match[1] if match else None
+    return (match[1], match[2]) if match else ("", "")
 
 
-def _originals(ledger: pa.Table, rows: Sequence[Row]) -> dict[str | None, Row]:
-    """Ledger rows of what some rows are duplicates of: by key of a clip, or by source_id of a source's content."""
-    names = pa.array(set(map(_original, rows)) - {None}, pa.string())
+def _originals(ledger: pa.Table, rows: Sequence[Row]) -> dict[tuple[str, str], Row]:
+    """Ledger rows of what some rows are duplicates of."""
+    names = pa.array({name for _, name in map(_original, rows)}, pa.string())
     stands = pc.invert(pc.match_substring(ledger["key"], "@"))  # not so in rows of a source that repeats another
     contents = ledger.filter(pc.and_(pc.is_in(ledger["source_id"], names), stands)).to_pylist()
     clips = ledger.filter(pc.is_in(ledger["key"], names)).to_pylist()
-    return {**{row["source_id"]: row for row in contents}, **{row["key"]: row for row in clips}}
+    return {**{("exact", row["source_id"]): row for row in contents}, **{("near", row["key"]): row for row in clips}}
 
 
 def _captions(snapshot: Snapshot, keys: Sequence[str]) -> dict[str, str]:

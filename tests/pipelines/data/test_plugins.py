@@ -27,7 +27,7 @@ SCORES = (Score(name="blueness", unit="share", about="how blue it is", share=Tru
                 measure=blueness),)
 '''
 
-TOY_CAPTIONER = '''
+TOY_CAPTIONER = """
 from functools import partial
 from pipelines.data.captions.captioner import CAPTIONED, Captioner, clean_captions
 from pipelines.data.stage.stage import Stage
@@ -51,7 +51,7 @@ def stage(config):
                  function=partial(Toy, decode=config.decode), rows_per_part=8, resources=config.resources.of("captions"))
 
 CAPTIONERS = (Captioner(name="toy", stage_name="captions-toy", stage=stage),)
-'''
+"""
 
 
 @pytest.fixture(scope="module")
