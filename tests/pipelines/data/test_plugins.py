@@ -1,4 +1,4 @@
-"""A score and a captioner are each one place: here they are added by one module and configuration, and go all the way."""
+"""A score and a captioner are each one place: added by one module and configuration, they go all the way."""
 
 import json
 import os
@@ -48,7 +48,8 @@ class Toy:
 
 def stage(config):
     return Stage(name="captions-toy", settings={"version": 1}, schema=CAPTIONED,
-                 function=partial(Toy, decode=config.decode), rows_per_part=8, resources=config.resources.of("captions"))
+                 function=partial(Toy, decode=config.decode), rows_per_part=8,
+                 resources=config.resources.of("captions"))
 
 CAPTIONERS = (Captioner(name="toy", stage_name="captions-toy", stage=stage),)
 """
