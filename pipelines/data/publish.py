@@ -36,6 +36,7 @@ from pipelines.data.snapshot import (
     snapshot_number,
 )
 from pipelines.data.tables import iterate, sort, take
+from pipelines.storage.lock import check_lock
 
 ROW_GROUP_ROWS = 256
 _LEDGER, _CARD = "ledger.parquet", "README.md"
@@ -95,6 +96,7 @@ def write_snapshot(dataset: str, content: SnapshotContent, config: PublishConfig
 
     Raises:
         OSError: if a file cannot be written.
+        JobError: if another run took the dataset over.
     """
     ledger = sort(content.ledger.cast(LEDGER), ["key"])
     digest = _content_digest(content, ledger, config)
@@ -125,6 +127,7 @@ def write_snapshot(dataset: str, content: SnapshotContent, config: PublishConfig
         ),
     )
     storage.write_bytes_atomic(storage.join(uri, _CARD), dataset_card(manifest, ledger).encode())
+    check_lock(dataset)
     storage.write_json_atomic(storage.join(uri, MANIFEST), manifest.to_json())
     return open_snapshot(uri)
 

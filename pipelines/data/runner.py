@@ -38,6 +38,7 @@ from pipelines.data.publish import parquet_bytes
 from pipelines.data.runlog import BatchReport, RunLog, StageProgress
 from pipelines.data.settings import StageResources
 from pipelines.errors import JobError, UserError
+from pipelines.storage.lock import check_lock
 
 Row = dict[str, Any]
 RowFunction = Callable[[list[Row]], list[Row]]
@@ -282,6 +283,7 @@ def run_stage(
         _record_settings(stage, table)
         with tqdm(total=state.total, initial=before, desc=stage.name, unit="row", disable=not progress) as bar:
             for report in _in_waves(stage, table, pending, state):
+                check_lock(dataset)
                 bar.update(report.inputs)
                 if log is not None:
                     log.update(stage.name, state)

@@ -18,7 +18,7 @@ from pipelines.data.runner import ERROR, PART_ROW_GROUP, STAGES, WORK_KEY, read_
 from pipelines.data.schemas import stage_place
 from pipelines.data.snapshot import MANIFEST, SNAPSHOTS, list_snapshots, open_snapshot
 from pipelines.errors import UserError
-from pipelines.storage.lock import dataset_lock
+from pipelines.storage.lock import check_lock, dataset_lock
 
 _NOT_OF_SOURCES = ("sources", "texts")  # stages whose keys do not begin with a source's content hash
 
@@ -151,6 +151,7 @@ def retry(dataset: str, failure_class: str) -> dict[str, int]:
                 seen.update(_code(error) for error in errors if error is not None)
                 chosen = [error is not None and failure_class in _words(error) for error in errors]
                 if any(chosen):
+                    check_lock(dataset)
                     forgotten[stage] += sum(chosen)
                     table = _read(part)
                     for key in table[WORK_KEY].filter(pa.array(chosen)).to_pylist():
@@ -190,6 +191,7 @@ def collect_garbage(dataset: str, *, dry_run: bool, keep: int | None = None) -> 
         folder = storage.join(dataset, SNAPSHOTS)
         unused += [f"{SNAPSHOTS}/{name}" for name in storage.list_names(folder) if name not in snapshots]
         for path in unused if not dry_run else ():
+            check_lock(dataset)
             storage.remove(storage.join(dataset, path, MANIFEST))  # first, so that no half of a snapshot passes for one
             storage.remove(storage.join(dataset, path))
         tables = [table for table in list_tables(dataset) if "/".join(table) in used]
@@ -218,6 +220,7 @@ def _drop_removed(
             if found := pc.sum(theirs).as_py():
                 count += found
                 if not dry_run:
+                    check_lock(dataset)
                     _rewrite(part, _read(part).filter(pc.invert(theirs)))
         if count:
             told.append(f"{count} rows of removed sources in {STAGES}/{stage}/{name}")

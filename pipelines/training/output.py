@@ -1,7 +1,6 @@
 """The output folder of a run: what is in it, and whether a run may continue there."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -9,17 +8,15 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import pyarrow as pa
-import pyarrow.fs
-
 from pipelines import storage
 from pipelines.config import config_hash, config_to_yaml, provenance
 from pipelines.errors import UserError
+from pipelines.storage import s3
+from pipelines.storage.lock import local_lock
 from pipelines.tracking import flatten, sqlite_uri
 from pipelines.training.config import TrainConfig
 
 _SHOWN_DIFFERENCES = 6
-_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,6 @@ class Output:
         self.storage = _storage(config, snapshot_digest) or str(self.folder / "checkpoints")
         self.tracking_uri = config.tracking.uri or sqlite_uri(self.folder)
         self._file = self.folder / "run.json"
-        self._building = self.folder / "run.tmp"
         self.run = self._open(config, snapshot_digest)
 
     @contextmanager
@@ -66,15 +62,7 @@ class Output:
         Raises:
             UserError: if another driver trains here, or the folder cannot be written to.
         """
-        try:
-            file = storage.hold_file(self.folder / _LOCK)
-        except OSError as error:
-            raise UserError(f"output = {self.folder} cannot be written to ({error.strerror}): name another") from error
-        except storage.FileHeldError as error:
-            raise UserError(
-                f"output = {self.folder} is in use by another training run: wait for it, stop it, or name another"
-            ) from error
-        with file:
+        with local_lock(self.folder, f"output = {self.folder}"):
             yield
 
     def begin(self, config: TrainConfig) -> None:
@@ -86,15 +74,12 @@ class Output:
     def update(self, **changes: Any) -> None:
         """Change the run file."""
         self.run = replace(self.run, **changes)
-        building = self._building
-        building.write_text(json.dumps(asdict(self.run), indent=2) + "\n")
-        with building.open() as file:
-            os.fsync(file.fileno())
-        building.replace(self._file)
+        storage.write_bytes_atomic(str(self._file), (json.dumps(asdict(self.run), indent=2) + "\n").encode())
 
     def _open(self, config: TrainConfig, snapshot_digest: str) -> RunFile:
         if not self._file.exists():
-            if self.folder.exists() and set(self.folder.iterdir()) - {self._building, self.folder / _LOCK}:
+            # A name with a dot is the lock, or what a kill left of an atomic write.
+            if self.folder.exists() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
                 raise UserError(
                     f"output = {self.folder} is not empty and holds no training run: name another folder, or empty it"
                 )
@@ -122,7 +107,7 @@ def _storage(config: TrainConfig, snapshot_digest: str) -> str | None:
     Its name stands for what is computed, so the same run from another output finds its checkpoints there.
 
     Raises:
-        UserError: if it is of no kind that Arrow knows.
+        UserError: if it is of no kind that is known, or cannot be reached.
     """
     root = config.checkpoint.storage
     if root is None:
@@ -130,8 +115,9 @@ def _storage(config: TrainConfig, snapshot_digest: str) -> str | None:
     if "://" not in root:
         root = str(Path(root).expanduser().resolve())
     try:
-        pyarrow.fs.FileSystem.from_uri(root)
-    except (pa.ArrowException, OSError) as error:
+        storage.filesystem(root)
+        s3.check_store(root)
+    except UserError as error:
         raise UserError(
             f"checkpoint.storage = {root} cannot be used ({error}): name a folder or an s3:// URI"
         ) from error
