@@ -10,7 +10,7 @@ if __name__ == "__main__":  # run as a script: import from the checkout, not fro
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from jobs.command import config_arguments, curate_arguments, resolve, run
-from jobs.data_upkeep import dataset_argument, gc, remove, repair, retry
+from jobs.data_upkeep import dataset_argument, gc, remove, repair, retry, unlock
 
 
 @click.group()
@@ -92,7 +92,7 @@ def plan(config: str, overrides: tuple[str, ...], print_config: bool, **options:
     click.echo(plan_curation(resolved, cluster, sources=int(options["sources"]), seed=int(options["seed"])))
 
 
-for changing in (repair, retry, remove, gc):
+for changing in (repair, retry, remove, unlock, gc):
     command.add_command(changing)
 
 if __name__ == "__main__":

@@ -65,3 +65,13 @@ def gc(dataset: str, dry_run: bool, keep: int | None) -> None:
     paths = collect_garbage(dataset, dry_run=dry_run, keep=keep)
     for path in paths or ["nothing"]:
         click.echo(f"{'would delete' if dry_run else 'deleted'} {path}")
+
+
+@click.command(short_help="Free a dataset in S3 that a killed run left locked.")
+@dataset_argument
+@click.option("--force", is_flag=True, help="Even if a run may hold it; that one stops at its next commit.")
+def unlock(dataset: str, force: bool) -> None:
+    """Take away the lock of a run that is dead, and tell whose it was. It would expire by itself after a minute."""
+    from pipelines.storage.lock import unlock as free
+
+    click.echo(free(dataset, force=force))

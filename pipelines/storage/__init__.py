@@ -1,12 +1,11 @@
 """Files on local disks and object stores, and locks on them; the functions of ``files`` are at hand here."""
 
 from pipelines.storage.files import (
-    FileHeldError,
     FileInfo,
+    arrow_filesystem,
     describe_file,
     exists,
     filesystem,
-    hold_file,
     is_dir,
     is_local,
     join,
@@ -24,12 +23,11 @@ from pipelines.storage.files import (
 )
 
 __all__ = [
-    "FileHeldError",
     "FileInfo",
+    "arrow_filesystem",
     "describe_file",
     "exists",
     "filesystem",
-    "hold_file",
     "is_dir",
     "is_local",
     "join",

@@ -5,35 +5,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from aiohttp import ClientError as HttpError
-from botocore import exceptions
+from botocore.exceptions import (
+    BotoCoreError,
+    CredentialRetrievalError,
+    HTTPClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
+from botocore.exceptions import ConnectionError as UnreachableError
 from botocore.parsers import ResponseParserError
 
 from pipelines.errors import UserError
 
-_BAD_CREDENTIALS = {
-    "ExpiredToken",
-    "ExpiredTokenException",
-    "InvalidAccessKeyId",
-    "InvalidClientTokenId",
-    "InvalidToken",
-    "SignatureDoesNotMatch",
-    "TokenRefreshRequired",
-    "UnrecognizedClientException",
-}
-_NO_CREDENTIALS = (
-    exceptions.NoCredentialsError,
-    exceptions.PartialCredentialsError,
-    exceptions.CredentialRetrievalError,
-    exceptions.ProfileNotFound,
-)
-_NO_ANSWER = (
-    exceptions.HTTPClientError,
-    exceptions.ConnectionError,
-    exceptions.IncompleteReadError,
-    HttpError,
-    ResponseParserError,
-    TimeoutError,
-)
+_BAD_CREDENTIALS = ("Token", "AccessKeyId", "SignatureDoesNotMatch", "UnrecognizedClient")  # within codes of refusals
+_NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError, ProfileNotFound)
+_NO_ANSWER = (HTTPClientError, UnreachableError, IncompleteReadError, HttpError, ResponseParserError, TimeoutError)
 # Answers that botocore does not take for passing: the body was damaged on its way, or others were at it.
 _PASSING = {"BadDigest", "IncompleteBody", "OperationAborted"}
 
@@ -77,7 +65,7 @@ def explain_error(uri: str, error: Exception) -> Exception:
         return OSError(errno.EIO if passing else errno.EINVAL, f"{code}: {_words(error)}", uri)
     if isinstance(error, _NO_ANSWER):
         return OSError(errno.EIO, _words(error), uri)
-    if isinstance(error, exceptions.BotoCoreError | ValueError):
+    if isinstance(error, BotoCoreError | ValueError):
         return OSError(errno.EINVAL, _words(error), uri)
     return error
 
@@ -89,7 +77,7 @@ def _refusal(uri: str, error: Exception, code: str) -> UserError | None:
             f"{uri}: no credentials for its store ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
             "AWS_PROFILE, and AWS_ENDPOINT_URL for a store other than AWS; on all machines of a cluster"
         )
-    if code in _BAD_CREDENTIALS:
+    if any(word in code for word in _BAD_CREDENTIALS):
         return UserError(
             f"{uri}: its store refuses the credentials ({code}: {_words(error)}); renew or correct AWS_ACCESS_KEY_ID, "
             "AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, then give the same command again"

@@ -4,13 +4,10 @@ A URI is a local path or anything fsspec knows (``s3://bucket/key``). A local pa
 ``::``, ``#`` and ``*`` among them; one whose bytes are no UTF-8 is kept under an escaped name.
 
 S3 fails now and then: what may pass is waited for (see s3.py), and what is left is an ``OSError`` as a disk would
-raise it (see errors.py).
+raise it (see errors.py): ``FileNotFoundError`` where there is nothing, ``EIO`` where the store fails for long.
 """
 
-import errno
-import fcntl
 import hashlib
-import io
 import json
 import os
 import secrets
@@ -18,18 +15,19 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, cast
+from typing import Any, BinaryIO
 from urllib.parse import quote, unquote_to_bytes
 
 import fsspec
+import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.errors import UserError
 from pipelines.storage import s3
 
-_CHUNK = 1 << 20
-_TAIL = 1 << 18  # bytes at the end of a remote file that are fetched first, and kept
+_READ_AHEAD = 1 << 16  # bytes that are fetched of a remote file beyond those asked for
 
 
 @dataclass(frozen=True)
@@ -83,6 +81,17 @@ def _named(path: str, local: str) -> tuple[str, str]:
     return path, local
 
 
+def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The same filesystem as Arrow and what builds on it, such as Ray Train, want it, and the path in it.
+
+    Raises:
+        UserError: if the protocol is unknown, or its package is not installed.
+    """
+    fs, path = filesystem(uri)
+    local = isinstance(fs, LocalFileSystem)
+    return pyarrow.fs.LocalFileSystem() if local else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)), path
+
+
 def join(uri: str, *parts: str) -> str:
     """A URI below another."""
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
@@ -103,11 +112,7 @@ def is_dir(uri: str) -> bool:
 
 
 def read_bytes(uri: str) -> bytes:
-    """All of a file.
-
-    Raises:
-        FileNotFoundError: if there is none.
-    """
+    """All of a file."""
     with open_file(uri) as file:
         return file.read()
 
@@ -118,11 +123,7 @@ def read_json(uri: str) -> Any:
 
 
 def write_bytes_atomic(uri: str, data: bytes) -> None:
-    """Write a file so that no reader and no crash ever shows a part of it. Folders are made as needed.
-
-    Raises:
-        OSError: if it cannot be written; nothing is left behind.
-    """
+    """Write a file so that no reader and no crash ever shows a part of it. Folders are made as needed."""
     if not is_local(uri):
         fs, path = filesystem(uri)
         fs.pipe_file(path, data)  # one put, or an upload in parts that counts only when completed
@@ -147,30 +148,6 @@ def write_json_atomic(uri: str, value: Any) -> None:
     write_bytes_atomic(uri, (text + "\n").encode())
 
 
-def hold_file(path: Path) -> TextIO:
-    """Open a local file, made where there is none, that no other process can hold until it is closed.
-
-    The system lets go of it when this process dies, however it does.
-
-    Raises:
-        FileHeldError: another holds it; its content is the message.
-        OSError: it cannot be written to.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        with file:
-            file.seek(0)
-            raise FileHeldError(file.read().strip()) from error
-    return file
-
-
-class FileHeldError(Exception):
-    """Another process holds a file."""
-
-
 def remove(uri: str) -> None:
     """Delete a file or a folder with all in it; nothing happens where there is none.
 
@@ -183,16 +160,9 @@ def remove(uri: str) -> None:
 
 
 def sha256_file(uri: str) -> str:
-    """Hex SHA-256 of a file's content, read in pieces.
-
-    Raises:
-        OSError: if it cannot be read.
-    """
-    digest = hashlib.sha256()
+    """Hex SHA-256 of a file's content, read in pieces."""
     with open_file(uri) as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def list_names(uri: str) -> list[str]:
@@ -221,15 +191,13 @@ def list_files(uri: str, *, suffixes: Sequence[str] | None = None) -> list[FileI
 
 def describe_file(uri: str, path: str) -> FileInfo:
     """What ``list_files`` says of one local file; a remote one is described by its URI alone, without a request."""
-    if not is_local(uri):
-        return FileInfo(path=path, uri=uri, size=-1, version="")
-    local = filesystem(uri)[1]
-    path, uri = _named(path, local if uri.startswith("file://") else uri)
-    try:
-        status = os.stat(local)
-    except OSError:
-        return FileInfo(path=path, uri=uri, size=-1, version="")
-    return FileInfo(path=path, uri=uri, size=status.st_size, version=str(status.st_mtime_ns))
+    if is_local(uri):
+        local = filesystem(uri)[1]
+        path, uri = _named(path, local if uri.startswith("file://") else uri)
+        with suppress(OSError):
+            status = os.stat(local)
+            return FileInfo(path=path, uri=uri, size=status.st_size, version=str(status.st_mtime_ns))
+    return FileInfo(path=path, uri=uri, size=-1, version="")
 
 
 def _walk_local(uri: str) -> Iterator[FileInfo]:
@@ -255,11 +223,7 @@ def _walk_remote(uri: str) -> Iterator[FileInfo]:
 
 @contextmanager
 def local_copy(uri: str) -> Iterator[str]:
-    """The path of a file's content on this machine: its own, or that of a copy which lives as long as the block.
-
-    Raises:
-        OSError: if it cannot be fetched.
-    """
+    """The path of a file's content on this machine: its own, or that of a copy which lives as long as the block."""
     if is_local(uri):
         yield filesystem(uri)[1]
         return
@@ -271,66 +235,15 @@ def local_copy(uri: str) -> Iterator[str]:
 
 
 @contextmanager
-def open_file(uri: str) -> Iterator[BinaryIO]:
-    """A file for reading, anywhere in it; one that is elsewhere is fetched whole, by one request.
-
-    Raises:
-        OSError: if it cannot be read.
-    """
+def open_file(uri: str) -> Iterator[BufferedReader]:
+    """A file for reading, anywhere in it; one that is elsewhere is fetched whole, by one request."""
     with local_copy(uri) as path, open(path, "rb") as file:
         yield file
 
 
 @contextmanager
 def open_ranges(uri: str) -> Iterator[BinaryIO]:
-    """A file of which little is read, as some columns of a Parquet file; of a remote one, little more is fetched.
-
-    Raises:
-        OSError: if it cannot be read.
-    """
-    if is_local(uri):
-        with open_file(uri) as file:
-            yield file
-    else:
-        yield cast(BinaryIO, _RemoteRanges(uri))
-
-
-class _RemoteRanges(io.RawIOBase):
-    """A remote file; each read of what is not in its tail is a request."""
-
-    def __init__(self, uri: str) -> None:
-        super().__init__()
-        self._uri = uri
-        self._fs, self._path = filesystem(uri)
-        self._tail: bytes = self._fs.cat_file(self._path, start=-_TAIL)
-        whole = len(self._tail) < _TAIL
-        self._size = len(self._tail) if whole else int(self._fs.size(self._path))
-        self._place = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
-        return self._place
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._fetch(self._place, min(self._place + len(buffer), self._size))
-        buffer[: len(data)] = data
-        self._place += len(data)
-        return len(data)
-
-    def _fetch(self, start: int, stop: int) -> bytes:
-        tail = self._size - len(self._tail)
-        if start >= tail:
-            return self._tail[start - tail : stop - tail]
-        data: bytes = self._fs.cat_file(self._path, start=start, end=stop)
-        if len(data) != stop - start:
-            raise OSError(errno.EIO, "the file was changed while it was read", self._uri)
-        return data
+    """A file of which little is read, as some columns of a Parquet file; of a remote one, little more is fetched."""
+    fs, path = filesystem(uri)
+    with fs.open(path, "rb") if is_local(uri) else fs.open(path, "rb", block_size=_READ_AHEAD) as file:
+        yield file

@@ -1,216 +1,248 @@
-"""One run at a time on a dataset."""
+"""One run at a time in a folder: who holds it is written there.
+
+A local lock ends with its process, however that dies. A lock in S3 is an object that the run makes where there is none
+and writes anew while it lives; left by a killed run it counts for ``EXPIRY_SECONDS`` more, or until ``unlock``.
+"""
 
 import json
 import os
 import secrets
-import signal
+import shlex
 import socket
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from pipelines import storage
 from pipelines.errors import JobError, UserError
 from pipelines.storage import s3
 
+LOCK_FILE = ".lock"
 RENEW_SECONDS = 15.0  # between the signs of life of a run that holds a dataset in S3
-STALE_SECONDS = 60.0  # without one, the dataset may be taken
-_FILE = ".lock"
+EXPIRY_SECONDS = 60.0  # without one, the dataset may be taken
 _ROUNDS = 5  # of a contest between runs that start at once
 
 
-@contextmanager
-def dataset_lock(dataset: str) -> Iterator[None]:
-    """Hold a dataset for the time of the block.
-
-    On a local disk the system lets go of it when the process dies, however it does. In S3 an object stands for the run
-    and is renewed by a thread; that of a run which was killed counts for ``STALE_SECONDS``, or until a run on the same
-    machine sees that its process is gone. A run that was halted for longer and lost the dataset is interrupted when it
-    goes on (only in the main thread, elsewhere it is told at the end of the block). Other stores are not locked.
-
-    Raises:
-        UserError: if another run holds it (the message names that run), or it cannot be written to.
-        JobError: if another run took it over.
-    """
-    if storage.is_local(dataset):
-        with _local_lock(dataset):
-            yield
-    elif s3.is_s3(dataset):
-        with _s3_lock(dataset):
-            yield
-    else:
-        yield
-
-
 @dataclass
-class _Holder:
-    """The run that holds a dataset."""
+class Owner:
+    """The run that holds a lock."""
 
     pid: int = field(default_factory=os.getpid)
     host: str = field(default_factory=socket.gethostname)
     since: str = field(default_factory=lambda: datetime.now(UTC).isoformat("T", "seconds"))
-    machine: str = field(default_factory=lambda: _machine())
+    command: str = field(default_factory=lambda: shlex.join(sys.argv)[:200])
     token: str = field(default_factory=lambda: secrets.token_hex(8))
     renewals: int = 0  # makes each version of the object another
 
     def __str__(self) -> str:
-        return json.dumps({"pid": self.pid, "host": self.host, "since": self.since})
+        return f"pid {self.pid} on {self.host} since {self.since}: {self.command}"
 
     def to_bytes(self) -> bytes:
+        """As it stands in the lock."""
         return json.dumps(asdict(self)).encode()
 
-    def is_gone(self) -> bool:
-        """Whether this is a process of this machine that has ended."""
-        if not self.machine or self.machine != _machine():
-            return False
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Owner":
+        """What a lock says; of one that another program wrote, nothing is known."""
         try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            return False
-        return False
-
-
-def _machine() -> str:
-    """Names this start of this machine, and the container in which process ids count; "" where that is not told."""
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
+            return cls(**json.loads(data))
+        except (TypeError, ValueError):
+            return cls(pid=0, host="unknown", since="unknown", command="unknown", token="")
 
 
 @contextmanager
-def _local_lock(dataset: str) -> Iterator[None]:
-    folder = Path(storage.filesystem(dataset)[1])
+def local_lock(folder: Path, name: str) -> Iterator[None]:
+    """Hold a local folder, made where there is none, for the time of the block; messages call it by the name.
+
+    Raises:
+        UserError: if another process holds it (the message names that process), or it cannot be written to.
+    """
+    path = folder / LOCK_FILE
+    lock = FileLock(path)
     try:
-        file = storage.hold_file(folder / _FILE)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        content = path.read_bytes()
+        owner = Owner.from_bytes(content) if content else "just starting"
+        raise UserError(f"{name} is in use by another run ({owner}): wait for it, stop it, or name another") from error
     except OSError as error:
-        raise UserError(f"dataset {dataset} cannot be written to ({error.strerror}); name another folder") from error
-    except storage.FileHeldError as holder:
-        raise UserError(
-            f"dataset {dataset} is in use by another run ({str(holder) or 'just starting'}): wait for it, stop it, or "
-            "name another dataset"
-        ) from holder
-    with file:
-        file.seek(0)
-        file.truncate()
-        file.write(str(_Holder()))
-        file.flush()
+        raise UserError(f"{name} cannot be written to ({error.strerror}); name another folder") from error
+    try:
+        path.write_bytes(Owner().to_bytes())
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def dataset_lock(dataset: str) -> Iterator[None]:
+    """Hold a dataset for the time of the block; ``check_lock`` tells a run within it that it lost the dataset.
+
+    Stores other than S3 are not locked.
+
+    Raises:
+        UserError: if another run holds it (the message names that run), or it cannot be written to.
+        JobError: if another run took it over; at the latest at the end of the block.
+    """
+    if storage.is_local(dataset):
+        with local_lock(Path(storage.filesystem(dataset)[1]), f"dataset {dataset}"):
+            yield
+    elif s3.is_s3(dataset):
+        s3.check_store(dataset)
+        lock = _S3Lock(dataset)
+        lock.acquire()
+        _held[dataset] = lock
+        try:
+            yield
+            lock.check()
+        finally:
+            del _held[dataset]
+            lock.release()
+    else:
         yield
 
 
-@contextmanager
-def _s3_lock(dataset: str) -> Iterator[None]:
+def check_lock(dataset: str) -> None:
+    """Before a commit: raise a ``JobError`` if this process took the lock of a dataset and lost it to another."""
+    if dataset in _held:
+        _held[dataset].check()
+
+
+def unlock(dataset: str, *, force: bool = False) -> str:
+    """Take away the lock that a killed run left on a dataset; returns what was done, for a person.
+
+    Args:
+        dataset: The dataset.
+        force: Also a lock that may still be renewed. A run that lives stops at its next commit, then.
+
+    Raises:
+        UserError: if a run holds it, or may.
+    """
+    uri = storage.join(dataset, LOCK_FILE)
     s3.check_store(dataset)
-    holding = _Holding(storage.join(dataset, _FILE))
-    try:
-        holding.acquire(dataset)
-    except OSError as error:
+    if not s3.is_s3(dataset) and storage.exists(uri):
+        with dataset_lock(dataset):  # refuses if a run holds it; a lock file without one holds nobody
+            pass
+    found = _read(uri) if s3.is_s3(dataset) else None
+    if found is None:
+        return f"{dataset} is not locked"
+    owner, tag, age = found
+    if age < EXPIRY_SECONDS and not force:
         raise UserError(
-            f"dataset {dataset} cannot be locked ({error.strerror}): the credentials must allow to write there, and "
-            "the store must know conditional writes (If-None-Match, If-Match)"
-        ) from error
-    renewing = threading.Thread(target=holding.renew_until_end, name="dataset-lock", daemon=True)
-    renewing.start()
-    try:
-        try:
-            yield
-        finally:
-            holding.end.set()
-            renewing.join()
-    except KeyboardInterrupt:
-        if not holding.lost:
-            raise
-    finally:
-        if not holding.lost:
-            holding.release()
-    if holding.lost:
-        raise JobError(
-            f"another run took dataset {dataset} over, as this one gave no sign of life for {STALE_SECONDS:g} s; what "
-            "was committed is kept: give the same command again when that run has ended"
+            f"dataset {dataset} is in use by a run ({owner}), which gave a sign of life {age:.0f} s ago: stop that "
+            f"run; if it was killed, the dataset is free {EXPIRY_SECONDS - age:.0f} s from now, or with --force at once"
         )
+    try:
+        s3.write_object_if(uri, Owner().to_bytes(), tag=tag)  # from now on a run that lives has lost it
+        _delete(uri)
+    except (FileExistsError, FileNotFoundError) as error:
+        raise UserError(f"dataset {dataset} was locked or freed just now ({owner}): look again") from error
+    return f"{dataset} is free; it was locked by {owner}, whose last sign of life is {age:.0f} s old"
 
 
-class _Holding:
+class _S3Lock:
     """An object that says who holds a dataset, and its upkeep."""
 
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-        self.holder = _Holder()
+    def __init__(self, dataset: str) -> None:
+        self.dataset = dataset
+        self.uri = storage.join(dataset, LOCK_FILE)
+        self.owner = Owner()
         self.tag = ""  # of the version that we wrote last
-        self.in_main_thread = threading.current_thread() is threading.main_thread()
-        self.end = threading.Event()
+        self.renewed = 0.0  # when, on the monotonic clock
         self.lost = False
+        self._renewing = threading.Lock()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._renew_until_end, name="dataset-lock", daemon=True)
 
-    def acquire(self, dataset: str) -> None:
-        """Become the holder.
-
-        Raises:
-            UserError: if another run is.
-            OSError: if the object cannot be written.
-        """
+    def acquire(self) -> None:
+        """Become the owner, or raise a ``UserError`` if another run is, or the object cannot be written."""
         tag: str | None = None
-        for _ in range(_ROUNDS):
-            with suppress(FileExistsError, FileNotFoundError):
-                self.tag = s3.write_object_if(self.uri, self.holder.to_bytes(), tag=tag)
-                return
-            found = self._read()
-            if found is None:
-                tag = None
-                continue
-            other, tag, age = found
-            if other.token == self.holder.token:  # our own write, whose answer was lost
-                self.tag = tag
-                return
-            if age < STALE_SECONDS and not other.is_gone():
-                raise UserError(
-                    f"dataset {dataset} is in use by another run ({other}), which gave a sign of life {age:.0f} s ago: "
-                    "wait for it, stop it, or name another dataset. If it was killed, the dataset is free "
-                    f"{STALE_SECONDS - age:.0f} s from now, or at once when {self.uri} is deleted"
-                )
-        raise UserError(f"dataset {dataset} is in use by other runs, just starting: wait for them, or stop them")
+        try:
+            for _ in range(_ROUNDS):
+                if self._write(tag):
+                    self._thread.start()
+                    return
+                owner, tag, age = _read(self.uri) or (None, None, EXPIRY_SECONDS)
+                if age < EXPIRY_SECONDS:
+                    raise UserError(
+                        f"dataset {self.dataset} is in use by another run ({owner}), which gave a sign of life "
+                        f"{age:.0f} s ago: wait for it, stop it, or name another dataset. If it was killed, the "
+                        f"dataset is free {EXPIRY_SECONDS - age:.0f} s from now, or at once by `lumos data unlock "
+                        f"{self.dataset} --force`"
+                    )
+        except OSError as error:
+            raise UserError(
+                f"dataset {self.dataset} cannot be locked ({error.strerror}): the credentials must allow to write "
+                "there, and the store must know conditional writes (If-None-Match, If-Match)"
+            ) from error
+        raise UserError(f"dataset {self.dataset} is in use by other runs, just starting: wait for them, or stop them")
 
-    def renew_until_end(self) -> None:
-        """Give signs of life; where another run has taken the dataset, interrupt this one."""
-        while not self.end.wait(RENEW_SECONDS):
+    def _write(self, tag: str | None) -> bool:
+        """Write the object in place of a version of it, or of none; whether it is ours then."""
+        begin = time.monotonic()
+        self.owner.renewals += 1
+        try:
+            self.tag = s3.write_object_if(self.uri, self.owner.to_bytes(), tag=tag)
+        except (FileExistsError, FileNotFoundError):
+            found = _read(self.uri)  # perhaps our own write, whose answer was lost
+            if found is None or found[0].token != self.owner.token:
+                return False
+            self.tag = found[1]
+        self.renewed = begin
+        return True
+
+    def _renew_until_end(self) -> None:
+        while not self.lost and not self._end.wait(RENEW_SECONDS):
             # A store that is down is down for all, and the object still ours when it comes back.
             with suppress(OSError, UserError):
                 self._renew()
-            if self.lost:
-                if self.in_main_thread:
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it from any wait
-                return
 
     def _renew(self) -> None:
-        self.holder.renewals += 1
-        try:
-            self.tag = s3.write_object_if(self.uri, self.holder.to_bytes(), tag=self.tag)
-        except (FileExistsError, FileNotFoundError):
-            found = self._read()
-            if found is None or found[0].token != self.holder.token:
-                self.lost = True
-            else:
-                self.tag = found[1]
+        """Give a sign of life, or note that the dataset is another's."""
+        with self._renewing:
+            self.lost = not self._write(self.tag)
+
+    def check(self) -> None:
+        """Raise a ``JobError`` if another run has the dataset; where the thread could not tell, ask the store."""
+        if not self.lost and time.monotonic() - self.renewed > EXPIRY_SECONDS:
+            self._renew()
+        if self.lost:
+            raise JobError(
+                f"another run took dataset {self.dataset} over, or it was unlocked, as this one gave no sign of life "
+                f"for {EXPIRY_SECONDS:g} s; what was committed is kept: give the same command again when that run has "
+                "ended"
+            )
 
     def release(self) -> None:
-        """Take the object away; if that fails, it is stale soon."""
+        """Take the object away; if that fails, it expires soon."""
+        self._end.set()
+        self._thread.join()
         with suppress(OSError, UserError):
-            found = self._read()
-            if found is not None and found[0].token == self.holder.token:
-                s3.filesystem(brisk=True).rm_file(s3.path(self.uri))
+            found = _read(self.uri)
+            if found is not None and found[0].token == self.owner.token:
+                _delete(self.uri)
 
-    def _read(self) -> tuple[_Holder, str, float] | None:
-        """Who holds the dataset, the tag of that version of the object, and the seconds since it was written."""
-        try:
-            data = storage.read_bytes(self.uri)
-            tag, age = s3.describe_object(self.uri)  # later than the data: an age of theirs, or of something younger
-        except FileNotFoundError:
-            return None
-        try:
-            return _Holder(**json.loads(data)), tag, age
-        except (TypeError, ValueError):
-            return _Holder(pid=0, host="unknown", since="unknown", machine="", token=""), tag, age
+
+_held: dict[str, _S3Lock] = {}  # by this process
+
+
+def _read(uri: str) -> tuple[Owner, str, float] | None:
+    """Who holds a lock, the tag of that version of the object, and the seconds since it was written."""
+    try:
+        data = s3.filesystem(brisk=True).cat_file(s3.path(uri))
+        tag, age = s3.describe_object(uri)  # later than the data: an age of theirs, or of something younger
+    except FileNotFoundError:
+        return None
+    return Owner.from_bytes(data), tag, age
+
+
+def _delete(uri: str) -> None:
+    s3.filesystem(brisk=True).rm_file(s3.path(uri))

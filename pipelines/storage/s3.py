@@ -104,12 +104,7 @@ def _pages(fs: Any, uri: str, **options: Any) -> Iterator[dict[str, Any]]:
 
 
 def remove(uri: str) -> None:
-    """Delete an object and all below it, or raise; s3fs drops the failures among a thousand objects deleted at once.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        OSError: if something is left.
-    """
+    """Delete an object and all below it, or raise; s3fs drops the failures among a thousand objects deleted at once."""
     for _ in range(_DELETIONS):
         filesystem().rm(path(uri), recursive=True)
         if not is_dir(uri):
@@ -121,10 +116,6 @@ def describe_object(uri: str) -> tuple[str, float]:
     """The entity tag of an object, which names this very version, and the seconds since it was written.
 
     Both times are the store's, so that clocks need not agree.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        OSError: if the store does not answer.
     """
     fs = filesystem(brisk=True)
     bucket, key, _ = fs.split_path(path(uri))
@@ -147,7 +138,6 @@ def write_object_if(uri: str, data: bytes, *, tag: str | None) -> str:
     Raises:
         FileExistsError: if it is not; also if it was written just so and the store's answer to that was lost.
         FileNotFoundError: if the version to replace is gone.
-        OSError: if the store does not answer, or knows no conditional writes.
     """
     condition = {"mode": "create"} if tag is None else {"IfMatch": tag}
     return str(filesystem(brisk=True).pipe_file(path(uri), data, **condition)["ETag"])

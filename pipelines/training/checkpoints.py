@@ -17,6 +17,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import pyarrow.fs
 import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
+from pipelines import storage
 from pipelines.errors import UserError
 from pipelines.training.engine import Engine
 from pipelines.training.record import StepRecord, read_records
@@ -92,13 +94,13 @@ def restore(engine: Engine, folder: Path) -> tuple[LoopState, list[str]]:
     return state, (folder / HISTORY_FILE).read_text().splitlines()
 
 
-def find_checkpoints(storage: str) -> list[StoredCheckpoint]:
+def find_checkpoints(uri: str) -> list[StoredCheckpoint]:
     """Complete checkpoints under a folder or URI, newest step first. Incomplete ones are left out.
 
     Raises:
         UserError: if one is of a newer program.
     """
-    filesystem, root = pyarrow.fs.FileSystem.from_uri(storage)
+    filesystem, root = storage.arrow_filesystem(uri)
     found = []
     for attempt in _folders(filesystem, root, _ATTEMPT):
         for path in _folders(filesystem, attempt, _STEP):
@@ -108,19 +110,19 @@ def find_checkpoints(storage: str) -> list[StoredCheckpoint]:
     return sorted(found, key=lambda stored: (stored.state.step, stored.checkpoint.path), reverse=True)
 
 
-def next_attempt(storage: str) -> str:
+def next_attempt(uri: str) -> str:
     """Name for the checkpoints of one more driver: ``attempt-00001`` and so on."""
-    filesystem, root = pyarrow.fs.FileSystem.from_uri(storage)
+    filesystem, root = storage.arrow_filesystem(uri)
     numbers = [int(path.rsplit("-", 1)[1]) for path in _folders(filesystem, root, _ATTEMPT)]
     return f"attempt-{max(numbers, default=0) + 1:05d}"
 
 
-def prune(storage: str, keep: Sequence[StoredCheckpoint]) -> None:
+def prune(uri: str, keep: Sequence[StoredCheckpoint]) -> None:
     """Delete every checkpoint folder but those to keep, incomplete ones included, and then attempts without any.
 
     What is not named as a checkpoint or an attempt is not touched.
     """
-    filesystem, root = pyarrow.fs.FileSystem.from_uri(storage)
+    filesystem, root = storage.arrow_filesystem(uri)
     kept = {stored.checkpoint.path for stored in keep}
     for attempt in _folders(filesystem, root, _ATTEMPT):
         folders = _folders(filesystem, attempt, _STEP)
@@ -128,7 +130,8 @@ def prune(storage: str, keep: Sequence[StoredCheckpoint]) -> None:
             if path not in kept:
                 filesystem.delete_dir(path)
         if not kept & set(folders):
-            filesystem.delete_dir(attempt)
+            with suppress(FileNotFoundError):  # in an object store, a folder goes with the last of what is in it
+                filesystem.delete_dir(attempt)
 
 
 def read_history(stored: StoredCheckpoint) -> list[StepRecord]:

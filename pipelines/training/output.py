@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import pyarrow as pa
-import pyarrow.fs
-
 from pipelines import storage
 from pipelines.config import config_hash, config_to_yaml, provenance
 from pipelines.errors import UserError
+from pipelines.storage import s3
+from pipelines.storage.lock import local_lock
 from pipelines.tracking import TrackingStore, flatten
 from pipelines.training.config import TrainConfig
 
 _SHOWN_DIFFERENCES = 6
-_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -63,15 +61,7 @@ class Output:
         Raises:
             UserError: if another driver trains here, or the folder cannot be written to.
         """
-        try:
-            file = storage.hold_file(self.folder / _LOCK)
-        except OSError as error:
-            raise UserError(f"output = {self.folder} cannot be written to ({error.strerror}): name another") from error
-        except storage.FileHeldError as error:
-            raise UserError(
-                f"output = {self.folder} is in use by another training run: wait for it, stop it, or name another"
-            ) from error
-        with file:
+        with local_lock(self.folder, f"output = {self.folder}"):
             yield
 
     def begin(self, config: TrainConfig) -> None:
@@ -87,9 +77,8 @@ class Output:
 
     def _open(self, config: TrainConfig, snapshot_digest: str) -> RunFile:
         if not self._file.exists():
-            # A kill may have left a lock, or a part of the run file under another name.
-            begun = (_LOCK, f".{self._file.name}.")
-            if self.folder.exists() and not all(path.name.startswith(begun) for path in self.folder.iterdir()):
+            # A name with a dot is the lock, or what a kill left of an atomic write.
+            if self.folder.exists() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
                 raise UserError(
                     f"output = {self.folder} is not empty and holds no training run: name another folder, or empty it"
                 )
@@ -124,7 +113,7 @@ def _storage(config: TrainConfig, snapshot_digest: str) -> str | None:
     Its name stands for what is computed, so the same run from another output finds its checkpoints there.
 
     Raises:
-        UserError: if it is of no kind that Arrow knows.
+        UserError: if it is of no kind that is known, or cannot be reached.
     """
     root = config.checkpoint.storage
     if root is None:
@@ -132,8 +121,9 @@ def _storage(config: TrainConfig, snapshot_digest: str) -> str | None:
     if "://" not in root:
         root = str(Path(root).expanduser().resolve())
     try:
-        pyarrow.fs.FileSystem.from_uri(root)
-    except (pa.ArrowException, OSError) as error:
+        storage.filesystem(root)
+        s3.check_store(root)
+    except UserError as error:
         raise UserError(
             f"checkpoint.storage = {root} cannot be used ({error}): name a folder or an s3:// URI"
         ) from error

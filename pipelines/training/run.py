@@ -17,6 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from tqdm import tqdm
 
+from pipelines import storage
 from pipelines.cluster import connect, lacking
 from pipelines.config import config_to_dict
 from pipelines.errors import JobError, UserError
@@ -229,9 +230,11 @@ def _trainer(job: Job, output: Output) -> TorchTrainer:
     config = job.config
     resources = _worker_resources(config)
     use_gpu = "GPU" in resources
+    filesystem, path = storage.arrow_filesystem(output.storage)
     run_config: Any = RunConfig(  # its static type in Ray is that of Train V1
         name=next_attempt(output.storage),
-        storage_path=output.storage,
+        storage_path=path,
+        storage_filesystem=filesystem,
         failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
         checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
         logging_config=LoggingConfig(log_level="WARNING"),

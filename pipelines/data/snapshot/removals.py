@@ -3,7 +3,7 @@
 from pipelines import storage
 from pipelines.data.snapshot.read import SNAPSHOTS, list_snapshots, open_snapshot
 from pipelines.errors import UserError
-from pipelines.storage.lock import dataset_lock
+from pipelines.storage.lock import check_lock, dataset_lock
 
 _FILE = "removed.json"
 HASH_DIGITS = 64
@@ -39,6 +39,7 @@ def remove_sources(dataset: str, names: list[str]) -> list[str]:
                 )
             found |= ids
         removed = sorted(found.union(read_removed(dataset)))
+        check_lock(dataset)
         storage.write_json_atomic(storage.join(dataset, _FILE), {"source_ids": removed})
     return sorted(found)
 

@@ -34,6 +34,7 @@ from pipelines.data.snapshot.read import (
 )
 from pipelines.data.snapshot.schemas import LEDGER, STATUSES, TOKENS
 from pipelines.data.stage.columns import iterate, parquet_bytes, sort, take
+from pipelines.storage.lock import check_lock
 
 ROW_GROUP_ROWS = 256
 _LEDGER, _CARD = "ledger.parquet", "README.md"
@@ -93,6 +94,7 @@ def write_snapshot(dataset: str, content: SnapshotContent, config: PublishConfig
 
     Raises:
         OSError: if a file cannot be written.
+        JobError: if another run took the dataset over.
     """
     ledger = sort(content.ledger.cast(LEDGER), ["key"])
     digest = _content_digest(content, ledger, config)
@@ -123,6 +125,7 @@ def write_snapshot(dataset: str, content: SnapshotContent, config: PublishConfig
         ),
     )
     storage.write_bytes_atomic(storage.join(uri, _CARD), dataset_card(manifest, ledger).encode())
+    check_lock(dataset)
     storage.write_json_atomic(storage.join(uri, MANIFEST), manifest.to_json())
     return open_snapshot(uri)
 

@@ -33,6 +33,7 @@ from pipelines.data.stage.log import BatchReport, RunLog, StageProgress
 from pipelines.data.stage.stage import ERROR, WORK, WORK_KEY, RowFunction, Stage, StageResources
 from pipelines.data.stage.table import PART_ROW_GROUP, StageTable, anti_join
 from pipelines.errors import JobError, UserError
+from pipelines.storage.lock import check_lock
 
 _WAVE_ROWS = 1 << 16  # inputs handed to Ray at a time, which bounds what the driver holds
 
@@ -127,6 +128,7 @@ def run_stage(
         _record_settings(stage, table)
         with tqdm(total=state.total, initial=before, desc=stage.name, unit="row", disable=not progress) as bar:
             for report in _in_waves(stage, table, pending, state):
+                check_lock(dataset)
                 bar.update(report.inputs)
                 if log is not None:
                     log.update(stage.name, state)

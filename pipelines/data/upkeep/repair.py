@@ -27,7 +27,7 @@ from pipelines.data.stage.table import STAGES, table_parts
 from pipelines.data.steps.duplicates import linked_groups
 from pipelines.data.upkeep.status import list_tables
 from pipelines.errors import UserError
-from pipelines.storage.lock import dataset_lock
+from pipelines.storage.lock import check_lock, dataset_lock
 
 Row = dict[str, Any]
 _TRIES = 64  # versions of a shard that are compared with its hash
@@ -69,6 +69,7 @@ def repair_dataset(dataset: str) -> Repair:
         for stage, name in list_tables(dataset):
             for part in table_parts(storage.join(dataset, STAGES, stage, name)):
                 if not _usable(part):
+                    check_lock(dataset)
                     storage.remove(part)
                     done.dropped.append(part.removeprefix(dataset).lstrip("/"))
         for snapshot in snapshots:
@@ -121,6 +122,7 @@ def _repair_snapshot(dataset: str, snapshot: Snapshot, done: Repair) -> None:
             else:
                 found[shard.path] = pq.read_table(pa.BufferReader(data), columns=["clip_id"])["clip_id"].to_pylist()
     if damaged:
+        check_lock(dataset)
         _Rebuild(dataset, snapshot, ledger, found).restore(damaged, done)
 
 

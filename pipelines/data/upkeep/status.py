@@ -19,7 +19,7 @@ from pipelines.data.stage.stage import ERROR, WORK_KEY
 from pipelines.data.stage.table import PART_ROW_GROUP, STAGES, read_columns, table_parts
 from pipelines.data.video.decode import CRASHES, CrashLog
 from pipelines.errors import UserError
-from pipelines.storage.lock import dataset_lock
+from pipelines.storage.lock import check_lock, dataset_lock
 
 _NOT_OF_SOURCES = ("sources", "texts")  # stages whose keys do not begin with a source's content hash
 
@@ -152,6 +152,7 @@ def retry(dataset: str, failure_class: str) -> dict[str, int]:
                 seen.update(_code(error) for error in errors if error is not None)
                 chosen = [error is not None and failure_class in _words(error) for error in errors]
                 if any(chosen):
+                    check_lock(dataset)
                     forgotten[stage] += sum(chosen)
                     table = _read(part)
                     for key in table[WORK_KEY].filter(pa.array(chosen)).to_pylist():
@@ -191,6 +192,7 @@ def collect_garbage(dataset: str, *, dry_run: bool, keep: int | None = None) -> 
         folder = storage.join(dataset, SNAPSHOTS)
         unused += [f"{SNAPSHOTS}/{name}" for name in storage.list_names(folder) if name not in snapshots]
         for path in unused if not dry_run else ():
+            check_lock(dataset)
             storage.remove(storage.join(dataset, path, MANIFEST))  # first, so that no half of a snapshot passes for one
             storage.remove(storage.join(dataset, path))
         tables = [table for table in list_tables(dataset) if "/".join(table) in used]
@@ -219,6 +221,7 @@ def _drop_removed(
             if found := pc.sum(theirs).as_py():
                 count += found
                 if not dry_run:
+                    check_lock(dataset)
                     _rewrite(part, _read(part).filter(pc.invert(theirs)))
         if count:
             told.append(f"{count} rows of removed sources in {STAGES}/{stage}/{name}")

@@ -1,10 +1,9 @@
 """Curation from and to an object store that fails now and then, against the same curation on a local disk."""
 
 import hashlib
-import json
 import logging
 import os
-import re
+import pickle
 import subprocess
 import sys
 import threading
@@ -14,8 +13,8 @@ from collections import Counter
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs
 import pytest
-from s3fs import S3FileSystem
 
 from pipelines import storage
 from pipelines.data.curate import curate
@@ -24,79 +23,15 @@ from pipelines.data.stage.columns import parquet_bytes
 from pipelines.data.stage.table import read_columns, table_parts
 from pipelines.data.steps.sources import hash_file
 from pipelines.errors import JobError, UserError
-from pipelines.storage import lock, s3
-from pipelines.storage.lock import dataset_lock
-from pipelines.storage.store import S3Store
+from pipelines.storage import lock
+from pipelines.storage.lock import check_lock, dataset_lock
+from pipelines.training import state
 from tests.pipelines.data.corpora import curate_config, published, write_corpus
-from tests.pipelines.storage.faults import KINDS, faulty_proxy, s3_server
+from tests.pipelines.storage.faults import KINDS
+from tests.pipelines.storage.test_s3_lock import OTHER_OWNER
+from tests.pipelines.training.test_state import STEP, write_checkpoint
 
 FAULTS = 0.1  # of requests, where all kinds of faults are to occur in a short test
-_FSSPEC = {"config_kwargs": {"read_timeout": 1.5}}  # seconds that a stalled request costs
-_NO_CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
-
-
-@pytest.fixture(scope="module")
-def server():
-    """The server's port, without a proxy before it."""
-    with s3_server() as port:
-        yield port
-
-
-@pytest.fixture(scope="module")
-def proxy(server):
-    """What AWS_ENDPOINT_URL names, here and in Ray's workers."""
-    with faulty_proxy(server) as proxy, pytest.MonkeyPatch.context() as patch:
-        for name in _NO_CREDENTIALS:
-            patch.delenv(name, raising=False)
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
-        patch.setenv("AWS_CONFIG_FILE", os.devnull)
-        patch.setenv("NO_PROXY", "127.0.0.1")
-        patch.setenv("FSSPEC_S3", json.dumps(_FSSPEC))
-        patch.setitem(fsspec.config.conf, "s3", _FSSPEC)
-        yield proxy
-
-
-@pytest.fixture(autouse=True)
-def _calm(proxy):
-    """Each test begins and ends without faults, and with clients of its own environment."""
-    proxy.share, proxy.answer = 0.0, None
-    proxy.faults, proxy.requests, proxy.paths = Counter(), Counter(), []
-    S3Store.clear_instance_cache()
-    yield
-    proxy.share, proxy.answer = 0.0, None
-    S3Store.clear_instance_cache()
-
-
-@pytest.fixture(scope="module")
-def direct(server):
-    """A client that does not go through the proxy, nor through storage.py."""
-    options = {"endpoint_url": f"http://127.0.0.1:{server}", "use_listings_cache": False}
-    return S3FileSystem(key="test", secret="test", skip_instance_cache=True, **options)
-
-
-@pytest.fixture
-def bucket(direct, request):
-    name = hashlib.sha256(request.node.name.encode()).hexdigest()[:16]
-    direct.mkdir(name)
-    return f"s3://{name}"
-
-
-@pytest.fixture
-def ray(proxy, request):
-    """A cluster whose workers have the environment that leads to the proxy."""
-    return request.getfixturevalue("ray_cluster")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A corpus without what only disks have: links that lead nowhere."""
-    folder = write_corpus(tmp_path_factory.mktemp("s3") / "videos")
-    (folder / "link.mp4").unlink()
-    return folder
 
 
 def upload(direct, folder, uri):
@@ -155,11 +90,12 @@ def test_exactly_once_with_two_percent_faults_and_a_kill(proxy, ray, direct, buc
         assert first.poll() is None
         time.sleep(0.1)
     config = curate_config(source, dataset, tokenizer_file, "resources.workers=2")
-    with pytest.raises(UserError, match=rf'in use by another run \({{"pid": {first.pid}, .*free \d+ s from now'):
+    with pytest.raises(UserError, match=rf"in use by another run \(pid {first.pid} on .*free \d+ s from now"):
         curate(config)
     first.kill()
     first.wait()
     report("killed", proxy, begin)
+    assert f"locked by pid {first.pid}" in lock.unlock(dataset, force=True)
     result = curate(config)
     report("continued", proxy, begin)
     assert set(proxy.faults) >= {*KINDS} - {"reset_upload"}  # there are few uploads
@@ -187,7 +123,7 @@ def test_a_store_that_does_not_fail_is_asked_once_for_each_thing(ray, proxy, dir
 
 
 def test_files_survive_every_kind_of_fault(proxy, direct, bucket):
-    data = os.urandom(33 << 20)  # goes up in parts
+    data = os.urandom(5 << 20)
     proxy.share, begin = 0.2, time.monotonic()
     for index in range(12):
         uri = f"{bucket}/set/{index}.bin"
@@ -203,6 +139,46 @@ def test_files_survive_every_kind_of_fault(proxy, direct, bucket):
     proxy.share = 0.0
     assert not storage.is_dir(f"{bucket}/set")
     assert direct.find(bucket) == []
+
+
+def test_an_upload_in_parts_counts_though_the_answer_that_says_so_is_lost(proxy, direct, bucket):
+    data = os.urandom(11 << 20)
+    proxy.kinds, proxy.share = ["lost_answer"], 0.5
+    completions: Counter[str] = Counter()
+    while max(completions.values(), default=0) < 2:
+        assert len(completions) < 12
+        fs, path = storage.filesystem(f"{bucket}/{len(completions)}.bin")
+        with fs.open(path, "wb", block_size=5 << 20) as file:
+            file.write(data)
+        assert direct.cat_file(path) == data
+        completions = Counter(line for line in proxy.paths if line.startswith("POST") and "uploadId" in line)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_checkpoints_are_kept_in_a_store_that_fails(proxy, direct, bucket, tmp_path, share):
+    uri = f"{bucket}/some/run"
+    assert state.find_checkpoints(uri) == []
+    proxy.share = share
+    for step in range(1, 4):
+        write_checkpoint(tmp_path, f"attempt-{step // 2 + 1:05d}/{STEP.format(step)}", step)
+    (tmp_path / "attempt-00002" / STEP.format(2) / "engine" / "part-1").unlink()
+    export = tmp_path / "attempt-00002" / STEP.format(3) / "export"
+    export.mkdir()
+    (export / "model.safetensors").write_bytes(b"weights")
+    fs, path = storage.arrow_filesystem(uri)
+    fs = pickle.loads(pickle.dumps(fs))  # as it goes to workers
+    pyarrow.fs.copy_files(str(tmp_path), path, destination_filesystem=fs)
+    direct.pipe_file(f"{path}/attempt-00001/", b"")  # as Arrow's own S3 filesystem marked folders
+    found = state.find_checkpoints(uri)
+    assert [stored.state.step for stored in found] == [3, 1]
+    assert state.read_history(found[0]) == ["line"] * 3
+    state.copy_export(found[0], tmp_path / "export")
+    assert (tmp_path / "export" / "model.safetensors").read_bytes() == b"weights"
+    assert state.next_attempt(uri) == "attempt-00003"
+    state.prune(uri, found[:1])
+    assert [stored.state.step for stored in state.find_checkpoints(uri)] == [3]
+    assert all(name.startswith(f"{path}/attempt-00002/{STEP.format(3)}/") for name in direct.find(path))
+    assert bool(proxy.faults) == bool(share)
 
 
 @pytest.mark.parametrize(("clips", "limit"), [(64, 600_000), (8, 300_000)])
@@ -306,6 +282,7 @@ def break_access(patch, proxy, trouble):
     [
         ("no credentials", "", r"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
         ("ExpiredToken", "", r"refuses the credentials \(ExpiredToken: .*no\); renew"),
+        ("RequestTimeTooSkewed", "", r"refuses this machine's clock .*set the clock"),
         ("AccessDenied", "", r"no .*these credentials may list"),
         ("http://127.0.0.1:9", "", r"store: http://127\.0\.0\.1:9\); check AWS_ENDPOINT_URL"),
         ("nonsense", "", r"nonsense.* check bucket, region and AWS_ENDPOINT_URL"),
@@ -329,74 +306,29 @@ def test_bad_access_ends_before_any_work(access, tmp_path, monkeypatch, trouble,
 
 
 def test_two_runs_on_one_dataset_refuse_each_other(bucket, direct, files, tokenizer_file):
-    told = rf'in use by another run \({{"pid": {os.getpid()}, "host": .*\.lock'
-    with dataset_lock(f"{bucket}/d"), pytest.raises(UserError, match=told):
+    message = rf"in use by another run \(pid {os.getpid()} on \S+ since .*\), .*lumos data unlock {bucket}/d --force"
+    with dataset_lock(f"{bucket}/d"), pytest.raises(UserError, match=message):
         curate(curate_config(files, f"{bucket}/d", tokenizer_file))
     assert direct.find(bucket) == []
     with dataset_lock(f"{bucket}/d"):
-        pass
+        check_lock(f"{bucket}/d")
 
 
-def test_the_lock_is_held_through_faults_and_by_one_only(proxy, bucket, monkeypatch):
-    monkeypatch.setattr(lock, "RENEW_SECONDS", 0.1)
-    proxy.share = 0.3
-    with dataset_lock(f"{bucket}/d"):
-        begin = time.monotonic()
-        while proxy.requests["PUT"] < 6:
-            assert time.monotonic() - begin < 60
-            time.sleep(0.1)
-        with pytest.raises(UserError, match="in use by another run"), dataset_lock(f"{bucket}/d"):
-            pass
-
-
-def other_holder(**changes):
-    given = {"pid": 7, "host": "elsewhere", "since": "2026-01-01", "machine": "another", "token": "x", "renewals": 0}
-    return json.dumps(given | changes).encode()
-
-
-def test_a_killed_run_blocks_for_a_minute_elsewhere_and_not_at_all_here(bucket, direct, monkeypatch):
-    uri, path = f"{bucket}/d", f"{bucket}/d/.lock".removeprefix("s3://")
-    direct.pipe_file(path, other_holder())
-    with pytest.raises(UserError, match='"host": "elsewhere"') as refusal, dataset_lock(uri):
-        pass
-    silent, left = re.search(r"life (\d+) s ago.* free (\d+) s from now", str(refusal.value)).groups()
-    assert int(silent) + int(left) in range(59, 62)  # seconds, each rounded by itself
-    monkeypatch.setattr(lock, "STALE_SECONDS", 2.0)
-    time.sleep(3)
-    with dataset_lock(uri):
-        assert json.loads(direct.cat_file(path))["pid"] == os.getpid()
-    monkeypatch.setattr(lock, "STALE_SECONDS", 60.0)
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    direct.pipe_file(path, other_holder(pid=ended.pid, machine=lock._machine()))
-    with dataset_lock(uri):
-        pass
-    direct.pipe_file(path, b"not ours")
-    with pytest.raises(UserError, match="unknown"), dataset_lock(uri):
-        pass
-
-
-def test_a_run_that_lost_its_dataset_is_stopped(bucket, direct, monkeypatch):
+def test_a_snapshot_is_not_published_by_a_run_that_lost_its_dataset(
+    ray, proxy, direct, bucket, files, tokenizer_file, monkeypatch
+):
+    source, dataset = upload(direct, files, f"{bucket}/videos"), f"{bucket}/d"
     monkeypatch.setattr(lock, "RENEW_SECONDS", 0.2)
-    path = f"{bucket}/d/.lock".removeprefix("s3://")
+    path = f"{dataset}/.lock".removeprefix("s3://")
 
-    def lose():
-        with dataset_lock(f"{bucket}/d"):
-            direct.pipe_file(path, other_holder())
-            time.sleep(30)
-        pytest.fail("was not stopped")
+    def take():
+        while not direct.exists(path):
+            time.sleep(0.1)
+        direct.pipe_file(path, OTHER_OWNER)
 
-    with pytest.raises(JobError, match=r"another run took dataset .* over"):
-        lose()
-    assert json.loads(direct.cat_file(path))["host"] == "elsewhere"
-
-
-def test_a_conditional_write_whose_answer_was_lost_is_told(bucket):
-    tag = s3.write_object_if(f"{bucket}/x", b"1", tag=None)
-    with pytest.raises(FileExistsError):
-        s3.write_object_if(f"{bucket}/x", b"2", tag=None)
-    other = s3.write_object_if(f"{bucket}/x", b"2", tag=tag)
-    with pytest.raises(FileExistsError):
-        s3.write_object_if(f"{bucket}/x", b"3", tag=tag)
-    assert s3.describe_object(f"{bucket}/x")[0] == other
-    assert storage.read_bytes(f"{bucket}/x") == b"2"
+    taker = threading.Thread(target=take)
+    taker.start()
+    with pytest.raises(JobError, match="another run took dataset"):
+        curate(curate_config(source, dataset, tokenizer_file))
+    taker.join()
+    assert not direct.exists(f"{dataset}/snapshots".removeprefix("s3://"))

@@ -1,0 +1,117 @@
+"""The lock of a dataset in S3: an object that only one run can make, and that expires."""
+
+import json
+import os
+import re
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from jobs.data import command as data_command
+from pipelines import storage
+from pipelines.errors import JobError, UserError
+from pipelines.storage import lock, s3
+from pipelines.storage.lock import check_lock, dataset_lock
+
+OTHER_OWNER = json.dumps(
+    {"pid": 7, "host": "elsewhere", "since": "2026-01-01", "command": "lumos curate", "token": "x"}
+).encode()
+
+
+def test_the_lock_is_held_through_faults_and_by_one_only(proxy, bucket, monkeypatch):
+    monkeypatch.setattr(lock, "RENEW_SECONDS", 0.1)
+    proxy.share = 0.3
+    with dataset_lock(f"{bucket}/d"):
+        begin = time.monotonic()
+        while proxy.requests["PUT"] < 6:
+            assert time.monotonic() - begin < 60
+            time.sleep(0.1)
+        with pytest.raises(UserError, match="in use by another run"), dataset_lock(f"{bucket}/d"):
+            pass
+        check_lock(f"{bucket}/d")
+
+
+def test_the_lock_of_a_killed_run_expires(bucket, direct, monkeypatch):
+    uri, path = f"{bucket}/d", f"{bucket}/d/.lock".removeprefix("s3://")
+    direct.pipe_file(path, OTHER_OWNER)
+    refused = pytest.raises(UserError, match=r"pid 7 on elsewhere since 2026-01-01: lumos curate\)")
+    with refused as refusal, dataset_lock(uri):
+        pass
+    silent, left = re.search(r"life (\d+) s ago.* free (\d+) s from now", str(refusal.value)).groups()
+    assert int(silent) + int(left) in range(59, 62)  # seconds, each rounded by itself
+    monkeypatch.setattr(lock, "EXPIRY_SECONDS", 2.0)
+    time.sleep(3)
+    with dataset_lock(uri):
+        assert json.loads(direct.cat_file(path))["pid"] == os.getpid()
+    assert not direct.exists(path)
+
+
+def test_the_lock_of_a_killed_run_is_taken_away_by_hand(bucket, direct):
+    uri, path = f"{bucket}/d", f"{bucket}/d/.lock".removeprefix("s3://")
+
+    def unlock(*options):
+        return CliRunner().invoke(data_command, ["unlock", uri, *options])
+
+    assert unlock().output == f"{uri} is not locked\n"
+    direct.pipe_file(path, OTHER_OWNER)
+    refused = unlock()
+    assert re.search(r"\(pid 7 on elsewhere .*gave a sign of life \d+ s ago.*with --force", str(refused.exception))
+    assert direct.exists(path)
+    done = unlock("--force")
+    assert re.search(r"is free; it was locked by pid 7 on elsewhere .* sign of life is \d+ s old", done.output)
+    assert not direct.exists(path)
+    direct.pipe_file(path, b"not ours")
+    assert "pid 0 on unknown" in unlock("--force").output
+
+
+def test_an_expired_lock_is_taken_away_without_force(bucket, direct, monkeypatch):
+    path = f"{bucket}/d/.lock".removeprefix("s3://")
+    direct.pipe_file(path, OTHER_OWNER)
+    monkeypatch.setattr(lock, "EXPIRY_SECONDS", 0.0)
+    assert "is free" in lock.unlock(f"{bucket}/d")
+    assert not direct.exists(path)
+
+
+def test_a_run_that_lost_its_dataset_stops_at_its_next_commit(bucket, direct, monkeypatch):
+    monkeypatch.setattr(lock, "RENEW_SECONDS", 0.2)
+    path = f"{bucket}/d/.lock".removeprefix("s3://")
+
+    def lose():
+        with dataset_lock(f"{bucket}/d"):
+            direct.pipe_file(path, OTHER_OWNER)
+            for _ in range(300):
+                time.sleep(0.1)
+                check_lock(f"{bucket}/d")
+            pytest.fail("was not stopped")
+
+    with pytest.raises(JobError, match=r"another run took dataset .* over"):
+        lose()
+    assert json.loads(direct.cat_file(path))["host"] == "elsewhere"
+
+
+def test_a_run_that_was_halted_asks_before_it_commits(bucket, direct, monkeypatch):
+    uri, path = f"{bucket}/d", f"{bucket}/d/.lock".removeprefix("s3://")
+    with dataset_lock(uri):
+        monkeypatch.setattr(lock, "EXPIRY_SECONDS", 0.0)  # as if no sign of life had been given for long
+        check_lock(uri)
+
+    def lose():
+        with dataset_lock(uri):
+            direct.pipe_file(path, OTHER_OWNER)
+            check_lock(uri)
+            pytest.fail("was not stopped")
+
+    with pytest.raises(JobError, match="took dataset"):
+        lose()
+
+
+def test_a_conditional_write_whose_answer_was_lost_is_told(bucket):
+    tag = s3.write_object_if(f"{bucket}/x", b"1", tag=None)
+    with pytest.raises(FileExistsError):
+        s3.write_object_if(f"{bucket}/x", b"2", tag=None)
+    other = s3.write_object_if(f"{bucket}/x", b"2", tag=tag)
+    with pytest.raises(FileExistsError):
+        s3.write_object_if(f"{bucket}/x", b"3", tag=tag)
+    assert s3.describe_object(f"{bucket}/x")[0] == other
+    assert storage.read_bytes(f"{bucket}/x") == b"2"

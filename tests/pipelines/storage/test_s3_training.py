@@ -1,0 +1,24 @@
+"""A run of Ray Train whose checkpoints are in an object store that fails now and then."""
+
+import pytest
+
+from pipelines.training.config import CheckpointConfig
+from pipelines.training.run import train
+from tests.pipelines.training.runs import tiny_config
+from tests.pipelines.training.snapshots import write_snapshot
+
+
+@pytest.mark.slow
+def test_a_run_with_checkpoints_in_a_store_goes_on_from_another_output(ray, proxy, direct, bucket, tmp_path):
+    dataset = write_snapshot(tmp_path / "dataset", {(2, 4, 4): 13})
+    checkpoints = CheckpointConfig(every=2, storage=f"{bucket}/runs")
+    local = train(tiny_config(dataset, tmp_path / "local", steps=4, checkpoint=CheckpointConfig(every=2)))
+    proxy.share = 0.05
+    first = train(tiny_config(dataset, tmp_path / "first", steps=4, checkpoint=checkpoints))
+    assert [record.loss for record in first.records] == [record.loss for record in local.records]
+    steps = {path.split("/")[4].split("-")[1] for path in direct.find(bucket) if "/step-" in path}
+    assert steps == {"00000002", "00000004"}
+    second = train(tiny_config(dataset, tmp_path / "second", steps=4, checkpoint=checkpoints))
+    assert [record.loss for record in second.records] == [record.loss for record in first.records]
+    assert (tmp_path / "second" / "export").is_dir()
+    assert proxy.faults
