@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.demo import charts, corpus, judge
+from pipelines import sample_corpus as corpus
+from pipelines.demo import charts, judge
 from pipelines.demo.judge import Reading
 from pipelines.demo.report import LedgerRow, LossPoint, Report, Sample, write_report
 
