@@ -26,7 +26,7 @@ def command() -> None:
 @dataset_argument
 def status(dataset: str) -> None:
     """Show the snapshots, what became of clips and sources, and each stage's rows and failures."""
-    from pipelines.data.upkeep import dataset_status
+    from pipelines.data.upkeep.status import dataset_status
 
     click.echo(dataset_status(dataset))
 
@@ -37,8 +37,8 @@ def status(dataset: str) -> None:
 @click.option("--frames/--no-frames", default=True, show_default=True, help="Decode some clips' frames to show them.")
 def report(dataset: str, out: str, frames: bool) -> None:
     """Write a page about a snapshot: what was kept and why not, how scores lie, what others would keep, frames."""
-    from pipelines.data.report import write_report
-    from pipelines.data.snapshot import open_snapshot
+    from pipelines.data.snapshot.read import open_snapshot
+    from pipelines.data.upkeep.report import write_report
 
     snapshot = open_snapshot(dataset)
     write_report(Path(out), snapshot, frames=frames)
@@ -57,9 +57,9 @@ def report(dataset: str, out: str, frames: bool) -> None:
 @click.option("--tokenizer", help="File or folder of the tokenizer that made it, if not the embedded one.")
 def verify(dataset: str, sample: int, tokenizer: str | None) -> None:
     """Read a snapshot whole: hashes, counts, codes, ledger against shards. Exit status 1 if anything is wrong."""
-    from pipelines.data.recheck import recheck
-    from pipelines.data.snapshot import open_snapshot
-    from pipelines.data.verify import verify_snapshot
+    from pipelines.data.snapshot.read import open_snapshot
+    from pipelines.data.upkeep.recheck import recheck
+    from pipelines.data.upkeep.verify import verify_snapshot
 
     snapshot = open_snapshot(dataset)
     found = verify_snapshot(snapshot)
@@ -85,7 +85,7 @@ def plan(config: str, overrides: tuple[str, ...], print_config: bool, **options:
     CONFIG is that of `lumos curate`; the sample is drawn over all file sizes.
     """
     from pipelines.data.config import CurateConfig
-    from pipelines.data.plan import Cluster, plan_curation
+    from pipelines.data.upkeep.estimate import Cluster, plan_curation
 
     cluster = Cluster(cpus=options["cpus"], gpus=options["gpus"], price=options["price"])
     resolved = resolve(CurateConfig, *curate_arguments(config, overrides), print_config)

@@ -12,7 +12,7 @@ def repair(dataset: str) -> None:
 
     Shards come from the stages' tables, byte for byte. Exit status 1 if something stays damaged.
     """
-    from pipelines.data.repair import repair_dataset
+    from pipelines.data.upkeep.repair import repair_dataset
 
     done = repair_dataset(dataset)
     click.echo(done)
@@ -30,7 +30,7 @@ def repair(dataset: str) -> None:
 )
 def retry(dataset: str, failure_class: str) -> None:
     """Forget failures of a class that `status` shows. The next `lumos curate` tries just their inputs again."""
-    from pipelines.data.upkeep import retry as forget
+    from pipelines.data.upkeep.status import retry as forget
 
     forgotten = forget(dataset, failure_class)
     for stage, count in forgotten.items():
@@ -43,7 +43,7 @@ def retry(dataset: str, failure_class: str) -> None:
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 def remove(dataset: str, sources: tuple[str, ...]) -> None:
     """Take sources (paths as the ledger has them, or source_ids) out of all snapshots to come, under any name."""
-    from pipelines.data.removal import remove_sources
+    from pipelines.data.snapshot.removals import remove_sources
 
     for source_id in remove_sources(dataset, list(sources)):
         click.echo(f"removed {source_id}")
@@ -60,7 +60,7 @@ def gc(dataset: str, dry_run: bool, keep: int | None) -> None:
     Rows of removed sources go too, codes and captions among them, once no snapshot holds them: after a takedown, give
     `lumos data remove`, `lumos curate`, and `lumos data gc --keep 1`.
     """
-    from pipelines.data.upkeep import collect_garbage
+    from pipelines.data.upkeep.status import collect_garbage
 
     paths = collect_garbage(dataset, dry_run=dry_run, keep=keep)
     for path in paths or ["nothing"]:

@@ -51,7 +51,7 @@ def command(
     ]
     resolved = resolve(GenerateConfig, config, [*overrides, *given], print_config)
 
-    from pipelines.generation.run import generate
+    from pipelines.generation.bulk.run import generate
 
     click.echo(generate(resolved))  # it joins Ray itself, once model, prompts and output are found good
 

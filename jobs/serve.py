@@ -23,7 +23,7 @@ def command(config: str, overrides: tuple[str, ...], print_config: bool) -> None
 
     resolved = resolve(ServeConfig, config, overrides, print_config)
 
-    from pipelines.generation.run import serve
+    from pipelines.generation.serving.run import serve
 
     serve(resolved)  # it joins Ray itself, once model, port and token are found good
 

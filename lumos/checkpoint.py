@@ -1,16 +1,17 @@
 """Checkpoints as folders: safetensors in the authors' key names, whole or sharded, beside a ``config.json``.
 
 ``config.json`` holds the release's keys and, under ``lumos``, what the release has no key for: format version,
-vocabulary, rope variant, and whatever the caller adds. A released Lumos-1 folder has no such section and loads with the
-release's own settings.
+vocabulary, rope variant, and the :class:`ModelInfo`. A released Lumos-1 folder has no such section and loads with the
+release's own settings. Format 1 had the model info as an untyped dict, ``extra``; it is still read.
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,59 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lumos.config import ModelConfig, from_release_config, to_release_config
+from lumos.config import ModelConfig, SamplingConfig, TokenizerInfo, from_release_config, to_release_config
 from lumos.decoder import Decoder
+from lumos.json_values import merge, read_dataclass
+from lumos.layout import PromptTemplate
 from lumos.vocabulary import Vocabulary
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+TEXT_TOKENIZER_FILE = "text_tokenizer.json"
 _IGNORED_PREFIX = "model.vqmodel."  # the release's unused Chameleon VQ-VAE
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What a model folder says of its model besides weights and shape: how it was trained and how it is best sampled.
+
+    Raises:
+        ValueError: if a value is out of range; the message names it.
+    """
+
+    prompt_template: PromptTemplate = "caption"  # of the texts it was trained on
+    shapes: tuple[tuple[int, int, int], ...] = ()  # latent (t, h, w) it was trained on; empty: unknown
+    fps: float | None = None  # frames per second of the videos it was trained on; None: unknown
+    tokenizer: TokenizerInfo | None = None  # that made the codes it was trained on; None: unknown
+    text_tokenizer_hash: str | None = None  # ``TextTokenizer.hash`` of the one it was trained with; None: unknown
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)  # recommended; by default the release's
+    dataset_digest: str | None = None  # of the snapshot it was trained on
+    train_config: dict[str, Any] = field(default_factory=dict)  # resolved config of the run that trained it
+    unknown: dict[str, Any] = field(default_factory=dict)  # keys that other programs added, kept as they are
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if any(size < 1 for shape in self.shapes for size in shape):
+            raise ValueError(f"shapes must be positive (t, h, w), got {list(self.shapes)}")
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise ValueError(f"fps must be positive, got {self.fps}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON, unknown keys in their places again; what is not known is left out."""
+        plain = {key: value for key, value in asdict(self).items() if value is not None and key != "unknown"}
+        return merge(plain, self.unknown)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "ModelInfo":
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: if a value is of another type or out of range; the message names the key and the value.
+        """
+        unknown: dict[str, Any] = {}
+        return replace(read_dataclass(cls, raw, "info", unknown), unknown=unknown)
 
 
 @dataclass(frozen=True)
@@ -36,7 +81,7 @@ class Checkpoint:
 
     model: Decoder
     vocabulary: Vocabulary
-    extra: dict[str, Any]  # what the writer added; empty for a released checkpoint
+    info: ModelInfo
 
     @property
     def config(self) -> ModelConfig:
@@ -49,7 +94,8 @@ def save_checkpoint(
     model: Decoder,
     vocabulary: Vocabulary,
     *,
-    extra: dict[str, Any] | None = None,
+    info: ModelInfo | None = None,
+    text_tokenizer: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write a checkpoint folder, complete or not at all: it is built beside ``path`` and renamed.
@@ -58,7 +104,8 @@ def save_checkpoint(
         path: the folder; replaced where it holds a checkpoint already.
         model: weights are written in their own dtype.
         vocabulary: stored with the model.
-        extra: JSON-able additions for ``config.json``.
+        info: how it was trained and is best sampled.
+        text_tokenizer: text of the JSON file of the tokenizer that prompts need; kept beside the weights.
         max_shard_bytes: weights beyond this are split into several files with an index.
 
     Raises:
@@ -66,7 +113,15 @@ def save_checkpoint(
         FileExistsError: if ``path`` is a folder that holds something else.
     """
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-    save_state(path, state, model.config, vocabulary, extra=extra, max_shard_bytes=max_shard_bytes)
+    save_state(
+        path,
+        state,
+        model.config,
+        vocabulary,
+        info=info,
+        text_tokenizer=text_tokenizer,
+        max_shard_bytes=max_shard_bytes,
+    )
 
 
 def save_state(
@@ -75,7 +130,8 @@ def save_state(
     config: ModelConfig,
     vocabulary: Vocabulary,
     *,
-    extra: dict[str, Any] | None = None,
+    info: ModelInfo | None = None,
+    text_tokenizer: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """As :func:`save_checkpoint`, from a state dict gathered elsewhere (ZeRO-3)."""
@@ -90,7 +146,7 @@ def save_state(
         "vocabulary": vocabulary.to_dict(),
         "rope": config.rope,
         "position_scale": list(config.position_scale),
-        "extra": extra or {},
+        "info": (info or ModelInfo()).to_dict(),
     }
     raw = {"architectures": ["LumosForConditionalGeneration"], **to_release_config(config), "lumos": section}
     building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -98,6 +154,8 @@ def save_state(
         building.chmod(0o755)
         _write_weights(building, state, max_shard_bytes)
         (building / CONFIG_FILE).write_text(json.dumps(raw, indent=2) + "\n")
+        if text_tokenizer is not None:
+            (building / TEXT_TOKENIZER_FILE).write_text(text_tokenizer, encoding="utf-8")
         _replace_folder(building, target)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -136,8 +194,8 @@ def _write_weights(folder: Path, state: dict[str, Tensor], max_shard_bytes: int)
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def read_config(path: str | os.PathLike[str]) -> tuple[ModelConfig, Vocabulary, dict[str, Any]]:
-    """Model config, vocabulary and extra section of a checkpoint folder, without its weights.
+def read_config(path: str | os.PathLike[str]) -> tuple[ModelConfig, Vocabulary, ModelInfo]:
+    """Model config, vocabulary and info of a checkpoint folder, without its weights.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
@@ -154,22 +212,44 @@ def read_config(path: str | os.PathLike[str]) -> tuple[ModelConfig, Vocabulary, 
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not valid JSON ({error})") from error
     config = from_release_config(raw)
-    section = raw.get("lumos")
-    if section is None:
-        vocabulary = Vocabulary.lumos1()
-        extra: dict[str, Any] = {}
-    else:
-        if section["format_version"] > FORMAT_VERSION:
-            raise ValueError(
-                f"{file} has checkpoint format {section['format_version']}, this version reads up to {FORMAT_VERSION}: "
-                "install a newer lumos"
-            )
-        config = replace(config, rope=section["rope"], position_scale=tuple(section["position_scale"]))
-        vocabulary = Vocabulary.from_dict(section["vocabulary"])
-        extra = section["extra"]
+    try:
+        section = _read_section(raw.get("lumos"))
+    except KeyError as error:
+        raise ValueError(f"{file}: the section lumos lacks {error}; was it written by `lumos train`?") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: lumos: {error}") from error
+    vocabulary = section.vocabulary
     if config.vocab_size != vocabulary.vocab_size:
         raise ValueError(f"{file}: vocab_size {config.vocab_size} does not fit a vocabulary of {vocabulary.vocab_size}")
-    return config, vocabulary, extra
+    return replace(config, **section.model), vocabulary, section.info
+
+
+@dataclass(frozen=True)
+class _Section:
+    """The section ``lumos`` of a ``config.json``."""
+
+    vocabulary: Vocabulary
+    info: ModelInfo
+    model: dict[str, Any] = field(default_factory=dict)  # of the model config, what the release has no keys for
+
+
+def _read_section(raw: Any) -> _Section:
+    # A released checkpoint brings no section of ours; it was trained with the question as its prompt.
+    released = ModelInfo(prompt_template="lumos1")
+    if raw is None:
+        return _Section(Vocabulary.lumos1(), released)
+    version = raw["format_version"]
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"it has checkpoint format {version}, this program reads up to {FORMAT_VERSION}: install the lumos-ray "
+            "that wrote it or a newer one (pip install --upgrade lumos-ray)"
+        )
+    if version == 1:
+        info = ModelInfo.from_dict(raw["extra"]) if raw.get("extra") else released
+    else:
+        info = ModelInfo.from_dict(raw["info"])
+    model = {"rope": raw["rope"], "position_scale": tuple(raw["position_scale"])}
+    return _Section(Vocabulary.from_dict(raw["vocabulary"]), info, model)
 
 
 def load_checkpoint(
@@ -181,13 +261,13 @@ def load_checkpoint(
         FileNotFoundError: if the folder, its config or a weights file is missing.
         ValueError: if weights are missing, unexpected, of another shape, or a file is damaged; the message names them.
     """
-    config, vocabulary, extra = read_config(path)
+    config, vocabulary, info = read_config(path)
     with torch.device("meta"):
         model = Decoder(config)
     model.to_empty(device=device)
     model.to(dtype)
     load_weights(model, path)
-    return Checkpoint(model=model.eval(), vocabulary=vocabulary, extra=extra)
+    return Checkpoint(model=model.eval(), vocabulary=vocabulary, info=info)
 
 
 def load_weights(model: Decoder, path: str | os.PathLike[str]) -> None:

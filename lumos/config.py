@@ -30,7 +30,9 @@ class ModelConfig:
     head_dim: int  # a multiple of 32: the MM-RoPE axis table has a period of 16 frequencies
     rope_theta: float = 10000.0
     rope: RopeKind = "mm"
-    position_scale: tuple[int, int, int] = (4, 8, 8)  # positions per latent step along (t, h, w)
+    # Positions per latent step along (t, h, w). Not the tokenizer's compression, though the paper gives it the same
+    # numbers: a model may be trained with another scale on the same codes.
+    position_scale: tuple[int, int, int] = (4, 8, 8)
     norm_eps: float = 1e-5  # RMSNorm
     qk_norm_eps: float = 1e-5  # LayerNorm of queries and keys
     model_parallel_size: int = 1  # rows of the q/k norm parameters; each serves a block of heads
@@ -78,6 +80,16 @@ class MaskConfig:
     def __post_init__(self) -> None:
         """Check the range of the ratio."""
         require(0.0 < self.min_ratio <= 1.0, f"min_ratio must be in (0, 1], got {self.min_ratio}")
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What identifies the video tokenizer that made some codes."""
+
+    kind: str  # "fsq" or "cosmos"
+    codebook_size: int
+    compression: tuple[int, int, int]
+    weights_hash: str  # equal hash, equal codes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from lumos.vocabulary import CELL, TEMPORAL_FACTOR, Vocabulary
+from lumos.compression import CELL, num_source_frames
+from lumos.vocabulary import Vocabulary
 
 FRAME_HEADER = 3  # frame start, height token, width token
 PromptTemplate = Literal["caption", "lumos1"]
@@ -116,22 +117,6 @@ def _grid_index(frames: tuple[FrameSpan, ...], *, visual_only: bool) -> Tensor:
     cells = cells[:, : first.cols] if visual_only else cells
     starts = torch.tensor([f.grid_start for f in frames])
     return starts[:, None] + cells.reshape(1, -1)
-
-
-def num_latent_frames(num_frames: int) -> int:
-    """Latent frames of ``num_frames`` source frames (1 + 4k).
-
-    Raises:
-        ValueError: if the count is not 1 + 4k.
-    """
-    if num_frames < 1 or (num_frames - 1) % TEMPORAL_FACTOR:
-        raise ValueError(f"num_frames must be 1 + 4k (1, 5, 9, ...), got {num_frames}")
-    return 1 + (num_frames - 1) // TEMPORAL_FACTOR
-
-
-def num_source_frames(num_latents: int) -> int:
-    """Source frames of ``num_latents`` latent frames."""
-    return 1 + TEMPORAL_FACTOR * (num_latents - 1)
 
 
 def prompt_text(template: PromptTemplate, caption: str, *, width: int, height: int, num_frames: int, fps: float) -> str:

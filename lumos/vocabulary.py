@@ -3,8 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-CELL = 8  # pixels per latent cell, in height and width
-TEMPORAL_FACTOR = 4  # source frames per latent frame after the first
+from lumos.compression import CELL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +31,7 @@ class Vocabulary:
     visual_start: int
     codebook_size: int
     vocab_size: int
-    grid_unit: int  # pixels; a multiple of the 8-pixel latent cell
+    grid_unit: int  # pixels; a multiple of the latent cell's
     text_vocab_size: int  # text ids are 0..text_vocab_size-1
 
     def __post_init__(self) -> None:

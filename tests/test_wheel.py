@@ -30,9 +30,10 @@ def test_wheel_holds_every_file_of_the_packages_and_no_other(wheel):
     assert {"lumos/py.typed", "pipelines/py.typed", "jobs/py.typed"} <= held
     assert [name for name in held if name.startswith("infra/configs/train/")]
     assert [name for name in held if name.startswith("infra/deepspeed/")]
+    assert {"pipelines/pages/base.html.j2", "pipelines/pages/style.css"} <= held
 
 
-def test_installed_wheel_finds_its_configs_and_embedded_tokenizers(wheel, tmp_path):
+def test_installed_wheel_finds_its_configs_templates_and_embedded_tokenizers(wheel, tmp_path):
     wheel.extractall(tmp_path / "site")
     code = (
         "import sys, lumos, pipelines.config\n"
@@ -41,6 +42,9 @@ def test_installed_wheel_finds_its_configs_and_embedded_tokenizers(wheel, tmp_pa
         "assert TextTokenizer.load(None).encode('a red square')\n"
         "assert load_video_tokenizer(TokenizerConfig(kind='fsq')).codebook_size <= 4096\n"
         "assert pipelines.config.shipped_configs('train')\n"
+        "from pipelines.pages import render\n"
+        "names = render._environment().list_templates(extensions=['j2'])\n"
+        "assert len([render._environment().get_template(name) for name in names]) >= 3\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],

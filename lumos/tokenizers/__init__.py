@@ -3,16 +3,14 @@
 from lumos.tokenizers.cosmos import CosmosTokenizer
 from lumos.tokenizers.fsq import FsqTokenizer
 from lumos.tokenizers.text import TextTokenizer
-from lumos.tokenizers.video import COMPRESSION, TokenizerConfig, VideoTokenizer, latent_frames
+from lumos.tokenizers.video import TokenizerConfig, VideoTokenizer
 
 __all__ = [
-    "COMPRESSION",
     "CosmosTokenizer",
     "FsqTokenizer",
     "TextTokenizer",
     "TokenizerConfig",
     "VideoTokenizer",
-    "latent_frames",
     "load_video_tokenizer",
 ]
 

@@ -13,14 +13,8 @@ from einops import rearrange
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from lumos.tokenizers.video import (
-    COMPRESSION,
-    TEMPORAL_FACTOR,
-    check_codes,
-    check_frames,
-    frames_to_unit,
-    unit_to_frames,
-)
+from lumos.compression import COMPRESSION, num_source_frames
+from lumos.tokenizers.video import check_codes, check_frames, frames_to_unit, unit_to_frames
 
 CODEBOOK_SIZE = 64_000  # FSQ levels 8, 8, 8, 5, 5, 5
 FILES = ("encoder.jit", "decoder.jit")
@@ -33,7 +27,7 @@ class CosmosTokenizer:
     Attributes:
         kind: "cosmos".
         codebook_size: 64,000.
-        compression: (4, 8, 8).
+        compression: `lumos.compression.COMPRESSION`.
         weights_hash: Hash of the two files' hashes.
         file_hashes: "sha256:..." of each file.
     """
@@ -102,7 +96,7 @@ class CosmosTokenizer:
         """
         check_codes(codes, self.codebook_size)
         video: Tensor = self._decoder(codes.to(self.device, torch.int32))
-        frames = 1 + TEMPORAL_FACTOR * (codes.shape[1] - 1)
+        frames = num_source_frames(codes.shape[1])
         if video.shape[2] != frames:
             raise ValueError(f"decoder.jit gave {video.shape[2]} frames where {frames} were expected")
         return unit_to_frames(rearrange(video.float(), "b c t h w -> b t h w c")).cpu()

@@ -22,15 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lumos.tokenizers.video import (
-    CELL,
-    COMPRESSION,
-    TEMPORAL_FACTOR,
-    check_codes,
-    check_frames,
-    frames_to_unit,
-    unit_to_frames,
-)
+from lumos.compression import CELL, COMPRESSION, TEMPORAL_FACTOR
+from lumos.tokenizers.video import check_codes, check_frames, frames_to_unit, unit_to_frames
 
 EMBEDDED_WEIGHTS = Path(__file__).parent / "weights" / "fsq.safetensors"
 MAX_CODEBOOK_SIZE = 65_536  # codes are stored as uint16
@@ -186,7 +179,7 @@ class FsqTokenizer:
     Attributes:
         kind: "fsq".
         codebook_size: Product of the levels.
-        compression: (4, 8, 8).
+        compression: `lumos.compression.COMPRESSION`.
         weights_hash: Hash of the weights file.
         metadata: What else the file says of itself, among it the config that trained it.
     """

@@ -1,7 +1,6 @@
 """What every video tokenizer offers: uint8 frames [T, H, W, 3] <-> an integer grid [t, h, w], compressed 4x8x8.
 
-Frame 1 alone becomes the first latent frame and each further group of 4 frames one more, so T = 1 + 4k gives
-t = 1 + k; an image is t = 1. Latent frame i depends on frames up to 4i only.
+An image is t = 1 (`lumos.compression`). Latent frame i depends on frames up to 4i only.
 """
 
 from dataclasses import dataclass
@@ -11,9 +10,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-TEMPORAL_FACTOR = 4
-CELL = 8  # px of a latent cell in height and width
-COMPRESSION = (TEMPORAL_FACTOR, CELL, CELL)
+from lumos.compression import CELL, num_latent_frames
 
 
 @runtime_checkable
@@ -68,19 +65,6 @@ class TokenizerConfig:
             raise ValueError(f"kind is {self.kind!r}; known tokenizers: fsq, cosmos")
 
 
-def latent_frames(num_frames: int) -> int:
-    """Number of latent frames, 1 + k, of 1 + 4k frames.
-
-    Raises:
-        ValueError: `num_frames` is not of that form; the message names the two nearest that are.
-    """
-    if num_frames < 1 or (num_frames - 1) % TEMPORAL_FACTOR:
-        below = max(1, num_frames - (num_frames - 1) % TEMPORAL_FACTOR)
-        near = f"{below}" if num_frames < 1 else f"{below} or {below + TEMPORAL_FACTOR}"
-        raise ValueError(f"{num_frames} frames are not 1 + 4k frames; crop or extend the video to {near}")
-    return 1 + (num_frames - 1) // TEMPORAL_FACTOR
-
-
 def check_frames(frames: Tensor) -> tuple[int, int, int]:
     """The latent shape (t, h, w) of a batch of frames.
 
@@ -93,7 +77,7 @@ def check_frames(frames: Tensor) -> tuple[int, int, int]:
     for name, size in (("height", height), ("width", width)):
         if size < CELL or size % CELL:
             raise ValueError(f"{name} {size} is not a multiple of {CELL} px; crop or resize the frames")
-    return latent_frames(time), height // CELL, width // CELL
+    return num_latent_frames(time), height // CELL, width // CELL
 
 
 def check_codes(codes: Tensor, codebook_size: int) -> None:

@@ -17,17 +17,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lumos.tokenizers import TokenizerConfig
-from pipelines.data.captions import CaptionSource
+from pipelines.data.captions.given import CaptionSource
 from pipelines.data.config import CurateConfig, TokenConfig
-from pipelines.data.curation import Curation
-from pipelines.data.duplicates import DIMENSIONS
-from pipelines.data.publish import write_snapshot
-from pipelines.data.runlog import RunLog
-from pipelines.data.runner import Row
+from pipelines.data.pipeline import Curation
 from pipelines.data.settings import SourceConfig
-from pipelines.data.sources import list_sources
-from pipelines.data.split import clip_key
-from pipelines.data.tokens import load_tokenizer_info
+from pipelines.data.snapshot.write import write_snapshot
+from pipelines.data.stage.log import RunLog
+from pipelines.data.stage.run import Row
+from pipelines.data.steps.sources import list_sources
+from pipelines.data.steps.split import clip_key
+from pipelines.data.steps.tokens import load_tokenizer_info
+from pipelines.data.video.fingerprint import DIMENSIONS
 from pipelines.memory import own_memory, sampled_memory
 
 _CLIPS_PER_SOURCE = 10

@@ -24,17 +24,17 @@ from lumos.tokenizers import TokenizerConfig, load_video_tokenizer
 from pipelines.benchmarks.curation import measure_curation
 from pipelines.benchmarks.machine import describe_machine, product_ms, ratio
 from pipelines.cluster import connect
-from pipelines.data.clips import Clips
 from pipelines.data.config import CurateConfig, TokenConfig
-from pipelines.data.decode import CrashLog, DecodeChild, DecodeJob
-from pipelines.data.frames import REQUEST_COLUMNS
-from pipelines.data.runlog import RunLog
-from pipelines.data.runner import Row, Stage, StageTable, run_stage
 from pipelines.data.settings import DecodeConfig, SourceConfig, SplitConfig, StageResources
-from pipelines.data.sources import list_sources
-from pipelines.data.split import CLIPS, split_stage
-from pipelines.data.tokens import TOKENIZED, load_tokenizer_info, token_inputs, tokens_stage
-from pipelines.data.video import ClipRequest, read_clip
+from pipelines.data.stage.log import RunLog
+from pipelines.data.stage.run import PART, Row, Stage, StageTable, run_stage
+from pipelines.data.steps.clips import Clips
+from pipelines.data.steps.sources import list_sources
+from pipelines.data.steps.split import CLIPS, split_stage
+from pipelines.data.steps.tokens import TOKENIZED, load_tokenizer_info, token_inputs, tokens_stage
+from pipelines.data.video.decode import CrashLog, DecodeChild, DecodeJob
+from pipelines.data.video.frames import REQUEST_COLUMNS
+from pipelines.data.video.reader import ClipRequest, read_clip
 from pipelines.memory import own_memory, sampled_memory
 
 _SIZE = (1280, 720)
@@ -221,10 +221,11 @@ def _tokenize(
     run_stage(split, sources, dataset=str(root / "clips"))
     tokens = TokenConfig(decode_back_share=0.0)
     curate = CurateConfig(dataset="-", source=SourceConfig(path="-"), tokens=tokens)
-    table = StageTable(str(root / "clips"), split).read()
-    clips = Clips(table, pa.chunked_array([[sources["uri"][0].as_py()] * table.num_rows]))
+    table = StageTable(str(root / "clips"), split)
+    rows = table.read([*CLIPS.names, PART])
+    clips = Clips(rows, pa.chunked_array([[sources["uri"][0].as_py()] * rows.num_rows]), table.parts())
     clips.plan_shapes(tokens)
-    inputs = token_inputs(*clips.of(clips.verdicts.kept), clips.shapes[clips.verdicts.kept], 0.0)
+    inputs = token_inputs(clips.of(clips.verdicts.kept), clips.shapes[clips.verdicts.kept], 0.0)
     floor = Stage(
         name="floor-tokens",
         settings={},

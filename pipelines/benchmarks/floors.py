@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from av.video.reformatter import VideoReformatter
 
-from pipelines.data.shots import small_size
-from pipelines.data.video import VideoFile
+from pipelines.data.video.fingerprint import small_size
+from pipelines.data.video.reader import VideoFile
 
 
 def decode_only(path: str, target: int, *, beat: Callable[[], None]) -> int:

@@ -3,12 +3,10 @@
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
+from lumos.compression import CELL, num_latent_frames
 from lumos.config import require
-from lumos.tokenizers.video import TokenizerConfig, latent_frames
-from pipelines.data.decide import bounds, is_share
+from lumos.tokenizers.video import TokenizerConfig
 from pipelines.data.model_settings import CaptionConfig, FeatureConfig
-from pipelines.data.publish import PublishConfig
-from pipelines.data.schemas import MODEL_SCORES
 from pipelines.data.settings import (
     DecodeConfig,
     ResourceConfig,
@@ -16,6 +14,9 @@ from pipelines.data.settings import (
     SplitConfig,
     Thresholds,
 )
+from pipelines.data.snapshot.schemas import MODEL_SCORES
+from pipelines.data.snapshot.write import PublishConfig
+from pipelines.data.steps.decide import bounds, is_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +44,19 @@ class TokenConfig:
         require(self.fps > 0, f"fps must be positive, got {self.fps}")
         require(bool(self.num_frames), "num_frames is empty; name at least one length, such as 25")
         for count in self.num_frames:
-            latent_frames(count)
-        require(self.multiple > 0 and self.multiple % 8 == 0, f"multiple must be a multiple of 8, got {self.multiple}")
+            num_latent_frames(count)
+        require(
+            self.multiple > 0 and self.multiple % CELL == 0,
+            f"multiple must be a multiple of {CELL}, got {self.multiple}",
+        )
         require(self.area >= self.multiple**2, f"area must be at least {self.multiple}^2 px, got {self.area}")
         require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
         require(0 <= self.decode_back_share <= 1, f"decode_back_share must be in [0, 1], got {self.decode_back_share}")
         require(self.sizes is None or bool(self.sizes), "sizes is empty; name sizes such as 448x256, or none")
         for width, height in self.frame_sizes:
-            require(width % 8 == 0 and height % 8 == 0, f"sizes must be multiples of 8 px, got {width}x{height}")
+            require(
+                width % CELL == 0 and height % CELL == 0, f"sizes must be multiples of {CELL} px, got {width}x{height}"
+            )
 
     @property
     def frame_sizes(self) -> tuple[tuple[int, int], ...]:

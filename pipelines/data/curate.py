@@ -7,20 +7,20 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines import s3
 from pipelines.cluster import connect
-from pipelines.data.captions import CaptionSource, find_captions
+from pipelines.data.captions.given import CaptionSource, find_captions
 from pipelines.data.config import CurateConfig
-from pipelines.data.curation import Curation, Published
-from pipelines.data.ledger import count_reasons
-from pipelines.data.lock import dataset_lock
-from pipelines.data.publish import write_snapshot
-from pipelines.data.runlog import RunLog
-from pipelines.data.snapshot import Snapshot
-from pipelines.data.sources import list_sources
-from pipelines.data.tokens import load_tokenizer_info
-from pipelines.data.transnet import load_transnet
+from pipelines.data.models.transnet import load_transnet
+from pipelines.data.pipeline import Curation, Published
+from pipelines.data.snapshot.ledger import count_reasons
+from pipelines.data.snapshot.read import Snapshot
+from pipelines.data.snapshot.write import write_snapshot
+from pipelines.data.stage.log import RunLog
+from pipelines.data.steps.sources import list_sources
+from pipelines.data.steps.tokens import load_tokenizer_info
 from pipelines.errors import JobError, UserError
+from pipelines.storage import s3
+from pipelines.storage.lock import dataset_lock
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,17 +1,14 @@
-"""Writes the demo's report: one self-contained HTML page, videos and charts embedded, that opens from a file."""
+"""What the demo's page shows: the generated videos beside what was asked for, how the model learned, what it cost."""
 
-import base64
-import importlib.resources
-import itertools
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from pipelines.demo.charts import Line, line_chart, smooth
 from pipelines.demo.judge import Reading, right_or_wrong
+from pipelines.pages.plots import Points, line_chart, smooth
+from pipelines.pages.render import write_page
 
 TARGETS = {"color": 0.95, "background": 0.95, "direction": 0.75, "shape": 0.60}
 
@@ -29,6 +26,11 @@ class Sample:
     video: Path
     asked: Reading
     read: Reading
+
+    @property
+    def right(self) -> Mapping[str, bool]:
+        """Whether each attribute was read as it was asked for."""
+        return right_or_wrong(self.read, self.asked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,164 +77,28 @@ def write_report(path: Path, report: Report) -> None:
         path: File to write; replaced if there.
         report: What it shows. The video files must exist; they are copied into the page.
     """
-    summary = report.summary
-    prompts = [list(group) for _, group in itertools.groupby(report.samples, key=lambda sample: sample.prompt)]
-    errors = sum(any(_has_error(sample) for sample in group) for group in prompts)
+    by_prompt = [list(group) for _, group in groupby(report.samples, key=lambda sample: sample.prompt)]
+    errors = [any(not all(sample.right.values()) for sample in group) for group in by_prompt]
+    labels = {"x_label": "step", "y_label": "nats per token"}
     loss = [(float(point.step), point.loss) for point in report.losses]
-    page = _template().substitute(
-        title="Lumos demo: from raw video to generated video",
-        subtitle=f"Seed {summary['seed']} · {_minutes(summary['seconds']['total'])} in all · "
-        f"peak memory {summary['peak_memory_gb']:.1f} GB",
-        lead=escape(_lead(summary, len(prompts))),
-        scores="\n".join(_score_row(name, summary) for name in _NAMES),
-        error_count=errors,
-        prompt_count=len(prompts),
-        gallery="\n".join(_prompt_card(group) for group in prompts),
-        training=escape(_training(summary["train"])),
-        loss_chart=line_chart(
-            [
-                Line(name="", style="raw", points=loss),
-                Line(name="", style="mean", points=smooth(loss, _WINDOW)),
-            ],
-            title="Training loss by step",
-            x_label="step",
-            y_label="nats per token",
-        ),
-        frame_chart=line_chart(
-            _frame_lines(report.losses), title="Loss by latent frame", x_label="step", y_label="nats per token"
-        ),
-        ledger_lead=escape(_ledger_lead(summary["clips"])),
-        ledger_counts="".join(_count_row(name, number) for name, number in summary["clips"].items()),
-        ledger_rows="".join(_ledger_row(row) for row in report.not_kept[:_MOST_REJECTED]),
-        timings=_timings(summary["seconds"]),
-        memory=f"Peak memory of the process and all its children, Ray's among them, shared pages counted once: "
-        f"{summary['peak_memory_gb']:.2f} GB.",
-        next_steps="\n".join(
-            f"<p>{escape(text)}</p><pre><code>{escape(command)}</code></pre>" for text, command in report.next_steps
-        ),
-    )
-    path.write_text(page, encoding="utf-8")
-
-
-def _template() -> string.Template:
-    source = importlib.resources.files("pipelines.demo") / "report.html.template"
-    return string.Template(source.read_text(encoding="utf-8"))
-
-
-# ------------------------------------------------------------------------------------------------------ accuracy
-
-
-def _lead(summary: Mapping[str, Any], prompts: int) -> str:
-    clips, train = summary["clips"], summary["train"]
-    return (
-        f"{clips['kept']} rendered clips were curated into token shards, a model was trained on them from scratch for "
-        f"{train['steps']} steps and served, and {summary['samples']} videos were generated for {prompts} prompts "
-        f"whose combination of attributes training never saw. In {summary['accuracy']['all']:.0%} of them all four "
-        f"attributes are right at once, against {summary['chance']['all']:.1%} by chance."
+    lines = {"each step": loss, "smoothed": smooth(loss, _WINDOW)}
+    write_page(
+        path,
+        "demo_report.html.j2",
+        **vars(report),
+        prompts=list(zip(by_prompt, errors, strict=True)),
+        num_errors=sum(errors),
+        names=_NAMES,
+        targets=TARGETS,
+        most_rejected=_MOST_REJECTED,
+        loss_chart=line_chart(lines, title="Training loss by step", faint=["each step"], **labels),
+        frame_chart=line_chart(_frame_lines(report.losses), title="Loss by latent frame", **labels),
     )
 
 
-def _score_row(name: str, summary: Mapping[str, Any]) -> str:
-    value, chance = summary["accuracy"][name], summary["chance"][name]
-    low, high = summary["interval95"][name]
-    goal = TARGETS.get(name)
-    detail = f"{low:.1%} to {high:.1%} · chance {chance:.1%}"
-    mark = ""
-    if goal is not None:
-        verdict = "reached" if value >= goal else "missed"
-        detail += f"<br>target {goal:.0%} {verdict}"
-        mark = f'<span class="goal" style="left:{100 * goal:.1f}%"></span>'
-    return (
-        f'<div class="score"><span>{_NAMES[name]}</span><b>{value:.1%}</b>'
-        f'<div class="track"><span class="band" style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%"></span>'
-        f'<span class="chance" style="left:{100 * chance:.1f}%"></span>{mark}'
-        f'<span class="dot" style="left:{100 * value:.1f}%"></span></div>'
-        f'<span class="soft detail">{detail}</span></div>'
-    )
-
-
-# ------------------------------------------------------------------------------------------------------- gallery
-
-
-def _has_error(sample: Sample) -> bool:
-    return not all(right_or_wrong(sample.read, sample.asked).values())
-
-
-def _prompt_card(group: Sequence[Sample]) -> str:
-    style = "card prompt has-error" if any(_has_error(sample) for sample in group) else "card prompt"
-    videos = "".join(_video(sample) for sample in group)
-    return f'<article class="{style}"><h3>{escape(group[0].prompt)}</h3><div class="pair">{videos}</div></article>'
-
-
-def _video(sample: Sample) -> str:
-    data = base64.b64encode(sample.video.read_bytes()).decode("ascii")
-    items = []
-    for name, right in right_or_wrong(sample.read, sample.asked).items():
-        seen, asked = escape(getattr(sample.read, name)), escape(getattr(sample.asked, name))
-        if right:
-            items.append(f"<li>{seen}</li>")
-        else:
-            seen = seen if seen != "none" else f"no {_NAMES[name].lower()}"
-            items.append(f'<li class="wrong">{seen}, not {asked}</li>')
-    return (
-        f'<div><video muted loop playsinline preload="auto" title="{escape(sample.video.name)}" '
-        f'src="data:video/mp4;base64,{data}"></video>'
-        f'<ul class="read" aria-label="read by the judge, sampling seed {sample.seed}">{"".join(items)}</ul></div>'
-    )
-
-
-# ------------------------------------------------------------------------------------------------------ training
-
-
-def _training(train: Mapping[str, Any]) -> str:
-    return (
-        f"{train['steps']} steps at {train['tokens_per_s']:,.0f} tokens/s; the loss fell from "
-        f"{train['loss_first']:.2f} to {train['loss_last']:.2f} nats per masked visual token."
-    )
-
-
-def _frame_lines(losses: Sequence[LossPoint]) -> list[Line]:
-    count = max((len(point.frames) for point in losses), default=0)
-    lines = []
-    for frame in range(count):
+def _frame_lines(losses: Sequence[LossPoint]) -> dict[str, Points]:
+    lines = {}
+    for frame in range(max((len(point.frames) for point in losses), default=0)):
         points = [(float(point.step), point.frames[frame]) for point in losses if len(point.frames) > frame]
-        style = f"frame{min(4, frame * 5 // count)}"
-        lines.append(Line(name=f"frame {frame + 1}", style=style, points=smooth(points, _WINDOW)))
+        lines[f"frame {frame + 1}"] = smooth(points, _WINDOW)
     return lines
-
-
-# ---------------------------------------------------------------------------------------------- ledger and costs
-
-
-def _ledger_lead(clips: Mapping[str, int]) -> str:
-    return (
-        f"Every source file and every clip is accounted for. Of {clips['sources']} files, {clips['kept']} clips were "
-        "kept; the others, with the bad files that the corpus holds on purpose, are listed with the reason."
-    )
-
-
-def _count_row(name: str, number: int) -> str:
-    return f'<tr><td>{escape(name)}</td><td class="number">{number}</td></tr>'
-
-
-def _ledger_row(row: LedgerRow) -> str:
-    return (
-        f'<tr><td class="path">{escape(row.path)}</td><td>{escape(row.status)}</td><td>{escape(row.reason)}</td></tr>'
-    )
-
-
-def _timings(seconds: Mapping[str, float]) -> str:
-    total = max(seconds["total"], 1e-9)
-    rows = []
-    for name, value in seconds.items():
-        bar = "" if name == "total" else f'<div class="bar" style="width:{100 * value / total:.1f}%"></div>'
-        label = f"<b>{escape(name)}</b>" if name == "total" else escape(name)
-        rows.append(
-            f'<tr><td style="width:130px">{label}</td><td class="number" style="width:90px">{value:.1f} s</td>'
-            f'<td style="vertical-align:middle">{bar}</td></tr>'
-        )
-    return "".join(rows)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60} min {int(seconds) % 60} s"

@@ -5,13 +5,16 @@ Every phase calls the function behind its own command, with the shipped `demo` c
 
 import csv
 import json
+import re
+import shlex
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import av
 import numpy as np
@@ -19,15 +22,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.cluster import connect
-from pipelines.config import load_config
+from pipelines.config import ConfigT, load_config
 from pipelines.data.config import CurateConfig
 from pipelines.data.curate import curate
 from pipelines.demo.judge import Reading, judge_video, score
 from pipelines.demo.report import LedgerRow, LossPoint, Report, Sample, write_report
 from pipelines.errors import UserError
+from pipelines.generation.bulk.manifest import MANIFEST_FILE
+from pipelines.generation.bulk.run import generate
 from pipelines.generation.config import GenerateConfig
-from pipelines.generation.manifest import MANIFEST_FILE
-from pipelines.generation.run import generate
 from pipelines.memory import sampled_memory, tree_memory
 from pipelines.sample_corpus import BAD_FILES, ClipSpec, held_out_specs, write_corpus
 from pipelines.training.config import TrainConfig
@@ -36,6 +39,24 @@ from pipelines.training.run import TrainResult, train
 NUM_CLIPS = 800
 SEEDS_PER_PROMPT = 2
 _MEMORY_SECONDS = 3.0  # between two samples of the memory in use
+_PLAIN_PATH = r"(/|[a-z0-9]+://)[\w./-]*"
+
+
+@dataclass(frozen=True)
+class Command(Generic[ConfigT]):
+    """A ``lumos`` command with the shipped `demo` config: what a phase runs, and what the report prints of it."""
+
+    config_class: type[ConfigT]
+    overrides: tuple[str, ...]
+
+    @property
+    def config(self) -> ConfigT:
+        """What the command resolves to."""
+        return load_config(self.config_class, "demo", self.overrides)
+
+    def __str__(self) -> str:
+        """For a shell."""
+        return shlex.join(["lumos", self.config_class.KIND, "demo", *self.overrides])
 
 
 def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -69,13 +90,16 @@ def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: S
             _write_prompts(out / "prompts.csv", specs, seed)
         with _phase("curate", "probe, score, decide, tokenize, publish", seconds):
             paths: dict[str, object] = {"source.path": out / "corpus", "dataset": out / "dataset"}
-            curated = curate(load_config(CurateConfig, "demo", _overrides(**paths)))
+            curating = Command(CurateConfig, _overrides(**paths))
+            curated = curate(curating.config)
         with _phase("train", "a model from scratch", seconds):
             paths = {"data.dataset": curated.snapshot_uri, "output": out / "train"}
-            trained = train(load_config(TrainConfig, "demo", [*_overrides(**paths, seed=seed), *train_overrides]))
+            training = Command(TrainConfig, (*_overrides(**paths, seed=seed), *train_overrides))
+            trained = train(training.config)
         with _phase("generate", f"{len(specs) * SEEDS_PER_PROMPT} videos through Ray Serve", seconds):
             paths = {"model": trained.export_dir, "prompts": out / "prompts.csv", "output": out / "videos"}
-            generate(load_config(GenerateConfig, "demo", _overrides(**paths, seeds_per_prompt=SEEDS_PER_PROMPT)))
+            generating = Command(GenerateConfig, _overrides(**paths, seeds_per_prompt=SEEDS_PER_PROMPT))
+            generate(generating.config)
     with _phase("judge", "colour, background, shape and direction from pixels", seconds):
         samples = judge_folder(out / "videos", specs)
         result = score([sample.read for sample in samples], [sample.asked for sample in samples])
@@ -98,7 +122,12 @@ def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: S
             samples=samples,
             losses=[LossPoint(step=row.step, loss=row.loss, frames=row.frame_losses) for row in trained.records],
             not_kept=[row for row in ledger if row.status != "kept"],
-            next_steps=_next_steps(out, trained, samples),
+            next_steps=[
+                ("This page's dataset was made by:", str(curating)),
+                ("Its model:", str(training)),
+                ("Its videos, which the same command makes again, byte for byte, in another output:", str(generating)),
+                *_next_steps(out, trained, samples),
+            ],
         )
         write_report(out / "report.html", page)
     summary["seconds"] = seconds | {"total": time.monotonic() - begin}
@@ -122,8 +151,13 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-def _overrides(**values: object) -> list[str]:
-    return [f"{key}={json.dumps(value if isinstance(value, int) else str(value))}" for key, value in values.items()]
+def _overrides(**values: object) -> tuple[str, ...]:
+    """Overrides that give the keys these values: paths as they are where YAML reads them so, else in quotes."""
+    plain = {key: value if isinstance(value, int) else str(value) for key, value in values.items()}
+    return tuple(
+        f"{key}={value if isinstance(value, str) and re.fullmatch(_PLAIN_PATH, value) else json.dumps(value)}"
+        for key, value in plain.items()
+    )
 
 
 def _write_prompts(path: Path, specs: Sequence[ClipSpec], seed: int) -> None:
@@ -187,13 +221,19 @@ def _rounded(value: Any) -> Any:
 
 
 def _next_steps(out: Path, trained: TrainResult, samples: Sequence[Sample]) -> list[tuple[str, str]]:
-    prompt, model = samples[0].prompt, trained.export_dir
+    first, model = samples[0], trained.export_dir
+    longer: dict[str, object] = {"data.dataset": out / "dataset", "output": out / "train-long", "steps": 2000}
+    model_option = shlex.join(["--model", str(model)])
+    prompt = shlex.join(["--prompt", first.prompt])
     return [
-        ("A video of your own words:", f'lumos generate --model {model} --prompt "{prompt}" --out video.mp4 --seed 7'),
-        ("The model behind HTTP:", f"lumos serve default model={model}"),
+        (
+            "The first of them alone, byte for byte; put in words of your own:",
+            f"lumos generate {model_option} {prompt} --seed {first.seed} --out video.mp4",
+        ),
+        ("The model behind HTTP:", shlex.join(["lumos", "serve", "default", *_overrides(model=model)])),
         (
             "Train for longer on the same data; or change any other key that --print-config shows:",
-            f"lumos train demo data.dataset={out / 'dataset'} output={out / 'train-long'} steps=2000",
+            str(Command(TrainConfig, _overrides(**longer))),
         ),
         ("Compare the runs:", trained.store.how_to_open),
         (

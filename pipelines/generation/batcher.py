@@ -68,7 +68,7 @@ class Batcher(Generic[RequestT, ResultT]):
         self._batch_seconds = 1.0  # running mean
         self._changed: asyncio.Event = asyncio.Event()
         self._dispatcher: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch", initializer=on_thread_start or _nothing)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch", initializer=on_thread_start)
 
     @property
     def num_queued(self) -> int:
@@ -172,7 +172,3 @@ class Batcher(Generic[RequestT, ResultT]):
         finally:
             self._running = 0
             self._batch_seconds += _SMOOTHING * (time.monotonic() - begin - self._batch_seconds)
-
-
-def _nothing() -> None:
-    return None

@@ -1,13 +1,13 @@
 """What a bulk run and an HTTP service are told: which model, how to draw, on what, and what to write or listen to."""
 
 import ipaddress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import ClassVar, Literal
 
 from lumos.config import SamplingConfig, require
 from lumos.layout import PromptTemplate
+from pipelines.media import VideoFormat
 
-VideoFormat = Literal["mp4", "gif", "png"]
 MAX_SEED = 2**63 - 1
 
 
@@ -25,6 +25,26 @@ class SizeConfig:
         for name in ("width", "height", "num_frames", "fps"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be positive, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingChoice:
+    """How videos are drawn (``lumos.config.SamplingConfig``); what is left out is as the model's folder recommends."""
+
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    history_ratio: float | None = None
+    temperature: float | None = None
+    release_temperature: bool | None = None
+    release_given_frames: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        self.over(SamplingConfig())
+
+    def over(self, recommended: SamplingConfig) -> SamplingConfig:
+        """The settings of a run, completed from what its model recommends."""
+        return replace(recommended, **{key: value for key, value in asdict(self).items() if value is not None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +109,7 @@ class ModelRunConfig:
 
     model: str  # folder that `lumos train` exported, or of a released Lumos-1 checkpoint
     video: SizeConfig = field(default_factory=SizeConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplingChoice = field(default_factory=SamplingChoice)
     tokenizer: TokenizerSource = field(default_factory=TokenizerSource)
     text_tokenizer: str | None = None  # a Hugging Face tokenizers JSON; None is text_tokenizer.json beside the model
     prompt_template: PromptTemplate | None = None  # None is the one the model was trained with
@@ -131,6 +151,8 @@ class ServeConfig(ModelRunConfig):
     port: int = 8000
     token: str | None = None  # asked of clients as a bearer token; None: the environment's LUMOS_SERVE_TOKEN, if set
     timeout_s: float = 600.0  # longest a request may take, its waiting included
+    body_timeout_s: float = 10.0  # longest the body of a request may take to arrive
+    max_open_bodies: int = 128  # bodies that may be arriving; one more, and the oldest of them gets 503
     max_steps: int = 200  # most sampling steps a client may ask for
 
     def __post_init__(self) -> None:
@@ -138,10 +160,9 @@ class ServeConfig(ModelRunConfig):
         super().__post_init__()
         require(1 <= self.port <= 65535, f"port must be in 1..65535, got {self.port}")
         require(self.timeout_s > 0, f"timeout_s must be positive, got {self.timeout_s}")
-        require(
-            self.max_steps >= self.sampling.num_steps,
-            f"max_steps ({self.max_steps}) must be at least sampling.num_steps ({self.sampling.num_steps})",
-        )
+        require(self.body_timeout_s > 0, f"body_timeout_s must be positive, got {self.body_timeout_s}")
+        require(self.max_open_bodies >= 1, f"max_open_bodies must be at least 1, got {self.max_open_bodies}")
+        require(self.max_steps >= 1, f"max_steps must be at least 1, got {self.max_steps}")
         require(self.token is None or bool(self.token.strip()), "token is empty: leave it out, or set a secret")
 
     @property

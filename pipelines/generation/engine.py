@@ -8,10 +8,10 @@ import torch
 from lumos.checkpoint import load_checkpoint
 from lumos.sampling import generate
 from lumos.tokenizers import load_video_tokenizer
-from pipelines.generation.card import ModelCard, RequestEncoder
 from pipelines.generation.config import ReplicaConfig
-from pipelines.generation.media import encode_video
+from pipelines.generation.model import ModelCard, RequestEncoder
 from pipelines.generation.request import VideoRequest
+from pipelines.media import encode_video
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

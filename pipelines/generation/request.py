@@ -1,13 +1,16 @@
-"""One video that is asked for, in plain values that travel between processes, and what comes back."""
+"""One video that is asked for, in plain values that travel between processes, and why there is none."""
 
+import re
+import unicodedata
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from lumos.compression import CELL, num_latent_frames
 from lumos.config import SamplingConfig
-from lumos.layout import num_latent_frames
-from lumos.vocabulary import CELL
 from pipelines.config import config_hash
-from pipelines.generation.config import VideoFormat
+from pipelines.media import VideoFormat
+
+_MAX_SLUG = 60  # characters; a file name stays far under the 255 bytes of file systems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,18 +69,22 @@ class VideoRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Video:
-    """A finished video."""
-
-    data: bytes  # the file
-    batch_size: int  # videos drawn together with it
-    run_s: float  # seconds its batch took
-
-
-@dataclass(frozen=True, kw_only=True)
 class Refusal:
     """Why there is no video. A value and not an exception: Serve logs every exception with its traceback."""
 
-    reason: Literal["full", "timeout", "invalid", "failed"]
+    reason: Literal["full", "lost", "timeout", "invalid", "failed"]
     message: str
-    retry_after_s: float = 0.0  # for "full"
+    retry_after_s: float = 0.0  # for "full" and "lost"
+
+
+def file_name(prompt: str, seed: int, suffix: str) -> str:
+    """Name for a video, safe on any file system and in HTTP headers: ``a-red-square-3.mp4``.
+
+    Args:
+        prompt: any text; what is not an ASCII letter or digit becomes a hyphen, and it is cut to 60 characters.
+        seed: sampling seed.
+        suffix: file type, without a dot.
+    """
+    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", plain)[:_MAX_SLUG].strip("-") or "video"
+    return f"{slug}-{seed}.{suffix}"

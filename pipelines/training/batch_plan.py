@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from pipelines.data.snapshot import Manifest
+from pipelines.data.snapshot.read import Manifest
 from pipelines.errors import UserError
 from pipelines.streams import numpy_stream
 

@@ -4,14 +4,24 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from lumos.config import MaskConfig, ModelConfig, RopeKind, require
+from lumos.compression import CELL
+from lumos.config import MaskConfig, ModelConfig, RopeKind, SamplingConfig, require
 from lumos.layout import PromptTemplate
 from lumos.tokenizers.video import TokenizerConfig
 from lumos.vocabulary import Vocabulary
 from pipelines.config import config_hash, config_to_dict
 
 # Keys that decide how a run is carried out and not what it computes: a run may be continued with others.
-_OPERATIONAL = ("output", "num_workers", "micro_batch", "resources", "checkpoint", "tracking", "progress")
+_OPERATIONAL = (
+    "output",
+    "num_workers",
+    "micro_batch",
+    "recommended_sampling",
+    "resources",
+    "checkpoint",
+    "tracking",
+    "progress",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +41,8 @@ class DataConfig:
         """Check ranges."""
         require(0.0 <= self.caption_drop <= 1.0, f"caption_drop must be in [0, 1], got {self.caption_drop}")
         require(
-            self.grid_unit > 0 and self.grid_unit % 8 == 0,
-            f"grid_unit must be a positive multiple of 8 px, got {self.grid_unit}",
+            self.grid_unit > 0 and self.grid_unit % CELL == 0,
+            f"grid_unit must be a positive multiple of {CELL} px, got {self.grid_unit}",
         )
 
 
@@ -48,7 +58,7 @@ class ModelShape:
     head_dim: int  # a multiple of 32
     rope: RopeKind = "mm"
     rope_theta: float = 10000.0
-    position_scale: tuple[int, int, int] = (4, 8, 8)
+    position_scale: tuple[int, int, int] = ModelConfig.position_scale  # the paper's; not the tokenizer's compression
     max_seq_len: int = 32768
     checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory, a third more work
 
@@ -176,6 +186,7 @@ class TrainConfig:
     num_workers: int = 1
     seed: int = 0
     init_from: str | None = None  # an exported or released checkpoint folder to start from
+    recommended_sampling: SamplingConfig = field(default_factory=SamplingConfig)  # told to all who generate with it
     resources: ResourceConfig = field(default_factory=ResourceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -2,15 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from lumos.checkpoint import save_state
+from lumos.checkpoint import ModelInfo, save_state
 from lumos.config import ModelConfig
 from lumos.vocabulary import Vocabulary
-
-TEXT_TOKENIZER_FILE = "text_tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -20,10 +17,9 @@ class ExportSpec:
     model: ModelConfig
     vocabulary: Vocabulary
     text_tokenizer: str  # text of the tokenizer's JSON file
-    extra: dict[str, Any]  # how the model was made and how it is prompted: see ``export_extra``
+    info: ModelInfo
 
 
 def write_export(folder: Path, state: dict[str, Tensor], spec: ExportSpec) -> None:
     """Write the model and what is needed to prompt it."""
-    save_state(folder, state, spec.model, spec.vocabulary, extra=spec.extra)
-    (folder / TEXT_TOKENIZER_FILE).write_text(spec.text_tokenizer, encoding="utf-8")
+    save_state(folder, state, spec.model, spec.vocabulary, info=spec.info, text_tokenizer=spec.text_tokenizer)

@@ -17,19 +17,19 @@ import torch
 from ray.data import ActorPoolStrategy, DataContext, Datasource, ExecutionResources, ReadTask
 from ray.data.block import BlockMetadata
 
+from lumos.compression import CELL, num_source_frames
 from lumos.config import MaskConfig
 from lumos.layout import (
     SequenceLayout,
     build_sequence,
     header_tokens,
-    num_source_frames,
     prompt_text,
     video_layout,
 )
 from lumos.masking import sample_masked_positions
 from lumos.tokenizers.text import TextTokenizer
-from lumos.vocabulary import CELL, Vocabulary
-from pipelines.data.snapshot import Shard, Snapshot
+from lumos.vocabulary import Vocabulary
+from pipelines.data.snapshot.read import Shard, Snapshot
 from pipelines.streams import numpy_stream, torch_stream
 from pipelines.training.batch_plan import BatchPlan, PlannedStep, rank_rows
 from pipelines.training.config import DataConfig

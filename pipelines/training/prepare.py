@@ -2,19 +2,20 @@
 
 import math
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from lumos.checkpoint import read_config
+from lumos.checkpoint import ModelInfo, read_config
+from lumos.compression import CELL
 from lumos.config import ModelConfig
 from lumos.layout import build_sequence
 from lumos.tokenizers import load_video_tokenizer
 from lumos.tokenizers.text import EMBEDDED_FILE, TextTokenizer
-from lumos.vocabulary import CELL, Vocabulary
+from lumos.vocabulary import Vocabulary
 from pipelines.config import config_to_dict
-from pipelines.data.snapshot import Snapshot, open_snapshot
+from pipelines.data.snapshot.read import Snapshot, open_snapshot
 from pipelines.errors import UserError
 from pipelines.storage import is_local
 from pipelines.training.batch_plan import BatchPlan
@@ -48,9 +49,9 @@ def prepare(config: TrainConfig) -> Prepared:
     )
     text_file = Path(config.data.text_tokenizer or EMBEDDED_FILE)
     try:
-        text_vocab_size = TextTokenizer.load(text_file).vocab_size
+        text = TextTokenizer.load(text_file)
         codebook_size = manifest.tokenizer.codebook_size
-        vocabulary = config.make_vocabulary(text_vocab_size=text_vocab_size, codebook_size=codebook_size)
+        vocabulary = config.make_vocabulary(text_vocab_size=text.vocab_size, codebook_size=codebook_size)
         model = config.model.resolve(vocabulary.vocab_size)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from error
@@ -70,15 +71,17 @@ def prepare(config: TrainConfig) -> Prepared:
         micro_batch=config.micro_batch,
         num_workers=config.num_workers,
     )
-    extra = {
-        "prompt_template": config.data.prompt_template,
-        "fps": fps,
-        "shapes": [list(bucket.shape) for bucket in plan.buckets],
-        "tokenizer": asdict(manifest.tokenizer),
-        "dataset_digest": snapshot.digest,
-        "train_config": config_to_dict(config),
-    }
-    return Prepared(snapshot, ingest, ExportSpec(model, vocabulary, text_tokenizer, extra))
+    info = ModelInfo(
+        prompt_template=config.data.prompt_template,
+        shapes=tuple(bucket.shape for bucket in plan.buckets),
+        fps=fps,
+        tokenizer=manifest.tokenizer,
+        text_tokenizer_hash=text.hash,
+        sampling=config.recommended_sampling,
+        dataset_digest=snapshot.digest,
+        train_config=config_to_dict(config),
+    )
+    return Prepared(snapshot, ingest, ExportSpec(model, vocabulary, text_tokenizer, info))
 
 
 def _open_snapshot(config: TrainConfig) -> Snapshot:
@@ -104,7 +107,8 @@ def _check_shapes(snapshot: Snapshot, plan: BatchPlan, vocabulary: Vocabulary, m
         except ValueError as error:
             raise UserError(
                 f"bucket {shape[0]}x{shape[1]}x{shape[2]} of snapshot {snapshot.manifest.snapshot_id}: {error}; set "
-                f"data.grid_unit to {8 * math.gcd(shape[1], shape[2])} px or a divisor of it that is a multiple of 8"
+                f"data.grid_unit to {CELL * math.gcd(shape[1], shape[2])} px or a divisor of it that is a multiple of "
+                f"{CELL}"
             ) from error
         if len(ids) > model.max_seq_len:
             raise UserError(

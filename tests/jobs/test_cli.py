@@ -25,7 +25,7 @@ def test_help_imports_no_framework():
     code = (
         "import sys\nfrom jobs.cli import main\nsys.argv = ['lumos', '--help']\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 0\n"
-        "print({m for m in sys.modules if m in ('ray', 'torch', 'mlflow', 'pyarrow')})"
+        "print({m for m in sys.modules if m in ('ray', 'torch', 'mlflow', 'pyarrow', 'jinja2', 'matplotlib')})"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.endswith("set()\n"), done.stderr

@@ -4,7 +4,8 @@ import operator
 import numpy as np
 import pytest
 
-from lumos.layout import build_sequence, num_latent_frames, num_source_frames, parse
+from lumos.compression import num_latent_frames, num_source_frames
+from lumos.layout import build_sequence, parse
 from lumos.rope import position_ids
 from lumos.vocabulary import Vocabulary
 

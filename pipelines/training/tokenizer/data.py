@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from lumos.compression import CELL, TEMPORAL_FACTOR
 from lumos.config import require
 from pipelines import sample_corpus as corpus
 from pipelines.data.settings import SourceConfig
@@ -57,10 +58,11 @@ class ClipSource:
         for name in ("corpus_share", "aligned_share"):
             require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it must be in 0..1")
         require(
-            self.size >= 16 and self.size % 8 == 0, f"size is {self.size}; it must be a multiple of 8 px, at least 16"
+            self.size >= 16 and self.size % CELL == 0,
+            f"size is {self.size}; it must be a multiple of {CELL} px, at least 16",
         )
         require(
-            self.num_frames >= 5 and self.num_frames % 4 == 1,
+            self.num_frames >= 5 and self.num_frames % TEMPORAL_FACTOR == 1,
             f"num_frames is {self.num_frames}; it must be 1 + 4k, at least 5",
         )
         require(self.fps > 0, f"fps is {self.fps}; it must be positive")

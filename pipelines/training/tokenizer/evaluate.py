@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lumos.compression import CELL, TEMPORAL_FACTOR
 from lumos.config import require
 from lumos.tokenizers import TokenizerConfig, VideoTokenizer, load_video_tokenizer
 from pipelines import sample_corpus as corpus
@@ -46,9 +47,9 @@ class TokenizerEvaluateConfig:
         """Check ranges."""
         for name in ("height", "width"):
             size = getattr(self, name)
-            require(size >= 8 and size % 8 == 0, f"{name} is {size}; it must be a positive multiple of 8 px")
+            require(size >= CELL and size % CELL == 0, f"{name} is {size}; it must be a positive multiple of {CELL} px")
         require(
-            self.clip_frames >= 1 and self.clip_frames % 4 == 1,
+            self.clip_frames >= 1 and self.clip_frames % TEMPORAL_FACTOR == 1,
             f"clip_frames is {self.clip_frames}; it must be 1 + 4k",
         )
         require(self.fps > 0, f"fps is {self.fps}; it must be positive")

@@ -5,6 +5,7 @@ that was killed continues where it was saved.
 """
 
 import copy
+import io
 import math
 import statistics
 import sys
@@ -21,6 +22,7 @@ from lumos.tokenizers import FsqTokenizer
 from lumos.tokenizers.fsq import FsqAutoencoder, FsqConfig, save_weights
 from lumos.tokenizers.video import frames_to_unit
 from pipelines import sample_corpus as corpus
+from pipelines import storage
 from pipelines.config import config_hash, config_to_dict, provenance
 from pipelines.errors import JobError, UserError
 from pipelines.training.tokenizer.data import ClipPools, ClipSource, corpus_clips, held_out_corpus_specs
@@ -236,10 +238,9 @@ class FsqRun:
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        target = state_file(output)
-        partial = target.with_name(target.name + ".partial")
-        torch.save(state, partial)
-        partial.replace(target)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        storage.write_bytes_atomic(str(state_file(output)), buffer.getvalue())
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue where a state was written."""

@@ -61,7 +61,7 @@ def test_identity(tokenizer, folder):
 
 
 def test_frame_counts_that_the_file_would_pad_are_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"6 frames are not 1 \+ 4k frames; crop or extend the video to 5 or 9"):
+    with pytest.raises(ValueError, match=r"num_frames 6 is not 1 \+ 4k: use 5 or 9"):
         tokenizer.encode(torch.zeros(1, 6, 16, 16, 3, dtype=torch.uint8))
     with pytest.raises(ValueError, match="height 12"):
         tokenizer.encode(torch.zeros(1, 5, 12, 16, 3, dtype=torch.uint8))

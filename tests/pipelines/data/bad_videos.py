@@ -179,12 +179,18 @@ def _names(folder: Path) -> dict[str, Fate]:
     names = ["with 'quotes\" and spaces.mp4", "ünïcödé 視頻.mp4", "new\nline.mp4", "100%_{x}*[1]#?::.mp4", "-dash.mp4"]
     for index, name in enumerate(names):
         write_video(folder / name, moving_square(18, seed=30 + index))
+    latin = [b"caf\xe9.mp4", b"dossier \xe9t\xe9/\xff.mp4"]  # not UTF-8, as disks of older systems have them
+    for index, name in enumerate(latin):
+        path = folder / os.fsdecode(name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(write_video(folder / "x.mp4", moving_square(18, seed=40 + index)).read_bytes())
+    (folder / "x.mp4").unlink()
     (folder / "broken link.mp4").symlink_to("nowhere")
     os.mkfifo(folder / "pipe.mp4")
     (folder / "device.mp4").symlink_to("/dev/zero")
     (folder / "twin.mp4").write_bytes((folder / names[0]).read_bytes())
     (folder / "link.mp4").symlink_to(names[1])
-    return dict.fromkeys(names, KEPT) | {
+    return dict.fromkeys([*names, "caf\\xe9.mp4", "dossier \\xe9t\\xe9/\\xff.mp4"], KEPT) | {
         "broken link.mp4": "failed missing_file",
         "pipe.mp4": "failed not_a_video",
         "device.mp4": "failed not_a_video",

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from pipelines import storage
 from pipelines.config import load_config
 from pipelines.data.config import CurateConfig
-from pipelines.data.snapshot import Snapshot
+from pipelines.data.snapshot.read import Snapshot
 from tests.pipelines.data.videos import moving_square, still, write_table, write_video
 
 GOOD = 6

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
-from pipelines.data.publish import PUBLISHED_CLIPS, PublishConfig, SnapshotContent, draw_split, write_snapshot
-from pipelines.data.schemas import LEDGER
-from pipelines.data.snapshot import Snapshot, TokenizerInfo
+from pipelines.data.snapshot.read import Snapshot, TokenizerInfo
+from pipelines.data.snapshot.schemas import LEDGER
+from pipelines.data.snapshot.write import PUBLISHED_CLIPS, PublishConfig, SnapshotContent, draw_split, write_snapshot
 
 TOKENIZER = TokenizerInfo("fsq", 1000, (4, 8, 8), "sha256:" + "0" * 64)
 

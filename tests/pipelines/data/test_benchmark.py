@@ -3,8 +3,8 @@
 import pytest
 
 from pipelines.benchmarks.curation import measure_curation
-from pipelines.data.snapshot import open_snapshot
-from pipelines.data.verify import verify_snapshot
+from pipelines.data.snapshot.read import open_snapshot
+from pipelines.data.upkeep.verify import verify_snapshot
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -8,13 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from lumos.tokenizers.fsq import FsqAutoencoder, FsqConfig, save_weights
-from pipelines.data.card import reason_class
 from pipelines.data.curate import curate
-from pipelines.data.lock import dataset_lock
-from pipelines.data.schemas import PASS_SCORES
-from pipelines.data.snapshot import list_snapshots, open_snapshot
-from pipelines.data.sources import hash_file
+from pipelines.data.snapshot.card import reason_class
+from pipelines.data.snapshot.read import list_snapshots, open_snapshot
+from pipelines.data.snapshot.schemas import PASS_SCORES
+from pipelines.data.steps.sources import hash_file
 from pipelines.errors import JobError, UserError
+from pipelines.storage.lock import dataset_lock
 from tests.pipelines.data.corpora import FATES, GOOD, curate_config, published
 from tests.pipelines.data.videos import moving_square, write_table, write_video
 

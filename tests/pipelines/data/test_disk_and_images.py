@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipelines.data.curate import curate
-from pipelines.data.snapshot import open_snapshot
+from pipelines.data.snapshot.read import open_snapshot
 from pipelines.errors import JobError
 from tests.pipelines.data.corpora import GOOD, curate_config, published
 from tests.pipelines.data.videos import moving_square

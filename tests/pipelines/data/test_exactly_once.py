@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.data.curate import curate
-from pipelines.data.runlog import last_run
-from pipelines.data.snapshot import open_snapshot
+from pipelines.data.snapshot.read import open_snapshot
+from pipelines.data.stage.log import last_run
 from tests.pipelines.data.corpora import curate_config, published, write_corpus
 
 # A run as another process with a Ray cluster of its own, so that anything in it can be killed.

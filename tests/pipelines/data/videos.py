@@ -69,6 +69,18 @@ def write_video(
     return path
 
 
+def flag_key_frames(source: Path, target: Path, every: int) -> Path:
+    """Copy a video's packets, every so many of them flagged as a key frame, which most of them are not."""
+    with av.open(str(source)) as before, av.open(str(target), "w") as after:
+        stream = before.streams.video[0]
+        copied = after.add_stream_from_template(stream)
+        for number, packet in enumerate(packet for packet in before.demux(stream) if packet.dts is not None):
+            packet.is_keyframe = packet.is_keyframe or number % every == 0
+            packet.stream = copied
+            after.mux(packet)
+    return target
+
+
 def write_table(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
     """A captions.csv."""
     import csv

@@ -73,6 +73,7 @@ class VisionServer:
     seen: list = field(default_factory=list)
     flying: int = 0
     most_flying: int = 0
+    billed: int = 0  # answers with tokens
 
     def __post_init__(self):
         self.lock = threading.Lock()
@@ -176,6 +177,11 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(seen.id, " ")
         elif fault == "length":
             self.complete(json.dumps({"id": seen.id, "caption": "A card that"})[:-2], finish="length")
+        elif fault == "parts":
+            content = json.dumps({"id": seen.id, "caption": caption_of(seen.number)})
+            self.complete(
+                [{"type": "thinking"}, *({"type": "text", "text": half} for half in (content[:9], content[9:]))]
+            )
         elif fault == "filter":
             self.complete(None, finish="content_filter")
         else:
@@ -195,6 +201,8 @@ class Handler(BaseHTTPRequestHandler):
         self.complete(f"Here it is:\n```json\n{content}\n```" if self.server.vision.fences else content)
 
     def complete(self, content, finish="stop"):
+        with self.server.vision.lock:
+            self.server.vision.billed += 1
         choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": content}}
         self.reply(200, {"choices": [choice], "usage": {"prompt_tokens": 100, "completion_tokens": 10}})
 

@@ -6,13 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from lumos.checkpoint import save_checkpoint
-from lumos.config import ModelConfig, SamplingConfig
+from lumos.checkpoint import ModelInfo, save_checkpoint
+from lumos.config import ModelConfig, TokenizerInfo
 from lumos.decoder import Decoder
 from lumos.tokenizers import FsqTokenizer, TextTokenizer
 from lumos.tokenizers.fsq import FsqAutoencoder, FsqConfig, save_weights
 from lumos.vocabulary import Vocabulary
-from pipelines.generation.config import BatchConfig, GenerateConfig, ReplicaConfig, ServeConfig, TokenizerSource
+from pipelines.generation.config import (
+    BatchConfig,
+    GenerateConfig,
+    ReplicaConfig,
+    SamplingChoice,
+    ServeConfig,
+    TokenizerSource,
+)
 
 CAPTIONS = ("a red square moves left", "a blue circle moves up over a green background")
 
@@ -59,24 +66,19 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) ->
         for name, weight in model.named_parameters():
             if "norm" not in name:
                 weight.mul_(8)
-    extra = {
-        "prompt_template": "caption",
-        "fps": 12.0,
-        "shapes": [[3, 4, 4]],
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "codebook_size": tokenizer.codebook_size,
-            "compression": list(tokenizer.compression),
-            "weights_hash": tokenizer.weights_hash,
-        },
-    }
+    info = ModelInfo(
+        fps=12.0,
+        shapes=((3, 4, 4),),
+        tokenizer=TokenizerInfo(tokenizer.kind, tokenizer.codebook_size, tokenizer.compression, tokenizer.weights_hash),
+        text_tokenizer_hash=text.hash,
+    )
     folder = tmp_path_factory.mktemp("run") / "export"
-    save_checkpoint(folder, model, vocabulary, extra=extra)
+    save_checkpoint(folder, model, vocabulary, info=info)
     text.save(folder / "text_tokenizer.json")
     return folder
 
 
-SAMPLING = SamplingConfig(num_steps=4, guidance_scale=3.0)
+SAMPLING = SamplingChoice(num_steps=4, guidance_scale=3.0)
 REPLICAS = ReplicaConfig(num_cpus=0.5, threads=1)
 
 

@@ -1,12 +1,13 @@
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lumos.config import SamplingConfig
 from pipelines.config import load_config, shipped_configs
 from pipelines.errors import UserError
-from pipelines.generation.config import GenerateConfig, ReplicaConfig, ServeConfig
+from pipelines.generation.config import GenerateConfig, ReplicaConfig, SamplingChoice, ServeConfig
 
 
 @pytest.mark.parametrize("name", shipped_configs("generate"))
@@ -55,8 +56,10 @@ def test_wrong_values_are_named(tmp_path: Path, override: str, message: str) -> 
     [
         ({"port": 0}, "port"),
         ({"timeout_s": 0.0}, "timeout_s"),
+        ({"body_timeout_s": 0.0}, "body_timeout_s"),
+        ({"max_open_bodies": 0}, "max_open_bodies"),
         ({"token": " "}, "token"),
-        ({"max_steps": 3}, "max_steps"),
+        ({"max_steps": 0}, "max_steps"),
     ],
 )
 def test_wrong_service_values_are_named(changes: dict[str, Any], message: str) -> None:
@@ -83,3 +86,12 @@ def test_the_device_follows_the_reserved_gpus() -> None:
     assert ReplicaConfig().torch_device == "cpu"
     assert ReplicaConfig(num_gpus=0.5).torch_device == "cuda"
     assert ReplicaConfig(num_gpus=1, device="cpu").torch_device == "cpu"
+
+
+def test_a_run_may_choose_every_setting_of_the_sampler() -> None:
+    assert [f.name for f in fields(SamplingChoice)] == [f.name for f in fields(SamplingConfig)]
+    recommended = SamplingConfig(num_steps=12, guidance_scale=2.0, history_ratio=0.3, temperature=0.5)
+    assert SamplingChoice().over(recommended) == recommended
+    assert SamplingChoice(guidance_scale=0.0).over(recommended) == replace(recommended, guidance_scale=0.0)
+    everything = replace(recommended, release_temperature=True, release_given_frames=True)
+    assert SamplingChoice(**asdict(everything)).over(SamplingConfig()) == everything

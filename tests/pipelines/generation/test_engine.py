@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 
 from lumos.config import SamplingConfig
-from pipelines.generation.card import read_card
 from pipelines.generation.config import GenerateConfig, SizeConfig
 from pipelines.generation.engine import AbandonedError, Engine
+from pipelines.generation.model import read_card
 from pipelines.generation.request import VideoRequest
 
 PROMPTS = ("a red square moves left", "a blue circle moves up over a green background", "x")

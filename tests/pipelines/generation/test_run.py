@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import ray
 
+from lumos.config import SamplingConfig
 from lumos.tokenizers import TextTokenizer
 from pipelines.errors import UserError
-from pipelines.generation.card import RequestEncoder, read_card
-from pipelines.generation.config import GenerateConfig, ServeConfig, SizeConfig, TokenizerSource
-from pipelines.generation.run import generate, serve
+from pipelines.generation.bulk.run import _plan, generate
+from pipelines.generation.config import GenerateConfig, SamplingChoice, ServeConfig, SizeConfig, TokenizerSource
+from pipelines.generation.model import RequestEncoder, read_card
+from pipelines.generation.serving.run import serve
 from tests.pipelines.generation.conftest import save_tokenizer
 
 
@@ -27,11 +29,10 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def copy_model(model_dir: Path, target: Path, **changes: Any) -> Path:
-    """The model with other values in its config: top-level keys, or ``extra``; None takes a key of that out."""
+    """The model with other values in its config: top-level keys, or ``info``."""
     shutil.copytree(model_dir, target)
     config = json.loads((target / "config.json").read_text())
-    extra = {**config["lumos"]["extra"], **changes.pop("extra", {})}
-    config["lumos"]["extra"] = {key: value for key, value in extra.items() if value is not None}
+    config["lumos"]["info"].update(changes.pop("info", {}))
     (target / "config.json").write_text(json.dumps({**config, **changes}))
     return target
 
@@ -92,15 +93,64 @@ def test_a_text_tokenizer_with_more_ids_than_the_model_is_refused(
         generate(replace(generate_config, text_tokenizer=str(tmp_path / "large.json")))
 
 
+def test_another_text_tokenizer_than_the_model_was_trained_with_is_refused(
+    generate_config: GenerateConfig, tmp_path: Path
+) -> None:
+    other = TextTokenizer.train(["other words"], vocab_size=260)
+    other.save(tmp_path / "other.json")
+    with pytest.raises(UserError, match=r"text_tokenizer: .*other.json .*is not the one the model .* was trained with"):
+        generate(replace(generate_config, text_tokenizer=str(tmp_path / "other.json")))
+
+
 def test_a_checkpoint_that_names_no_size_asks_for_one(
     generate_config: GenerateConfig, model_dir: Path, tmp_path: Path
 ) -> None:
-    model = copy_model(model_dir, tmp_path / "model", extra={"shapes": None})
+    model = copy_model(model_dir, tmp_path / "model", info={"shapes": None})
     config = replace(generate_config, model=str(model))
     with pytest.raises(UserError, match="width is not given"):
         generate(config)
     size = RequestEncoder(read_card(config)).size(SizeConfig(width=32, height=16, num_frames=1, fps=12.0))
     assert (size.width, size.height, size.latent_shape) == (32, 16, (1, 2, 4))
+
+
+RECOMMENDED = {"num_steps": 3, "guidance_scale": 2.0, "history_ratio": 0.4, "temperature": 0.5}
+
+
+def test_what_is_left_out_is_drawn_as_the_model_recommends(
+    generate_config: GenerateConfig, model_dir: Path, tmp_path: Path
+) -> None:
+    model = copy_model(model_dir, tmp_path / "model", info={"sampling": RECOMMENDED})
+    config = replace(generate_config, model=str(model), sampling=SamplingChoice())
+    card = read_card(config)
+    assert card.sampling == SamplingConfig(**RECOMMENDED)
+    assert {job.request.sampling for job in _plan(config, card)} == {card.sampling}
+    chosen = replace(config, sampling=SamplingChoice(num_steps=5, guidance_scale=1.0))
+    assert read_card(chosen).sampling == SamplingConfig(**{**RECOMMENDED, "num_steps": 5, "guidance_scale": 1.0})
+    assert read_card(chosen).identity == card.identity
+
+
+def test_a_model_that_recommends_nothing_is_drawn_as_the_release(
+    generate_config: GenerateConfig, model_dir: Path, tmp_path: Path
+) -> None:
+    config = replace(generate_config, sampling=SamplingChoice())
+    silent = copy_model(model_dir, tmp_path / "silent", info={"sampling": None})
+    assert read_card(replace(config, model=str(silent))).sampling == SamplingConfig()
+    older = copy_model(model_dir, tmp_path / "older")
+    raw = json.loads((older / "config.json").read_text())
+    raw["lumos"] |= {"format_version": 1, "extra": raw["lumos"].pop("info")}
+    del raw["lumos"]["extra"]["sampling"]
+    (older / "config.json").write_text(json.dumps(raw))
+    card = read_card(replace(config, model=str(older)))
+    assert (card.sampling.num_steps, card.sampling.guidance_scale) == (50, 15.0)
+
+
+def test_a_service_that_allows_fewer_steps_than_its_default_is_refused(
+    serve_config: ServeConfig, model_dir: Path, tmp_path: Path
+) -> None:
+    model = copy_model(model_dir, tmp_path / "model", info={"sampling": {"num_steps": 9}})
+    config = replace(serve_config, port=free_port(), model=str(model), sampling=SamplingChoice(), max_steps=8)
+    with pytest.raises(UserError, match="max_steps: 8 is less than the 9 steps"):
+        serve(config)
 
 
 def test_weights_of_another_shape_or_damaged_are_found_before_ray_starts(

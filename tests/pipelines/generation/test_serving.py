@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +22,11 @@ import pytest
 from pipelines.cluster import connect
 from pipelines.config import config_to_yaml
 from pipelines.errors import UserError
-from pipelines.generation import run
-from pipelines.generation.api import ApiSettings
-from pipelines.generation.application import http_application
-from pipelines.generation.card import read_card
+from pipelines.generation.bulk import run
+from pipelines.generation.bulk.run import generate
 from pipelines.generation.config import BatchConfig, GenerateConfig, ReplicaConfig, ServeConfig
-from pipelines.generation.run import generate
+from pipelines.generation.model import read_card
+from pipelines.generation.serving.application import http_application
 
 TOKEN = "sesame"
 PROMPT: dict[str, Any] = {"prompt": "a red square moves left", "seed": 7}
@@ -41,17 +41,8 @@ def _cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def service(_cluster: None, serve_config: ServeConfig) -> Iterator[str]:
-    config = replace(serve_config, port=free_port(), token=TOKEN)
-    settings = ApiSettings(
-        card=read_card(config),
-        size=config.video,
-        sampling=config.sampling,
-        format=config.format,
-        token=TOKEN,
-        timeout_s=config.timeout_s,
-        max_steps=config.max_steps,
-    )
-    with http_application(settings.card, config, settings) as url:
+    config = replace(serve_config, port=free_port(), token=TOKEN, body_timeout_s=4.0)
+    with http_application(read_card(config), config) as url:
         yield url
 
 
@@ -89,6 +80,7 @@ def test_bulk_resume_makes_only_what_is_missing_and_the_same_bytes(
             assert sum(1 for _ in container.decode(video=0)) == 9
     note = json.loads((Path(config.output) / "generate.json").read_text())
     assert note["config"]["seeds_per_prompt"] == 3
+    assert note["sampling"] | {"num_steps": 4, "guidance_scale": 3.0, "history_ratio": 0.7} == note["sampling"]
     assert note["provenance"]["packages"]["torch"]
 
     with monkeypatch.context() as patch:
@@ -180,6 +172,42 @@ def test_http_a_client_that_leaves_frees_its_place(service: str) -> None:
                 await asyncio.sleep(0.02)
             assert (await http.post("/v1/videos", json=PROMPT)).status_code == 200
 
+    asyncio.run(main())
+
+
+def test_http_hundreds_of_unfinished_bodies_stop_nobody_else(service: str) -> None:
+    head = (
+        f"POST /v1/videos HTTP/1.1\r\nHost: test\r\nAuthorization: Bearer {TOKEN}\r\n"
+        "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    )
+
+    async def begin_body() -> str:
+        """The first line of the answer, once the service has closed the connection."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(service).port)
+        writer.write(head.encode())
+        await writer.drain()
+        opened.release()
+        answer = await asyncio.wait_for(reader.read(), 60)
+        writer.close()
+        return answer.split(b"\r\n")[0].decode()
+
+    async def main() -> None:
+        async with client(service) as http:
+            before = await http.post("/v1/videos", json=PROMPT)
+            slow = [asyncio.create_task(begin_body()) for _ in range(400)]
+            for _ in slow:
+                await opened.acquire()
+            during = await http.post("/v1/videos", json=PROMPT)
+            assert (during.status_code, during.content) == (200, before.content)
+            assert (await http.get("/healthz")).status_code == 200
+            assert (await http.get("/v1/models")).status_code == 200
+            assert not all(task.done() for task in slow)
+            answers = Counter(await asyncio.gather(*slow))
+            assert answers.keys() == {"HTTP/1.1 408 Request Timeout", "HTTP/1.1 503 Service Unavailable"}
+            assert (await http.get("/healthz")).json() == {"status": "ok", "queued": 0, "running": 0}
+            assert (await http.post("/v1/videos", json=PROMPT)).content == before.content
+
+    opened = asyncio.Semaphore(0)
     asyncio.run(main())
 
 

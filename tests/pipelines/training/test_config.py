@@ -28,6 +28,8 @@ def test_shipped_configs_are_valid(name):
         ("optimizer.warmup_steps=21", "warmup_steps = 21 exceeds steps = 20"),
         ("model.head_dim=48", "head_dim must be a multiple of 32, got 48"),
         ("data.grid_unit=12", "grid_unit must be a positive multiple of 8 px, got 12"),
+        ("recommended_sampling.num_steps=0", "recommended_sampling: num_steps must be at least 1, got 0"),
+        ("recommended_sampling.steps=3", "unknown key 'recommended_sampling.steps'"),
         ("optimiser.lr=1.0", "unknown key 'optimiser'.*did you mean 'optimizer'"),
         ("steps=many", "steps: input should be a valid integer, got 'many'"),
     ],

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lumos.checkpoint import save_checkpoint
+from lumos.checkpoint import ModelInfo, save_checkpoint
+from lumos.config import SamplingConfig
 from lumos.decoder import Decoder
 from lumos.tokenizers.text import TextTokenizer
 from lumos.tokenizers.video import TokenizerConfig
@@ -33,11 +34,12 @@ def save_model(path: Path, vocabulary: Vocabulary, **changes: int) -> Path:
 
 def test_a_good_config_is_prepared(config):
     prepared = prepare(config)
-    assert prepared.export.extra["shapes"] == [[2, 4, 4], [3, 4, 6]]
-    assert prepared.export.extra["fps"] == 12.0
-    assert prepared.export.extra["dataset_digest"] == prepared.snapshot.digest
+    info = prepared.export.info
+    assert (info.shapes, info.fps) == (((2, 4, 4), (3, 4, 6)), 12.0)
+    assert info.dataset_digest == prepared.snapshot.digest
+    assert info.text_tokenizer_hash == TextTokenizer.load().hash
     assert prepared.ingest.vocabulary.codebook_size == CODEBOOK
-    json.dumps(prepared.export.extra)
+    assert ModelInfo.from_dict(json.loads(json.dumps(info.to_dict()))) == info
 
 
 def test_too_few_rows_is_an_error(config):
@@ -136,3 +138,11 @@ def test_an_output_of_another_run_is_an_error(config, tmp_path):
         Output(replace(config, output=str(tmp_path / "letters")), snapshot_digest="a" * 64)
     with pytest.raises(UserError, match=r"output = 's3://bucket/run' is not a local folder"):
         Output(replace(config, output="s3://bucket/run"), snapshot_digest="a" * 64)
+
+
+def test_the_model_recommends_what_its_run_says(config):
+    sampling = SamplingConfig(num_steps=12, guidance_scale=2.0)
+    recommending = replace(config, recommended_sampling=sampling)
+    assert prepare(recommending).export.info.sampling == sampling
+    assert prepare(config).export.info.sampling == SamplingConfig()
+    assert recommending.identity_hash() == config.identity_hash()  # it computes the same: an older run continues

@@ -126,10 +126,11 @@ def test_loss_of_the_first_step_is_that_of_the_whole_batch_at_once(uninterrupted
 def test_export_is_what_generation_reads(uninterrupted):
     loaded = load_checkpoint(uninterrupted.export_dir)
     assert loaded.model.lm_head.weight.dtype == torch.float32
-    assert loaded.extra["train_config"]["steps"] == 60
-    assert loaded.extra["tokenizer"]["weights_hash"] == "sha256:test"
+    assert loaded.info.train_config["steps"] == 60
+    assert loaded.info.tokenizer.weights_hash == "sha256:test"
     text = TextTokenizer.load(uninterrupted.export_dir / "text_tokenizer.json")
     assert text.vocab_size == loaded.vocabulary.text_vocab_size
+    assert text.hash == loaded.info.text_tokenizer_hash
 
 
 def test_mlflow_has_the_run(uninterrupted):
@@ -230,7 +231,7 @@ def test_a_run_with_constant_rate_can_be_made_longer(two_cpus, dataset, folder):
     assert longer.run_id == short.run_id
     assert losses(longer.records)[:12] == losses(short.records)
     assert longer.steps == 16
-    assert load_checkpoint(longer.export_dir).extra["train_config"]["steps"] == 16
+    assert load_checkpoint(longer.export_dir).info.train_config["steps"] == 16
 
 
 def add_unknown_key(file: Path) -> None:

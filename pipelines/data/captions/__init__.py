@@ -1,0 +1,1 @@
+"""Where captions come from, and which are used."""

@@ -1,0 +1,113 @@
+"""Captions by CoCa (Yu et al. 2022, arXiv 2205.01917), a captioner of open_clip that runs where the pipeline runs."""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pipelines.data.captions.given import CAPTIONED, clean_captions
+from pipelines.data.model_settings import CocaConfig
+from pipelines.data.models.open_clip import OpenClip, check_open_clip, load_open_clip, open_clip_hash
+from pipelines.data.settings import DecodeConfig, StageResources
+from pipelines.data.stage.run import Row, Stage
+from pipelines.data.steps.features import fixed_batches
+from pipelines.data.video.frames import ClipReader, evenly
+from pipelines.data.video.reader import VideoError
+
+_KEY = "captions.coca.weights"
+_START, _END = 49406, 49407  # of the CLIP tokenizer
+
+
+class CocaFunction:
+    """Captions the middle frame of clips."""
+
+    def __init__(self, uri: str, *, config: CocaConfig, captioner: str, decode: DecodeConfig, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.config = config
+        self.captioner = captioner
+        self.reader = ClipReader(uri, decode)
+        self.model = load_open_clip(config.open_clip, _KEY)
+
+    def __call__(self, rows: Sequence[Row]) -> list[Row]:
+        """A caption for each clip, or why there is none."""
+        done, images = [], []
+        # Of two frames evenly spaced, at 0 and 1/2, the second is the clip's middle.
+        for row, frames in self.reader.read(rows, lambda row: evenly(row, 2, self.model.size)):
+            made: Row = {"work_key": row["work_key"], "key": row["key"]}
+            done.append(made)
+            if isinstance(frames, VideoError):
+                made |= {"captions": [], "error": frames.reason}
+            else:
+                images.append((made, self.model.images(frames[1:2])))
+        if images:
+            batches = fixed_batches(torch.cat([image for _, image in images]), self.config.batch_size)
+            texts = [
+                text for batch, count in batches for text in caption_images(self.model, batch, self.config)[:count]
+            ]
+            for (made, _), text in zip(images, texts, strict=True):
+                made["captions"] = clean_captions([text], self.captioner)
+        return done
+
+
+@torch.inference_mode()
+def caption_images(coca: OpenClip, images: Tensor, config: CocaConfig) -> list[str]:
+    """The likeliest next token, again and again, from each image [batch, 3, size, size].
+
+    open_clip's own search needs the package transformers, draws at random, or both.
+    """
+    latent, embeddings = coca.model._encode_image(images)
+    tokens = torch.full((len(images), 1), _START, device=coca.device)
+    over = torch.zeros(len(images), dtype=torch.bool, device=coca.device)
+    for _ in range(config.max_tokens):
+        seen = coca.model(images, tokens, image_latent=latent, image_embs=embeddings, output_labels=False)
+        chosen = seen["logits"][:, -1].argmax(dim=-1).masked_fill(over, _END)
+        over |= chosen == _END
+        tokens = torch.cat([tokens, chosen[:, None]], dim=1)
+        if over.all():
+            break
+    return [_text(coca, row) for row in tokens.tolist()]
+
+
+def _text(coca: OpenClip, tokens: Sequence[int]) -> str:
+    words = [token for token in tokens[1:] if token != _END]
+    text: str = coca.tokenizer.decode(words)  # type: ignore[attr-defined]
+    return text.replace("<start_of_text>", "").strip(" .") + "." if words else ""
+
+
+def check_coca(config: CocaConfig) -> None:
+    """Load the model once, before hours of work that lead to it.
+
+    Raises:
+        UserError: its weights do not fit its architecture.
+    """
+    check_open_clip(config.open_clip, _KEY)
+
+
+def coca_stage(config: CocaConfig, decode: DecodeConfig, resources: StageResources) -> Stage:
+    """The stage that captions with CoCa.
+
+    Raises:
+        UserError: the weights are not there.
+    """
+    digest = open_clip_hash(config.open_clip, _KEY)
+    name = "coca" if os.path.isdir(config.weights or "") else config.model
+    captioner = f"{name}@{digest[-64:][:8]}"
+    settings = {
+        "version": 1,
+        "captioner": captioner,
+        "model": digest,
+        "max_tokens": config.max_tokens,
+        "batch_size": config.batch_size,
+    }
+    return Stage(
+        name="captions-coca",
+        settings=settings,
+        schema=CAPTIONED,
+        function=partial(
+            CocaFunction, config=config, captioner=captioner, decode=decode, threads=max(1, int(resources.num_cpus))
+        ),
+        rows_per_part=64,
+        resources=resources,
+    )

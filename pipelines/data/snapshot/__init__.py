@@ -1,0 +1,1 @@
+"""What is published: columns, writing, reading, the ledger."""

@@ -1,0 +1,73 @@
+"""The dataset card: what a person reads who finds a snapshot."""
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.data.snapshot.read import Manifest
+
+_COLUMNS = """\
+| column | type | meaning |
+|---|---|---|
+| `clip_id` | string | content hash of the source, and the clip's span in milliseconds |
+| `source_id` | string | SHA-256 of the source file |
+| `split` | string | `train` or `val`, drawn per source: no source is in both |
+| `captions` | list of (text, captioner) | none, one or several |
+| `fps` | float32 | frames per second that were tokenized |
+| `t`, `h`, `w` | int16 | shape of the latent grid: 1 + 4 (t - 1) frames of 8h x 8w px |
+| `codes` | list of uint16 | t h w codes in (t, h, w) order |
+"""
+
+
+def reason_class(reason: str) -> str:
+    """What a ledger reason is about: the score it names, or the class of the failure."""
+    return reason.partition(" ")[0].rstrip(":")
+
+
+def reason_classes(reasons: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The ``reason_class`` of each of many reasons."""
+    return pc.utf8_rtrim(pc.replace_substring_regex(reasons, pattern="(?s) .*", replacement=""), ":")
+
+
+def dataset_card(manifest: Manifest, ledger: pa.Table) -> str:
+    """The README.md of a snapshot."""
+    tokenizer = manifest.tokenizer
+    cells = "x".join(map(str, tokenizer.compression))
+    lines = [
+        f"# Video tokens, snapshot {manifest.snapshot_id}",
+        "",
+        f"Clips of video as grids of discrete codes, made by the tokenizer {tokenizer.kind} "
+        f"({tokenizer.codebook_size} codes, compression {cells}, weights `{tokenizer.weights_hash}`).",
+        "",
+        "## Contents",
+        "",
+        "| split | latent t x h x w | clips | tokens | shards | MB |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for b in manifest.buckets:
+        size = f"{b.bytes / 1e6:.2f}"
+        lines.append(f"| {b.split} | {b.t} x {b.h} x {b.w} | {b.rows} | {b.tokens} | {len(b.shards)} | {size} |")
+    lines += ["", "Captions by: " + (", ".join(manifest.captioners) or "nobody") + ".", "", "## Yield", ""]
+    lines += ["| status | reason | rows |", "|---|---|---:|"]
+    kept = pc.equal(ledger["status"], "kept")
+    told = pa.table([ledger["status"], pc.if_else(kept, "", reason_classes(ledger["reason"]))], ["status", "reason"])
+    counts = told.group_by(["status", "reason"]).aggregate([([], "count_all")])
+    for row in counts.sort_by([("status", "ascending"), ("reason", "ascending")]).to_pylist():
+        lines.append(f"| {row['status']} | {row['reason']} | {row['count_all']} |")
+    lines += [
+        "",
+        "`ledger.parquet` has one row per clip, and one per source that yields none, with every score, the decision "
+        "and its reason.",
+        "",
+        "## Rows",
+        "",
+        _COLUMNS,
+        "## Reading",
+        "",
+        "Plain Parquet (zstd): `pyarrow.parquet.read_table(FILE)`, `pandas.read_parquet(FILE)`, DuckDB "
+        "`SELECT * FROM 'data/train/*/*.parquet'`, or "
+        '`datasets.load_dataset("parquet", data_files="data/train/*/*.parquet")`. '
+        "`manifest.json` lists every shard with its rows, bytes and SHA-256, and the config and stage hashes behind "
+        "it.",
+        "",
+    ]
+    return "\n".join(lines)

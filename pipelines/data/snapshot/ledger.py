@@ -1,0 +1,171 @@
+"""The ledger: one row per clip, and one per source that yields none, with what became of it and why."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipelines.data.snapshot.card import reason_classes
+from pipelines.data.snapshot.schemas import LEDGER, STAGES, STATUSES
+
+
+class Verdicts:
+    """Status and reason of every clip, in the order of the clip table, and how far each went.
+
+    Args:
+        count: Clips; all are kept at first.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._status = np.full(count, STATUSES.index("kept"), np.int8)
+        self._reasons: dict[int, str] = {}
+        self._seen: dict[str, NDArray[np.bool_]] = {"split": np.ones(count, bool)}
+
+    def set(self, index: int, status: str, reason: str) -> None:
+        """Change what becomes of a clip."""
+        self._status[index], self._reasons[index] = STATUSES.index(status), reason
+
+    def mark(self, stage: str, indices: NDArray[np.int64]) -> None:
+        """Note the clips that a stage has seen."""
+        self._seen[stage] = np.zeros(len(self._status), bool)
+        self._seen[stage][indices] = True
+
+    @property
+    def kept(self) -> NDArray[np.int64]:
+        """Indices of the clips that are kept so far."""
+        return np.flatnonzero(self._status == STATUSES.index("kept"))
+
+    def columns(self, hashes: Mapping[str, str]) -> dict[str, pa.Array]:
+        """As the ledger's columns status, reason and stage_hashes.
+
+        Args:
+            hashes: Configuration hash of each stage.
+        """
+        count = len(self._status)
+        unseen = np.zeros(count, bool)  # by a stage that is switched off
+        seen = [
+            pc.if_else(pa.array(self._seen.get(stage, unseen)), pa.scalar(hashes.get(stage), pa.string()), None)
+            for stage in STAGES
+        ]
+        return {
+            "status": pa.array(STATUSES, pa.string()).take(pa.array(self._status)),
+            "reason": pa.array([self._reasons.get(index, "") for index in range(count)], pa.string()),
+            "stage_hashes": pa.StructArray.from_arrays(seen, names=list(STAGES)),
+        }
+
+
+def build_ledger(
+    sources: pa.Table,
+    first: pa.Table,
+    clips: pa.Table,
+    scores: pa.StructArray,
+    failed: pa.Table,
+    verdicts: Verdicts,
+    hashes: Mapping[str, str],
+) -> pa.Table:
+    """Put the ledger together; it is not sorted yet.
+
+    Args:
+        sources: Every file named: path, source_id (null where unreadable) and error.
+        first: Those that stand for their content: source_id and path.
+        clips: The split stage's clips.
+        scores: All of theirs.
+        failed: Its rows of sources without clips.
+        verdicts: What became of the clips.
+        hashes: Configuration hash of each stage.
+    """
+    columns = {
+        "key": clips["key"],
+        "source_id": clips["work_key"],
+        "path": paths_of(clips["work_key"], first),
+        "start_s": clips["start_s"],
+        "end_s": clips["end_s"],
+        "scores": scores,
+        **verdicts.columns(hashes),
+    }
+    clip_rows = pa.table(columns).select(LEDGER.names).cast(LEDGER)
+    failed_rows = _plain_rows(
+        keys=failed["work_key"].to_pylist(),
+        source_ids=failed["work_key"].to_pylist(),
+        paths=paths_of(failed["work_key"], first).to_pylist(),
+        status="failed",
+        reasons=failed["error"].to_pylist(),
+        split=hashes["split"],
+    )
+    return pa.concat_tables([clip_rows, failed_rows, *_source_rows(sources, first)])
+
+
+def removed_rows(removed: pa.Table) -> pa.Table:
+    """Ledger rows of sources that were taken out of the dataset."""
+    return _plain_rows(
+        keys=[f"{row['source_id']}@{row['path']}" for row in removed.to_pylist()],
+        source_ids=removed["source_id"].to_pylist(),
+        paths=removed["path"].to_pylist(),
+        status="rejected",
+        reasons=["removed: taken out of the dataset"] * removed.num_rows,
+        split=None,
+    )
+
+
+def paths_of(source_ids: pa.ChunkedArray, first: pa.Table) -> pa.ChunkedArray:
+    """The path that stands for each content."""
+    return first["path"].take(pc.index_in(source_ids, first["source_id"].combine_chunks()))
+
+
+def count_reasons(ledger: pa.Table) -> dict[str, int]:
+    """Rows that were not kept by "status: class of reason", most frequent first."""
+    left = ledger.filter(pc.not_equal(ledger["status"], "kept"))
+    what = pc.binary_join_element_wise(left["status"], reason_classes(left["reason"]), ": ")
+    counts = {count["values"]: count["counts"] for count in pc.value_counts(what).to_pylist()}
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _source_rows(sources: pa.Table, first: pa.Table) -> list[pa.Table]:
+    """Rows of files that could not be read, and of those with the content of another."""
+    unreadable = sources.filter(pc.is_null(sources["source_id"]))
+    stands = pc.is_in(sources["path"], first["path"].combine_chunks())
+    again = sources.filter(pc.and_(pc.is_valid(sources["source_id"]), pc.invert(stands)))
+    return [
+        _plain_rows(
+            keys=[f"@{path}" for path in unreadable["path"].to_pylist()],
+            source_ids=[None] * unreadable.num_rows,
+            paths=unreadable["path"].to_pylist(),
+            status="failed",
+            reasons=unreadable["error"].to_pylist(),
+            split=None,
+        ),
+        _plain_rows(
+            keys=[f"{row['source_id']}@{row['path']}" for row in again.to_pylist()],
+            source_ids=again["source_id"].to_pylist(),
+            paths=again["path"].to_pylist(),
+            status="duplicate",
+            reasons=[f"exact: of {source_id}" for source_id in again["source_id"].to_pylist()],
+            split=None,
+        ),
+    ]
+
+
+def _plain_rows(
+    *,
+    keys: Sequence[str],
+    source_ids: Sequence[str | None],
+    paths: Sequence[str],
+    status: str,
+    reasons: Sequence[str],
+    split: str | None,
+) -> pa.Table:
+    count = len(keys)
+    columns = {
+        "key": pa.array(keys, pa.string()),
+        "source_id": pa.array(source_ids, pa.string()),
+        "path": pa.array(paths, pa.string()),
+        "start_s": pa.nulls(count, pa.float64()),
+        "end_s": pa.nulls(count, pa.float64()),
+        "status": pa.array([status] * count, pa.string()),
+        "reason": pa.array(reasons, pa.string()),
+        "scores": pa.nulls(count, LEDGER.field("scores").type),
+        "stage_hashes": pa.array([{"split": split}] * count, LEDGER.field("stage_hashes").type),
+    }
+    return pa.table(columns, schema=LEDGER)

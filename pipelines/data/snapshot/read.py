@@ -1,0 +1,249 @@
+"""Reading published snapshots: the manifest, and the token shards it names.
+
+A dataset holds ``snapshots/<id>/``; each is immutable and counts only once its ``manifest.json`` is there, which is
+written last.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lumos.config import TokenizerInfo as TokenizerInfo  # part of the manifest
+from pipelines import storage
+from pipelines.data.snapshot.schemas import SCHEMA_VERSION
+from pipelines.errors import UserError
+
+SNAPSHOTS = "snapshots"
+MANIFEST = "manifest.json"
+
+
+class TokenizerIdentity(Protocol):
+    """What tells one visual tokenizer from another; every loaded tokenizer has it."""
+
+    @property
+    def kind(self) -> str:
+        """Name of the family."""
+
+    @property
+    def codebook_size(self) -> int:
+        """Codes are 0..codebook_size - 1."""
+
+    @property
+    def weights_hash(self) -> str:
+        """Hash of the weights; equal hash, equal codes."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file of tokens."""
+
+    path: str  # relative to the snapshot
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The shards of one split and latent shape."""
+
+    split: str
+    t: int
+    h: int
+    w: int
+    rows: int
+    bytes: int
+    shards: tuple[Shard, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Codes in all its rows."""
+        return self.rows * self.t * self.h * self.w
+
+
+@dataclass(frozen=True)
+class SplitTotal:
+    """Size of one split."""
+
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class LedgerInfo:
+    """The snapshot's ledger file and its rows by status."""
+
+    path: str
+    rows: int
+    sha256: str
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything about a snapshot but its rows."""
+
+    snapshot_id: str
+    tokenizer: TokenizerInfo
+    buckets: tuple[Bucket, ...]
+    totals: dict[str, SplitTotal]
+    ledger: LedgerInfo
+    parents: tuple[str, ...] = ()
+    captioners: tuple[str, ...] = ()
+    created_from: dict[str, Any]
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Manifest":
+        """The inverse of ``to_json``; keys that this version does not know are left aside.
+
+        Raises:
+            KeyError: if something is missing.
+        """
+        tokenizer, ledger = value["tokenizer"], value["ledger"]
+        return cls(
+            schema_version=value["schema_version"],
+            snapshot_id=value["snapshot_id"],
+            parents=tuple(value["parents"]),
+            created_from=dict(value["created_from"]),
+            tokenizer=TokenizerInfo(
+                kind=tokenizer["kind"],
+                codebook_size=tokenizer["codebook_size"],
+                compression=tuple(tokenizer["compression"]),
+                weights_hash=tokenizer["weights_hash"],
+            ),
+            captioners=tuple(value["captioners"]),
+            buckets=tuple(_bucket_from_json(bucket) for bucket in value["buckets"]),
+            totals={name: SplitTotal(total["rows"], total["tokens"]) for name, total in value["totals"].items()},
+            ledger=LedgerInfo(ledger["path"], ledger["rows"], ledger["sha256"], dict(ledger["counts"])),
+        )
+
+
+def _bucket_from_json(value: Mapping[str, Any]) -> Bucket:
+    shards = tuple(Shard(s["path"], s["rows"], s["bytes"], s["sha256"]) for s in value["shards"])
+    fields = {name: value[name] for name in ("split", "t", "h", "w", "rows", "bytes")}
+    return Bucket(**fields, shards=shards)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A published snapshot, opened for reading. It can be pickled, so workers may hold it."""
+
+    uri: str
+    manifest: Manifest
+    digest: str  # hex SHA-256 of manifest.json, which itself holds the hashes of all other files
+
+    @property
+    def dataset(self) -> str | None:
+        """The dataset that it lies in; None where it was copied elsewhere."""
+        place = storage.filesystem(self.uri)[1] if storage.is_local(self.uri) else self.uri
+        dataset, found, _ = place.rpartition(f"/{SNAPSHOTS}/")
+        return dataset if found else None
+
+    def read_shard(self, shard: Shard, columns: list[str] | None = None) -> pa.Table:
+        """The rows of one shard, all columns or some.
+
+        Raises:
+            UserError: if the file is gone or has other rows than the manifest says.
+        """
+        table = self._read(shard.path, columns)
+        if table.num_rows != shard.rows:
+            raise UserError(
+                f"shard {storage.join(self.uri, shard.path)} has {table.num_rows} rows, its manifest says "
+                f"{shard.rows}: the file was changed; publish the dataset again"
+            )
+        return table
+
+    def read_ledger(self, columns: list[str] | None = None) -> pa.Table:
+        """The ledger, sorted by key, all columns or some."""
+        return self._read(self.manifest.ledger.path, columns)
+
+    def _read(self, path: str, columns: list[str] | None) -> pa.Table:
+        uri = storage.join(self.uri, path)
+        try:
+            with storage.open_file(uri) as file:
+                return pq.read_table(file, columns=columns)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{uri} is missing from its snapshot; copy it back, or publish the dataset again"
+            ) from error
+
+
+def open_snapshot(uri: str, *, expected_tokenizer: TokenizerIdentity | None = None) -> Snapshot:
+    """Open a snapshot.
+
+    Args:
+        uri: a dataset (its newest snapshot), or the folder of one snapshot.
+        expected_tokenizer: refuse codes that any other tokenizer made.
+
+    Raises:
+        UserError: if there is none, it is of a newer schema version, damaged, or made by another tokenizer.
+    """
+    found = uri if storage.exists(storage.join(uri, MANIFEST)) else newest_snapshot(uri)
+    if found is None:
+        raise UserError(f"{uri} holds no published snapshot; make one with `lumos curate`, or check the path")
+    data = storage.read_bytes(storage.join(found, MANIFEST))
+    try:
+        value = json.loads(data)
+        version = value["schema_version"]
+        if version > SCHEMA_VERSION:
+            raise UserError(
+                f"snapshot {found} has schema version {version}, newer than {SCHEMA_VERSION}, the newest this lumos "
+                "reads: update lumos, or publish the dataset with this one"
+            )
+        manifest = Manifest.from_json(value)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{storage.join(found, MANIFEST)} is no manifest of a snapshot ({error!r}): copy it back; or delete "
+            f"{found}, and give the `lumos curate` that made it again"
+        ) from error
+    if expected_tokenizer is not None:
+        _check_tokenizer(found, manifest.tokenizer, expected_tokenizer)
+    return Snapshot(uri=found, manifest=manifest, digest=hashlib.sha256(data).hexdigest())
+
+
+def _check_tokenizer(uri: str, made_by: TokenizerInfo, expected: TokenizerIdentity) -> None:
+    ours = replace(
+        made_by, kind=expected.kind, codebook_size=expected.codebook_size, weights_hash=expected.weights_hash
+    )
+    if ours != made_by:
+        raise UserError(
+            f"snapshot {uri} was made by the tokenizer {_name(made_by)}, not by {_name(ours)} which is asked for: "
+            "curate the dataset with that tokenizer, or ask for the one that made it"
+        )
+
+
+def _name(tokenizer: TokenizerInfo) -> str:
+    return f"{tokenizer.kind} ({tokenizer.codebook_size} codes, weights {tokenizer.weights_hash[:19]})"
+
+
+def list_snapshots(dataset: str) -> list[str]:
+    """Ids of a dataset's published snapshots, oldest first."""
+    folder = storage.join(dataset, SNAPSHOTS)
+    published = [
+        name
+        for name in storage.list_names(folder)
+        if snapshot_number(name) is not None and storage.exists(storage.join(folder, name, MANIFEST))
+    ]
+    return sorted(published, key=lambda name: (snapshot_number(name) or 0, name))
+
+
+def newest_snapshot(dataset: str) -> str | None:
+    """URI of a dataset's newest snapshot, or None."""
+    ids = list_snapshots(dataset)
+    return storage.join(dataset, SNAPSHOTS, ids[-1]) if ids else None
+
+
+def snapshot_number(name: str) -> int | None:
+    """The number in an id such as v0001-5f3a90bc, or None for any other name."""
+    number, dash, _ = name.partition("-")
+    return int(number[1:]) if dash and number[:1] == "v" and number[1:].isdecimal() else None

@@ -1,0 +1,58 @@
+"""Sources taken out of a dataset for good, by the hash of their content, whatever name they come back under."""
+
+from pipelines import storage
+from pipelines.data.snapshot.read import SNAPSHOTS, list_snapshots, open_snapshot
+from pipelines.errors import UserError
+from pipelines.storage.lock import dataset_lock
+
+_FILE = "removed.json"
+HASH_DIGITS = 64
+
+
+def read_removed(dataset: str) -> list[str]:
+    """Content hashes of the removed sources, sorted."""
+    uri = storage.join(dataset, _FILE)
+    return sorted(storage.read_json(uri)["source_ids"]) if storage.exists(uri) else []
+
+
+def remove_sources(dataset: str, names: list[str]) -> list[str]:
+    """Take sources out of all snapshots to come; those already published stay as they are.
+
+    Args:
+        dataset: The dataset; no run may be using it.
+        names: Paths as a ledger has them, or content hashes (``source_id``).
+
+    Returns:
+        Their content hashes.
+
+    Raises:
+        UserError: if no ledger knows a path, or a run is using the dataset; nothing was removed.
+    """
+    with dataset_lock(dataset):
+        known = _source_ids(dataset)
+        found: set[str] = set()
+        for name in names:
+            ids = {name} if _is_hash(name) else known.get(name)
+            if not ids:
+                raise UserError(
+                    f"no snapshot of {dataset} has a source {name!r}; name a path as its ledger has it, or a source_id"
+                )
+            found |= ids
+        removed = sorted(found.union(read_removed(dataset)))
+        storage.write_json_atomic(storage.join(dataset, _FILE), {"source_ids": removed})
+    return sorted(found)
+
+
+def _source_ids(dataset: str) -> dict[str, set[str]]:
+    """By path, over all snapshots: a path may have had several contents."""
+    found: dict[str, set[str]] = {}
+    for name in list_snapshots(dataset):
+        ledger = open_snapshot(storage.join(dataset, SNAPSHOTS, name)).read_ledger()
+        for path, source_id in zip(ledger["path"].to_pylist(), ledger["source_id"].to_pylist(), strict=True):
+            if source_id is not None:
+                found.setdefault(path, set()).add(source_id)
+    return found
+
+
+def _is_hash(name: str) -> bool:
+    return len(name) == HASH_DIGITS and set(name) <= set("0123456789abcdef")

@@ -1,0 +1,257 @@
+"""Publishing: kept clips become an immutable snapshot of token shards, with its ledger, manifest and dataset card.
+
+The same clips, captions, codes and options give the same bytes: rows are ordered by a seeded hash of their keys, one
+writer makes every file with fixed settings, and nothing of the run (time, host, paths) goes in. The id is drawn from
+the content, so publishing an unchanged dataset finds its newest snapshot and writes nothing.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipelines import storage
+from pipelines.data.snapshot.card import dataset_card
+from pipelines.data.snapshot.read import (
+    MANIFEST,
+    SNAPSHOTS,
+    Bucket,
+    LedgerInfo,
+    Manifest,
+    Shard,
+    Snapshot,
+    SplitTotal,
+    TokenizerInfo,
+    list_snapshots,
+    open_snapshot,
+    snapshot_number,
+)
+from pipelines.data.snapshot.schemas import LEDGER, STATUSES, TOKENS
+from pipelines.data.stage.columns import iterate, sort, take
+
+ROW_GROUP_ROWS = 256
+_LEDGER, _CARD = "ledger.parquet", "README.md"
+LEDGER_ROW_GROUP_ROWS = 1 << 16
+# A kept clip before its codes are fetched.
+PUBLISHED_CLIPS = pa.schema(
+    [*(field for field in TOKENS if field.name != "codes"), pa.field("codes_sha256", pa.string(), nullable=False)]
+)
+_BYTES_BESIDE_CODES = 512  # a row's ids and captions, roughly; for the size of shards only
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishConfig:
+    """How kept clips are laid out in a snapshot."""
+
+    seed: int = 0  # of the shuffle and of the draw of the validation split
+    val_share: float = 0.02  # of sources (not of clips) that go to the split "val"
+    shard_mb: float = 128.0  # size that shards aim for
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if not 0 <= self.val_share < 1:
+            raise ValueError(f"val_share must be at least 0 and below 1, got {self.val_share}")
+        if self.shard_mb <= 0:
+            raise ValueError(f"shard_mb must be positive, got {self.shard_mb}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotContent:
+    """All that a snapshot is made of.
+
+    Attributes:
+        clips: The kept clips, as ``PUBLISHED_CLIPS``.
+        read_codes: Given the clip ids of each shard, the codes of each in that order, as arrays of list<uint16>.
+        ledger: A table of ``schemas.LEDGER``, in any order.
+        tokenizer: What made the codes.
+        created_from: The config (without paths and resources) and stage hashes behind it.
+    """
+
+    clips: pa.Table
+    read_codes: Callable[[Sequence[pa.ChunkedArray]], Iterable[pa.Array]]
+    ledger: pa.Table
+    tokenizer: TokenizerInfo
+    created_from: dict[str, Any]
+
+
+def draw_split(group: str, *, seed: int, val_share: float) -> str:
+    """The split of a source or duplicate group: a pure function, so that a group never straddles two splits."""
+    return "val" if _hash_int(f"split:{seed}:{group}") < val_share * 2**64 else "train"
+
+
+def write_snapshot(dataset: str, content: SnapshotContent, config: PublishConfig) -> Snapshot:
+    """Publish, or find that the newest snapshot holds just this.
+
+    The caller sees to it that nobody else publishes to the dataset meanwhile. An interrupted call leaves a folder
+    without manifest, which no reader looks at and the next call removes.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    ledger = sort(content.ledger.cast(LEDGER), ["key"])
+    digest = _content_digest(content, ledger, config)
+    published = list_snapshots(dataset)
+    folder = storage.join(dataset, SNAPSHOTS)
+    if published and published[-1].endswith(digest[:8]):
+        return _restored(storage.join(folder, published[-1]), content, ledger, config)
+    _remove_unfinished(folder, published)
+    number = 1 + max((snapshot_number(name) or 0 for name in published), default=0)
+    snapshot_id = f"v{number:04d}-{digest[:8]}"
+    uri = storage.join(folder, snapshot_id)
+
+    buckets = _write_shards(uri, content, config)
+    ledger_data = _write_ledger(uri, ledger)
+    manifest = Manifest(
+        snapshot_id=snapshot_id,
+        parents=tuple(published[-1:]),
+        created_from={**content.created_from, "publish": asdict(config)},
+        tokenizer=content.tokenizer,
+        captioners=_captioners(content.clips),
+        buckets=buckets,
+        totals={name: _total(buckets, name) for name in ("train", "val")},
+        ledger=LedgerInfo(
+            path=_LEDGER,
+            rows=ledger.num_rows,
+            sha256=hashlib.sha256(ledger_data).hexdigest(),
+            counts=count_statuses(ledger),
+        ),
+    )
+    storage.write_bytes_atomic(storage.join(uri, _CARD), dataset_card(manifest, ledger).encode())
+    storage.write_json_atomic(storage.join(uri, MANIFEST), manifest.to_json())
+    return open_snapshot(uri)
+
+
+def _restored(uri: str, content: SnapshotContent, ledger: pa.Table, config: PublishConfig) -> Snapshot:
+    """A published snapshot; files of it that are missing or of another size are written again, byte for byte."""
+    snapshot = open_snapshot(uri)
+    shards = {shard.path: shard.bytes for bucket in snapshot.manifest.buckets for shard in bucket.shards}
+    found = {file.path: file.size for file in storage.list_files(uri)}
+    if any(found.get(path) != size for path, size in shards.items()):
+        _write_shards(uri, content, config)
+    if _LEDGER not in found:
+        _write_ledger(uri, ledger)
+    if _CARD not in found:
+        storage.write_bytes_atomic(storage.join(uri, _CARD), dataset_card(snapshot.manifest, ledger).encode())
+    return snapshot
+
+
+def _write_ledger(uri: str, ledger: pa.Table) -> bytes:
+    data = parquet_bytes(ledger, row_group_rows=LEDGER_ROW_GROUP_ROWS)
+    storage.write_bytes_atomic(storage.join(uri, _LEDGER), data)
+    return data
+
+
+def count_statuses(ledger: pa.Table) -> dict[str, int]:
+    """Rows of a ledger by status, every status named."""
+    counts = {count["values"]: count["counts"] for count in pc.value_counts(ledger["status"]).to_pylist()}
+    return {status: counts.get(status, 0) for status in STATUSES}
+
+
+def parquet_bytes(table: pa.Table, *, row_group_rows: int) -> bytes:
+    """A table as Parquet, the same bytes for the same rows (of one version of pyarrow)."""
+    sink = io.BytesIO()
+    options = {"compression": "zstd", "compression_level": 3, "version": "2.6", "data_page_version": "1.0"}
+    pq.write_table(table.combine_chunks(), sink, row_group_size=row_group_rows, **options)
+    return sink.getvalue()
+
+
+def _content_digest(content: SnapshotContent, ledger: pa.Table, config: PublishConfig) -> str:
+    digest = hashlib.sha256()
+    parts = {
+        "created_from": content.created_from,
+        "publish": asdict(config),
+        "tokenizer": asdict(content.tokenizer),
+        "writer": pa.__version__,
+    }
+    digest.update(json.dumps(parts, sort_keys=True).encode())
+    for table in (sort(content.clips, ["clip_id"]), ledger):
+        for batch in table.to_batches(max_chunksize=4096):
+            digest.update(json.dumps(batch.to_pydict(), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _remove_unfinished(folder: str, published: Sequence[str]) -> None:
+    for name in storage.list_names(folder):
+        if snapshot_number(name) is not None and name not in published:
+            storage.remove(storage.join(folder, name))
+
+
+@dataclass(frozen=True)
+class _PlannedShard:
+    """A shard whose codes have not been fetched yet."""
+
+    bucket: tuple[str, int, int, int]  # split, t, h, w
+    path: str
+    rows: NDArray[np.int64]  # numbers of its clips, in order
+
+
+def _plan_shards(clips: pa.Table, config: PublishConfig) -> Iterator[_PlannedShard]:
+    """The shards of each split and latent shape, in a fixed order."""
+    columns = ["split", "t", "h", "w"]
+    groups = clips.select(columns).group_by(columns).aggregate([]).sort_by([(name, "ascending") for name in columns])
+    for group in groups.to_pylist():
+        mask = np.ones(clips.num_rows, dtype=bool)
+        for name, value in group.items():
+            mask &= pc.equal(clips[name], value).to_numpy()
+        members = np.flatnonzero(mask)
+        split, t, h, w = group.values()
+        per_shard = max(1, int(config.shard_mb * 1e6) // (2 * t * h * w + _BYTES_BESIDE_CODES))
+        ids = iterate(take(clips["clip_id"], members))
+        dealt = deal_shards(ids, -(-len(members) // per_shard), seed=config.seed)
+        for number, chosen in enumerate(dealt):
+            path = f"data/{split}/{t}x{h}x{w}/shard-{number:05d}.parquet"
+            yield _PlannedShard((split, t, h, w), path, members[chosen])
+
+
+def _write_shards(uri: str, content: SnapshotContent, config: PublishConfig) -> tuple[Bucket, ...]:
+    planned = list(_plan_shards(content.clips, config))
+    codes = content.read_codes([take(content.clips["clip_id"], shard.rows) for shard in planned])
+    shards: dict[tuple[str, int, int, int], list[Shard]] = {}
+    for shard, own in zip(planned, codes, strict=True):
+        data = shard_bytes(take(content.clips, shard.rows), own)
+        storage.write_bytes_atomic(storage.join(uri, shard.path), data)
+        written = Shard(shard.path, len(shard.rows), len(data), hashlib.sha256(data).hexdigest())
+        shards.setdefault(shard.bucket, []).append(written)
+    return tuple(
+        Bucket(*bucket, sum(shard.rows for shard in own), sum(shard.bytes for shard in own), tuple(own))
+        for bucket, own in shards.items()
+    )
+
+
+def deal_shards(ids: Iterable[str], count: int, *, seed: int) -> list[NDArray[np.int64]]:
+    """Which clips, by index and in which order, each of ``count`` shards of a bucket holds: a pure function."""
+    hashes = np.fromiter((_hash_int(f"order:{seed}:{clip_id}") for clip_id in ids), np.uint64)
+    return np.array_split(np.argsort(hashes, kind="stable"), count)
+
+
+def shard_bytes(clips: pa.Table, codes: pa.Array) -> bytes:
+    """The file of a shard.
+
+    Args:
+        clips: Its rows, as ``PUBLISHED_CLIPS``, in order.
+        codes: Of each, list<uint16>.
+    """
+    table = clips.drop_columns(["codes_sha256"]).append_column(TOKENS.field("codes"), codes).select(TOKENS.names)
+    return parquet_bytes(table.cast(TOKENS), row_group_rows=ROW_GROUP_ROWS)
+
+
+def _total(buckets: Sequence[Bucket], split: str) -> SplitTotal:
+    chosen = [bucket for bucket in buckets if bucket.split == split]
+    return SplitTotal(rows=sum(bucket.rows for bucket in chosen), tokens=sum(bucket.tokens for bucket in chosen))
+
+
+def _captioners(clips: pa.Table) -> tuple[str, ...]:
+    names = pc.unique(pc.struct_field(pc.list_flatten(clips["captions"]), "captioner"))
+    return tuple(sorted(names.to_pylist()))
+
+
+def _hash_int(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -1,0 +1,1 @@
+"""The kernel of durable stages: it knows nothing of videos."""

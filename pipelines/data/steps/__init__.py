@@ -1,0 +1,1 @@
+"""The steps of a curation, each on its own."""

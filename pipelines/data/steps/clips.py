@@ -1,0 +1,83 @@
+"""All clips of a run, a column each, so that millions fit: what is known of them, and what becomes of them."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipelines.data.config import TokenConfig
+from pipelines.data.settings import Thresholds
+from pipelines.data.snapshot.ledger import Verdicts
+from pipelines.data.snapshot.schemas import PASS_SCORES, SCORES
+from pipelines.data.stage.columns import take
+from pipelines.data.stage.run import PART, StageTable
+from pipelines.data.steps.decide import decide, keeps
+from pipelines.data.steps.tokens import plan_shape
+
+
+class Clips:
+    """The clips.
+
+    Args:
+        table: Rows of the split stage, with ``runner.PART``.
+        uris: Of their files.
+        parts: URIs of the files of the split stage's table.
+    """
+
+    def __init__(self, table: pa.Table, uris: pa.ChunkedArray, parts: Sequence[str]) -> None:
+        count = table.num_rows
+        names = pa.array(parts, pa.string())
+        split_part = [pa.DictionaryArray.from_arrays(chunk, names) for chunk in table[PART].chunks]
+        self.table = (
+            table.drop_columns(["scores", PART])
+            .append_column("uri", uris)
+            .append_column("split_part", pa.chunked_array(split_part, pa.dictionary(pa.int32(), pa.string())))
+        )
+        self.scores = {name: np.full(count, np.nan) for name in SCORES}  # nan where nobody looked
+        for name in PASS_SCORES:
+            self.scores[name][:] = pc.struct_field(table["scores"], name).to_numpy()
+        self.shapes = np.zeros((count, 3), np.int32)  # frames, width, height to encode
+        self.verdicts = Verdicts(count)
+
+    def of(self, indices: NDArray[np.int64]) -> pa.Table:
+        """Rows of some clips, with the URI of their file and that of the split stage's file they are in."""
+        return take(self.table, indices)
+
+    def decide(self, thresholds: Thresholds) -> None:
+        """Reject those of the kept clips whose scores are out of bounds."""
+        kept = self.verdicts.kept
+        wrong = ~keeps({name: values[kept] for name, values in self.scores.items()}, thresholds)
+        for index in kept[wrong].tolist():
+            self.verdicts.set(index, *decide(self._scores_of(index), thresholds))
+
+    def plan_shapes(self, config: TokenConfig) -> None:
+        """Settle what of each kept clip is to be encoded; reject those that are too short."""
+        for index in self.verdicts.kept.tolist():
+            scores = {name: float(self.scores[name][index]) for name in ("aspect", "duration", "image")}
+            shape = plan_shape(scores, config)
+            if shape is None:
+                needed = min((count for count in config.num_frames if count > 1), default=5)
+                have = 1 if scores["image"] else int(scores["duration"] * config.fps + 0.01)
+                self.verdicts.set(index, "rejected", f"frames {have} < {needed} at {config.fps:g} fps")
+            else:
+                self.shapes[index] = (shape.num_frames, shape.width, shape.height)
+
+    def fingerprints(self, split: StageTable, keys: pa.ChunkedArray) -> Iterator[tuple[NDArray[np.int64], list[bytes]]]:
+        """Fingerprints of some clips in pieces: their places among ``keys``, and what the split stage holds."""
+        wanted = keys.combine_chunks()
+        for _, rows in split.pieces(["key", "fingerprint"], pc.unique(self.table["work_key"])):
+            places = pc.fill_null(pc.index_in(rows["key"], wanted), -1).to_numpy().astype(np.int64)
+            chosen = places >= 0
+            yield places[chosen], rows["fingerprint"].filter(pa.array(chosen)).to_pylist()
+
+    def score_column(self) -> pa.StructArray:
+        """As the ledger's column."""
+        return pa.StructArray.from_arrays(
+            [pa.array(self.scores[name], from_pandas=True) for name in SCORES], names=list(SCORES)
+        )
+
+    def _scores_of(self, index: int) -> dict[str, float | None]:
+        values = {name: float(column[index]) for name, column in self.scores.items()}
+        return {name: None if np.isnan(value) else value for name, value in values.items()}

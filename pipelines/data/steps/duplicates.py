@@ -1,0 +1,186 @@
+"""Near-duplicates: clips that show the same pictures at the same pace, found across the whole set at decision time.
+
+A clip's fingerprint is a thumbnail of every half second. Two clips are near-duplicates if the shorter one's thumbnails
+match a stretch of the other's: the mean cosine of thumbnails in step, at the best offset, reaches the threshold. So a
+shot that two files begin at different moments is found too, and one that runs backwards is not.
+
+Pairs worth comparing have some frame of like signature, the signs of 256 random projections: frames are sorted by
+signature eight times, each time by other bits first, and compared with those they come to lie beside. What is held of
+each frame is its signature; the thumbnails themselves are read again for the few clips that have a like. The
+projections are seeded and the result does not depend on the order of the clips.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipelines.data.video.fingerprint import DIMENSIONS
+
+MIN_FRAMES = 3  # that must match
+FLAT = 2.0  # standard deviation of a thumbnail below which it shows nothing that could be told again
+_WORDS = 8  # of 32 bits, in a signature
+_BITS = 32 * _WORDS
+_NEIGHBOURS = 16  # that each frame is compared with, as very many may be alike
+_SPREAD = 6.0  # standard deviations by which signatures of frames as like as the threshold asks may differ further
+_BLOCK = 1 << 11  # clips whose frames are projected at a time
+_CACHED = 1 << 14  # fingerprints that are kept unpacked
+_PAIRS = 1 << 16  # of clips that are compared at a time, as Python's objects weigh several times more
+
+Print = NDArray[np.float32]  # [frames, DIMENSIONS], rows of unit length, or zero where flat
+# Told in pieces: places of clips, and their stored fingerprints.
+Fingerprints = Iterable[tuple[NDArray[np.int64], Sequence[bytes]]]
+
+
+@dataclass(frozen=True)
+class NearDuplicate:
+    """What a clip is a near-duplicate of."""
+
+    of: int  # index of the clip that is kept
+    cosine: float
+
+
+def unpack_fingerprint(data: bytes) -> Print:
+    """Unit vectors of a stored fingerprint (uint8 thumbnails, one after another)."""
+    pixels = np.frombuffer(data, np.uint8).reshape(-1, DIMENSIONS).astype(np.float32)
+    centred = pixels - pixels.mean(axis=1, keepdims=True)
+    length = np.linalg.norm(centred, axis=1, keepdims=True)
+    lively = length > FLAT * np.sqrt(DIMENSIONS)
+    return np.where(lively, centred / np.maximum(length, 1e-6), 0).astype(np.float32)
+
+
+def similarity(first: Print, second: Print) -> float:
+    """Mean cosine of frames in step, at the best offset of the shorter clip within the longer; 0 if too short.
+
+    Moments at which both are flat say nothing and do not count.
+    """
+    short, long = sorted((first, second), key=len)
+    cosines = short @ long.T
+    telling = np.any(short, axis=1, keepdims=True) | np.any(long, axis=1, keepdims=True).T
+    best = 0.0
+    for offset in range(len(long) - len(short) + 1):
+        count = int(np.diagonal(telling, offset).sum())
+        if count >= MIN_FRAMES:
+            best = max(best, float(np.diagonal(cosines, offset).sum()) / count)
+    return best
+
+
+def find_near_duplicates(
+    keys: pa.Array | pa.ChunkedArray, read: Callable[[], Fingerprints], threshold: float
+) -> dict[int, NearDuplicate]:
+    """The clips that need not be kept, and what they are near-duplicates of.
+
+    Args:
+        keys: Of the clips.
+        read: Tells their fingerprints, of each place in ``keys`` once; called twice.
+        threshold: Cosine from which two clips are near-duplicates.
+
+    Returns:
+        By index; of every group of clips linked by similarity, all but the one with the lowest key.
+    """
+    order = pc.sort_indices(keys).to_numpy().astype(np.int64)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    pairs = _candidates(*_signatures(rank, read()), threshold)
+    involved = np.zeros(len(order), bool)
+    involved[pairs] = True
+    packed = {
+        int(rank[place]): data
+        for places, prints in read()
+        for place, data in zip(places, prints, strict=True)
+        if involved[rank[place]]
+    }
+
+    @lru_cache(_CACHED)
+    def print_of(clip: int) -> Print:
+        return unpack_fingerprint(packed[clip])
+
+    parent = {clip: clip for clip in packed}
+
+    def root(clip: int) -> int:
+        while parent[clip] != clip:
+            parent[clip] = parent[parent[clip]]
+            clip = parent[clip]
+        return clip
+
+    for start in range(0, len(pairs), _PAIRS):
+        for first, second in pairs[start : start + _PAIRS].tolist():
+            low, high = sorted((root(first), root(second)))
+            if low != high and similarity(print_of(first), print_of(second)) >= threshold:
+                parent[high] = low
+    found = {}
+    for clip in sorted(packed):
+        kept = root(clip)
+        if kept != clip:
+            cosine = similarity(print_of(clip), print_of(kept))
+            found[int(order[clip])] = NearDuplicate(int(order[kept]), cosine)
+    return found
+
+
+def _signatures(rank: NDArray[np.int64], fingerprints: Fingerprints) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """Of every frame that shows something, in the order of ranks: its signature [frames, words], its clip's rank."""
+    # Whole numbers below 2^24, so that sums are exact in any order: how clips are grouped must not change a sign.
+    planes = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), (DIMENSIONS, _BITS))
+    words, owners = [np.zeros((0, _WORDS), np.uint32)], [np.zeros(0, np.int64)]
+    for places, packed in fingerprints:
+        for start in range(0, len(packed), _BLOCK):
+            some = packed[start : start + _BLOCK]
+            lively = unpack_fingerprint(b"".join(some)).any(axis=1)
+            pixels = np.frombuffer(b"".join(some), np.uint8).reshape(-1, DIMENSIONS)[lively].astype(np.float32)
+            centred = DIMENSIONS * pixels - pixels.sum(axis=1, keepdims=True)
+            words.append(np.packbits(centred @ planes > 0, axis=1, bitorder="little").view(np.uint32))
+            lengths = [len(data) // DIMENSIONS for data in some]
+            owners.append(np.repeat(rank[places[start : start + _BLOCK]], lengths)[lively])
+    every = np.concatenate(owners)
+    by_rank = np.argsort(every, kind="stable")
+    return np.concatenate(words)[by_rank], every[by_rank]
+
+
+def _candidates(words: NDArray[np.uint32], owners: NDArray[np.int64], threshold: float) -> NDArray[np.int64]:
+    """Pairs of clips, [n, 2], the lower first, sorted, that have frames of like signatures."""
+    count = len(owners)
+    clips = int(owners.max(initial=0)) + 1
+    prefix = int(np.clip(np.log2(count + 1), 8, 24))  # bits that must agree
+    flips = math.acos(min(max(threshold, -1.0), 1.0)) / math.pi  # share of signs that frames so like differ in
+    most = _BITS * flips + _SPREAD * math.sqrt(_BITS * flips * (1 - flips)) + 1
+    pairs = np.zeros(0, np.int64)
+    for word in range(_WORDS):
+        found = [pairs]
+        code = words[:, word].astype(np.uint64) << np.uint64(32) | words[:, (word + 1) % _WORDS]
+        ordered = np.argsort(code, kind="stable")
+        code = code[ordered]
+        new = np.ones(len(ordered), bool)  # of a clip's equal frames in a row, one
+        new[1:] = (np.diff(owners[ordered]) != 0) | (np.diff(code) != 0)
+        ordered, code = ordered[new], code[new] >> np.uint64(64 - prefix)
+        for step in range(1, min(len(ordered), _NEIGHBOURS + 1)):
+            near = np.flatnonzero(code[:-step] == code[step:])
+            one, other = ordered[near], ordered[near + step]
+            differing = np.bitwise_count(words[one] ^ words[other]).sum(axis=1)
+            chosen = (differing <= most) & (owners[one] != owners[other])
+            low, high = np.sort([owners[one[chosen]], owners[other[chosen]]], axis=0)
+            found.append(np.unique(low * clips + high))
+        pairs = np.unique(np.concatenate(found))
+    return np.stack(np.divmod(pairs, clips), axis=1)
+
+
+def linked_groups(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """For names linked in pairs, directly or through others: the lowest name of each one's group."""
+    neighbours: dict[str, set[str]] = defaultdict(set)
+    for first, second in pairs:
+        neighbours[first].add(second)
+        neighbours[second].add(first)
+    lowest: dict[str, str] = {}
+    for name in sorted(neighbours):
+        waiting = [name]
+        while waiting:
+            member = waiting.pop()
+            if member not in lowest:
+                lowest[member] = name
+                waiting += neighbours[member]
+    return lowest

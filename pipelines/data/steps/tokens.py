@@ -1,0 +1,194 @@
+"""The token stage: the frames of kept clips, decoded once more at their final size, become grids of codes."""
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+
+from lumos.tokenizers import TokenizerConfig, VideoTokenizer, load_video_tokenizer
+from pipelines.data.config import CurateConfig, TokenConfig
+from pipelines.data.settings import DecodeConfig
+from pipelines.data.snapshot.read import TokenizerInfo
+from pipelines.data.stage.columns import iterate
+from pipelines.data.stage.run import Row, Stage
+from pipelines.data.video.frames import CLIP_INPUTS, ClipReader, Wanted, clip_inputs, picture_names
+from pipelines.data.video.reader import VideoError
+from pipelines.media import psnr
+
+TOKEN_INPUTS = pa.schema(
+    [
+        *CLIP_INPUTS,
+        ("num_frames", pa.int32()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("decode_back", pa.bool_()),  # whether the codes are decoded again, for psnr
+    ]
+)
+TOKENIZED = pa.schema(
+    [
+        pa.field("work_key", pa.string(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("fps", pa.float32()),
+        pa.field("t", pa.int16()),
+        pa.field("h", pa.int16()),
+        pa.field("w", pa.int16()),
+        pa.field("codes", pa.list_(pa.uint16())),
+        pa.field("codes_sha256", pa.string()),
+        pa.field("psnr", pa.float64()),  # dB of the decoded codes against what was encoded, of a sample of the clips
+        pa.field("error", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """What of a clip is encoded."""
+
+    num_frames: int
+    width: int  # px
+    height: int
+
+
+def plan_shape(scores: Mapping[str, float], config: TokenConfig) -> ClipShape | None:
+    """The longest allowed length that a clip fills, at the size nearest to its aspect ratio; None if it is too short.
+
+    Args:
+        scores: Of them, duration (seconds), aspect (width / height of the picture), and whether it is an image.
+        config: What is allowed.
+    """
+    aspect = scores["aspect"]
+    available = math.floor(scores["duration"] * config.fps + 0.01)  # spans are rounded to milliseconds
+    if scores["image"]:
+        lengths = [count for count in config.num_frames if count == 1]
+    else:
+        lengths = [count for count in config.num_frames if 1 < count <= available]
+    if not lengths:
+        return None
+    width, height = min(
+        config.frame_sizes, key=lambda size: (round(abs(math.log(size[0] / size[1] / aspect)), 6), -size[0] * size[1])
+    )
+    return ClipShape(max(lengths), width, height)
+
+
+def token_inputs(clips: pa.Table, shapes: NDArray[np.int32], decode_back_share: float) -> pa.Table:
+    """The inputs of the token stage, as ``TOKEN_INPUTS``; a work key names the clip, what of it counts and its shape.
+
+    Args:
+        clips: Rows of the split stage, with ``uri`` and ``split_part``.
+        shapes: Frames, width and height of each, [n, 3].
+        decode_back_share: Of the clips, whose codes are decoded again.
+    """
+    sampled = pa.array([is_sampled(key, decode_back_share) for key in iterate(clips["key"])], pa.bool_())
+    size = pc.binary_join_element_wise(*(pa.array(column).cast(pa.string()) for column in shapes.T), "x")
+    parts = [clips["key"], "@", size, "+", picture_names(clips), pc.if_else(sampled, "+psnr", "")]
+    inputs = clip_inputs(clips, pc.binary_join_element_wise(*parts, ""))
+    for name, column in zip(("num_frames", "width", "height"), shapes.T, strict=True):
+        inputs = inputs.append_column(name, pa.array(column))
+    return inputs.append_column("decode_back", sampled)
+
+
+def tokenizer_info(tokenizer: VideoTokenizer) -> TokenizerInfo:
+    """What identifies a tokenizer."""
+    return TokenizerInfo(
+        kind=tokenizer.kind,
+        codebook_size=tokenizer.codebook_size,
+        compression=tokenizer.compression,
+        weights_hash=tokenizer.weights_hash,
+    )
+
+
+class TokenFunction:
+    """Decodes clips in a child process and encodes them, in batches of one fixed shape."""
+
+    def __init__(self, uri: str, *, config: TokenConfig, decode: DecodeConfig, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.config = config
+        self.tokenizer = load_video_tokenizer(config.tokenizer)
+        self.reader = ClipReader(uri, decode)
+
+    def __call__(self, rows: Sequence[Row]) -> list[Row]:
+        """Codes of each clip, or why there are none."""
+        waiting: dict[tuple[int, ...], list[tuple[Row, NDArray[np.uint8]]]] = defaultdict(list)
+        done: list[Row] = []
+        for row, result in self.reader.read(rows, self._wanted):
+            if isinstance(result, VideoError):
+                done.append({"work_key": row["work_key"], "key": row["key"], "error": result.reason})
+                continue
+            same = waiting[result.shape]
+            same.append((row, result))
+            if len(same) == self.config.batch_size:
+                done += self._encode(waiting.pop(result.shape))
+        for same in waiting.values():
+            done += self._encode(same)
+        return done
+
+    def _wanted(self, row: Row) -> Wanted:
+        return Wanted(self.config.fps, row["num_frames"], row["width"], row["height"])
+
+    def _encode(self, clips: Sequence[tuple[Row, NDArray[np.uint8]]]) -> list[Row]:
+        frames = np.stack([frames for _, frames in clips])
+        short = self.config.batch_size - len(clips)
+        # Products of another shape may round otherwise, so a batch that lacks clips is filled up.
+        filled = np.concatenate([frames, np.zeros((short, *frames.shape[1:]), np.uint8)]) if short else frames
+        codes = self.tokenizer.encode(torch.from_numpy(filled)).numpy()[: len(clips)]
+        return [self._row(row, frames, grid) for (row, frames), grid in zip(clips, codes, strict=True)]
+
+    def _row(self, row: Row, frames: NDArray[np.uint8], grid: NDArray[Any]) -> Row:
+        flat = grid.astype("<u2").ravel()
+        if not np.array_equal(flat, grid.ravel()):
+            raise ValueError(f"the tokenizer gave codes outside 0..65535: {grid.min()}..{grid.max()}")
+        t, h, w = grid.shape
+        digest = hashlib.sha256(flat.tobytes()).hexdigest()
+        made = {"t": t, "h": h, "w": w, "fps": self.config.fps, "codes": flat, "codes_sha256": digest}
+        if row["decode_back"]:
+            decoded = self.tokenizer.decode(torch.from_numpy(grid)[None])[0].numpy()
+            made["psnr"] = round(psnr(frames, decoded), 3)
+        return {"work_key": row["work_key"], "key": row["key"], **made}
+
+
+def is_sampled(key: str, share: float) -> bool:
+    """Whether a clip belongs to a sample of that share: a pure function of its key."""
+    return int.from_bytes(hashlib.sha256(f"sample:{key}".encode()).digest()[:8], "big") < share * 2**64
+
+
+def tokens_stage(config: CurateConfig, tokenizer: TokenizerInfo) -> Stage:
+    """The stage that encodes.
+
+    Its table is not named by where the weights lie and which device computes, nor by the allowed shapes: the shape
+    chosen for a clip is in its key, so that other buckets redo only the clips that change theirs.
+    """
+    tokens = config.tokens
+    settings = {
+        "version": 2,
+        "fps": tokens.fps,
+        "batch_size": tokens.batch_size,
+        "tokenizer": [tokenizer.kind, tokenizer.weights_hash],
+    }
+    resources = config.resources.of("tokens")
+    return Stage(
+        name="tokens",
+        settings=settings,
+        schema=TOKENIZED,
+        function=partial(TokenFunction, config=tokens, decode=config.decode, threads=max(1, int(resources.num_cpus))),
+        rows_per_part=64,
+        resources=resources,
+    )
+
+
+def load_tokenizer_info(config: TokenizerConfig) -> TokenizerInfo:
+    """Load a tokenizer on the CPU to see that it works, and what it is.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is not what it should be.
+    """
+    return tokenizer_info(load_video_tokenizer(TokenizerConfig(kind=config.kind, path=config.path, device="cpu")))

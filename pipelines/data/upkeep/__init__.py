@@ -1,0 +1,1 @@
+"""Looking after a dataset: status, verification, repair, estimates, the report."""

@@ -1,0 +1,152 @@
+"""Contact sheets: frames of some clips of every fate, so that one sees what the scores and thresholds do.
+
+The clips are chosen from the ledger alone; who has frames of them is asked once. A clip that cannot be shown gets a
+tile that says why, and never keeps the page from being written.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipelines import storage
+from pipelines.data.snapshot.read import Snapshot
+from pipelines.data.snapshot.schemas import STATUSES
+from pipelines.data.stage.run import Row, read_parts
+from pipelines.data.upkeep.stills import Shown
+from pipelines.data.video.reader import VideoError
+
+IDENTITY = ("key", "source_id")  # columns of the ledger that only contact sheets take
+CLIPS_EACH = 12  # shown of every fate
+_HASH_ROWS = 1 << 16  # hashed at a time
+
+# What a duplicate's reason names: "near: of KEY (cosine 0.998)", "exact: of SOURCE_ID".
+_ORIGINAL = re.compile(r"(?:near|exact): of (\S+)")
+
+# Frames of some clips of a snapshot (ledger rows with a span), by key.
+FramesOf = Callable[[Snapshot, Sequence[Row]], Mapping[str, Shown]]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What is shown of a clip or source.
+
+    Attributes:
+        row: Of the ledger.
+        frames: JPEG files in the order of time; none where there are words instead.
+        words: Why there are no frames.
+        note: What else is said of it.
+        caption: Of a kept clip.
+    """
+
+    row: Row
+    frames: Sequence[bytes]
+    words: str
+    note: str = ""
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Some clips of one fate, and how many there are."""
+
+    status: str
+    reason: str  # its class
+    rows: list[Row]  # of the ledger
+    total: int
+
+
+def contact_sheets(snapshot: Snapshot, ledger: pa.Table, frames_of: FramesOf) -> list[tuple[Sheet, list[list[Tile]]]]:
+    """Sheets, each with a tile for every row, or two: a near-duplicate stands beside its original.
+
+    Args:
+        snapshot: Whose clips.
+        ledger: Its ledger (no scores are needed), with a column ``class``: that of each row's reason.
+        frames_of: What has frames of them.
+    """
+    sheets = choose_clips(ledger)
+    chosen = [row for rank in zip_longest(*(sheet.rows for sheet in sheets)) for row in rank if row is not None]
+    originals = _originals(ledger, chosen)
+    alike = [row for name, row in originals.items() if name == row["key"]]
+    clips = {row["key"]: row for row in [*chosen, *alike] if row["end_s"] is not None}
+    shown = frames_of(snapshot, list(clips.values()))
+    captions = _captions(snapshot, [row["key"] for row in clips.values() if row["status"] == "kept"])
+
+    def tile(row: Row, words: str, note: str = "") -> Tile:
+        frames = shown.get(row["key"], [])
+        caption = captions.get(row["key"], "")
+        if isinstance(frames, VideoError):
+            return Tile(row, (), f"no frames, {frames.code.replace('_', ' ')}: {frames.detail}", note, caption)
+        return Tile(row, frames, words, note, caption)
+
+    def tiles(row: Row) -> list[Tile]:
+        original = originals.get(_original(row))
+        if original is None:
+            return [tile(row, row["reason"])]
+        if original not in alike:
+            return [tile(row, f"the same content as {original['path']}")]
+        return [tile(row, row["reason"]), tile(original, original["reason"], f"the original, {original['status']}")]
+
+    return [(sheet, list(map(tiles, sheet.rows))) for sheet in sheets]
+
+
+def choose_clips(ledger: pa.Table, each: int = CLIPS_EACH) -> list[Sheet]:
+    """Some rows of every fate: of as many sources as can be, and of those the ones whose keys have the lowest hashes.
+
+    So the choice is the same whenever the ledger is, and changes little when sources are added.
+    """
+    fates = pc.binary_join_element_wise(ledger["status"], ledger["class"], "\n")
+    names, sources = (
+        column.dictionary_encode().unify_dictionaries().combine_chunks() for column in (fates, ledger["path"])
+    )
+    codes = {"fate": names.indices.to_numpy(), "source": sources.indices.to_numpy()}
+    rows = pd.DataFrame({**codes, "hash": hash_strings(ledger["key"])})
+    rows["turn"] = rows.sort_values("hash").groupby(["fate", "source"]).cumcount()  # among its fate and source
+    chosen = rows.sort_values(["turn", "hash"]).groupby("fate").head(each)
+    totals = rows["fate"].value_counts()
+    sheets = []
+    for fate, indices in chosen.groupby("fate").groups.items():
+        status, _, reason = names.dictionary[fate].as_py().partition("\n")
+        sheets.append(Sheet(status, reason, ledger.take(pa.array(indices)).to_pylist(), int(totals[fate])))
+    return sorted(sheets, key=lambda sheet: (STATUSES.index(sheet.status), -sheet.total, sheet.reason))
+
+
+def hash_strings(column: pa.ChunkedArray) -> NDArray[np.uint64]:
+    """A hash of each string, which depends on nothing else."""
+    parts = (column.slice(begin, _HASH_ROWS) for begin in range(0, len(column), _HASH_ROWS))
+    hashes = [pd.util.hash_array(part.to_numpy(zero_copy_only=False), categorize=False) for part in parts]
+    return np.concatenate([np.zeros(0, np.uint64), *hashes])
+
+
+def _original(row: Row) -> str | None:
+    """The key or the source_id of what a row's reason says that it is a duplicate of."""
+    match = _ORIGINAL.match(row["reason"])
+    return match[1] if match else None
+
+
+def _originals(ledger: pa.Table, rows: Sequence[Row]) -> dict[str | None, Row]:
+    """Ledger rows of what some rows are duplicates of: by key of a clip, or by source_id of a source's content."""
+    names = pa.array(set(map(_original, rows)) - {None}, pa.string())
+    stands = pc.invert(pc.match_substring(ledger["key"], "@"))  # not so in rows of a source that repeats another
+    contents = ledger.filter(pc.and_(pc.is_in(ledger["source_id"], names), stands)).to_pylist()
+    clips = ledger.filter(pc.is_in(ledger["key"], names)).to_pylist()
+    return {**{row["source_id"]: row for row in contents}, **{row["key"]: row for row in clips}}
+
+
+def _captions(snapshot: Snapshot, keys: Sequence[str]) -> dict[str, str]:
+    """The first caption of each of these kept clips that has one."""
+    wanted, found = pa.array(keys, pa.string()), dict[str, str]()
+    shards = [shard.path for bucket in snapshot.manifest.buckets for shard in bucket.shards]
+    with suppress(OSError, pa.ArrowException):  # of a damaged snapshot, what can be read
+        for table in read_parts([storage.join(snapshot.uri, path) for path in shards], ["clip_id", "captions"]):
+            for row in table.filter(pc.is_in(table["clip_id"], wanted)).to_pylist():
+                if row["captions"]:
+                    found[row["clip_id"]] = row["captions"][0]["text"]
+    return found

@@ -1,0 +1,226 @@
+"""Mending a dataset: stage files that cannot be used are dropped, damaged shards are made again, byte for byte.
+
+A shard is a pure function of what the stages hold, so it can be written anew from them. It counts as restored only if
+its SHA-256 is the manifest's.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice, product
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines import storage
+from pipelines.data.captions.given import caption_fault, unique_captions
+from pipelines.data.model_settings import CaptionConfig
+from pipelines.data.snapshot.card import dataset_card
+from pipelines.data.snapshot.read import SNAPSHOTS, Bucket, Snapshot, list_snapshots, open_snapshot
+from pipelines.data.snapshot.schemas import LEDGER
+from pipelines.data.snapshot.write import PUBLISHED_CLIPS, deal_shards, draw_split, shard_bytes
+from pipelines.data.stage.run import STAGES, table_parts
+from pipelines.data.steps.duplicates import linked_groups
+from pipelines.data.upkeep.status import list_tables
+from pipelines.errors import UserError
+from pipelines.storage.lock import dataset_lock
+
+Row = dict[str, Any]
+_TRIES = 64  # versions of a shard that are compared with its hash
+_CAPTION_STAGES = {"given": "captions", "coca": "captions-coca", "endpoint": "captions-endpoint"}
+
+
+@dataclass(kw_only=True)
+class Repair:
+    """What was done.
+
+    Attributes:
+        dropped: Stage files that could not be used; the next run computes what they held.
+        restored: Files of snapshots, written anew.
+        beyond: Files of snapshots that stay damaged, and why.
+    """
+
+    dropped: list[str] = field(default_factory=list)
+    restored: list[str] = field(default_factory=list)
+    beyond: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Lines for a person."""
+        lines = [f"dropped {path}: the next `lumos curate` computes it again" for path in self.dropped]
+        lines += [f"restored {path}" for path in self.restored]
+        lines += [f"cannot restore {path}: {why}" for path, why in self.beyond.items()]
+        return "\n".join(lines or ["nothing to repair"])
+
+
+def repair_dataset(dataset: str) -> Repair:
+    """Drop unusable stage files and restore what is damaged or missing of all snapshots.
+
+    Raises:
+        UserError: if there is no such dataset, or a run is using it.
+    """
+    snapshots = list_snapshots(dataset)
+    if not snapshots and not storage.is_dir(storage.join(dataset, STAGES)):
+        raise UserError(f"{dataset} is no dataset; name the folder or s3:// prefix that `lumos curate` wrote to")
+    done = Repair()
+    with dataset_lock(dataset):
+        for stage, name in list_tables(dataset):
+            for part in table_parts(storage.join(dataset, STAGES, stage, name)):
+                if not _usable(part):
+                    storage.remove(part)
+                    done.dropped.append(part.removeprefix(dataset).lstrip("/"))
+        for snapshot in snapshots:
+            _repair_snapshot(dataset, open_snapshot(storage.join(dataset, SNAPSHOTS, snapshot)), done)
+    return done
+
+
+def _usable(part: str) -> bool:
+    """Whether a stage's file can be read, and its codes are those it had when it was written."""
+    data = storage.read_bytes(part)  # what cannot be fetched just now is not damaged
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError):
+        return False
+    if "codes_sha256" not in table.column_names:
+        return True
+    whole = table.filter(pc.is_valid(table["codes_sha256"]))
+    return all(
+        hashlib.sha256(codes.values.to_numpy().astype("<u2").tobytes()).hexdigest() == digest
+        for codes, digest in zip(whole["codes"], whole["codes_sha256"].to_pylist(), strict=True)
+    )
+
+
+def _intact(snapshot: Snapshot, path: str, sha256: str) -> bytes | None:
+    try:
+        data = storage.read_bytes(storage.join(snapshot.uri, path))
+    except OSError:
+        return None
+    return data if hashlib.sha256(data).hexdigest() == sha256 else None
+
+
+def _repair_snapshot(dataset: str, snapshot: Snapshot, done: Repair) -> None:
+    name, manifest = snapshot.manifest.snapshot_id, snapshot.manifest
+    ledger_data = _intact(snapshot, manifest.ledger.path, manifest.ledger.sha256)
+    if ledger_data is None:
+        done.beyond[f"{name}/{manifest.ledger.path}"] = "give the `lumos curate` that made it again, or delete it"
+        return
+    ledger = pq.read_table(pa.BufferReader(ledger_data), schema=LEDGER)
+    if not storage.exists(storage.join(snapshot.uri, "README.md")):
+        card = dataset_card(manifest, ledger).encode()
+        storage.write_bytes_atomic(storage.join(snapshot.uri, "README.md"), card)
+        done.restored.append(f"{name}/README.md")
+    damaged: list[tuple[Bucket, int]] = []
+    found: dict[str, list[str]] = {}  # clips of the intact shards, by path
+    for bucket in manifest.buckets:
+        for number, shard in enumerate(bucket.shards):
+            data = _intact(snapshot, shard.path, shard.sha256)
+            if data is None:
+                damaged.append((bucket, number))
+            else:
+                found[shard.path] = pq.read_table(pa.BufferReader(data), columns=["clip_id"])["clip_id"].to_pylist()
+    if damaged:
+        _Rebuild(dataset, snapshot, ledger, found).restore(damaged, done)
+
+
+class _Rebuild:
+    """Makes shards of one snapshot again from the stage tables."""
+
+    def __init__(self, dataset: str, snapshot: Snapshot, ledger: pa.Table, found: dict[str, list[str]]) -> None:
+        self.dataset = dataset
+        self.snapshot = snapshot
+        self.found = found
+        self.created_from = snapshot.manifest.created_from
+        elsewhere = {clip for clips in found.values() for clip in clips}
+        rows = ledger.select(["key", "source_id", "status", "reason"]).to_pylist()
+        self.groups = linked_groups(_near_pairs(rows))
+        self.missing = {
+            row["key"]: row["source_id"] for row in rows if row["status"] == "kept" and row["key"] not in elsewhere
+        }
+        self.tokens = self._stage_rows("tokens")
+        self.rules = CaptionConfig(**_rules(self.created_from["config"]["captions"]))
+        captioners = self.created_from["config"]["captions"].get("captioners", ["given"])
+        self.captions = [self._stage_rows(_CAPTION_STAGES[captioner]) for captioner in captioners]
+
+    def restore(self, damaged: Sequence[tuple[Bucket, int]], done: Repair) -> None:
+        """Write the shards that come out as the manifest has them."""
+        for bucket, number in damaged:
+            shard, name = bucket.shards[number], self.snapshot.manifest.snapshot_id
+            tries = islice(self._versions(bucket, number), _TRIES)
+            data = next((data for data in tries if hashlib.sha256(data).hexdigest() == shard.sha256), None)
+            if data is not None:
+                storage.write_bytes_atomic(storage.join(self.snapshot.uri, shard.path), data)
+                done.restored.append(f"{name}/{shard.path}")
+            else:
+                done.beyond[f"{name}/{shard.path}"] = (
+                    "it does not come out of the stages as it was; give the same `lumos curate` again, then repair, or "
+                    "publish anew"
+                )
+
+    def _stage_rows(self, stage: str) -> dict[str, list[Row]]:
+        """By clip: rows of a stage, of the clips that are missing."""
+        uri = storage.join(self.dataset, STAGES, stage, self.created_from["stage_hashes"][stage])
+        rows: dict[str, list[Row]] = defaultdict(list)
+        for part in table_parts(uri):
+            table = pq.read_table(pa.BufferReader(storage.read_bytes(part)))
+            chosen = table.filter(pc.is_in(table["key"], pa.array(sorted(self.missing), pa.string())))
+            lists = [codes.values.to_numpy() for codes in chosen["codes"]] if "codes" in chosen.column_names else []
+            plain = chosen.drop_columns(["codes"]) if "codes" in chosen.column_names else chosen
+            for place, row in enumerate(plain.to_pylist()):
+                rows[row["key"]].append(row | ({"codes": lists[place]} if lists else {}))
+        return rows
+
+    def _versions(self, bucket: Bucket, number: int) -> Iterator[bytes]:
+        """What the shard may have been: where a clip was captioned anew, its stage holds several versions."""
+        clips = {key: row for key in self.missing if (row := self._clip(key, bucket)) is not None}
+        present = [clip for shard in bucket.shards for clip in self.found.get(shard.path, ())]
+        ids = sorted([*present, *clips])
+        if len(ids) != bucket.rows:
+            return
+        seed = self.created_from["publish"]["seed"]
+        members = [ids[index] for index in deal_shards(ids, len(bucket.shards), seed=seed)[number]]
+        if not clips.keys() >= set(members):
+            return
+        codes = pa.array([clips[key]["codes"] for key in members], pa.list_(pa.uint16()))
+        plain = {key: {name: value for name, value in clips[key].items() if name != "codes"} for key in members}
+        for captions in product(*(self._captions_of(key) for key in members)):
+            rows = [plain[key] | {"captions": own} for key, own in zip(members, captions, strict=True)]
+            yield shard_bytes(pa.Table.from_pylist(rows, schema=PUBLISHED_CLIPS), codes)
+
+    def _clip(self, key: str, bucket: Bucket) -> Row | None:
+        """The row of a clip, if it belongs to the bucket, without its captions."""
+        publish, source_id = self.created_from["publish"], self.missing[key]
+        split = draw_split(self.groups.get(source_id, source_id), seed=publish["seed"], val_share=publish["val_share"])
+        shape = (bucket.t, bucket.h, bucket.w)
+        made = [row for row in self.tokens[key] if (row["t"], row["h"], row["w"]) == shape]
+        if split != bucket.split or not made:
+            return None
+        names = ("fps", "t", "h", "w", "codes_sha256", "codes")
+        return {"clip_id": key, "source_id": source_id, "split": split} | {name: made[0][name] for name in names}
+
+    def _captions_of(self, key: str) -> list[list[dict[str, str]]]:
+        """What the captions of a clip may have been."""
+        versions: list[list[dict[str, str]]] = []
+        for rows in product(*(by_clip[key] or [{"captions": []}] for by_clip in self.captions)):
+            offered = unique_captions([caption for row in rows for caption in row["captions"]])
+            fit = [caption for caption in offered if caption_fault(caption["text"], self.rules) is None]
+            versions += [fit] if fit not in versions else []
+        return versions
+
+
+def _rules(recorded: dict[str, Any]) -> dict[str, Any]:
+    """What decides which captions are used, of the config in a manifest; older ones lack some of it."""
+    rules = {name: recorded[name] for name in ("min_words", "max_words", "language_certainty") if name in recorded}
+    return rules | {"languages": tuple(recorded.get("languages", ()))}
+
+
+def _near_pairs(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Sources of near-duplicates and of what they duplicate, as the ledger tells it."""
+    sources = {row["key"]: row["source_id"] for row in rows}
+    pairs = []
+    for row in rows:
+        words = row["reason"].split()
+        if row["status"] == "duplicate" and words[0] == "near:":
+            pairs.append((row["source_id"], sources[words[2]]))
+    return pairs

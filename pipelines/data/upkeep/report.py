@@ -1,0 +1,158 @@
+"""What the page about a snapshot shows: what was kept and why not, how scores lie, what other thresholds would keep.
+
+Everything but the contact sheets comes from the ledger and the manifest. The ledger is held in columns, as it may have
+millions of rows.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+from pipelines.data.settings import Thresholds
+from pipelines.data.snapshot.card import reason_classes
+from pipelines.data.snapshot.read import Snapshot
+from pipelines.data.snapshot.schemas import STATUSES, stage_place
+from pipelines.data.stage.log import stage_timings
+from pipelines.data.stage.run import Row
+from pipelines.data.steps.decide import bounds, fills, is_share, keeps
+from pipelines.data.upkeep.contact import CLIPS_EACH, IDENTITY, contact_sheets
+from pipelines.data.upkeep.stills import decode_frames
+from pipelines.pages.plots import Values, histogram
+from pipelines.pages.render import check_writable, write_page
+
+_COLUMNS = ("path", "start_s", "end_s", "status", "reason")  # of the ledger
+_FACTORS = (0.5, 0.75, 0.9, 1.1, 1.25, 1.5)  # other thresholds that are tried
+_SOURCES = 40  # listed
+
+Histogram = tuple[str, Sequence[float], Markup]  # a score, its thresholds, the plot
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhatIf:
+    """How many clips one threshold would pass at other values, all others being as they are.
+
+    Attributes:
+        name: A field of `Thresholds`.
+        value: What it is.
+        passing: Clips that pass all thresholds now.
+        others: (value, clips that would pass), by value; the last is None: without this threshold.
+    """
+
+    name: str
+    value: float
+    passing: int
+    others: tuple[tuple[float | None, int], ...]
+
+
+def what_if(
+    scores: Mapping[str, Values], thresholds: Thresholds, tokens: Mapping[str, Any] | None = None
+) -> list[WhatIf]:
+    """Try other values of every threshold that is set; only scores are decided on, near-duplicates are not sought.
+
+    Args:
+        scores: As ``score_columns`` gives them.
+        thresholds: What they are now.
+        tokens: ``num_frames`` and ``fps`` of the clips that are encoded; one too short for them is not kept either.
+    """
+    filled = fills(scores, tokens) if tokens else True
+
+    def passing(tried: Thresholds) -> int:
+        return int(np.count_nonzero(keeps(scores, tried) & filled))
+
+    now = passing(thresholds)
+    found = []
+    for field in fields(thresholds):
+        value = getattr(thresholds, field.name)
+        if value is None:
+            continue
+        values = {float(f"{value * factor:.3g}") for factor in _FACTORS} - {value}
+        if is_share(field.name.partition("_")[2]):
+            values = {other for other in values if other <= 1}
+        others = [(other, passing(replace(thresholds, **{field.name: other}))) for other in sorted(values)]
+        without = passing(replace(thresholds, **{field.name: None}))
+        found.append(WhatIf(name=field.name, value=value, passing=now, others=(*others, (None, without))))
+    return found
+
+
+def score_columns(ledger: pa.Table) -> dict[str, Values]:
+    """Of the rows of a ledger that were scored, one array per score, nan where it is null."""
+    scores = ledger["scores"].drop_null()
+    names = [field.name for field in scores.type]
+    return {name: column.to_numpy() for name, column in zip(names, scores.flatten(), strict=True)}
+
+
+def write_report(path: Path, snapshot: Snapshot, *, frames: bool = True) -> None:
+    """Write the page.
+
+    Args:
+        path: The HTML file; its folder is made.
+        snapshot: What it is about.
+        frames: Whether to decode frames of some clips, for contact sheets. A bar on stderr tells how far that is.
+
+    Raises:
+        UserError: if the file cannot be written; nothing was begun.
+    """
+    check_writable(path)
+    histograms, others = _scores(snapshot)
+    ledger = snapshot.read_ledger([*_COLUMNS, *(IDENTITY if frames else ())])
+    ledger = ledger.append_column("class", reason_classes(ledger["reason"]))
+    ledger = ledger.append_column("seconds", pc.fill_null(pc.subtract(ledger["end_s"], ledger["start_s"]), 0.0))
+    reasons = _count(ledger, ["status", "class"], ("seconds", "sum"), ("path", "first"), ("reason", "first"))
+    timings = stage_timings(snapshot.dataset) if snapshot.dataset else {}
+    write_page(
+        path,
+        "data_report.html.j2",
+        manifest=snapshot.manifest,
+        statuses=STATUSES,
+        reasons=reasons.to_pylist(),
+        histograms=histograms,
+        what_if=others,
+        sources=_sources(ledger),
+        num_sources=pc.count_distinct(ledger["path"]).as_py(),
+        stages=sorted(timings.items(), key=lambda item: stage_place(item[0])),
+        sheets=contact_sheets(snapshot, ledger, decode_frames) if frames else [],
+        clips_each=CLIPS_EACH,
+    )
+
+
+def _scores(snapshot: Snapshot) -> tuple[list[Histogram], list[WhatIf]]:
+    """What of the page depends on scores; they are a third of a ledger, and held no longer than here."""
+    config = snapshot.manifest.created_from["config"]
+    # A threshold that is newer than the snapshot did not decide on it.
+    thresholds = Thresholds(**{field.name: config["thresholds"].get(field.name) for field in fields(Thresholds)})
+    ledger = snapshot.read_ledger(["status", "scores"])
+    scores = score_columns(ledger)
+    kept = pc.equal(ledger["status"].filter(pc.is_valid(ledger["scores"])), "kept").to_numpy()
+    return list(_histograms(scores, kept, thresholds)), what_if(scores, thresholds, config.get("tokens"))
+
+
+def _histograms(scores: Mapping[str, Values], kept: NDArray[np.bool_], thresholds: Thresholds) -> Iterator[Histogram]:
+    limits = {name: [bound for bound in pair if bound is not None] for name, *pair in bounds(thresholds)}
+    for name, values in scores.items():
+        known, near = np.isfinite(values), limits.get(name, [])
+        if known.any() and (near or np.ptp(values[known])):
+            groups = {"kept": values[known & kept], "rejected": values[known & ~kept]}
+            yield name, near, histogram(name, groups, near)
+
+
+def _sources(ledger: pa.Table) -> dict[str, list[Row]]:
+    """Of the sources with most rows, these rows counted by status and class of reason."""
+    paths = _count(ledger, ["path"])["path"][:_SOURCES].combine_chunks()
+    parts: dict[str, list[Row]] = {path: [] for path in paths.to_pylist()}
+    rows = ledger.filter(pc.is_in(ledger["path"], paths))
+    for part in _count(rows, ["path", "status", "class"], ("seconds", "sum")).to_pylist():
+        parts[part["path"]].append(part)
+    return parts
+
+
+def _count(ledger: pa.Table, by: Sequence[str], *more: tuple[str, str]) -> pa.Table:
+    """How many rows ("count_all") have each value of some columns, most frequent first; further aggregates as asked."""
+    groups = ledger.group_by(list(by), use_threads=False).aggregate([([], "count_all"), *more])
+    return groups.sort_by([("count_all", "descending"), *((name, "ascending") for name in by)])

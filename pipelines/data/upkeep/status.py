@@ -1,0 +1,287 @@
+"""Looking after a dataset's stage tables: what is there, what to try again, what no snapshot needs."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines import storage
+from pipelines.data.snapshot.ledger import count_reasons
+from pipelines.data.snapshot.read import MANIFEST, SNAPSHOTS, list_snapshots, open_snapshot
+from pipelines.data.snapshot.removals import HASH_DIGITS, read_removed
+from pipelines.data.snapshot.schemas import stage_place
+from pipelines.data.snapshot.write import parquet_bytes
+from pipelines.data.stage.log import RunRecord, last_run
+from pipelines.data.stage.run import ERROR, PART_ROW_GROUP, STAGES, WORK_KEY, read_columns, table_parts
+from pipelines.data.video.decode import CRASHES, CrashLog
+from pipelines.errors import UserError
+from pipelines.storage.lock import dataset_lock
+
+_NOT_OF_SOURCES = ("sources", "texts")  # stages whose keys do not begin with a source's content hash
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableStatus:
+    """One stage table.
+
+    Attributes:
+        stage: Its stage.
+        hash: Of the stage's configuration.
+        rows: Committed rows.
+        parts: Files they are in.
+        damaged: Of these, files that cannot be read; their rows are not counted.
+        failed: Rows that hold a failure, by its code and class, such as "decode_error (transient)".
+        used_by: Snapshots made from it, oldest first.
+    """
+
+    stage: str
+    hash: str
+    rows: int
+    parts: int
+    damaged: int
+    failed: dict[str, int]
+    used_by: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetStatus:
+    """A dataset at a glance.
+
+    Attributes:
+        snapshots: Ids, oldest first.
+        counts: Of the newest snapshot: ledger rows by status.
+        reasons: Likewise: rows not kept by "status: class of reason", most frequent first.
+        tables: Stage tables, in the order of the work.
+        run: What the last run does or did; None before the first.
+    """
+
+    snapshots: tuple[str, ...]
+    counts: dict[str, int]
+    reasons: dict[str, int]
+    tables: tuple[TableStatus, ...]
+    run: RunRecord | None
+
+    def __str__(self) -> str:
+        """Lines for a person."""
+        lines = [f"snapshots: {', '.join(self.snapshots) or 'none yet'}"]
+        if self.snapshots:
+            lines.append(f"newest: {'  '.join(f'{name} {count}' for name, count in self.counts.items())}")
+            lines += [f"  {count:6d}  {reason}" for reason, count in self.reasons.items()]
+        if self.run is not None:
+            lines.append(str(self.run))
+        lines.append(f"{'stage':18s} {'config':18s} {'rows':>9s} {'files':>6s}  used by")
+        for table in self.tables:
+            used = table.used_by[-1] if table.used_by else "no snapshot"
+            lines.append(f"{table.stage:18s} {table.hash:18s} {table.rows:9d} {table.parts:6d}  {used}")
+            if table.damaged:
+                lines.append(f"{'':38s}{table.damaged:9d} damaged files: give `lumos data repair`")
+            lines += [f"{'':38s}{count:9d} failed: {code}" for code, count in table.failed.items()]
+        return "\n".join(lines)
+
+
+def dataset_status(dataset: str) -> DatasetStatus:
+    """What a dataset holds.
+
+    Raises:
+        UserError: if there is none.
+    """
+    snapshots = _snapshots_of(dataset)
+    used = _users(dataset, snapshots)
+    tables = []
+    for stage, name in sorted(list_tables(dataset), key=lambda table: (stage_place(table[0]), table)):
+        uri = storage.join(dataset, STAGES, stage, name)
+        parts, rows, failed = table_parts(uri), 0, Counter[str]()
+        damaged = 0
+        for part in parts:
+            try:
+                errors = _errors(part)
+            except UnusablePartError:
+                damaged += 1
+                continue
+            rows += len(errors)
+            failed.update(_code(error) for error in errors if error is not None)
+        tables.append(
+            TableStatus(
+                stage=stage,
+                hash=name,
+                rows=rows,
+                parts=len(parts),
+                damaged=damaged,
+                failed=dict(sorted(failed.items(), key=lambda item: (-item[1], item[0]))),
+                used_by=tuple(used.get(f"{stage}/{name}", ())),
+            )
+        )
+    if not snapshots:
+        return DatasetStatus(snapshots=(), counts={}, reasons={}, tables=tuple(tables), run=last_run(dataset))
+    newest = open_snapshot(storage.join(dataset, SNAPSHOTS, snapshots[-1]))
+    return DatasetStatus(
+        snapshots=snapshots,
+        counts=newest.manifest.ledger.counts,
+        reasons=count_reasons(newest.read_ledger()),
+        tables=tuple(tables),
+        run=last_run(dataset),
+    )
+
+
+def retry(dataset: str, failure_class: str) -> dict[str, int]:
+    """Forget committed failures, so that the next run computes their inputs again.
+
+    Args:
+        dataset: The dataset; no run may be using it.
+        failure_class: "transient", "permanent", or the code of a failure such as "decode_error".
+
+    Returns:
+        Failures forgotten, by stage.
+
+    Raises:
+        UserError: if there is no such dataset, a run is using it, or there is no such code.
+    """
+    _snapshots_of(dataset)
+    forgotten: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
+    with dataset_lock(dataset):
+        for stage, name in list_tables(dataset):
+            uri = storage.join(dataset, STAGES, stage, name)
+            crashes = CrashLog(storage.join(uri, CRASHES))
+            for part in table_parts(uri):
+                errors = _errors(part)
+                seen.update(_code(error) for error in errors if error is not None)
+                chosen = [error is not None and failure_class in _words(error) for error in errors]
+                if any(chosen):
+                    forgotten[stage] += sum(chosen)
+                    table = _read(part)
+                    for key in table[WORK_KEY].filter(pa.array(chosen)).to_pylist():
+                        crashes.forget(key)
+                    _rewrite(part, table.filter(pa.array([not flag for flag in chosen])))
+    if seen and not forgotten and failure_class not in ("transient", "permanent"):
+        told = ", ".join(f"{count} {code}" for code, count in seen.most_common())
+        raise UserError(f"no failure is {failure_class}; there are {told}: name transient, permanent or a code")
+    return dict(forgotten)
+
+
+def collect_garbage(dataset: str, *, dry_run: bool, keep: int | None = None) -> list[str]:
+    """Delete what no snapshot needs: stage tables of configurations that none was made from, rows of removed sources.
+
+    Tables that the newest snapshot was not made from but an older one was stay, as a later config may return to them;
+    so do rows of a removed source that an older snapshot holds.
+
+    Args:
+        dataset: The dataset; no run may be using it.
+        dry_run: Only say what would go.
+        keep: Snapshots that stay, the newest ones; the others go first. Default: all.
+
+    Returns:
+        What went, relative to the dataset.
+
+    Raises:
+        UserError: if there is no such dataset, a run is using it, or it has no snapshot yet (all would go).
+    """
+    _snapshots_of(dataset)
+    with dataset_lock(dataset):
+        snapshots = _snapshots_of(dataset)  # those of a run that has just ended among them
+        if not snapshots:
+            raise UserError(f"dataset {dataset} has no published snapshot yet: what its stages hold is all there is")
+        snapshots = snapshots[-keep:] if keep else snapshots
+        used = _users(dataset, snapshots)
+        unused = [f"{STAGES}/{stage}/{name}" for stage, name in list_tables(dataset) if f"{stage}/{name}" not in used]
+        folder = storage.join(dataset, SNAPSHOTS)
+        unused += [f"{SNAPSHOTS}/{name}" for name in storage.list_names(folder) if name not in snapshots]
+        for path in unused if not dry_run else ():
+            storage.remove(storage.join(dataset, path, MANIFEST))  # first, so that no half of a snapshot passes for one
+            storage.remove(storage.join(dataset, path))
+        tables = [table for table in list_tables(dataset) if "/".join(table) in used]
+        return unused + _drop_removed(dataset, tables, snapshots, dry_run=dry_run)
+
+
+def _drop_removed(
+    dataset: str, tables: Sequence[tuple[str, str]], snapshots: Sequence[str], *, dry_run: bool
+) -> list[str]:
+    """Take the rows of removed sources that no snapshot holds out of stage tables; tells how many were where.
+
+    What stays is the content hash in the table "sources", by which such a source is known again.
+    """
+    gone = set(read_removed(dataset))
+    for snapshot in snapshots if gone else ():
+        ledger = open_snapshot(storage.join(dataset, SNAPSHOTS, snapshot)).read_ledger(["source_id", "status"])
+        gone -= set(ledger.filter(pc.equal(ledger["status"], "kept"))["source_id"].to_pylist())
+    told = []
+    for stage, name in tables if gone else ():
+        if stage in _NOT_OF_SOURCES:
+            continue
+        count = 0
+        for part in table_parts(storage.join(dataset, STAGES, stage, name)):
+            keys = read_columns(part, [WORK_KEY])[WORK_KEY]
+            theirs = pc.is_in(pc.utf8_slice_codeunits(keys, 0, HASH_DIGITS), pa.array(sorted(gone)))
+            if found := pc.sum(theirs).as_py():
+                count += found
+                if not dry_run:
+                    _rewrite(part, _read(part).filter(pc.invert(theirs)))
+        if count:
+            told.append(f"{count} rows of removed sources in {STAGES}/{stage}/{name}")
+    return told
+
+
+def _snapshots_of(dataset: str) -> tuple[str, ...]:
+    if not storage.is_dir(storage.join(dataset, STAGES)) and not list_snapshots(dataset):
+        raise UserError(f"{dataset} is no dataset; name the folder or s3:// prefix that `lumos curate` wrote to")
+    return tuple(list_snapshots(dataset))
+
+
+def _users(dataset: str, snapshots: tuple[str, ...]) -> dict[str, list[str]]:
+    """Snapshots by "stage/hash" of the tables they were made from."""
+    used: dict[str, list[str]] = {}
+    for snapshot in snapshots:
+        manifest = open_snapshot(storage.join(dataset, SNAPSHOTS, snapshot)).manifest
+        for stage, name in manifest.created_from.get("stage_hashes", {}).items():
+            used.setdefault(f"{stage}/{name}", []).append(snapshot)
+    return used
+
+
+def list_tables(dataset: str) -> Iterator[tuple[str, str]]:
+    """Stage and configuration hash of every stage table."""
+    folder = storage.join(dataset, STAGES)
+    for stage in storage.list_names(folder):
+        for name in storage.list_names(storage.join(folder, stage)):
+            yield stage, name
+
+
+class UnusablePartError(UserError):
+    """A file of a stage table that cannot be read."""
+
+
+def _read(part: str) -> pa.Table:
+    return pq.read_table(pa.BufferReader(storage.read_bytes(part)))
+
+
+def _errors(part: str) -> list[str | None]:
+    """The failure of each row, or None. Codes and scores are not read.
+
+    Raises:
+        UnusablePartError: the file is damaged.
+    """
+    try:
+        with storage.open_ranges(part) as file:
+            parquet = pq.ParquetFile(file)
+            if ERROR not in parquet.schema_arrow.names:
+                return [None] * parquet.metadata.num_rows
+            return list(parquet.read(columns=[ERROR])[ERROR].to_pylist())
+    except pa.ArrowException as error:
+        raise UnusablePartError(f"{part} is damaged ({error}): `lumos data repair` drops it") from error
+
+
+def _code(error: str) -> str:
+    return error.partition(":")[0]
+
+
+def _words(error: str) -> set[str]:
+    return set(_code(error).replace("(", " ").replace(")", " ").split())
+
+
+def _rewrite(part: str, table: pa.Table) -> None:
+    if table.num_rows:
+        storage.write_bytes_atomic(part, parquet_bytes(table, row_group_rows=PART_ROW_GROUP))
+    else:
+        storage.remove(part)

@@ -1,0 +1,1 @@
+"""Files of video: opening, decoding in a child process, shots, measurements, fingerprints."""

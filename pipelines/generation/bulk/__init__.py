@@ -1,0 +1,1 @@
+"""Videos for many prompts into a folder."""

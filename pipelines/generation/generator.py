@@ -1,0 +1,191 @@
+"""The model in Ray Serve: replicas that hold it and batch requests, asked through a handle; they need no port.
+
+HTTP and bulk runs stand on it, and know nothing of each other.
+"""
+
+import asyncio
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+# Read when torch is loaded, which in a replica happens below. Threads that wait by spinning take the cores from the
+# very threads they wait for as soon as anything else runs on the machine; a batch took 10 times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.config import ProxyLocation
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from pipelines.cluster import is_joined, lacking
+from pipelines.errors import JobError, UserError
+from pipelines.generation.batcher import Batcher, QueueFullError
+from pipelines.generation.config import ModelRunConfig
+from pipelines.generation.engine import Engine, set_threads
+from pipelines.generation.model import ModelCard
+from pipelines.generation.request import Refusal, VideoRequest
+
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
+DEPLOYMENT_OPTIONS: dict[str, Any] = {
+    "graceful_shutdown_timeout_s": 5.0,
+    "graceful_shutdown_wait_loop_s": 0.1,
+    "health_check_period_s": 2.0,  # a lost replica is soon replaced
+    "health_check_timeout_s": 60.0,  # a busy machine of 2 cores is not a dead replica
+    "logging_config": QUIET,
+}
+PAUSE_S = 0.5  # after the loss of a replica, and as much longer after each further one; Serve finds out meanwhile
+# Above what the batcher lets in, so that its refusals, which say when to come again, come before Serve's own queueing.
+_SLACK_REQUESTS = 32
+_GRACE_S = 5.0  # in which a replica tells itself that a request took too long
+_ATTEMPTS = 5  # of a request whose replicas are lost: one that kills them must not do so for ever
+_RESTART_S = 10.0  # about what a replica takes to come again
+
+
+class VideoGenerator:
+    """A replica: loads the model, then draws batches in a thread while its event loop answers."""
+
+    def __init__(self, card: ModelCard, config: ModelRunConfig) -> None:
+        set_threads(config.replicas)
+        self._engine = Engine(card, config.replicas)
+        self._batcher: Batcher[VideoRequest, bytes] = Batcher(
+            self._engine.run,
+            lambda request: request.batch_kind,
+            max_size=config.batch.max_size,
+            wait_s=config.batch.wait_ms / 1000,
+            max_queued=config.batch.max_queued,
+            on_thread_start=partial(set_threads, config.replicas),
+        )
+
+    async def generate(self, request: VideoRequest, timeout_s: float | None = None) -> bytes | Refusal:
+        """The file of a video, or why there is none."""
+        try:
+            self._engine.encoder.encode(request)  # so that a bad request cannot spoil its batch
+        except ValueError as error:
+            return Refusal(reason="invalid", message=str(error))
+        try:
+            return await self._batcher.submit(request, timeout_s=timeout_s)
+        except QueueFullError as error:
+            return Refusal(reason="full", message=str(error), retry_after_s=error.retry_after_s)
+        except TimeoutError:
+            return Refusal(reason="timeout", message=f"the video was not done within {timeout_s:g} s")
+        except Exception as error:  # noqa: BLE001 (the batcher has logged it; the client gets the message)
+            return Refusal(reason="failed", message=f"{type(error).__name__}: {error}")
+
+    async def status(self) -> dict[str, int]:
+        """Requests that wait and run; answers also while a batch runs."""
+        return {"queued": self._batcher.num_queued, "running": self._batcher.num_running}
+
+    async def check_health(self) -> None:
+        """Asked by Serve, which replaces the replica if this raises or does not answer."""
+        if not self._batcher.is_alive:
+            raise RuntimeError("the dispatcher of the batch queue has died")
+
+
+async def ask(
+    generator: DeploymentHandle[VideoGenerator], request: VideoRequest, timeout_s: float | None = None
+) -> bytes | Refusal:
+    """The file of a video; asked for again where its replica was lost on the way, which changes nothing in it.
+
+    Args:
+        generator: the replicas.
+        request: what to make.
+        timeout_s: longest to wait for an answer, however often it is asked for.
+    """
+    clock = asyncio.get_running_loop().time
+    deadline = None if timeout_s is None else clock() + timeout_s
+    lost: Refusal | None = None
+    try:
+        # While no replica runs, Serve would wait for ever.
+        async with asyncio.timeout_at(None if deadline is None else deadline + _GRACE_S) as limit:
+            for attempt in range(1, _ATTEMPTS + 1):
+                try:
+                    answer: bytes | Refusal = await generator.generate.remote(request, deadline and deadline - clock())
+                except BackPressureError as error:
+                    return Refusal(reason="full", message=str(error), retry_after_s=1.0)
+                except (RayError, RayServeException) as error:
+                    message = f"the process of the model was lost, and no other answered ({type(error).__name__})"
+                    lost = Refusal(reason="lost", message=message, retry_after_s=_RESTART_S)
+                    limit.reschedule(deadline)  # no replica that would tell by itself has the request now
+                    await asyncio.sleep(PAUSE_S * attempt)
+                else:
+                    timed_out = isinstance(answer, Refusal) and answer.reason == "timeout"
+                    return lost if lost and timed_out else answer
+    except TimeoutError:
+        pass
+    return lost or Refusal(reason="timeout", message=f"no process of the model answered within {timeout_s:g} s")
+
+
+def replica_capacity(config: ModelRunConfig) -> int:
+    """Requests that Serve may have at one replica."""
+    return config.batch.max_queued + config.batch.max_size + _SLACK_REQUESTS
+
+
+def generator_deployment(card: ModelCard, config: ModelRunConfig) -> serve.Application:
+    """The replicas, for use through a handle."""
+    capacity, replicas = replica_capacity(config), config.replicas
+    deployment = serve.deployment(
+        name="generator",
+        num_replicas=replicas.num_replicas,
+        ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
+        max_ongoing_requests=capacity,
+        max_queued_requests=capacity * replicas.num_replicas,
+        max_constructor_retry_count=1,  # a model that does not load will not load later
+        **DEPLOYMENT_OPTIONS,
+    )(VideoGenerator)
+    return deployment.bind(card, config)
+
+
+@contextmanager
+def generator_application(card: ModelCard, config: ModelRunConfig) -> Iterator[DeploymentHandle[Any]]:
+    """The model's replicas behind a handle, without HTTP; gone after the block.
+
+    Serve's controller stays: it holds no CPU, and other applications may use it.
+
+    Raises:
+        UserError: if this machine's cluster has not what the replicas reserve.
+        JobError: if the model does not start.
+    """
+    check_resources(config)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    name = f"lumos-generate-{uuid.uuid4().hex[:8]}"
+    serve.start(proxy_location=ProxyLocation.Disabled, logging_config=QUIET)
+    try:
+        yield run_application(name, None, generator_deployment(card, config))
+    finally:
+        serve.delete(name)
+
+
+def run_application(name: str, route_prefix: str | None, application: serve.Application) -> DeploymentHandle[Any]:
+    """Start a Serve application and wait until it is up.
+
+    Raises:
+        JobError: if the model does not start.
+    """
+    try:
+        return serve.run(application, name=name, route_prefix=route_prefix)
+    except RuntimeError as error:
+        status = serve.status().applications.get(name)
+        reasons = [d.message for d in status.deployments.values() if d.message] if status else []
+        raise JobError("the model did not start: " + ("\n".join(reasons) or str(error))) from error
+
+
+def check_resources(config: ModelRunConfig) -> None:
+    """Serve would wait for ever for what this machine does not have; a joined cluster may grow.
+
+    Raises:
+        UserError: if this machine's cluster has not what the replicas reserve.
+    """
+    if is_joined():
+        return
+    replicas = config.replicas
+    lack = lacking([{"CPU": replicas.num_cpus, "GPU": replicas.num_gpus}] * replicas.num_replicas)
+    if lack:
+        raise UserError(
+            f"replicas: {replicas.num_replicas} replicas of num_cpus {replicas.num_cpus:g} and num_gpus "
+            f"{replicas.num_gpus:g} need {lack}: reserve less, or join a cluster (RAY_ADDRESS)"
+        )

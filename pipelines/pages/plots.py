@@ -1,0 +1,176 @@
+"""Plots as inline SVG, drawn by matplotlib; the page's stylesheet colours them, in light and dark.
+
+Matplotlib takes half a second to import: only what draws does so.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Values = NDArray[np.float64]
+Points = Sequence[tuple[float, float]]
+
+# Variables of the stylesheet. Each is drawn in a colour that stands for it, and put in that colour's place afterwards.
+_NUM_SERIES = 6
+_NAMES = ("soft", "rule", "kept", "rejected", "threshold", "faint", *(f"series-{i}" for i in range(_NUM_SERIES)))
+_COLORS = {name: f"#{index:06x}" for index, name in enumerate(_NAMES, start=1)}
+
+_DASHES = ("solid", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 2, 2)))
+_BINS = 30
+_POINTS = 72  # an inch: matplotlib measures figures in inches, and SVG's units are its points
+_STYLE: dict[Any, Any] = {
+    "font.size": 11,
+    "text.color": _COLORS["soft"],
+    "axes.labelcolor": _COLORS["soft"],
+    "axes.titlesize": "medium",
+    "axes.edgecolor": _COLORS["rule"],
+    **{f"axes.spines.{side}": False for side in ("left", "right", "top")},
+    **{f"{axis}tick.color": _COLORS["rule"] for axis in "xy"},
+    **{f"{axis}tick.labelcolor": _COLORS["soft"] for axis in "xy"},
+    **{f"{axis}tick.major.size": 0 for axis in "xy"},
+    "xtick.major.pad": 6,
+    "legend.frameon": False,
+    "legend.handlelength": 3.5,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lumos",
+}
+
+
+def line_chart(
+    lines: Mapping[str, Points], *, title: str, x_label: str, y_label: str, faint: Sequence[str] = ()
+) -> Markup | None:
+    """Draw lines, each of its own colour and dashes, over a logarithmic y axis; None if there is nothing to draw.
+
+    Args:
+        lines: (x, y) in order of x by a line's name, later lines on top; without those whose y is not finite and
+            above 0.
+        title: Read out by screen readers.
+        x_label: Below the x axis.
+        y_label: Above the y axis.
+        faint: Names of lines that are drawn thin and pale, as another is the mean of them.
+    """
+    drawn = {name: [(x, y) for x, y in points if 0 < y < math.inf] for name, points in lines.items()}
+    if not any(drawn.values()):
+        return None
+    from matplotlib.ticker import LogLocator
+
+    def draw(axes: Axes) -> None:
+        axes.set_yscale("log", subs=[])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        strong = itertools.count()
+        for name, points in drawn.items():
+            x, y = np.array(points).reshape(-1, 2).T
+            if name in faint:
+                axes.plot(x, y, color=_COLORS["faint"], linewidth=1, label=name, clip_on=False)
+            else:
+                index = next(strong)
+                color, dashes = _COLORS[f"series-{index % _NUM_SERIES}"], _DASHES[index % len(_DASHES)]
+                axes.plot(x, y, color=color, linestyle=dashes, linewidth=2, label=name, clip_on=False)
+        axes.margins(x=0)
+        axes.set_xlabel(x_label)
+        axes.set_title(y_label, loc="left")
+        axes.legend()
+
+    return _plot(draw, size=(400, 260), margins=(36, 38, 24), title=title)
+
+
+def histogram(name: str, groups: Mapping[str, Values], thresholds: Sequence[float] = ()) -> Markup:
+    """Draw how often values of a score occur, one group on the other, and a dashed line at each threshold.
+
+    What lies far from nearly all values is told in words, as drawing it would leave no room for them.
+
+    Args:
+        name: Of the score.
+        groups: Finite values by the name of a colour, from the bottom up; at least one in all.
+        thresholds: What the score is compared with; one that is far from all values is not drawn.
+    """
+    values = np.concatenate(list(groups.values()))
+    low, high = _plain_range(values)
+    below, above = values[values < low], values[values > high]
+    margin = (high - low) or 1  # within which a threshold is worth its room
+    near = [bound for bound in thresholds if low - margin <= bound <= high + margin]
+    low, high = min([low, *near]), max([high, *near])
+    high = high if high > low else low + 1
+
+    def draw(axes: Axes) -> None:
+        base = np.zeros(_BINS)
+        for color, members in groups.items():
+            counts, edges = np.histogram(members, bins=_BINS, range=(low, high))
+            axes.stairs(base + counts, edges, baseline=base, fill=True, color=_COLORS[color], clip_on=False)
+            base = base + counts
+        for bound in near:
+            axes.axvline(bound, color=_COLORS["threshold"], linestyle="dashed", clip_on=False)
+        axes.set_xlim(low, high)
+        axes.set_ylim(0, max(1, base.max()))
+        axes.locator_params(axis="y", nbins=2, integer=True)
+        axes.locator_params(axis="x", nbins=5)
+        if len(below):
+            axes.set_title(f"← {len(below)} more from {below.min():.4g}", loc="left")
+        if len(above):
+            axes.set_title(f"{len(above)} more up to {above.max():.4g} →", loc="right")
+
+    sizes = ", ".join(f"{len(members)} {color}" for color, members in groups.items())
+    title = f"Histogram of {name}: {sizes}, from {values.min():.4g} to {values.max():.4g}"
+    words_height = 18 if len(below) or len(above) else 6
+    return _plot(draw, size=(320, 130), margins=(34, 24, words_height), title=title)
+
+
+def smooth(points: Points, window: int) -> Points:
+    """Mean of each point and its neighbours on both sides, up to `window` points in all, the same number each side."""
+    means = []
+    for index, (x, _) in enumerate(points):
+        reach = min(window // 2, index, len(points) - 1 - index)
+        near = [y for _, y in points[index - reach : index + reach + 1]]
+        means.append((x, sum(near) / len(near)))
+    return means
+
+
+def _plain_range(values: Values) -> tuple[float, float]:
+    """The range of the values that are no farther from the middle nine tenths of them than these lie apart."""
+    low, high = np.quantile(values, 0.05, method="higher"), np.quantile(values, 0.95, method="lower")
+    if low < high:
+        values = values[(values >= 2 * low - high) & (values <= 2 * high - low)]
+    return float(values.min()), float(values.max())
+
+
+def _plot(draw: Callable[[Axes], None], *, size: tuple[int, int], margins: tuple[int, int, int], title: str) -> Markup:
+    """What `draw` draws as an <svg> element.
+
+    Args:
+        draw: Draws on axes. It must not clip, as clips are referred to by ids, of which a page has but one each.
+        size: Width and height, px.
+        margins: Left of, below and above the axes.
+        title: For those who do not see it.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    (width, height), (left, bottom, top) = size, margins
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width / _POINTS, height / _POINTS))
+        axes = figure.add_axes((left / width, bottom / height, 1 - (left + 10) / width, 1 - (bottom + top) / height))
+        axes.set_axisbelow(True)
+        axes.grid(axis="y", color=_COLORS["rule"], clip_on=False)
+        draw(axes)
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    drawing = buffer.getvalue().partition("<svg")[2].partition(">")[2]
+    drawing = re.sub(r' id="[^"]*"|font-family: [^;]*; ', "", drawing)
+    for name, color in _COLORS.items():
+        drawing = drawing.replace(color, f"var(--{name})")
+    opening = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(width, height, title)
+    return opening + Markup(drawing)

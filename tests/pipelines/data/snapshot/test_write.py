@@ -1,0 +1,154 @@
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.data.snapshot.read import Manifest, list_snapshots, open_snapshot
+from pipelines.data.snapshot.schemas import TOKENS
+from pipelines.data.snapshot.write import PublishConfig, draw_split, write_snapshot
+from pipelines.errors import UserError
+from tests.pipelines.data.snapshots import TOKENIZER, make_snapshot, snapshot_content
+
+CONFIG = PublishConfig(val_share=0.3, shard_mb=0.01)
+
+
+def clips(count=60):
+    generator = np.random.default_rng(0)
+    shapes = [(5, 6, 6), (2, 4, 8)]
+    return {f"src{i // 2:02d}:{i % 2}": generator.integers(0, 1000, shapes[i % 3 == 0]) for i in range(count)}
+
+
+def files(root: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in root.rglob("*") if p.is_file()
+    }
+
+
+def test_what_is_written_is_read(tmp_path):
+    made = clips()
+    snapshot = make_snapshot(str(tmp_path), made, config=CONFIG)
+    assert open_snapshot(str(tmp_path)) == snapshot
+    assert open_snapshot(snapshot.uri) == snapshot
+    seen = {}
+    for bucket in snapshot.manifest.buckets:
+        for shard in bucket.shards:
+            table = snapshot.read_shard(shard)
+            assert table.schema.equals(TOKENS)
+            for row in table.to_pylist():
+                assert (row["split"], row["t"], row["h"], row["w"]) == (bucket.split, bucket.t, bucket.h, bucket.w)
+                assert row["split"] == draw_split(row["source_id"], seed=0, val_share=0.3)
+                seen[row["clip_id"]] = np.array(row["codes"]).reshape(row["t"], row["h"], row["w"])
+    assert seen.keys() == made.keys()
+    assert all(np.array_equal(seen[key], made[key]) for key in made)
+    totals = snapshot.manifest.totals
+    assert totals["train"].rows + totals["val"].rows == 60
+    assert totals["train"].tokens + totals["val"].tokens == sum(codes.size for codes in made.values())
+    assert max(len(bucket.shards) for bucket in snapshot.manifest.buckets) > 1
+    assert snapshot.read_shard(snapshot.manifest.buckets[0].shards[0], columns=["fps"]).column_names == ["fps"]
+    assert snapshot.read_ledger().num_rows == 60 == sum(snapshot.manifest.ledger.counts.values())
+
+
+def test_the_manifest_has_the_hash_of_every_file(tmp_path):
+    snapshot = make_snapshot(str(tmp_path), clips(), config=CONFIG)
+    manifest = snapshot.manifest
+    assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
+    hashes = {shard.path: shard.sha256 for bucket in manifest.buckets for shard in bucket.shards}
+    hashes[manifest.ledger.path] = manifest.ledger.sha256
+    found = files(Path(snapshot.uri))
+    assert found.pop("manifest.json") == snapshot.digest
+    found.pop("README.md")
+    assert found == hashes
+
+
+def test_the_same_content_gives_the_same_bytes_in_any_order(tmp_path):
+    made = clips()
+    first = make_snapshot(str(tmp_path / "a"), made, config=CONFIG)
+    second = make_snapshot(str(tmp_path / "b"), dict(reversed(made.items())), config=CONFIG)
+    assert files(Path(first.uri)) == files(Path(second.uri))
+
+
+def test_an_unchanged_dataset_keeps_its_snapshot_and_a_changed_one_gets_a_child(tmp_path):
+    made = clips()
+    first = make_snapshot(str(tmp_path), made, config=CONFIG)
+    assert make_snapshot(str(tmp_path), made, config=CONFIG) == first
+    made.popitem()
+    second = make_snapshot(str(tmp_path), made, config=CONFIG)
+    assert second.manifest.parents == (first.manifest.snapshot_id,)
+    assert list_snapshots(str(tmp_path)) == [first.manifest.snapshot_id, second.manifest.snapshot_id]
+    assert open_snapshot(str(tmp_path)) == second
+    assert open_snapshot(first.uri) == first
+
+
+def test_an_unfinished_snapshot_is_invisible_and_removed(tmp_path):
+    made = clips()
+    first = make_snapshot(str(tmp_path), made, config=CONFIG)
+    unfinished = tmp_path / "snapshots" / "v0002-12345678"
+    (unfinished / "data").mkdir(parents=True)
+    assert open_snapshot(str(tmp_path)) == first
+    made.popitem()
+    assert make_snapshot(str(tmp_path), made, config=CONFIG).manifest.snapshot_id.startswith("v0002-")
+    assert not unfinished.exists()
+
+
+def test_the_seed_shuffles(tmp_path):
+    orders = []
+    for seed in (0, 1):
+        config = PublishConfig(seed=seed, val_share=0.0)
+        snapshot = make_snapshot(str(tmp_path / str(seed)), clips(), config=config)
+        shard = snapshot.manifest.buckets[0].shards[0]
+        orders.append(snapshot.read_shard(shard)["clip_id"].to_pylist())
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert len({*map(tuple, orders), tuple(sorted(orders[0]))}) == 3
+
+
+def test_an_empty_snapshot_is_published_and_opened(tmp_path):
+    snapshot = make_snapshot(str(tmp_path), {})
+    assert open_snapshot(str(tmp_path)).manifest.buckets == ()
+    assert snapshot.manifest.totals["train"].rows == 0
+
+
+def test_plain_pandas_reads_a_shard(tmp_path):
+    snapshot = make_snapshot(str(tmp_path), clips(), config=CONFIG)
+    frame = pq.read_table(Path(snapshot.uri) / snapshot.manifest.buckets[0].shards[0].path).to_pandas()
+    assert set(frame.columns) == set(TOKENS.names)
+
+
+def test_no_snapshot_is_an_error_with_a_remedy(tmp_path):
+    with pytest.raises(UserError, match="lumos curate"):
+        open_snapshot(str(tmp_path / "nothing"))
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    content = snapshot_content(clips())
+    snapshot = write_snapshot(str(tmp_path), content, PublishConfig())
+    assert open_snapshot(str(tmp_path), expected_tokenizer=TOKENIZER) == snapshot
+    for change in ({"kind": "cosmos"}, {"codebook_size": 64000}, {"weights_hash": "sha256:other"}):
+        with pytest.raises(UserError, match="was made by the tokenizer"):
+            open_snapshot(str(tmp_path), expected_tokenizer=replace(TOKENIZER, **change))
+
+
+def test_a_newer_schema_version_is_refused(tmp_path):
+    snapshot = make_snapshot(str(tmp_path), clips())
+    path = Path(snapshot.uri) / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 99}))
+    with pytest.raises(UserError, match="schema version 99"):
+        open_snapshot(str(tmp_path))
+
+
+def test_a_damaged_manifest_or_shard_is_named(tmp_path):
+    snapshot = make_snapshot(str(tmp_path), clips(), config=CONFIG)
+    first, second = snapshot.manifest.buckets[1].shards[:2]
+    (Path(snapshot.uri) / first.path).unlink()
+    with pytest.raises(UserError, match=first.path):
+        snapshot.read_shard(first)
+    pq.write_table(pa.table({"fps": [1.0]}), Path(snapshot.uri) / second.path)
+    with pytest.raises(UserError, match="has 1 rows"):
+        snapshot.read_shard(second)
+    (Path(snapshot.uri) / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="no manifest"):
+        open_snapshot(snapshot.uri)

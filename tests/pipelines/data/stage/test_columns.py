@@ -1,0 +1,49 @@
+import itertools
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipelines.data.stage import columns as tables
+from pipelines.data.stage.columns import sort, take
+
+SCHEMA = pa.schema(
+    [("name", pa.string()), ("list", pa.list_(pa.struct([("text", pa.string())]))), ("number", pa.int64())]
+)
+
+
+@pytest.fixture(params=[0, 1, 300])
+def table(request):
+    generator = np.random.default_rng(0)
+    rows = [
+        {
+            "name": f"n{number % 40:03d}" if number % 7 else None,
+            "list": [{"text": "x" * (number % 5)}],
+            "number": number,
+        }
+        for number in generator.permutation(request.param).tolist()
+    ]
+    cuts = [0, 0, 1, 7, 8, 200, request.param]
+    return pa.concat_tables(
+        [SCHEMA.empty_table()]
+        + [pa.Table.from_pylist(rows[start:stop], schema=SCHEMA) for start, stop in itertools.pairwise(cuts)]
+    )
+
+
+@pytest.mark.parametrize("piece", [1, 50, 1 << 14])
+def test_rows_are_taken_as_arrow_takes_them(table, piece, monkeypatch):
+    monkeypatch.setattr(tables, "_PIECE", piece)
+    generator = np.random.default_rng(1)
+    for count in (0, 1, 500):
+        places = generator.integers(0, max(1, table.num_rows), count if table.num_rows else 0)
+        assert take(table, places).equals(table.take(pa.array(places)))
+        assert take(table["list"], places).equals(table["list"].take(pa.array(places)))
+    assert sort(table, ["name", "number"]).equals(table.sort_by([("name", "ascending"), ("number", "ascending")]))
+
+
+def test_more_text_is_taken_than_one_array_holds():
+    text = pa.array(["x" * (1 << 26)])  # 64 MiB, and 40 times as many in all
+    column = pa.chunked_array([text] * 40)
+    with pytest.raises(pa.ArrowInvalid, match="overflow"):
+        column.take(pa.array([3]))
+    assert take(column, np.array([39, 0])).num_chunks == 1

@@ -1,0 +1,127 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipelines.data.settings import SplitConfig
+from pipelines.data.steps.duplicates import (
+    _signatures,
+    find_near_duplicates,
+    linked_groups,
+    similarity,
+    unpack_fingerprint,
+)
+from pipelines.data.video.fingerprint import DIMENSIONS
+from pipelines.data.video.shots import split_source
+from tests.pipelines.data.videos import moving_square, write_video
+
+
+def film(frames, seed):
+    """Thumbnails that change a little from one to the next, as shots do."""
+    generator = np.random.default_rng(seed)
+    start, drift = generator.uniform(40, 200, DIMENSIONS), generator.normal(0, 12, (frames, DIMENSIONS))
+    return np.clip(start + np.cumsum(drift, axis=0), 0, 255).astype(np.uint8)
+
+
+def prints(*films):
+    return [unpack_fingerprint(frames.tobytes()) for frames in films]
+
+
+def told(*films):
+    """Their fingerprints in pieces of seven."""
+    packed = [frames.tobytes() for frames in films]
+    return lambda: ((np.arange(len(packed))[at : at + 7], packed[at : at + 7]) for at in range(0, len(packed), 7))
+
+
+def test_copies_and_parts_are_found_and_the_lowest_key_is_kept():
+    original = film(20, seed=0)
+    noisy = np.clip(original + np.random.default_rng(1).normal(0, 2, original.shape), 0, 255).astype(np.uint8)
+    others = [film(20, seed=seed) for seed in range(2, 40)]
+    clips = [noisy, *others, original, original[5:15]]
+    keys = ["k9", *(f"x{index:02d}" for index in range(len(others))), "k1", "k5"]
+    found = find_near_duplicates(pa.array(keys), told(*clips), 0.99)
+    kept = keys.index("k1")
+    assert {index: duplicate.of for index, duplicate in found.items()} == {0: kept, len(clips) - 1: kept}
+    assert all(0.99 <= duplicate.cosine <= 1.0001 for duplicate in found.values())
+
+
+def test_every_copy_among_thousands_is_found_and_no_other_clip():
+    generator = np.random.default_rng(0)
+    clips = [film(8, seed) for seed in range(3000)]
+    copies = [np.clip(clip + generator.normal(0, 2, clip.shape), 0, 255).astype(np.uint8) for clip in clips[:300]]
+    keys = pa.array([f"{number:05d}" for number in range(3300)])
+    found = find_near_duplicates(keys, told(*clips, *copies), 0.99)
+    assert {number: duplicate.of for number, duplicate in found.items()} == {3000 + n: n for n in range(300)}
+
+
+@pytest.mark.parametrize("frames", [30, 240, 1200])
+def test_a_few_frames_of_a_long_clip_are_found(frames):
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        long = generator.integers(0, 256, (frames, DIMENSIONS), np.uint8)
+        at = int(generator.integers(0, frames - 4))
+        assert find_near_duplicates(pa.array(["a", "b"]), told(long, long[at : at + 4]), 0.99).keys() == {1}
+
+
+def test_signatures_do_not_depend_on_how_clips_are_grouped():
+    clips = [film(8, seed).tobytes() for seed in range(50)]
+    rank = np.arange(50)
+    words, owners = _signatures(rank, [(rank, clips)])
+    for size in (1, 3, 7):
+        pieces = [(rank[at : at + size], clips[at : at + size]) for at in range(0, 50, size)]
+        again = _signatures(rank, reversed(pieces))
+        np.testing.assert_array_equal(again[0], words)
+        np.testing.assert_array_equal(again[1], owners)
+
+
+def test_a_crowd_of_one_picture_is_one_group():
+    clips = [film(8, seed=0)] * 500 + [film(8, seed=1)]
+    found = find_near_duplicates(pa.array([f"{number:05d}" for number in range(501)]), told(*clips), 0.99)
+    assert {number: duplicate.of for number, duplicate in found.items()} == dict.fromkeys(range(1, 500), 0)
+
+
+def test_the_result_does_not_depend_on_order():
+    clips = [film(12, seed=index // 2) for index in range(40)]
+    keys = [f"k{(index * 7) % 40:02d}" for index in range(40)]
+    found = {keys[i]: keys[d.of] for i, d in find_near_duplicates(pa.array(keys), told(*clips), 0.99).items()}
+    order = np.random.default_rng(0).permutation(40)
+    shuffled = [keys[i] for i in order]
+    again = find_near_duplicates(pa.array(shuffled), told(*(clips[i] for i in order)), 0.99)
+    assert {shuffled[i]: shuffled[d.of] for i, d in again.items()} == found
+    assert len(found) == 20
+
+
+def test_time_counts():
+    forward = film(12, seed=0)
+    assert similarity(*prints(forward, forward)) == pytest.approx(1.0)
+    assert similarity(*prints(forward, forward[::-1])) < 0.99
+
+
+def test_what_shows_nothing_is_like_nothing():
+    flat = np.full((10, DIMENSIONS), 3, np.uint8)
+    assert similarity(*prints(flat, flat)) == 0.0
+    short = film(2, seed=0)
+    assert similarity(*prints(short, short)) == 0.0
+    assert find_near_duplicates(pa.array(["a", "b", "c"]), told(flat, flat, flat[:0]), 0.99) == {}
+    assert find_near_duplicates(pa.array([], pa.string()), told(), 0.99) == {}
+
+
+def test_links_make_groups():
+    groups = linked_groups([("b", "c"), ("e", "d"), ("a", "c")])
+    assert groups == {"a": "a", "b": "a", "c": "a", "d": "d", "e": "d"}
+
+
+def test_another_encoding_and_size_of_a_video_is_near_and_another_video_is_not(tmp_path):
+    frames = moving_square(48, size=(128, 96), seed=0)
+    half = np.stack([frame[::2, ::2] for frame in frames])
+    other = moving_square(48, size=(128, 96), seed=1)
+    paths = [
+        write_video(tmp_path / "a.mp4", frames),
+        write_video(tmp_path / "b.webm", half, codec="libvpx-vp9", options={"crf": "40", "b:v": "0"}),
+        write_video(tmp_path / "c.mp4", other),
+    ]
+    config = SplitConfig(detector="none")
+    sources = [split_source(str(path), config, beat=lambda: None) for path in paths]
+    first, second, third = (unpack_fingerprint(source.clips[0]["fingerprint"]) for source in sources)
+    assert len(first) == 8
+    assert similarity(first, second) > 0.99
+    assert similarity(first, third) < 0.9

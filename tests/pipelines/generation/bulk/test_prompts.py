@@ -1,0 +1,65 @@
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.errors import UserError
+from pipelines.generation.bulk.prompts import Prompt, read_prompts
+
+EXPECTED = [Prompt(text="a red square, moving", seed=7, id="x"), Prompt(text="ein Würfel")]
+
+
+def test_a_list_is_taken_as_it_is() -> None:
+    assert read_prompts(("one", " two ")) == [Prompt(text="one"), Prompt(text="two")]
+
+
+def test_lines_of_text_are_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffone, with a comma\r\n\r\n  zwei für alle\n".encode())
+    assert read_prompts(str(file)) == [Prompt(text="one, with a comma"), Prompt(text="zwei für alle")]
+
+
+def test_rows_of_each_kind_of_file_give_the_same_prompts(tmp_path: Path) -> None:
+    csv, jsonl, parquet = (tmp_path / f"prompts.{suffix}" for suffix in ("csv", "jsonl", "parquet"))
+    csv.write_text('id,prompt,seed,other\nx,"a red square, moving",7,-\n,ein Würfel,,-\n', encoding="utf-8")
+    jsonl.write_text('{"prompt": "a red square, moving", "seed": 7, "id": "x"}\n\n{"prompt": "ein Würfel"}\n')
+    table = pa.table({"prompt": ["a red square, moving", "ein Würfel"], "seed": [7, None], "id": ["x", None]})
+    pq.write_table(table, parquet)
+    assert read_prompts(str(csv)) == read_prompts(str(jsonl)) == read_prompts(str(parquet)) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.csv", "text,seed\nhello,1\n", "no column prompt, only text, seed"),
+        ("p.csv", "", "no column prompt, only none"),
+        ("p.csv", "prompt\n", "holds no prompts"),
+        ("p.csv", "prompt,seed\nhello,x\n", "line 2: the seed is 'x'"),
+        ("p.csv", "prompt,seed\nhello,-1\n", "the seed is '-1'"),
+        ("p.csv", "prompt,seed\n,1\n", "line 2: the prompt is ''"),
+        ("p.txt", " \n\n", "holds no prompts"),
+        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "no column prompt, only text"),
+        ("p.jsonl", '{"prompt": 3}\n', "line 1: the prompt is 3"),
+        ("p.jsonl", '{"prompt": "a", "seed": 1.5}\n', "the seed is 1.5"),
+        ("p.jsonl", "{", "cannot be read as jsonl"),
+        ("p.jsonl", "[1]\n", "no JSON object"),
+        ("p.parquet", "PAR1", "cannot be read as parquet"),
+        ("p.md", "hello", "unknown kind"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, name: str, content: str, message: str) -> None:
+    file = tmp_path / name
+    file.write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        read_prompts(str(file))
+    assert str(file) in str(error.value)
+
+
+def test_a_missing_file_and_an_empty_list_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no file"):
+        read_prompts(str(tmp_path / "none.txt"))
+    with pytest.raises(UserError, match="empty list"):
+        read_prompts(())
+    with pytest.raises(UserError, match="item 1: the prompt is ' '"):
+        read_prompts(("one", " "))

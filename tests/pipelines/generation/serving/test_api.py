@@ -1,0 +1,292 @@
+"""The HTTP interface over a replica in this process: no Ray, no port."""
+
+import asyncio
+import io
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import av
+import httpx
+import pytest
+
+from pipelines.generation import generator
+from pipelines.generation.config import BatchConfig, SamplingChoice, ServeConfig, SizeConfig
+from pipelines.generation.generator import VideoGenerator, ask
+from pipelines.generation.model import read_card
+from pipelines.generation.request import Refusal
+from pipelines.generation.serving.api import build_api
+from tests.pipelines.generation.test_run import copy_model
+
+PROMPT = {"prompt": "a red square moves left", "seed": 7}
+Talk = Callable[[httpx.AsyncClient], Awaitable[None]]
+
+
+@asynccontextmanager
+async def client_of(config: ServeConfig) -> AsyncIterator[httpx.AsyncClient]:
+    card = read_card(config)
+    model = VideoGenerator(card, config)
+    app = build_api(card, config, lambda request: model.generate(request, config.timeout_s), model.status)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        yield client
+
+
+def talk(config: ServeConfig, conversation: Talk) -> None:
+    async def main() -> None:
+        async with client_of(config) as client:
+            await conversation(client)
+
+    asyncio.run(asyncio.wait_for(main(), 120))
+
+
+def num_frames(data: bytes) -> int:
+    with av.open(io.BytesIO(data)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def test_a_video_comes_back_with_how_it_was_made(serve_config: ServeConfig) -> None:
+    async def conversation(client: httpx.AsyncClient) -> None:
+        answer = await client.post("/v1/videos", json=PROMPT)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["content-type"] == "video/mp4"
+        assert answer.headers["x-lumos-seed"] == "7"
+        assert answer.headers["content-disposition"] == 'inline; filename="a-red-square-moves-left-7.mp4"'
+        assert num_frames(answer.content) == 9
+        again = await client.post("/v1/videos", json=PROMPT)
+        assert again.content == answer.content
+        other = await client.post("/v1/videos", json={**PROMPT, "seed": 8})
+        assert other.content != answer.content
+        assert other.headers["x-lumos-config-hash"] == answer.headers["x-lumos-config-hash"]
+
+    talk(serve_config, conversation)
+
+
+def test_settings_of_the_request_are_used_and_name_another_config(serve_config: ServeConfig) -> None:
+    async def conversation(client: httpx.AsyncClient) -> None:
+        usual = await client.post("/v1/videos", json=PROMPT)
+        for change in ({"steps": 5}, {"guidance_scale": 1.0}, {"history_ratio": 0.2}, {"size": "48x16"}, {"frames": 5}):
+            answer = await client.post("/v1/videos", json={**PROMPT, **change})
+            assert answer.status_code == 200, answer.text
+            assert answer.headers["x-lumos-config-hash"] != usual.headers["x-lumos-config-hash"]
+            assert answer.content != usual.content
+        with av.open(io.BytesIO((await client.post("/v1/videos", json={**PROMPT, "size": "48x16"})).content)) as video:
+            assert (video.streams.video[0].width, video.streams.video[0].height) == (48, 16)
+        drawn = {(await client.post("/v1/videos", json={"prompt": "x"})).headers["x-lumos-seed"] for _ in range(3)}
+        assert len(drawn) == 3  # a seed is drawn where none is given
+
+    talk(serve_config, conversation)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({}, "prompt: Field required"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "  "}, "the prompt is empty"),
+        ({"prompt": 3}, "prompt: Input should be a valid string, got 3"),
+        ({**PROMPT, "sede": 1}, "unknown field 'sede'; known: prompt, seed"),
+        ({**PROMPT, "seed": "7"}, "seed"),
+        ({**PROMPT, "seed": -1}, "seed"),
+        ({**PROMPT, "size": "large"}, "WIDTHxHEIGHT"),
+        ({**PROMPT, "size": "50x32"}, "width 50 is not a multiple of 16 px, the model's grid unit: use 48 or 64"),
+        ({**PROMPT, "size": "32x0"}, "height must be positive"),
+        ({**PROMPT, "size": "99999x32"}, "width 99999"),
+        ({**PROMPT, "frames": 8}, "num_frames 8 is not 1 + 4k: use 5 or 9"),
+        ({**PROMPT, "steps": 201}, "at most 200"),
+        ({**PROMPT, "history_ratio": 1.5}, "history_ratio"),
+        ({**PROMPT, "guidance_scale": -1}, "guidance_scale"),
+        ({**PROMPT, "guidance_scale": 1e39}, "guidance_scale must be in [0, 1000], got 1e+39"),
+        ({**PROMPT, "frames": 4 * 10**400 + 1}, "frames"),
+        ({"prompt": "word " * 1000}, "use a shorter prompt"),
+        ({**PROMPT, "size": "256x256"}, "smaller size"),
+        (["not an object"], "body"),
+    ],
+)
+def test_bad_requests_are_answered_with_400_and_a_reason(serve_config: ServeConfig, body: Any, message: str) -> None:
+    async def conversation(client: httpx.AsyncClient) -> None:
+        answer = await client.post("/v1/videos", json=body)
+        assert answer.status_code == 400, answer.text
+        assert message in answer.json()["error"]["message"]
+
+    talk(serve_config, conversation)
+
+
+def test_broken_json_other_paths_and_methods_have_the_same_form_of_error(serve_config: ServeConfig) -> None:
+    async def conversation(client: httpx.AsyncClient) -> None:
+        broken = await client.post("/v1/videos", content=b"{", headers={"content-type": "application/json"})
+        assert (broken.status_code, broken.json()["error"]["message"][:28]) == (400, "the body is not valid JSON: ")
+        for answer, status in [(await client.get("/nothing"), 404), (await client.get("/v1/videos"), 405)]:
+            assert answer.status_code == status
+            assert answer.json()["error"]["message"]
+
+    talk(serve_config, conversation)
+
+
+def test_long_bodies_are_not_read(serve_config: ServeConfig) -> None:
+    async def conversation(client: httpx.AsyncClient) -> None:
+        for content in (b'{"prompt": "' + b"x" * (1 << 20) + b'"}', pieces()):
+            answer = await client.post("/v1/videos", content=content)
+            assert answer.status_code == 413
+            assert "at most 1048576 bytes" in answer.json()["error"]["message"]
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"{"
+        pytest.fail("was read")
+
+    talk(serve_config, conversation)
+
+
+async def begin_body(client: httpx.AsyncClient) -> httpx.Response:
+    """A request whose body never ends."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    return await client.post("/v1/videos", content=pieces(), headers={"content-length": "100"})
+
+
+def test_a_body_that_does_not_arrive_in_time_answers_408(serve_config: ServeConfig) -> None:
+    async def conversation(client: httpx.AsyncClient) -> None:
+        answer = await begin_body(client)
+        assert answer.status_code == 408
+        assert answer.headers["connection"] == "close"
+        assert answer.json()["error"]["message"] == "the body did not arrive within 0.1 s"
+        assert (await client.post("/v1/videos", json=PROMPT)).status_code == 200
+
+    talk(replace(serve_config, body_timeout_s=0.1), conversation)
+
+
+def test_of_too_many_bodies_the_oldest_gives_way_and_whole_ones_are_read(serve_config: ServeConfig) -> None:
+    async def conversation(client: httpx.AsyncClient) -> None:
+        open_bodies = [asyncio.create_task(begin_body(client)) for _ in range(5)]
+        await asyncio.wait(open_bodies[:2])
+        assert [task.done() for task in open_bodies] == [True, True, False, False, False]
+        for answer in (task.result() for task in open_bodies[:2]):
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "60")
+            assert answer.json()["error"]["message"] == "more than 3 requests are sending their bodies"
+        assert (await client.post("/v1/videos", json=PROMPT)).status_code == 200
+        assert open_bodies[2].result().status_code == 503  # it made room
+        assert (await client.get("/v1/models")).status_code == 200
+        for task in open_bodies[3:]:
+            assert not task.done()
+            task.cancel()
+
+    talk(replace(serve_config, body_timeout_s=60.0, max_open_bodies=3), conversation)
+
+
+def test_a_token_is_asked_for_where_one_is_set(serve_config: ServeConfig) -> None:
+    async def conversation(client: httpx.AsyncClient) -> None:
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "Basic sesame"},
+            {"Authorization": "Bearer é"},
+        ):
+            raw = {key: value.encode("latin-1") for key, value in headers.items()}
+            answer = await client.post("/v1/videos", json=PROMPT, headers=raw)
+            assert answer.status_code == 401
+            assert answer.headers["www-authenticate"] == "Bearer"
+        broken = await client.post("/v1/videos", content=b"{")
+        assert broken.status_code == 401  # whoever may not ask is told no more
+        assert (await client.get("/v1/models")).status_code == 401
+        assert (await client.get("/healthz")).status_code == 200
+        good = {"Authorization": "Bearer sesame"}
+        assert (await client.post("/v1/videos", json=PROMPT, headers=good)).status_code == 200
+        assert (await client.get("/v1/models", headers=good)).status_code == 200
+
+    talk(replace(serve_config, token="sesame"), conversation)
+
+
+def test_a_full_queue_answers_503_and_health_checks_go_on(serve_config: ServeConfig) -> None:
+    config = replace(serve_config, batch=BatchConfig(max_size=1, max_queued=1))
+
+    async def conversation(client: httpx.AsyncClient) -> None:
+        long = {**PROMPT, "steps": 50, "frames": 33}
+        tasks = [asyncio.create_task(client.post("/v1/videos", json=long))]
+        while (await client.get("/healthz")).json()["running"] == 0:
+            await asyncio.sleep(0.005)
+        tasks += [asyncio.create_task(client.post("/v1/videos", json=long)) for _ in range(5)]
+        await asyncio.sleep(0.05)
+        health = await asyncio.wait_for(client.get("/healthz"), 10.0)
+        assert health.json() == {"status": "ok", "queued": 1, "running": 1}
+        answers = await asyncio.gather(*tasks)
+        assert answers[0].status_code == 200
+        # Which of those that came at once is let in to wait is nobody's matter.
+        assert sorted(answer.status_code for answer in answers[1:]) == [200, 503, 503, 503, 503]
+        refused = next(answer for answer in answers if answer.status_code == 503)
+        assert int(refused.headers["retry-after"]) >= 1
+        assert "waiting already" in refused.json()["error"]["message"]
+
+    talk(config, conversation)
+
+
+def test_a_video_that_takes_too_long_answers_504(serve_config: ServeConfig) -> None:
+    async def conversation(client: httpx.AsyncClient) -> None:
+        answer = await client.post("/v1/videos", json={**PROMPT, "steps": 200, "frames": 33})
+        assert answer.status_code == 504
+        assert "0.2 s" in answer.json()["error"]["message"]
+
+    talk(replace(serve_config, timeout_s=0.2), conversation)
+
+
+def test_a_model_without_a_running_process_answers_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(generator, "_GRACE_S", 0.05)
+    handle: Any = SimpleNamespace(generate=SimpleNamespace(remote=never))
+    request: Any = None
+    refusal = asyncio.run(asyncio.wait_for(ask(handle, request, 0.05), 10))
+    assert isinstance(refusal, Refusal)
+    assert (refusal.reason, refusal.message) == ("timeout", "no process of the model answered within 0.05 s")
+
+
+def test_the_model_and_the_interface_are_described(serve_config: ServeConfig) -> None:
+    async def conversation(client: httpx.AsyncClient) -> None:
+        model = (await client.get("/v1/models")).json()["data"][0]
+        assert model["defaults"] == {
+            "size": "32x32",
+            "frames": 9,
+            "fps": 12.0,
+            "steps": 4,
+            "guidance_scale": 3.0,
+            "history_ratio": 0.7,
+        }
+        assert model["limits"]["size_multiple_of"] == 16
+        schema = (await client.get("/openapi.json")).json()
+        operation = schema["paths"]["/v1/videos"]["post"]
+        assert {"200", "400", "401", "408", "413", "503", "504"} <= operation["responses"].keys()
+        assert "video/mp4" in operation["responses"]["200"]["content"]
+        assert (await client.get("/docs")).status_code == 200
+
+    talk(serve_config, conversation)
+
+
+def test_requests_are_drawn_as_the_model_recommends(serve_config: ServeConfig, model_dir: Path, tmp_path: Path) -> None:
+    recommended = {"num_steps": 3, "guidance_scale": 2.0, "history_ratio": 0.4}
+    model = copy_model(model_dir, tmp_path / "model", info={"sampling": recommended})
+    config = replace(serve_config, model=str(model), sampling=SamplingChoice())
+
+    async def conversation(client: httpx.AsyncClient) -> None:
+        defaults = (await client.get("/v1/models")).json()["data"][0]["defaults"]
+        assert (defaults["steps"], defaults["guidance_scale"], defaults["history_ratio"]) == (3, 2.0, 0.4)
+        usual = await client.post("/v1/videos", json=PROMPT)
+        named = {"steps": 3, "guidance_scale": 2.0, "history_ratio": 0.4}
+        assert (await client.post("/v1/videos", json={**PROMPT, **named})).content == usual.content
+        assert (await client.post("/v1/videos", json={**PROMPT, "steps": 4})).content != usual.content
+
+    talk(config, conversation)
+
+
+def test_images_come_as_png(serve_config: ServeConfig) -> None:
+    async def conversation(client: httpx.AsyncClient) -> None:
+        answer = await client.post("/v1/videos", json=PROMPT)
+        assert answer.headers["content-type"] == "image/png"
+        assert answer.content.startswith(b"\x89PNG")
+        assert (await client.post("/v1/videos", json={**PROMPT, "frames": 5})).status_code == 400
+
+    talk(replace(serve_config, format="png", video=SizeConfig(num_frames=1)), conversation)
