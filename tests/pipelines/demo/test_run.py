@@ -17,6 +17,7 @@ from jobs.cli import group
 from lumos.checkpoint import ModelInfo
 from pipelines.config import config_to_yaml, load_config
 from pipelines.demo import run
+from pipelines.tracking import TrackingStore
 from pipelines.training.config import TrainConfig
 from tests.pipelines.demo.test_report import make_samples
 
@@ -36,6 +37,7 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixture
     out = tmp_path / request.param
     losses = SimpleNamespace(loss=1.0, step=1, frame_losses=())
     trained = SimpleNamespace(export_dir=out / "train" / "export", steps=1, records=[losses])
+    trained.store = TrackingStore.choose(None, out / "train")
     trained.metrics = {"loss_first": 1.0, "loss_last": 1.0, "tokens_per_s": 1.0}
     samples = make_samples(tmp_path, 2)
     monkeypatch.setattr(run, "connect", nullcontext)
