@@ -1,6 +1,5 @@
 """The steps of a curation, from a listing of files to what a snapshot is made of."""
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,8 @@ from pipelines.data.captions.coca import check_coca
 from pipelines.data.captions.endpoint_stage import check_endpoint
 from pipelines.data.captions.given import CaptionSource, share_captions
 from pipelines.data.config import CurateConfig
+from pipelines.data.keys import picture_keys, text_key
+from pipelines.data.reasons import near_duplicate
 from pipelines.data.snapshot.codes import CodeReader
 from pipelines.data.snapshot.ledger import build_ledger, removed_rows
 from pipelines.data.snapshot.read import TokenizerInfo
@@ -34,7 +35,7 @@ from pipelines.data.steps.features import TEXT_INPUTS, FeatureScores, features_s
 from pipelines.data.steps.sources import first_paths, sources_stage
 from pipelines.data.steps.split import CLIPS, split_identity, split_stage
 from pipelines.data.steps.tokens import token_inputs, tokens_stage
-from pipelines.data.video.frames import clip_inputs, picture_keys
+from pipelines.data.video.frames import clip_inputs
 from pipelines.errors import JobError, UserError
 
 _CAPTION_RULES = ("captioners", "require", "min_words", "max_words", "languages", "language_certainty")
@@ -252,7 +253,7 @@ class Curation:
         pairs = []
         for place, duplicate in found.items():
             of = rows["key"][duplicate.of].as_py()
-            clips.verdicts.set(int(kept[place]), "duplicate", f"near: of {of} (cosine {duplicate.cosine:.3f})")
+            clips.verdicts.set(int(kept[place]), "duplicate", near_duplicate(of, duplicate.cosine))
             pairs.append((rows["work_key"][place].as_py(), rows["work_key"][duplicate.of].as_py()))
         return linked_groups(pairs)
 
@@ -301,7 +302,7 @@ class Curation:
         captioned = kept[pc.greater(pc.list_value_length(captions.take(kept)), 0).to_numpy()]
         own = captions.take(captioned)
         said = pc.struct_field(pc.list_flatten(own), "text")
-        hashes = pa.array((hashlib.sha256(text.encode()).hexdigest() for text in iterate(said)), pa.string())
+        hashes = pa.array((text_key(text) for text in iterate(said)), pa.string())
         keys = pc.unique(hashes)
         texts = take(said, pc.index_in(keys, hashes).to_numpy())
         table = self._of_clips("texts", pa.table([keys, texts], schema=TEXT_INPUTS))

@@ -16,15 +16,16 @@ from pipelines.data.captions.given import (
     CAPTION_INPUTS,
     CaptionSource,
     caption_fault,
-    caption_key,
     captions_stage,
     unique_captions,
 )
+from pipelines.data.keys import caption_key, picture_keys
+from pipelines.data.reasons import caption_fault_kind, no_caption
 from pipelines.data.settings import CaptionConfig, DecodeConfig, EndpointConfig
 from pipelines.data.snapshot.schemas import CAPTIONS
 from pipelines.data.stage.columns import take
 from pipelines.data.stage.stage import Stage, StageResources
-from pipelines.data.video.frames import clip_inputs, picture_keys
+from pipelines.data.video.frames import clip_inputs
 
 _PIECE = 1 << 14  # clips at a time, as Python's objects weigh several times more
 
@@ -121,11 +122,10 @@ class Captioning:
                 judged = [(caption_fault(caption["text"], self.config), caption) for caption in offered]
                 chosen.append([caption for fault, caption in judged if fault is None])
                 unfit = [fault for fault, _ in judged if fault is not None]
-                left_out.update(_kind(fault) for fault in unfit)
+                left_out.update(caption_fault_kind(fault) for fault in unfit)
                 if not chosen[-1]:
                     errors = [row["error"] for row in rows if row["error"]]
-                    told = "; ".join(unfit) or "none"
-                    faults[clip] = ("failed", errors[0]) if errors else ("rejected", f"caption: {told}")
+                    faults[clip] = ("failed", errors[0]) if errors else ("rejected", no_caption(unfit))
             of.append(pa.array(chosen, CAPTIONS))
         tokens = [
             sum(pc.sum(table[name]).as_py() or 0 for table in made.values())
@@ -139,8 +139,3 @@ class Captioning:
             input_tokens=tokens[0],
             output_tokens=tokens[1],
         )
-
-
-def _kind(fault: str) -> str:
-    words = fault.split()
-    return fault if words[0] == "language" else f"{words[0]} {words[2]} {words[3]}"

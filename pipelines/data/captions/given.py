@@ -1,6 +1,5 @@
 """Captions that users bring, in a table or in .txt files beside the videos; and which captions are fit to be used."""
 
-import hashlib
 import os
 import re
 from collections import defaultdict
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import storage
+from pipelines.data.reasons import other_language, too_few_words, too_many_words
 from pipelines.data.settings import CaptionConfig, SourceConfig
 from pipelines.data.snapshot.schemas import CAPTIONS
 from pipelines.data.stage.stage import Row, Stage, StageResources
@@ -139,12 +139,6 @@ def unique_captions(captions: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     return list(unique.values())
 
 
-def caption_key(clip_key: str, texts: Sequence[str], captioner: str) -> str:
-    """Names a clip with these very captions, so that another text is other work."""
-    digest = hashlib.sha256("\0".join([captioner, *texts]).encode()).hexdigest()[:16]
-    return f"{clip_key}#{digest}"
-
-
 class CaptionFunction:
     """Cleans the captions of clips."""
 
@@ -181,13 +175,13 @@ def caption_fault(text: str, config: CaptionConfig) -> str | None:
     """Why a caption is not to be used, such as "words 2 < 3" or "language de"; None if it is."""
     words = len(text.split())
     if config.min_words is not None and words < config.min_words:
-        return f"words {words} < {config.min_words}"
+        return too_few_words(words, config.min_words)
     if config.max_words is not None and words > config.max_words:
-        return f"words {words} > {config.max_words}"
+        return too_many_words(words, config.max_words)
     if config.languages:
         language, certainty = _language_identifier().classify(text)
         if language not in config.languages and certainty >= config.language_certainty:
-            return f"language {language}"
+            return other_language(language)
     return None
 
 

@@ -4,7 +4,6 @@ The clips are chosen from the ledger alone; who has frames of them is asked once
 tile that says why, and never keeps the page from being written.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines import storage
+from pipelines.data.keys import are_ledger_files
+from pipelines.data.reasons import duplicate_of
 from pipelines.data.snapshot.read import Snapshot
 from pipelines.data.snapshot.schemas import STATUSES
 from pipelines.data.stage.stage import Row
@@ -27,9 +28,6 @@ from pipelines.data.video.reader import VideoError
 IDENTITY = ("key", "source_id")  # columns of the ledger that only contact sheets take
 CLIPS_EACH = 12  # shown of every fate
 _HASH_ROWS = 1 << 16  # hashed at a time
-
-# What a duplicate's reason names: "near: of KEY (cosine 0.998)", "exact: of SOURCE_ID".
-_ORIGINAL = re.compile(r"(?:near|exact): of (\S+)")
 
 # Frames of some clips of a snapshot (ledger rows with a span), by key.
 FramesOf = Callable[[Snapshot, Sequence[Row]], Mapping[str, Shown]]
@@ -88,7 +86,7 @@ def contact_sheets(snapshot: Snapshot, ledger: pa.Table, frames_of: FramesOf) ->
         return Tile(row, frames, words, note, caption)
 
     def tiles(row: Row) -> list[Tile]:
-        original = originals.get(_original(row))
+        original = originals.get(duplicate_of(row["reason"]))
         if original is None:
             return [tile(row, row["reason"])]
         if original not in alike:
@@ -126,16 +124,10 @@ def hash_strings(column: pa.ChunkedArray) -> NDArray[np.uint64]:
     return np.concatenate([np.zeros(0, np.uint64), *hashes])
 
 
-def _original(row: Row) -> str | None:
-    """The key or the source_id of what a row's reason says that it is a duplicate of."""
-    match = _ORIGINAL.match(row["reason"])
-    return match[1] if match else None
-
-
 def _originals(ledger: pa.Table, rows: Sequence[Row]) -> dict[str | None, Row]:
     """Ledger rows of what some rows are duplicates of: by key of a clip, or by source_id of a source's content."""
-    names = pa.array(set(map(_original, rows)) - {None}, pa.string())
-    stands = pc.invert(pc.match_substring(ledger["key"], "@"))  # not so in rows of a source that repeats another
+    names = pa.array({duplicate_of(row["reason"]) for row in rows} - {None}, pa.string())
+    stands = pc.invert(are_ledger_files(ledger["key"]))  # not so in rows of a source that repeats another
     contents = ledger.filter(pc.and_(pc.is_in(ledger["source_id"], names), stands)).to_pylist()
     clips = ledger.filter(pc.is_in(ledger["key"], names)).to_pylist()
     return {**{row["source_id"]: row for row in contents}, **{row["key"]: row for row in clips}}

@@ -9,7 +9,7 @@ import pytest
 
 from lumos.tokenizers.fsq import FsqAutoencoder, FsqConfig, save_weights
 from pipelines.data.curate import curate
-from pipelines.data.snapshot.card import reason_class
+from pipelines.data.reasons import reason_class
 from pipelines.data.snapshot.read import list_snapshots, open_snapshot
 from pipelines.data.snapshot.schemas import PASS_SCORES
 from pipelines.data.steps.sources import hash_file
