@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from pipelines.data.config import CurateConfig
+from pipelines.data.keys import picture_keys
 from pipelines.data.snapshot.schemas import CAPTIONS
 from pipelines.data.stage.stage import Stage
 from pipelines.data.steps.run import Check
-from pipelines.data.video.frames import clip_inputs, picture_keys
+from pipelines.data.video.frames import clip_inputs
 
 # What a captioner's stage makes of each clip.
 CAPTIONED = pa.schema(

@@ -15,6 +15,7 @@ from pipelines.data.captions.captioner import CaptionSource
 from pipelines.data.captions.given import share_captions
 from pipelines.data.captions.registry import captioner_named
 from pipelines.data.config import CurateConfig
+from pipelines.data.reasons import caption_fault_kind, no_caption, other_language, too_few_words, too_many_words
 from pipelines.data.settings import CaptionConfig
 from pipelines.data.snapshot.schemas import CAPTIONS
 from pipelines.data.steps.run import Captions, Run, Step, read_in_order
@@ -81,11 +82,10 @@ class Caption(Step):
                 judged = [(caption_fault(caption["text"], self.rules), caption) for caption in offered]
                 chosen.append([caption for fault, caption in judged if fault is None])
                 unfit = [fault for fault, _ in judged if fault is not None]
-                left_out.update(_kind(fault) for fault in unfit)
+                left_out.update(caption_fault_kind(fault) for fault in unfit)
                 if not chosen[-1]:
                     errors = [row["error"] for row in rows if row["error"]]
-                    told = "; ".join(unfit) or "none"
-                    faults[clip] = ("failed", errors[0]) if errors else ("rejected", f"caption: {told}")
+                    faults[clip] = ("failed", errors[0]) if errors else ("rejected", no_caption(unfit))
             of.append(pa.array(chosen, CAPTIONS))
         tokens = [
             sum(pc.sum(table[name]).as_py() or 0 for table in made.values())
@@ -101,11 +101,6 @@ class Caption(Step):
         )
 
 
-def _kind(fault: str) -> str:
-    words = fault.split()
-    return fault if words[0] == "language" else f"{words[0]} {words[2]} {words[3]}"
-
-
 def unique_captions(captions: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     """The captions in their order, each text once, by whoever said it first."""
     unique: dict[str, dict[str, str]] = {}
@@ -118,13 +113,13 @@ def caption_fault(text: str, config: CaptionConfig) -> str | None:
     """Why a caption is not to be used, such as "words 2 < 3" or "language de"; None if it is."""
     words = len(text.split())
     if config.min_words is not None and words < config.min_words:
-        return f"words {words} < {config.min_words}"
+        return too_few_words(words, config.min_words)
     if config.max_words is not None and words > config.max_words:
-        return f"words {words} > {config.max_words}"
+        return too_many_words(words, config.max_words)
     if config.languages:
         language, certainty = _language_identifier().classify(text)
         if language not in config.languages and certainty >= config.language_certainty:
-            return f"language {language}"
+            return other_language(language)
     return None
 
 

@@ -13,11 +13,12 @@ from pipelines.config import config_hash
 from pipelines.data.captions.captioner import CAPTIONED, Captioner, clean_captions
 from pipelines.data.captions.endpoint import CaptionEndpoint, CaptionRequest
 from pipelines.data.config import CurateConfig
+from pipelines.data.reasons import Failure
 from pipelines.data.settings import DecodeConfig, EndpointConfig
 from pipelines.data.stage.stage import Row, Stage
 from pipelines.data.steps.run import Check
 from pipelines.data.video.frames import ClipReader, Wanted, evenly
-from pipelines.data.video.reader import VideoError, failure_reason
+from pipelines.data.video.reader import VideoError
 
 _QUALITY = 90  # of the JPEG files sent, 0..100
 # What decides a caption; where the model is served and how fast it may be asked does not.
@@ -58,7 +59,7 @@ class EndpointFunction:
             result |= {"input_tokens": answer.input_tokens, "output_tokens": answer.output_tokens}
             if answer.failure:
                 detail, transient = _FAILURES[answer.failure]
-                result["error"] = failure_reason(answer.failure, detail, transient=transient)
+                result["error"] = str(Failure(answer.failure, detail, transient=transient))
             else:
                 result["captions"] = clean_captions([answer.caption], self.captioner)
         return list(results.values())

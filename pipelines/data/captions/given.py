@@ -1,6 +1,5 @@
 """Captions that users bring, in a table or in .txt files beside the videos; and which captions are fit to be used."""
 
-import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import pyarrow.compute as pc
 from pipelines import storage
 from pipelines.data.captions.captioner import CAPTIONED, Captioner, CaptionSource, clean_captions
 from pipelines.data.config import CurateConfig
+from pipelines.data.keys import caption_key
 from pipelines.data.settings import CaptionConfig, SourceConfig
 from pipelines.data.stage.stage import Row, Stage
 from pipelines.data.steps.sources import source_folder
@@ -104,12 +104,6 @@ def share_captions(source: CaptionSource, files: pa.Table) -> CaptionSource:
         shared = next((source.texts[uri] for uri in uris if source.texts.get(uri)), None)
         texts |= {uri: shared for uri in uris if shared and not source.texts.get(uri)}
     return CaptionSource(source.captioner, texts)
-
-
-def caption_key(clip_key: str, texts: Sequence[str], captioner: str) -> str:
-    """Names a clip with these very captions, so that another text is other work."""
-    digest = hashlib.sha256("\0".join([captioner, *texts]).encode()).hexdigest()[:16]
-    return f"{clip_key}#{digest}"
 
 
 class CaptionFunction:

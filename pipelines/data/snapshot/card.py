@@ -3,6 +3,7 @@
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.data.reasons import reason_classes
 from pipelines.data.snapshot.read import Manifest
 
 _COLUMNS = """\
@@ -16,16 +17,6 @@ _COLUMNS = """\
 | `t`, `h`, `w` | int16 | shape of the latent grid: 1 + 4 (t - 1) frames of 8h x 8w px |
 | `codes` | list of uint16 | t h w codes in (t, h, w) order |
 """
-
-
-def reason_class(reason: str) -> str:
-    """What a ledger reason is about: the score it names, or the class of the failure."""
-    return reason.partition(" ")[0].rstrip(":")
-
-
-def reason_classes(reasons: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The ``reason_class`` of each of many reasons."""
-    return pc.utf8_rtrim(pc.replace_substring_regex(reasons, pattern="(?s) .*", replacement=""), ":")
 
 
 def dataset_card(manifest: Manifest, ledger: pa.Table) -> str:

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipelines.data.snapshot.card import reason_classes
+from pipelines.data.keys import ledger_file_key
+from pipelines.data.reasons import REMOVED, exact_duplicate, reason_classes
 from pipelines.data.snapshot.schemas import LEDGER, STAGES, STATUSES
 
 
@@ -100,11 +101,11 @@ def build_ledger(
 def removed_rows(removed: pa.Table) -> pa.Table:
     """Ledger rows of sources that were taken out of the dataset."""
     return _plain_rows(
-        keys=[f"{row['source_id']}@{row['path']}" for row in removed.to_pylist()],
+        keys=[ledger_file_key(row["path"], row["source_id"]) for row in removed.to_pylist()],
         source_ids=removed["source_id"].to_pylist(),
         paths=removed["path"].to_pylist(),
         status="rejected",
-        reasons=["removed: taken out of the dataset"] * removed.num_rows,
+        reasons=[REMOVED] * removed.num_rows,
         split=None,
     )
 
@@ -129,7 +130,7 @@ def _source_rows(sources: pa.Table, first: pa.Table) -> list[pa.Table]:
     again = sources.filter(pc.and_(pc.is_valid(sources["source_id"]), pc.invert(stands)))
     return [
         _plain_rows(
-            keys=[f"@{path}" for path in unreadable["path"].to_pylist()],
+            keys=[ledger_file_key(path) for path in unreadable["path"].to_pylist()],
             source_ids=[None] * unreadable.num_rows,
             paths=unreadable["path"].to_pylist(),
             status="failed",
@@ -137,11 +138,11 @@ def _source_rows(sources: pa.Table, first: pa.Table) -> list[pa.Table]:
             split=None,
         ),
         _plain_rows(
-            keys=[f"{row['source_id']}@{row['path']}" for row in again.to_pylist()],
+            keys=[ledger_file_key(row["path"], row["source_id"]) for row in again.to_pylist()],
             source_ids=again["source_id"].to_pylist(),
             paths=again["path"].to_pylist(),
             status="duplicate",
-            reasons=[f"exact: of {source_id}" for source_id in again["source_id"].to_pylist()],
+            reasons=[exact_duplicate(source_id) for source_id in again["source_id"].to_pylist()],
             split=None,
         ),
     ]

@@ -1,12 +1,12 @@
 """Sources taken out of a dataset for good, by the hash of their content, whatever name they come back under."""
 
 from pipelines import storage
+from pipelines.data.keys import is_source_id
 from pipelines.data.snapshot.read import SNAPSHOTS, list_snapshots, open_snapshot
 from pipelines.errors import UserError
 from pipelines.storage.lock import check_lock, dataset_lock
 
 _FILE = "removed.json"
-HASH_DIGITS = 64
 
 
 def read_removed(dataset: str) -> list[str]:
@@ -32,7 +32,7 @@ def remove_sources(dataset: str, names: list[str]) -> list[str]:
         known = _source_ids(dataset)
         found: set[str] = set()
         for name in names:
-            ids = {name} if _is_hash(name) else known.get(name)
+            ids = {name} if is_source_id(name) else known.get(name)
             if not ids:
                 raise UserError(
                     f"no snapshot of {dataset} has a source {name!r}; name a path as its ledger has it, or a source_id"
@@ -53,7 +53,3 @@ def _source_ids(dataset: str) -> dict[str, set[str]]:
             if source_id is not None:
                 found.setdefault(path, set()).add(source_id)
     return found
-
-
-def _is_hash(name: str) -> bool:
-    return len(name) == HASH_DIGITS and set(name) <= set("0123456789abcdef")

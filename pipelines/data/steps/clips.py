@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.data.config import TokenConfig, plan_shape
+from pipelines.data.reasons import too_few_frames
 from pipelines.data.scores import SCORES, Thresholds, scores_of
 from pipelines.data.snapshot.ledger import Verdicts
 from pipelines.data.stage.columns import take
@@ -58,7 +59,7 @@ class Clips:
             if shape is None:
                 needed = min((count for count in config.num_frames if count > 1), default=5)
                 have = 1 if scores["image"] else int(scores["duration"] * config.fps + 0.01)
-                self.verdicts.set(index, "rejected", f"frames {have} < {needed} at {config.fps:g} fps")
+                self.verdicts.set(index, "rejected", too_few_frames(have, needed, config.fps))
             else:
                 self.shapes[index] = (shape.num_frames, shape.width, shape.height)
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.data import reasons
 from pipelines.data.scores import DECISIVE, Score, Thresholds
 
 
@@ -26,16 +27,16 @@ def decide(scores: Mapping[str, float | None], thresholds: Thresholds) -> tuple[
     The reason names each score that is out of bounds, its value and the threshold: "motion_time 0.008 < 0.25". A score
     that nobody took (null, or not there) says nothing, and an image is not asked for what only a video has.
     """
-    reasons = []
+    found = []
     for score, low, high in bounds(thresholds):
         value = scores.get(score.name)
         if value is None or (scores.get("image") and score.of_time):
             continue
         if low is not None and value < low:
-            reasons.append(f"{score.name} {value:.4g} < {low:.4g}")
+            found.append(reasons.below(score.name, value, low))
         if high is not None and value > high:
-            reasons.append(f"{score.name} {value:.4g} > {high:.4g}")
-    return ("rejected", "; ".join(reasons)) if reasons else ("kept", "")
+            found.append(reasons.above(score.name, value, high))
+    return ("rejected", reasons.all_of(found)) if found else ("kept", "")
 
 
 def keeps(scores: Mapping[str, NDArray[np.float64]], thresholds: Thresholds) -> NDArray[np.bool_]:

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pipelines.data.reasons import near_duplicate
 from pipelines.data.steps.run import Run, Step
 from pipelines.data.video.fingerprint import DIMENSIONS
 
@@ -203,6 +204,6 @@ class NearDuplicates(Step):
         pairs = []
         for place, duplicate in found.items():
             original = rows["key"][duplicate.of].as_py()
-            clips.verdicts.set(int(kept[place]), "duplicate", f"near: of {original} (cosine {duplicate.cosine:.3f})")
+            clips.verdicts.set(int(kept[place]), "duplicate", near_duplicate(original, duplicate.cosine))
             pairs.append((rows["work_key"][place].as_py(), rows["work_key"][duplicate.of].as_py()))
         run.groups = linked_groups(pairs)

@@ -3,7 +3,6 @@
 The table holds features, not verdicts of heads: another head, caption or threshold costs no pass of the large model.
 """
 
-import hashlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.data.config import CurateConfig
+from pipelines.data.keys import picture_keys, text_key
 from pipelines.data.models import text_detector
 from pipelines.data.models.heads import Head
 from pipelines.data.models.open_clip import check_open_clip, file_hash, fixed_batches, load_open_clip, open_clip_hash
@@ -23,7 +23,7 @@ from pipelines.data.settings import DecodeConfig, FeatureConfig, OpenClipConfig
 from pipelines.data.stage.columns import iterate, take
 from pipelines.data.stage.stage import Row, Stage, StageResources
 from pipelines.data.steps.run import Check, Run, Step, check_device, read_in_order
-from pipelines.data.video.frames import CLIP_INPUTS, ClipReader, clip_inputs, evenly, picture_keys
+from pipelines.data.video.frames import CLIP_INPUTS, ClipReader, clip_inputs, evenly
 from pipelines.data.video.reader import VideoError
 from pipelines.errors import UserError
 
@@ -270,7 +270,7 @@ class Similarity(Step):
         captioned = kept[pc.greater(pc.list_value_length(run.captions.take(kept)), 0).to_numpy()]
         captions = run.captions.take(captioned)
         said = pc.struct_field(pc.list_flatten(captions), "text")
-        hashes = pa.array((hashlib.sha256(text.encode()).hexdigest() for text in iterate(said)), pa.string())
+        hashes = pa.array((text_key(text) for text in iterate(said)), pa.string())
         keys = pc.unique(hashes)
         texts = take(said, pc.index_in(keys, hashes).to_numpy())
         table = run.compute_clips("texts", pa.table([keys, texts], schema=TEXT_INPUTS))

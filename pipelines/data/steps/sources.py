@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from pipelines import storage
 from pipelines.data.config import CurateConfig
+from pipelines.data.keys import file_key
 from pipelines.data.settings import SourceConfig
 from pipelines.data.snapshot.removals import read_removed
 from pipelines.data.stage.stage import WORK, Row, Stage, StageResources
@@ -85,7 +86,7 @@ def _above_wildcard(pattern: str) -> str:
 
 def _table(files: Sequence[storage.FileInfo]) -> pa.Table:
     rows = {
-        "work_key": [f"{file.uri}\n{file.size}\n{file.version}" for file in files],
+        "work_key": [file_key(file) for file in files],
         "path": [file.path for file in files],
         "uri": [file.uri for file in files],
         "size": [file.size for file in files],

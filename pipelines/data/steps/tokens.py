@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
 from lumos.tokenizers import TokenizerConfig, VideoTokenizer, load_video_tokenizer
 from pipelines.data.config import CurateConfig, TokenConfig
+from pipelines.data.keys import token_keys
 from pipelines.data.settings import DecodeConfig
 from pipelines.data.snapshot.read import TokenizerInfo
 from pipelines.data.stage.columns import iterate
 from pipelines.data.stage.stage import Row, Stage
 from pipelines.data.steps.run import Check, Run, Step, check_device, read_in_order
-from pipelines.data.video.frames import CLIP_INPUTS, ClipReader, Wanted, clip_inputs, picture_names
+from pipelines.data.video.frames import CLIP_INPUTS, ClipReader, Wanted, clip_inputs
 from pipelines.data.video.reader import VideoError
 from pipelines.media import psnr
 
@@ -57,9 +57,7 @@ def token_inputs(clips: pa.Table, shapes: NDArray[np.int32], decode_back_share: 
         decode_back_share: Of the clips, whose codes are decoded again.
     """
     sampled = pa.array([is_sampled(key, decode_back_share) for key in iterate(clips["key"])], pa.bool_())
-    size = pc.binary_join_element_wise(*(pa.array(column).cast(pa.string()) for column in shapes.T), "x")
-    parts = [clips["key"], "@", size, "+", picture_names(clips), pc.if_else(sampled, "+psnr", "")]
-    inputs = clip_inputs(clips, pc.binary_join_element_wise(*parts, ""))
+    inputs = clip_inputs(clips, token_keys(clips, shapes, sampled))
     for name, column in zip(("num_frames", "width", "height"), shapes.T, strict=True):
         inputs = inputs.append_column(name, pa.array(column))
     return inputs.append_column("decode_back", sampled)

@@ -4,7 +4,6 @@ The clips are chosen from the ledger alone; who has frames of them is asked once
 tile that says why, and never keeps the page from being written.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines import storage
+from pipelines.data.keys import are_ledger_files
+from pipelines.data.reasons import parse_duplicate
 from pipelines.data.snapshot.read import Snapshot
 from pipelines.data.snapshot.schemas import STATUSES
 from pipelines.data.stage.stage import Row
@@ -27,9 +28,6 @@ from pipelines.data.video.reader import VideoError
 IDENTITY = ("key", "source_id")  # columns of the ledger that only contact sheets take
 CLIPS_EACH = 12  # shown of every fate
 _HASH_ROWS = 1 << 16  # hashed at a time
-
-# What a duplicate's reason names: "near: of KEY (cosine 0.998)", "exact: of SOURCE_ID".
-_ORIGINAL = re.compile(r"(near|exact): of (\S+)")
 
 # Frames of some clips of a snapshot (ledger rows with a span), by key.
 FramesOf = Callable[[Snapshot, Sequence[Row]], Mapping[str, Shown]]
@@ -88,7 +86,7 @@ def contact_sheets(snapshot: Snapshot, ledger: pa.Table, frames_of: FramesOf) ->
         return Tile(row, frames, words, note, caption)
 
     def tiles(row: Row) -> list[Tile]:
-        kind, name = _original(row)
+        kind, name = parse_duplicate(row["reason"]) or ("", "")
         original = originals.get((kind, name))
         if original is None:
             return [tile(row, row["reason"])]
@@ -127,16 +125,10 @@ def hash_strings(column: pa.ChunkedArray) -> NDArray[np.uint64]:
     return np.concatenate([np.zeros(0, np.uint64), *hashes])
 
 
-def _original(row: Row) -> tuple[str, str]:
-    """What a row's reason says that it is a duplicate of: "near" and a clip's key, or "exact" and a source_id."""
-    match = _ORIGINAL.match(row["reason"])
-    return (match[1], match[2]) if match else ("", "")
-
-
 def _originals(ledger: pa.Table, rows: Sequence[Row]) -> dict[tuple[str, str], Row]:
     """Ledger rows of what some rows are duplicates of."""
-    names = pa.array({name for _, name in map(_original, rows)}, pa.string())
-    stands = pc.invert(pc.match_substring(ledger["key"], "@"))  # not so in rows of a source that repeats another
+    names = pa.array({found[1] for row in rows if (found := parse_duplicate(row["reason"]))}, pa.string())
+    stands = pc.invert(are_ledger_files(ledger["key"]))  # not so in rows of a source that repeats another
     contents = ledger.filter(pc.and_(pc.is_in(ledger["source_id"], names), stands)).to_pylist()
     clips = ledger.filter(pc.is_in(ledger["key"], names)).to_pylist()
     return {**{("exact", row["source_id"]): row for row in contents}, **{("near", row["key"]): row for row in clips}}

@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 from pipelines import storage
 from pipelines.data.captions.choose import caption_fault, unique_captions
 from pipelines.data.captions.registry import captioner_named
+from pipelines.data.keys import source_of
+from pipelines.data.reasons import near_duplicate_of
 from pipelines.data.settings import CaptionConfig
 from pipelines.data.snapshot.card import dataset_card
 from pipelines.data.snapshot.read import SNAPSHOTS, Bucket, Snapshot, list_snapshots, open_snapshot
@@ -219,10 +221,5 @@ def _rules(recorded: dict[str, Any]) -> dict[str, Any]:
 
 def _near_pairs(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Sources of near-duplicates and of what they duplicate, as the ledger tells it."""
-    sources = {row["key"]: row["source_id"] for row in rows}
-    pairs = []
-    for row in rows:
-        words = row["reason"].split()
-        if row["status"] == "duplicate" and words[0] == "near:":
-            pairs.append((row["source_id"], sources[words[2]]))
-    return pairs
+    originals = ((row["source_id"], near_duplicate_of(row["reason"])) for row in rows)
+    return [(source_id, source_of(key)) for source_id, key in originals if key is not None]

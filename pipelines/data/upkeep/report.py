@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from pipelines.data.reasons import reason_classes
 from pipelines.data.scores import SCORES, Thresholds
-from pipelines.data.snapshot.card import reason_classes
 from pipelines.data.snapshot.read import Snapshot
 from pipelines.data.snapshot.schemas import STATUSES, stage_place
 from pipelines.data.stage.log import stage_timings

@@ -9,9 +9,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import storage
+from pipelines.data.keys import sources_of
+from pipelines.data.reasons import CLASSES, parse_failure
 from pipelines.data.snapshot.ledger import count_reasons
 from pipelines.data.snapshot.read import MANIFEST, SNAPSHOTS, list_snapshots, open_snapshot
-from pipelines.data.snapshot.removals import HASH_DIGITS, read_removed
+from pipelines.data.snapshot.removals import read_removed
 from pipelines.data.snapshot.schemas import stage_place
 from pipelines.data.stage.columns import parquet_bytes
 from pipelines.data.stage.log import RunRecord, last_run
@@ -103,7 +105,7 @@ def dataset_status(dataset: str) -> DatasetStatus:
                 damaged += 1
                 continue
             rows += len(errors)
-            failed.update(_code(error) for error in errors if error is not None)
+            failed.update(parse_failure(error).kind for error in errors if error is not None)
         tables.append(
             TableStatus(
                 stage=stage,
@@ -149,8 +151,8 @@ def retry(dataset: str, failure_class: str) -> dict[str, int]:
             crashes = CrashLog(storage.join(uri, CRASHES))
             for part in table_parts(uri):
                 errors = _errors(part)
-                seen.update(_code(error) for error in errors if error is not None)
-                chosen = [error is not None and failure_class in _words(error) for error in errors]
+                seen.update(parse_failure(error).kind for error in errors if error is not None)
+                chosen = [error is not None and parse_failure(error).is_called(failure_class) for error in errors]
                 if any(chosen):
                     check_lock(dataset)
                     forgotten[stage] += sum(chosen)
@@ -158,7 +160,7 @@ def retry(dataset: str, failure_class: str) -> dict[str, int]:
                     for key in table[WORK_KEY].filter(pa.array(chosen)).to_pylist():
                         crashes.forget(key)
                     _rewrite(part, table.filter(pa.array([not flag for flag in chosen])))
-    if seen and not forgotten and failure_class not in ("transient", "permanent"):
+    if seen and not forgotten and failure_class not in CLASSES:
         told = ", ".join(f"{count} {code}" for code, count in seen.most_common())
         raise UserError(f"no failure is {failure_class}; there are {told}: name transient, permanent or a code")
     return dict(forgotten)
@@ -217,7 +219,7 @@ def _drop_removed(
         count = 0
         for part in table_parts(storage.join(dataset, STAGES, stage, name)):
             keys = read_columns(part, [WORK_KEY])[WORK_KEY]
-            theirs = pc.is_in(pc.utf8_slice_codeunits(keys, 0, HASH_DIGITS), pa.array(sorted(gone)))
+            theirs = pc.is_in(sources_of(keys), pa.array(sorted(gone)))
             if found := pc.sum(theirs).as_py():
                 count += found
                 if not dry_run:
@@ -274,14 +276,6 @@ def _errors(part: str) -> list[str | None]:
             return list(parquet.read(columns=[ERROR])[ERROR].to_pylist())
     except pa.ArrowException as error:
         raise UnusablePartError(f"{part} is damaged ({error}): `lumos data repair` drops it") from error
-
-
-def _code(error: str) -> str:
-    return error.partition(":")[0]
-
-
-def _words(error: str) -> set[str]:
-    return set(_code(error).replace("(", " ").replace(")", " ").split())
 
 
 def _rewrite(part: str, table: pa.Table) -> None:

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipelines import storage
+from pipelines.data.keys import file_key, uri_of_file
+from pipelines.data.reasons import parse_failure
 from pipelines.data.settings import DecodeConfig
-from pipelines.data.snapshot.card import reason_class
 from pipelines.data.snapshot.read import Snapshot
 from pipelines.data.stage.stage import Row
 from pipelines.data.stage.table import STAGES, table_parts
@@ -183,7 +184,7 @@ class Sources:
             self.files.release(uri)
 
     def _uris(self, source_id: str) -> list[str]:
-        return [key.rsplit("\n", 2)[0] for key in self.places.get(source_id, ())]
+        return [uri_of_file(key) for key in self.places.get(source_id, ())]
 
 
 def _check_content(path: str, source_id: str, key: str | None) -> None:
@@ -193,11 +194,12 @@ def _check_content(path: str, source_id: str, key: str | None) -> None:
         VideoError: if it is not, or is gone.
     """
     file = storage.describe_file(path, "")
-    if key == f"{file.uri}\n{file.size}\n{file.version}":
+    if key == file_key(file):
         return
     hashed = hash_file(path)
     if hashed["error"]:
-        raise VideoError(reason_class(hashed["error"]), hashed["error"].partition(": ")[2])
+        failure = parse_failure(hashed["error"])
+        raise VideoError(failure.code, failure.detail)
     if hashed["source_id"] != source_id:
         raise VideoError("changed_file", "holds another content than when it was curated")
 

@@ -60,16 +60,6 @@ def clip_inputs(clips: pa.Table, work_keys: pa.ChunkedArray) -> pa.Table:
     return pa.table([work_keys, clips["key"], clips["uri"], work, *columns], schema=CLIP_INPUTS)
 
 
-def picture_keys(clips: pa.Table) -> pa.ChunkedArray:
-    """Names clips (rows of the split stage) together with the part of their frame that counts."""
-    return pc.binary_join_element_wise(clips["key"], picture_names(clips), "+")
-
-
-def picture_names(clips: pa.Table) -> pa.ChunkedArray:
-    """The part of its frame that counts of each clip: "left,top,width,height"."""
-    return pc.binary_join(clips["picture"].cast(pa.list_(pa.string())), ",")
-
-
 @dataclass(frozen=True)
 class Wanted:
     """Which frames of a clip, and how large."""

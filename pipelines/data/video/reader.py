@@ -12,6 +12,7 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
+from pipelines.data.reasons import Failure
 from pipelines.data.video.fingerprint import FingerprintCheck, rgb_thumbnail, small_planes, small_size, thumbnail
 
 # How common containers begin: (offset, bytes).
@@ -65,12 +66,7 @@ class VideoError(Exception):
     @property
     def reason(self) -> str:
         """As the ledger tells it."""
-        return failure_reason(self.code, self.detail, transient=self.transient)
-
-
-def failure_reason(code: str, detail: str, *, transient: bool) -> str:
-    """A failure as the ledger tells it: class, whether another try may help, details that depend on the file only."""
-    return f"{code} ({'transient' if transient else 'permanent'}): {detail}"
+        return str(Failure(self.code, self.detail, transient=self.transient))
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import pytest
 
 from lumos.tokenizers.fsq import FsqAutoencoder, FsqConfig, save_weights
 from pipelines.data.curate import curate
+from pipelines.data.reasons import reason_class
 from pipelines.data.scores import scores_of
-from pipelines.data.snapshot.card import reason_class
 from pipelines.data.snapshot.read import list_snapshots, open_snapshot
 from pipelines.data.steps.sources import hash_file
 from pipelines.errors import JobError, UserError

@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 
 from pipelines.data.curate import curate
+from pipelines.data.keys import picture_keys
 from pipelines.data.models.heads import Head
 from pipelines.data.models.text_detector import TextDetector
 from pipelines.data.settings import CaptionConfig, CocaConfig, DecodeConfig, FeatureConfig, OpenClipConfig, SplitConfig
 from pipelines.data.snapshot.read import open_snapshot
 from pipelines.data.steps.features import FeatureFunction, FeatureScores, TextFunction, similarity
 from pipelines.data.steps.split import CLIPS, SplitFunction
-from pipelines.data.video.frames import CLIP_INPUTS, ClipReader, clip_inputs, evenly, picture_keys
+from pipelines.data.video.frames import CLIP_INPUTS, ClipReader, clip_inputs, evenly
 from pipelines.errors import UserError
 from tests.pipelines.data.corpora import GOOD, curate_config
 from tests.pipelines.data.small_models import COCA, EMBED, write_head, write_open_clip, write_text_detector

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 
 from jobs.data import command
 from pipelines.data.curate import curate
-from pipelines.data.snapshot.card import reason_classes
+from pipelines.data.reasons import reason_classes
 from pipelines.data.snapshot.read import open_snapshot
 from pipelines.data.snapshot.schemas import LEDGER
 from pipelines.data.upkeep import stills

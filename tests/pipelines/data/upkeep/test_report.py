@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipelines.data.reasons import reason_class, reason_classes
 from pipelines.data.scores import Thresholds
-from pipelines.data.snapshot.card import reason_class, reason_classes
 from pipelines.data.snapshot.schemas import LEDGER, SCORES
 from pipelines.data.snapshot.write import PublishConfig, write_snapshot
 from pipelines.data.steps.decide import decide

@@ -1,0 +1,144 @@
+"""Reasons: why a row of a ledger was not kept, in words; the one place that writes them and parses them.
+
+    motion_time 0.008 < 0.25; fps 4 < 8      scores out of bounds
+    frames 12 < 17 at 12 fps                 fewer frames than the shortest length that is encoded
+    caption: words 2 < 3; language de        no caption that is fit to be used
+    near: of KEY (cosine 0.991)              a near-duplicate of a clip
+    exact: of SOURCE_ID                      a file with the content of another
+    removed: taken out of the dataset        a source that was taken out
+    decode_error (transient): detail         a failure, and whether another try may help
+
+Ledgers are published, so the texts must not change.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+REMOVED = "removed: taken out of the dataset"
+CLASSES = ("transient", "permanent")  # of failures
+
+_DUPLICATE = re.compile(r"(near|exact): of (\S+)")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why something could not be computed; ``str`` of it is the reason.
+
+    Attributes:
+        code: Class of the failure, one word.
+        detail: What depends on the input only.
+        transient: Whether another try may help.
+    """
+
+    code: str
+    detail: str
+    transient: bool = field(kw_only=True)
+
+    @property
+    def kind(self) -> str:
+        """Code and class, by which failures are counted: "decode_error (transient)"."""
+        return f"{self.code} ({self._class})"
+
+    def is_called(self, name: str) -> bool:
+        """Whether a name is that of its code or class."""
+        return name in (self.code, self._class)
+
+    @property
+    def _class(self) -> str:
+        return CLASSES[0] if self.transient else CLASSES[1]
+
+    def __str__(self) -> str:
+        """As ledgers and stage tables have it."""
+        return f"{self.kind}: {self.detail}"
+
+
+def parse_failure(reason: str) -> Failure:
+    """The failure that a reason tells; what no failure wrote counts as permanent."""
+    kind, _, detail = reason.partition(": ")
+    code, _, failure_class = kind.partition(" (")
+    return Failure(code, detail, transient=failure_class == f"{CLASSES[0]})")
+
+
+def below(score: str, value: float, least: float) -> str:
+    """Why a clip with a score below its threshold is rejected."""
+    return f"{score} {value:.4g} < {least:.4g}"
+
+
+def above(score: str, value: float, most: float) -> str:
+    """Why a clip with a score above its threshold is rejected."""
+    return f"{score} {value:.4g} > {most:.4g}"
+
+
+def all_of(reasons: Sequence[str]) -> str:
+    """Several reasons as one; the first names its class."""
+    return "; ".join(reasons)
+
+
+def too_few_frames(count: int, least: int, fps: float) -> str:
+    """Why a clip is rejected that has fewer frames, at the rate that is encoded, than the shortest length allowed."""
+    return f"frames {count} < {least} at {fps:g} fps"
+
+
+def near_duplicate(key: str, cosine: float) -> str:
+    """Why a near-duplicate of the clip ``key`` is not kept."""
+    return f"near: of {key} (cosine {cosine:.3f})"
+
+
+def exact_duplicate(source_id: str) -> str:
+    """Why a file that repeats the content ``source_id`` has no clips of its own."""
+    return f"exact: of {source_id}"
+
+
+def parse_duplicate(reason: str) -> tuple[str, str] | None:
+    """What a row is a duplicate of: "near" and a clip's key, or "exact" and a source_id; None if it is none."""
+    match = _DUPLICATE.match(reason)
+    return (match[1], match[2]) if match else None
+
+
+def near_duplicate_of(reason: str) -> str | None:
+    """The key of the clip that a row is a near-duplicate of; None if it is none."""
+    kind, name = parse_duplicate(reason) or ("", "")
+    return name if kind == "near" else None
+
+
+def too_few_words(count: int, least: int) -> str:
+    """Why a caption is not used that has too few words."""
+    return f"words {count} < {least}"
+
+
+def too_many_words(count: int, most: int) -> str:
+    """Why a caption is not used that has too many words."""
+    return f"words {count} > {most}"
+
+
+def other_language(language: str) -> str:
+    """Why a caption is not used that is in a language not asked for."""
+    return f"language {language}"
+
+
+def caption_fault_kind(fault: str) -> str:
+    """What captions are counted by that are not used: the rule they break, such as "words < 3" or "language de"."""
+    return re.sub(r"^words \d+ ", "words ", fault)
+
+
+def no_caption(faults: Sequence[str]) -> str:
+    """Why a clip is rejected without a caption that is fit to be used.
+
+    Args:
+        faults: Of the captions it has.
+    """
+    return f"caption: {all_of(faults) or 'none'}"
+
+
+def reason_class(reason: str) -> str:
+    """What a reason is about: the score that it names first, the kind of duplicate, or the code of the failure."""
+    return reason.partition(" ")[0].rstrip(":")
+
+
+def reason_classes(reasons: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The ``reason_class`` of each of many reasons."""
+    return pc.utf8_rtrim(pc.replace_substring_regex(reasons, pattern="(?s) .*", replacement=""), ":")
