@@ -25,11 +25,11 @@ from pipelines.data.steps.sources import hash_file
 from pipelines.errors import JobError, UserError
 from pipelines.storage import lock
 from pipelines.storage.lock import check_lock, dataset_lock
-from pipelines.training import state
+from pipelines.training import checkpoints
 from tests.pipelines.data.corpora import curate_config, published, write_corpus
 from tests.pipelines.storage.faults import KINDS
 from tests.pipelines.storage.test_s3_lock import OTHER_OWNER
-from tests.pipelines.training.test_state import STEP, write_checkpoint
+from tests.pipelines.training.test_checkpoints import STEP, write_checkpoint
 
 FAULTS = 0.1  # of requests, where all kinds of faults are to occur in a short test
 
@@ -157,7 +157,7 @@ def test_an_upload_in_parts_counts_though_the_answer_that_says_so_is_lost(proxy,
 @pytest.mark.parametrize("share", [0.0, 0.1])
 def test_checkpoints_are_kept_in_a_store_that_fails(proxy, direct, bucket, tmp_path, share):
     uri = f"{bucket}/some/run"
-    assert state.find_checkpoints(uri) == []
+    assert checkpoints.find_checkpoints(uri) == []
     proxy.share = share
     for step in range(1, 4):
         write_checkpoint(tmp_path, f"attempt-{step // 2 + 1:05d}/{STEP.format(step)}", step)
@@ -169,14 +169,14 @@ def test_checkpoints_are_kept_in_a_store_that_fails(proxy, direct, bucket, tmp_p
     fs = pickle.loads(pickle.dumps(fs))  # as it goes to workers
     pyarrow.fs.copy_files(str(tmp_path), path, destination_filesystem=fs)
     direct.pipe_file(f"{path}/attempt-00001/", b"")  # as Arrow's own S3 filesystem marked folders
-    found = state.find_checkpoints(uri)
+    found = checkpoints.find_checkpoints(uri)
     assert [stored.state.step for stored in found] == [3, 1]
-    assert state.read_history(found[0]) == ["line"] * 3
-    state.copy_export(found[0], tmp_path / "export")
+    assert [record.step for record in checkpoints.read_history(found[0])] == [1, 2, 3]
+    checkpoints.copy_export(found[0], tmp_path / "export")
     assert (tmp_path / "export" / "model.safetensors").read_bytes() == b"weights"
-    assert state.next_attempt(uri) == "attempt-00003"
-    state.prune(uri, found[:1])
-    assert [stored.state.step for stored in state.find_checkpoints(uri)] == [3]
+    assert checkpoints.next_attempt(uri) == "attempt-00003"
+    checkpoints.prune(uri, found[:1])
+    assert [stored.state.step for stored in checkpoints.find_checkpoints(uri)] == [3]
     assert all(name.startswith(f"{path}/attempt-00002/{STEP.format(3)}/") for name in direct.find(path))
     assert bool(proxy.faults) == bool(share)
 
