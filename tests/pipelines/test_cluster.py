@@ -37,7 +37,7 @@ def test_a_local_cluster_is_started_quietly_with_spare_cpus_and_stopped(tmp_path
         "import os, sys\n"
         "from pipelines.cluster import connect\n"
         "from pipelines.data.stage.run import run_stage\n"
-        "from tests.pipelines.data.test_runner import inputs, stage\n"
+        "from tests.pipelines.data.stage.test_run import inputs, stage\n"
         "import ray\n"
         "with connect():\n"
         "    assert run_stage(stage(stateful=True), inputs(range(4)), dataset=sys.argv[1]) == 4\n"
