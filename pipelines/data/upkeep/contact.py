@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipelines import storage
 from pipelines.data.keys import are_ledger_files
-from pipelines.data.reasons import duplicate_of
+from pipelines.data.reasons import duplicate_of, near_duplicate_of
 from pipelines.data.snapshot.read import Snapshot
 from pipelines.data.snapshot.schemas import STATUSES
 from pipelines.data.stage.stage import Row
@@ -73,7 +73,7 @@ def contact_sheets(snapshot: Snapshot, ledger: pa.Table, frames_of: FramesOf) ->
     sheets = choose_clips(ledger)
     chosen = [row for rank in zip_longest(*(sheet.rows for sheet in sheets)) for row in rank if row is not None]
     originals = _originals(ledger, chosen)
-    alike = [row for name, row in originals.items() if name == row["key"]]
+    alike = [originals[key] for row in chosen if (key := near_duplicate_of(row["reason"])) in originals]
     clips = {row["key"]: row for row in [*chosen, *alike] if row["end_s"] is not None}
     shown = frames_of(snapshot, list(clips.values()))
     captions = _captions(snapshot, [row["key"] for row in clips.values() if row["status"] == "kept"])
@@ -89,7 +89,7 @@ def contact_sheets(snapshot: Snapshot, ledger: pa.Table, frames_of: FramesOf) ->
         original = originals.get(duplicate_of(row["reason"]))
         if original is None:
             return [tile(row, row["reason"])]
-        if original not in alike:
+        if near_duplicate_of(row["reason"]) is None:
             return [tile(row, f"the same content as {original['path']}")]
         return [tile(row, row["reason"]), tile(original, original["reason"], f"the original, {original['status']}")]
 
