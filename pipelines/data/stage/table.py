@@ -123,18 +123,18 @@ def table_parts(uri: str) -> list[str]:
     return [storage.join(uri, name) for name in storage.list_names(uri) if name.startswith("part-")]
 
 
-def read_columns(uri: str, columns: list[str]) -> pa.Table:
-    """Some columns of one Parquet file; of a remote one, little else is fetched."""
+def read_columns(uri: str, columns: list[str] | None, rows: pc.Expression | None = None) -> pa.Table:
+    """Some columns (None: all) and rows of one Parquet file; of a remote one, little else is fetched."""
     with storage.open_ranges(uri) as file:
-        return pq.read_table(file, columns=columns)
+        return pq.read_table(file, columns=columns, filters=rows)
 
 
-def read_parts(uris: Sequence[str], columns: list[str]) -> Iterator[pa.Table]:
-    """Some columns of many Parquet files, in their order; a few ahead at a time."""
+def read_parts(uris: Sequence[str], columns: list[str] | None, rows: pc.Expression | None = None) -> Iterator[pa.Table]:
+    """Some columns (None: all) and rows of many Parquet files, in their order; a few ahead at a time."""
     with ThreadPoolExecutor(_READERS) as pool:
         ahead: deque[Future[pa.Table]] = deque()
         for uri in uris:
-            ahead.append(pool.submit(read_columns, uri, columns))
+            ahead.append(pool.submit(read_columns, uri, columns, rows))
             if len(ahead) > _READERS:
                 yield ahead.popleft().result()
         while ahead:

@@ -11,7 +11,6 @@ projections are seeded and the result does not depend on the order of the clips.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -20,6 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from pipelines.data.reasons import near_duplicate
 from pipelines.data.steps.run import Run, Step
@@ -33,7 +34,7 @@ _NEIGHBOURS = 16  # that each frame is compared with, as very many may be alike
 _SPREAD = 6.0  # standard deviations by which signatures of frames as like as the threshold asks may differ further
 _BLOCK = 1 << 11  # clips whose frames are projected at a time
 _CACHED = 1 << 14  # fingerprints that are kept unpacked
-_PAIRS = 1 << 16  # of clips that are compared at a time, as Python's objects weigh several times more
+_PAIRS = 1 << 14  # of clips that are compared before groups are formed anew
 
 Print = NDArray[np.float32]  # [frames, DIMENSIONS], rows of unit length, or zero where flat
 # Told in pieces: places of clips, and their stored fingerprints.
@@ -89,40 +90,33 @@ def find_near_duplicates(
     order = pc.sort_indices(keys).to_numpy().astype(np.int64)
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
-    pairs = _candidates(*_signatures(rank, read()), threshold)
-    involved = np.zeros(len(order), bool)
-    involved[pairs] = True
+    # From here on clips are numbered among those with a like, in the order of their keys.
+    ranks, pairs = np.unique(_candidates(*_signatures(rank, read()), threshold), return_inverse=True)
+    places = order[ranks]
+    wanted = dict(zip(places.tolist(), range(len(places)), strict=True))
     packed = {
-        int(rank[place]): data
-        for places, prints in read()
-        for place, data in zip(places, prints, strict=True)
-        if involved[rank[place]]
+        wanted[place]: data
+        for some, prints in read()
+        for place, data in zip(some.tolist(), prints, strict=True)
+        if place in wanted
     }
 
     @lru_cache(_CACHED)
     def print_of(clip: int) -> Print:
         return unpack_fingerprint(packed[clip])
 
-    parent = {clip: clip for clip in packed}
-
-    def root(clip: int) -> int:
-        while parent[clip] != clip:
-            parent[clip] = parent[parent[clip]]
-            clip = parent[clip]
-        return clip
-
+    links, lowest = np.zeros((0, 2), np.int64), np.arange(len(places))
     for start in range(0, len(pairs), _PAIRS):
-        for first, second in pairs[start : start + _PAIRS].tolist():
-            low, high = sorted((root(first), root(second)))
-            if low != high and similarity(print_of(first), print_of(second)) >= threshold:
-                parent[high] = low
-    found = {}
-    for clip in sorted(packed):
-        kept = root(clip)
-        if kept != clip:
-            cosine = similarity(print_of(clip), print_of(kept))
-            found[int(order[clip])] = NearDuplicate(int(order[kept]), cosine)
-    return found
+        some = pairs[start : start + _PAIRS]
+        some = some[lowest[some[:, 0]] != lowest[some[:, 1]]]  # others are known to be of one group
+        alike = [similarity(print_of(first), print_of(second)) >= threshold for first, second in some.tolist()]
+        links = np.concatenate([links, some[np.array(alike, bool)]])
+        lowest = _lowest_linked(links, len(places))
+    return {
+        int(places[clip]): NearDuplicate(int(places[kept]), similarity(print_of(clip), print_of(kept)))
+        for clip, kept in enumerate(lowest.tolist())
+        if kept != clip
+    }
 
 
 def _signatures(rank: NDArray[np.int64], fingerprints: Fingerprints) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
@@ -173,18 +167,22 @@ def _candidates(words: NDArray[np.uint32], owners: NDArray[np.int64], threshold:
 
 def linked_groups(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
     """For names linked in pairs, directly or through others: the lowest name of each one's group."""
-    neighbours: dict[str, set[str]] = defaultdict(set)
-    for first, second in pairs:
-        neighbours[first].add(second)
-        neighbours[second].add(first)
-    lowest: dict[str, str] = {}
-    for name in sorted(neighbours):
-        waiting = [name]
-        while waiting:
-            member = waiting.pop()
-            if member not in lowest:
-                lowest[member] = name
-                waiting += neighbours[member]
+    names, links = np.unique(np.array(pairs, str).reshape(-1, 2), return_inverse=True)
+    lowest = _lowest_linked(links, len(names))
+    return dict(zip(names.tolist(), names[lowest].tolist(), strict=True))
+
+
+def _lowest_linked(links: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """For each of the numbers below ``count``, the lowest one that it is linked to, directly or through others.
+
+    Args:
+        links: Pairs of numbers, [n, 2].
+        count: Of the numbers.
+    """
+    graph = coo_array((np.ones(len(links), bool), (links[:, 0], links[:, 1])), shape=(count, count))
+    _, groups = connected_components(graph, directed=False)
+    _, first = np.unique(groups, return_index=True)
+    lowest: NDArray[np.int64] = first[groups]
     return lowest
 
 

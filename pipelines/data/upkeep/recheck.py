@@ -1,21 +1,17 @@
 """Some published clips against their sources: decoded and encoded once more, and compared with the codes on disk."""
 
 import hashlib
-import tempfile
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from lumos.compression import CELL, num_source_frames
 from lumos.tokenizers import TokenizerConfig, VideoTokenizer, load_video_tokenizer
-from pipelines.data.settings import DecodeConfig
 from pipelines.data.snapshot.read import Snapshot
 from pipelines.data.stage.stage import Row
-from pipelines.data.upkeep.stills import REQUEST, Sources, source_job, stage_rows
-from pipelines.data.video.decode import CrashLog, DecodeChild
+from pipelines.data.upkeep.stills import decode_clips
 from pipelines.data.video.frames import Wanted
 from pipelines.data.video.reader import MISMATCH, VideoError
 from pipelines.errors import UserError
@@ -70,41 +66,26 @@ def recheck(snapshot: Snapshot, count: int, tokenizer: str | None = None) -> Rec
     if loaded is None:
         return Recheck({}, 0.0, {"all clips": "the tokenizer that made them is none of ours: name --tokenizer"}, ())
     clips = _choose(snapshot, count)
-    if not clips:
-        return Recheck({}, 0.0, {}, ())
-    requests = {row["key"]: row for row in stage_rows(snapshot, "split", "key", clips, REQUEST)}
-    sources = Sources()
-    for row in stage_rows(snapshot, "sources", "source_id", clips, ["work_key"]):
-        sources.places.setdefault(row["source_id"], []).append(row["work_key"])
-    sources.allow([clip["source_id"] for clip in clips])
     found: dict[str, float] = {}
     skipped: dict[str, str] = {}
     problems: list[str] = []
     same: list[bool] = []
-    with tempfile.TemporaryDirectory(prefix="lumos-recheck-") as folder:
-        child = DecodeChild(DecodeConfig(), CrashLog(folder))
-        jobs = (source_job(clip, requests.get(clip["key"]), sources, _encoded) for clip in clips)
-        try:
-            for clip, frames in zip(clips, tqdm(child.run(jobs), total=len(clips), desc="decode back"), strict=True):
-                if isinstance(frames, VideoError):
-                    if frames.code == MISMATCH:
-                        problems.append(f"{clip['key']} cannot be checked: {frames.detail}")
-                    else:
-                        skipped[clip["key"]] = frames.reason
-                    continue
-                shape = (1, clip["t"], clip["h"], clip["w"])
-                stored = torch.from_numpy(np.array(clip["codes"], np.int64).reshape(shape))
-                made = loaded.encode(torch.from_numpy(frames)[None])
-                same += (stored == made).flatten().tolist()
-                found[clip["key"]] = psnr(frames, loaded.decode(stored)[0].numpy())
-                now = psnr(frames, loaded.decode(made)[0].numpy())
-                if found[clip["key"]] < now - _TOLERANCE:
-                    told = f"{found[clip['key']]:.1f} dB, codes made now {now:.1f} dB"
-                    problems.append(f"codes of {clip['key']} do not show their clip: {told}")
-        finally:
-            child.close()
-            for clip in clips:
-                sources.release(clip["source_id"])
+    for clip, frames in decode_clips(snapshot, clips, _encoded):
+        if isinstance(frames, VideoError):
+            if frames.code == MISMATCH:
+                problems.append(f"{clip['key']} cannot be checked: {frames.detail}")
+            else:
+                skipped[clip["key"]] = frames.reason
+            continue
+        shape = (1, clip["t"], clip["h"], clip["w"])
+        stored = torch.from_numpy(np.array(clip["codes"], np.int64).reshape(shape))
+        made = loaded.encode(torch.from_numpy(frames)[None])
+        same += (stored == made).flatten().tolist()
+        found[clip["key"]] = psnr(frames, loaded.decode(stored)[0].numpy())
+        now = psnr(frames, loaded.decode(made)[0].numpy())
+        if found[clip["key"]] < now - _TOLERANCE:
+            compared = f"{found[clip['key']]:.1f} dB, codes made now {now:.1f} dB"
+            problems.append(f"codes of {clip['key']} do not show their clip: {compared}")
     return Recheck(found, float(np.mean(same)) if same else 0.0, skipped, tuple(problems))
 
 

@@ -22,16 +22,15 @@ from pipelines.data.keys import source_of
 from pipelines.data.reasons import near_duplicate_of
 from pipelines.data.settings import CaptionConfig
 from pipelines.data.snapshot.card import dataset_card
-from pipelines.data.snapshot.read import SNAPSHOTS, Bucket, Snapshot, list_snapshots, open_snapshot
+from pipelines.data.snapshot.read import SNAPSHOTS, Bucket, Snapshot, open_snapshot
 from pipelines.data.snapshot.schemas import LEDGER
 from pipelines.data.snapshot.write import PUBLISHED_CLIPS, deal_shards, draw_split, shard_bytes
+from pipelines.data.stage.stage import Row
 from pipelines.data.stage.table import STAGES, table_parts
 from pipelines.data.steps.duplicates import linked_groups
-from pipelines.data.upkeep.status import list_tables
-from pipelines.errors import UserError
+from pipelines.data.upkeep.tables import list_tables, snapshot_rows, snapshots_of
 from pipelines.storage.lock import check_lock, dataset_lock
 
-Row = dict[str, Any]
 _TRIES = 64  # versions of a shard that are compared with its hash
 
 
@@ -63,9 +62,7 @@ def repair_dataset(dataset: str) -> Repair:
     Raises:
         UserError: if there is no such dataset, or a run is using it.
     """
-    snapshots = list_snapshots(dataset)
-    if not snapshots and not storage.is_dir(storage.join(dataset, STAGES)):
-        raise UserError(f"{dataset} is no dataset; name the folder or s3:// prefix that `lumos curate` wrote to")
+    snapshots = snapshots_of(dataset)
     done = Repair()
     with dataset_lock(dataset):
         for stage, name in list_tables(dataset):
@@ -75,7 +72,8 @@ def repair_dataset(dataset: str) -> Repair:
                     storage.remove(part)
                     done.dropped.append(part.removeprefix(dataset).lstrip("/"))
         for snapshot in snapshots:
-            _repair_snapshot(dataset, open_snapshot(storage.join(dataset, SNAPSHOTS, snapshot)), done)
+            check_lock(dataset)
+            _repair_snapshot(open_snapshot(storage.join(dataset, SNAPSHOTS, snapshot)), done)
     return done
 
 
@@ -103,7 +101,7 @@ def _intact(snapshot: Snapshot, path: str, sha256: str) -> bytes | None:
     return data if hashlib.sha256(data).hexdigest() == sha256 else None
 
 
-def _repair_snapshot(dataset: str, snapshot: Snapshot, done: Repair) -> None:
+def _repair_snapshot(snapshot: Snapshot, done: Repair) -> None:
     name, manifest = snapshot.manifest.snapshot_id, snapshot.manifest
     ledger_data = _intact(snapshot, manifest.ledger.path, manifest.ledger.sha256)
     if ledger_data is None:
@@ -124,15 +122,13 @@ def _repair_snapshot(dataset: str, snapshot: Snapshot, done: Repair) -> None:
             else:
                 found[shard.path] = pq.read_table(pa.BufferReader(data), columns=["clip_id"])["clip_id"].to_pylist()
     if damaged:
-        check_lock(dataset)
-        _Rebuild(dataset, snapshot, ledger, found).restore(damaged, done)
+        _Rebuild(snapshot, ledger, found).restore(damaged, done)
 
 
 class _Rebuild:
     """Makes shards of one snapshot again from the stage tables."""
 
-    def __init__(self, dataset: str, snapshot: Snapshot, ledger: pa.Table, found: dict[str, list[str]]) -> None:
-        self.dataset = dataset
+    def __init__(self, snapshot: Snapshot, ledger: pa.Table, found: dict[str, list[str]]) -> None:
         self.snapshot = snapshot
         self.found = found
         self.created_from = snapshot.manifest.created_from
@@ -164,15 +160,13 @@ class _Rebuild:
 
     def _stage_rows(self, stage: str) -> dict[str, list[Row]]:
         """By clip: rows of a stage, of the clips that are missing."""
-        uri = storage.join(self.dataset, STAGES, stage, self.created_from["stage_hashes"][stage])
         rows: dict[str, list[Row]] = defaultdict(list)
-        for part in table_parts(uri):
-            table = pq.read_table(pa.BufferReader(storage.read_bytes(part)))
-            chosen = table.filter(pc.is_in(table["key"], pa.array(sorted(self.missing), pa.string())))
-            lists = [codes.values.to_numpy() for codes in chosen["codes"]] if "codes" in chosen.column_names else []
-            plain = chosen.drop_columns(["codes"]) if "codes" in chosen.column_names else chosen
+        for table in snapshot_rows(self.snapshot, stage, "key", self.missing):
+            plain = table.drop_columns(["codes"]) if "codes" in table.column_names else table
             for place, row in enumerate(plain.to_pylist()):
-                rows[row["key"]].append(row | ({"codes": lists[place]} if lists else {}))
+                # As an array: lists of Python's numbers weigh many times more.
+                codes = {"codes": table["codes"][place].values} if plain is not table else {}
+                rows[row["key"]].append(row | codes)
         return rows
 
     def _versions(self, bucket: Bucket, number: int) -> Iterator[bytes]:
@@ -186,7 +180,7 @@ class _Rebuild:
         members = [ids[index] for index in deal_shards(ids, len(bucket.shards), seed=seed)[number]]
         if not clips.keys() >= set(members):
             return
-        codes = pa.array([clips[key]["codes"] for key in members], pa.list_(pa.uint16()))
+        codes = pa.array([clips[key]["codes"].to_numpy() for key in members], pa.list_(pa.uint16()))
         plain = {key: {name: value for name, value in clips[key].items() if name != "codes"} for key in members}
         for captions in product(*(self._captions_of(key) for key in members)):
             rows = [plain[key] | {"captions": own} for key, own in zip(members, captions, strict=True)]

@@ -1,7 +1,7 @@
 """Looking after a dataset's stage tables: what is there, what to try again, what no snapshot needs."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -10,15 +10,16 @@ import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.data.keys import sources_of
-from pipelines.data.reasons import CLASSES, parse_failure
+from pipelines.data.reasons import CLASSES, Failure, parse_failure
 from pipelines.data.snapshot.ledger import count_reasons
-from pipelines.data.snapshot.read import MANIFEST, SNAPSHOTS, list_snapshots, open_snapshot
+from pipelines.data.snapshot.read import MANIFEST, SNAPSHOTS, open_snapshot
 from pipelines.data.snapshot.removals import read_removed
 from pipelines.data.snapshot.schemas import stage_place
 from pipelines.data.stage.columns import parquet_bytes
 from pipelines.data.stage.log import RunRecord, last_run
 from pipelines.data.stage.stage import ERROR, WORK_KEY
 from pipelines.data.stage.table import PART_ROW_GROUP, STAGES, read_columns, table_parts
+from pipelines.data.upkeep.tables import list_tables, snapshots_of
 from pipelines.data.video.decode import CRASHES, CrashLog
 from pipelines.errors import UserError
 from pipelines.storage.lock import check_lock, dataset_lock
@@ -91,41 +92,39 @@ def dataset_status(dataset: str) -> DatasetStatus:
     Raises:
         UserError: if there is none.
     """
-    snapshots = _snapshots_of(dataset)
+    snapshots = snapshots_of(dataset)
     used = _users(dataset, snapshots)
-    tables = []
-    for stage, name in sorted(list_tables(dataset), key=lambda table: (stage_place(table[0]), table)):
-        uri = storage.join(dataset, STAGES, stage, name)
-        parts, rows, failed = table_parts(uri), 0, Counter[str]()
-        damaged = 0
-        for part in parts:
-            try:
-                errors = _errors(part)
-            except UnusablePartError:
-                damaged += 1
-                continue
-            rows += len(errors)
-            failed.update(parse_failure(error).kind for error in errors if error is not None)
-        tables.append(
-            TableStatus(
-                stage=stage,
-                hash=name,
-                rows=rows,
-                parts=len(parts),
-                damaged=damaged,
-                failed=dict(sorted(failed.items(), key=lambda item: (-item[1], item[0]))),
-                used_by=tuple(used.get(f"{stage}/{name}", ())),
-            )
-        )
-    if not snapshots:
-        return DatasetStatus(snapshots=(), counts={}, reasons={}, tables=tuple(tables), run=last_run(dataset))
-    newest = open_snapshot(storage.join(dataset, SNAPSHOTS, snapshots[-1]))
+    tables = sorted(list_tables(dataset), key=lambda table: (stage_place(table[0]), table))
+    newest = open_snapshot(storage.join(dataset, SNAPSHOTS, snapshots[-1])) if snapshots else None
     return DatasetStatus(
         snapshots=snapshots,
-        counts=newest.manifest.ledger.counts,
-        reasons=count_reasons(newest.read_ledger()),
-        tables=tuple(tables),
+        counts=newest.manifest.ledger.counts if newest else {},
+        reasons=count_reasons(newest.read_ledger(["status", "reason"])) if newest else {},
+        tables=tuple(_table_status(dataset, stage, name, used.get(f"{stage}/{name}", ())) for stage, name in tables),
         run=last_run(dataset),
+    )
+
+
+def _table_status(dataset: str, stage: str, name: str, used_by: Sequence[str]) -> TableStatus:
+    parts = table_parts(storage.join(dataset, STAGES, stage, name))
+    rows = damaged = 0
+    failed: Counter[str] = Counter()
+    for part in parts:
+        try:
+            failures = _failures(part)
+        except UnusablePartError:
+            damaged += 1
+            continue
+        rows += len(failures)
+        failed.update(failure.kind for failure in failures if failure)
+    return TableStatus(
+        stage=stage,
+        hash=name,
+        rows=rows,
+        parts=len(parts),
+        damaged=damaged,
+        failed=dict(sorted(failed.items(), key=lambda item: (-item[1], item[0]))),
+        used_by=tuple(used_by),
     )
 
 
@@ -142,7 +141,7 @@ def retry(dataset: str, failure_class: str) -> dict[str, int]:
     Raises:
         UserError: if there is no such dataset, a run is using it, or there is no such code.
     """
-    _snapshots_of(dataset)
+    snapshots_of(dataset)
     forgotten: Counter[str] = Counter()
     seen: Counter[str] = Counter()
     with dataset_lock(dataset):
@@ -150,13 +149,13 @@ def retry(dataset: str, failure_class: str) -> dict[str, int]:
             uri = storage.join(dataset, STAGES, stage, name)
             crashes = CrashLog(storage.join(uri, CRASHES))
             for part in table_parts(uri):
-                errors = _errors(part)
-                seen.update(parse_failure(error).kind for error in errors if error is not None)
-                chosen = [error is not None and parse_failure(error).is_called(failure_class) for error in errors]
+                failures = _failures(part)
+                seen.update(failure.kind for failure in failures if failure)
+                chosen = [failure is not None and failure.is_called(failure_class) for failure in failures]
                 if any(chosen):
                     check_lock(dataset)
                     forgotten[stage] += sum(chosen)
-                    table = _read(part)
+                    table = read_columns(part, None)
                     for key in table[WORK_KEY].filter(pa.array(chosen)).to_pylist():
                         crashes.forget(key)
                     _rewrite(part, table.filter(pa.array([not flag for flag in chosen])))
@@ -183,9 +182,9 @@ def collect_garbage(dataset: str, *, dry_run: bool, keep: int | None = None) -> 
     Raises:
         UserError: if there is no such dataset, a run is using it, or it has no snapshot yet (all would go).
     """
-    _snapshots_of(dataset)
+    snapshots_of(dataset)
     with dataset_lock(dataset):
-        snapshots = _snapshots_of(dataset)  # those of a run that has just ended among them
+        snapshots = snapshots_of(dataset)  # those of a run that has just ended among them
         if not snapshots:
             raise UserError(f"dataset {dataset} has no published snapshot yet: what its stages hold is all there is")
         snapshots = snapshots[-keep:] if keep else snapshots
@@ -224,16 +223,10 @@ def _drop_removed(
                 count += found
                 if not dry_run:
                     check_lock(dataset)
-                    _rewrite(part, _read(part).filter(pc.invert(theirs)))
+                    _rewrite(part, read_columns(part, None).filter(pc.invert(theirs)))
         if count:
             told.append(f"{count} rows of removed sources in {STAGES}/{stage}/{name}")
     return told
-
-
-def _snapshots_of(dataset: str) -> tuple[str, ...]:
-    if not storage.is_dir(storage.join(dataset, STAGES)) and not list_snapshots(dataset):
-        raise UserError(f"{dataset} is no dataset; name the folder or s3:// prefix that `lumos curate` wrote to")
-    return tuple(list_snapshots(dataset))
 
 
 def _users(dataset: str, snapshots: tuple[str, ...]) -> dict[str, list[str]]:
@@ -246,23 +239,11 @@ def _users(dataset: str, snapshots: tuple[str, ...]) -> dict[str, list[str]]:
     return used
 
 
-def list_tables(dataset: str) -> Iterator[tuple[str, str]]:
-    """Stage and configuration hash of every stage table."""
-    folder = storage.join(dataset, STAGES)
-    for stage in storage.list_names(folder):
-        for name in storage.list_names(storage.join(folder, stage)):
-            yield stage, name
-
-
 class UnusablePartError(UserError):
     """A file of a stage table that cannot be read."""
 
 
-def _read(part: str) -> pa.Table:
-    return pq.read_table(pa.BufferReader(storage.read_bytes(part)))
-
-
-def _errors(part: str) -> list[str | None]:
+def _failures(part: str) -> list[Failure | None]:
     """The failure of each row, or None. Codes and scores are not read.
 
     Raises:
@@ -273,9 +254,10 @@ def _errors(part: str) -> list[str | None]:
             parquet = pq.ParquetFile(file)
             if ERROR not in parquet.schema_arrow.names:
                 return [None] * parquet.metadata.num_rows
-            return list(parquet.read(columns=[ERROR])[ERROR].to_pylist())
+            errors = parquet.read(columns=[ERROR])[ERROR].to_pylist()
     except pa.ArrowException as error:
         raise UnusablePartError(f"{part} is damaged ({error}): `lumos data repair` drops it") from error
+    return [None if error is None else parse_failure(error) for error in errors]
 
 
 def _rewrite(part: str, table: pa.Table) -> None:

@@ -1,17 +1,18 @@
-"""Three frames of a clip, decoded anew from its source wherever that still is what it was."""
+"""Clips of a published snapshot, decoded anew from their sources wherever these still are what they were.
+
+``decode_clips`` decodes any frames of them, ``decode_frames`` the three that contact sheets show.
+"""
 
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
-from itertools import chain
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from itertools import groupby
+from operator import itemgetter
 
 import cv2
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -21,9 +22,9 @@ from pipelines.data.reasons import parse_failure
 from pipelines.data.settings import DecodeConfig
 from pipelines.data.snapshot.read import Snapshot
 from pipelines.data.stage.stage import Row
-from pipelines.data.stage.table import STAGES, table_parts
 from pipelines.data.steps.sources import hash_file
 from pipelines.data.steps.split import CLIPS
+from pipelines.data.upkeep.tables import snapshot_rows
 from pipelines.data.video.decode import CrashLog, DecodeChild, DecodeJob
 from pipelines.data.video.frames import Wanted
 from pipelines.data.video.local_files import LocalFiles
@@ -35,8 +36,7 @@ MAX_FETCHED = 24  # sources that are fetched from an object store; a film may ha
 _FRAME_WIDTHS = (16, 480)  # px; what is narrower or wider loses its ends
 _JPEG_QUALITY = 80
 _STALL_SECONDS = 30.0  # without a frame before a decoder is killed
-_READERS = 8  # threads, as a stage's table may have thousands of files
-REQUEST = [item.name for item in fields(ClipRequest) if item.name in CLIPS.names]  # what decoding a clip takes
+_REQUEST = [item.name for item in fields(ClipRequest) if item.name in CLIPS.names]  # what decoding a clip takes
 
 Shown = list[bytes] | VideoError  # a JPEG file per moment, or why there are none
 
@@ -48,68 +48,68 @@ def decode_frames(snapshot: Snapshot, clips: Sequence[Row]) -> dict[str, Shown]:
         snapshot: Whose clips.
         clips: Ledger rows with a span. Should too many sources have to be fetched, the first ones are.
     """
+    decoded = decode_clips(snapshot, clips, _moments)
+    return {
+        clip["key"]: result if isinstance(result, VideoError) else list(map(_jpeg, result)) for clip, result in decoded
+    }
+
+
+def decode_clips(
+    snapshot: Snapshot, clips: Sequence[Row], wanted: Callable[[Row, Row], Wanted]
+) -> Iterator[tuple[Row, NDArray[np.uint8] | VideoError]]:
+    """Each clip with its frames [T, H, W, 3], or why there are none; one source after another, a bar tells how far.
+
+    Args:
+        snapshot: Whose clips; it must lie in its dataset, as the stages know where the sources are.
+        clips: Rows with ``key`` and ``source_id``. Should too many sources have to be fetched, the first ones are.
+        wanted: Which frames, given the clip and its row of the split stage.
+    """
     if not clips:
-        return {}
-    requests = {row["key"]: row for row in stage_rows(snapshot, "split", "key", clips, REQUEST)}
-    sources = Sources()
-    for row in stage_rows(snapshot, "sources", "source_id", clips, ["work_key"]):
-        sources.places.setdefault(row["source_id"], []).append(row["work_key"])
-    sources.allow([clip["source_id"] for clip in clips])
-    ordered = sorted(clips, key=lambda clip: (clip["source_id"], clip["start_s"]))
-    shown: dict[str, Shown] = {}
-    with tempfile.TemporaryDirectory(prefix="lumos-contact-") as folder:
+        return
+    requests = {row["key"]: row for row in _stage_rows(snapshot, "split", "key", clips, _REQUEST)}
+    places: dict[str, list[str]] = defaultdict(list)
+    for row in _stage_rows(snapshot, "sources", "source_id", clips, ["work_key"]):
+        places[row["source_id"]].append(row["work_key"])
+    sources = _Sources(places, [clip["source_id"] for clip in clips])
+    ordered = sorted(clips, key=itemgetter("source_id", "key"))
+    last_of = {clip["source_id"]: clip["key"] for clip in ordered}
+    with tempfile.TemporaryDirectory(prefix="lumos-clips-") as folder:
         child = DecodeChild(DecodeConfig(stall_seconds=_STALL_SECONDS), CrashLog(folder))
-        jobs = (source_job(clip, requests.get(clip["key"]), sources, _moments) for clip in ordered)
-        followers = [*(clip["source_id"] for clip in ordered[1:]), None]
+        results = child.run(_jobs(ordered, requests, sources, wanted))
         try:
-            results = tqdm(child.run(jobs), total=len(ordered), desc="frames", unit="clip")
-            for clip, follower, result in zip(ordered, followers, results, strict=True):
-                shown[clip["key"]] = result if isinstance(result, VideoError) else list(map(_jpeg, result))
-                if follower != clip["source_id"]:
+            bar = tqdm(results, total=len(ordered), desc="decode", unit="clip")
+            for clip, result in zip(ordered, bar, strict=True):
+                yield clip, result
+                if last_of[clip["source_id"]] == clip["key"]:
                     sources.release(clip["source_id"])
         finally:
             child.close()
-            for name in {clip["source_id"] for clip in clips}:
-                sources.release(name)
-    return shown
+            for source_id in last_of:
+                sources.release(source_id)
 
 
-def stage_rows(snapshot: Snapshot, stage: str, key: str, clips: Sequence[Row], columns: list[str]) -> list[Row]:
-    """The clips' rows of a stage table that the snapshot was made from; none where it is not there any more."""
-    hashed = snapshot.manifest.created_from.get("stage_hashes", {}).get(stage)
-    if snapshot.dataset is None or not hashed:
-        return []
-    uri = storage.join(snapshot.dataset, STAGES, stage, hashed)
-    wanted = pc.field(key).isin(pa.array(sorted({clip[key] for clip in clips}), pa.string()))
-
-    def read(part: str) -> list[Row]:
-        with storage.open_ranges(part) as file:
-            rows: list[Row] = pq.read_table(file, columns=[key, *columns], filters=wanted).to_pylist()
-        return rows
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        return list(chain.from_iterable(pool.map(read, table_parts(uri))))
+def _stage_rows(snapshot: Snapshot, stage: str, key: str, clips: Sequence[Row], columns: list[str]) -> Iterator[Row]:
+    for table in snapshot_rows(snapshot, stage, key, (clip[key] for clip in clips), [key, *columns]):
+        yield from table.to_pylist()
 
 
-def source_job(
-    clip: Row, request: Row | None, sources: "Sources", wanted: Callable[[Row, Row], Wanted]
-) -> DecodeJob | VideoError:
-    """What decodes frames of a published clip from its source, or why that cannot be.
-
-    Args:
-        clip: Its key and source_id.
-        request: Its row of the split stage, None where that is gone.
-        sources: Where its source is.
-        wanted: Which frames, given the clip and its row of the split stage.
-    """
-    if request is None:
-        return VideoError("unknown_clip", "not in the stage tables of the dataset any more")
-    try:
-        path = sources.path(clip["source_id"])
-    except VideoError as error:
-        return error
-    found = ClipRequest(path=path, **vars(wanted(clip, request)), **{name: request[name] for name in REQUEST})
-    return DecodeJob(clip["key"], "clip", {"request": found}, after_crash={"use_decord": False})
+def _jobs(
+    ordered: Sequence[Row], requests: Mapping[str, Row], sources: "_Sources", wanted: Callable[[Row, Row], Wanted]
+) -> Iterator[DecodeJob | VideoError]:
+    """What decodes each clip, or why that cannot be; each source is looked for once."""
+    for source_id, clips in groupby(ordered, key=itemgetter("source_id")):
+        path: str | VideoError | None = None
+        for clip in clips:
+            request = requests.get(clip["key"])
+            if request is None:
+                yield VideoError("unknown_clip", "not in the stage tables of the dataset any more")
+                continue
+            path = path or sources.find(source_id)
+            if isinstance(path, VideoError):
+                yield path
+                continue
+            what = ClipRequest(path=path, **vars(wanted(clip, request)), **{name: request[name] for name in _REQUEST})
+            yield DecodeJob(clip["key"], "clip", {"request": what}, after_crash={"use_decord": False})
 
 
 def _moments(_: Row, request: Row) -> Wanted:
@@ -124,67 +124,55 @@ def _moments(_: Row, request: Row) -> Wanted:
     )
 
 
-@dataclass
-class Sources:
-    """Local paths of sources, by content; only of files that still have it."""
+class _Sources:
+    """Where sources are on this machine, by content; only files that still have it.
 
-    places: dict[str, list[str]] = field(default_factory=dict)  # keys of the sources stage: URI, size and version
-    files: LocalFiles = field(default_factory=LocalFiles)
-    fetched: set[str] = field(default_factory=set)  # sources that may be fetched
-    found: dict[str, str | VideoError] = field(default_factory=dict)
+    Args:
+        places: By source, keys of the sources stage.
+        source_ids: Sources in the order of their importance: of those that are not on this machine, the first ones may
+            be fetched.
+    """
 
-    def allow(self, source_ids: Sequence[str]) -> None:
-        """Let the first of the sources that are not on this machine be fetched."""
+    def __init__(self, places: Mapping[str, Sequence[str]], source_ids: Sequence[str]) -> None:
+        self._places = places
+        self._files = LocalFiles()
         remote = [name for name in dict.fromkeys(source_ids) if not any(map(storage.is_local, self._uris(name)))]
-        self.fetched = set(remote[:MAX_FETCHED])
+        self._may_fetch = set(remote[:MAX_FETCHED])
 
-    def path(self, source_id: str) -> str:
-        """Where a source's content is on this machine.
-
-        Raises:
-            VideoError: if none of its files has it, or it would have to be fetched and may not.
-        """
-        if source_id not in self.found:
-            self.found[source_id] = self._find(source_id)
-        found = self.found[source_id]
-        if isinstance(found, VideoError):
-            raise found
-        return found
-
-    def _find(self, source_id: str) -> str | VideoError:
+    def find(self, source_id: str) -> str | VideoError:
+        """The path of a source, or why none of its files can be had."""
         error = VideoError("unknown_source", "the dataset does not tell any more where it was")
-        for key, uri in zip(self.places.get(source_id, ()), self._uris(source_id), strict=True):
-            if not storage.is_local(uri) and source_id not in self.fetched:
-                error = VideoError("not_fetched", f"no more than {MAX_FETCHED} files are fetched for this page")
-                continue
+        for key in self._places.get(source_id, ()):
+            uri = uri_of_file(key)
             try:
-                path = self._fetch(uri)
+                path = self._fetch(uri, source_id)
                 _check_content(path, source_id, key if storage.is_local(uri) else None)
             except VideoError as why:
                 error = why
-                self.files.release(uri)
+                self._files.release(uri)
             else:
                 return path
         return error
 
-    def _fetch(self, uri: str) -> str:
+    def release(self, source_id: str) -> None:
+        """Delete what was fetched of a source."""
+        for uri in self._uris(source_id):
+            self._files.release(uri)
+
+    def _fetch(self, uri: str, source_id: str) -> str:
+        if not storage.is_local(uri) and source_id not in self._may_fetch:
+            raise VideoError("not_fetched", f"no more than {MAX_FETCHED} files are fetched")
         try:
-            return self.files.path(uri)
+            return self._files.path(uri)
         except VideoError:
             raise
         except Exception as error:  # the client of a store that is out of reach raises its own kinds
             logging.exception("cannot fetch %s; nothing more is fetched", uri)
-            self.fetched = set()
+            self._may_fetch = set()
             raise VideoError("not_fetched", f"{type(error).__name__}: {error}"[:200]) from error
 
-    def release(self, source_id: str) -> None:
-        """Delete what was fetched of a source."""
-        self.found.pop(source_id, None)
-        for uri in self._uris(source_id):
-            self.files.release(uri)
-
     def _uris(self, source_id: str) -> list[str]:
-        return [uri_of_file(key) for key in self.places.get(source_id, ())]
+        return [uri_of_file(key) for key in self._places.get(source_id, ())]
 
 
 def _check_content(path: str, source_id: str, key: str | None) -> None:
@@ -193,8 +181,7 @@ def _check_content(path: str, source_id: str, key: str | None) -> None:
     Raises:
         VideoError: if it is not, or is gone.
     """
-    file = storage.describe_file(path, "")
-    if key == file_key(file):
+    if key == file_key(storage.describe_file(path, "")):
         return
     hashed = hash_file(path)
     if hashed["error"]:
