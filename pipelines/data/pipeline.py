@@ -31,10 +31,12 @@ from pipelines.data.stage.table import PART, StageTable, anti_join
 from pipelines.data.steps.clips import Clips
 from pipelines.data.steps.duplicates import find_near_duplicates, linked_groups
 from pipelines.data.steps.features import TEXT_INPUTS, FeatureScores, features_stage, similarity, texts_stage
+from pipelines.data.steps.looks import SourceLooks, looks_stage
 from pipelines.data.steps.sources import first_paths, sources_stage
 from pipelines.data.steps.split import CLIPS, split_identity, split_stage
 from pipelines.data.steps.tokens import token_inputs, tokens_stage
 from pipelines.data.video.frames import clip_inputs, picture_keys
+from pipelines.data.video.looks import look_inputs
 from pipelines.errors import JobError, UserError
 
 _CAPTION_RULES = ("captioners", "require", "min_words", "max_words", "languages", "language_certainty")
@@ -66,15 +68,21 @@ class Curation:
         self.config = config
         self.tokenizer = tokenizer
         resources, features = config.resources, config.features
+        looks = looks_stage(config.looks, config.decode, resources.of("looks"))
+        looks_uri = StageTable(config.dataset, looks).uri
+        make_looks = partial(SourceLooks, looks, looks_uri, config.looks, config.thresholds)
+        clip_work = make_looks if config.reads_looks else None
         stages = [
             sources_stage(resources.of("sources")),
-            split_stage(config.split, config.decode, resources.of("split")),
+            split_stage(config.split, config.decode, resources.of("split"), clip_work=clip_work),
         ]
+        if config.reads_looks:
+            stages.append(looks)
         if features.scores:
-            stages.append(features_stage(features, config.decode, resources.of("features")))
+            stages.append(features_stage(features, looks.hash, resources.of("features")))
         if "similarity" in features.scores:
             stages.append(texts_stage(features.clip, resources.of("features")))
-        self.captioning = Captioning(config.captions, given, config.decode, resources.of("captions"))
+        self.captioning = Captioning(config.captions, given, looks.hash, resources.of("captions"))
         stages += [*self.captioning.stages.values(), tokens_stage(config, tokenizer)]
         self.stages = {stage.name: stage for stage in stages}
         self.feature_scores = FeatureScores(features)
@@ -150,6 +158,7 @@ class Curation:
         clips.decide(self.config.thresholds)
         clips.plan_shapes(self.config.tokens)
         groups = self._drop_near_duplicates(clips)
+        self._look(clips)
         self._features(clips)
         captions = self._caption(clips)
         self._compare_texts(clips, captions)
@@ -256,13 +265,20 @@ class Curation:
             pairs.append((rows["work_key"][place].as_py(), rows["work_key"][duplicate.of].as_py()))
         return linked_groups(pairs)
 
+    def _look(self, clips: Clips) -> None:
+        """Looks of the clips kept so far; of most, the split stage's workers have made them."""
+        if "looks" in self.stages:
+            kept = clips.verdicts.kept
+            rows = clips.of(kept)
+            clips.add_looks(self._of_clips("looks", clip_inputs(rows, picture_keys(rows))), kept)
+
     def _features(self, clips: Clips) -> None:
         """What models see in the clips kept so far; decides."""
         if "features" not in self.stages:
             return
         kept = clips.verdicts.kept
         rows = clips.of(kept)
-        inputs = clip_inputs(rows, picture_keys(rows))
+        inputs = look_inputs(rows)
         table = self._of_clips("features", inputs)
         clips.verdicts.mark("features", kept)
         for places, piece in table.pieces(["clip", "text_area", "error"], inputs["work_key"]):

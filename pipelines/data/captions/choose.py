@@ -20,11 +20,11 @@ from pipelines.data.captions.given import (
     captions_stage,
     unique_captions,
 )
-from pipelines.data.settings import CaptionConfig, DecodeConfig, EndpointConfig
+from pipelines.data.settings import CaptionConfig, EndpointConfig
 from pipelines.data.snapshot.schemas import CAPTIONS
 from pipelines.data.stage.columns import take
 from pipelines.data.stage.stage import Stage, StageResources
-from pipelines.data.video.frames import clip_inputs, picture_keys
+from pipelines.data.video.looks import look_inputs
 
 _PIECE = 1 << 14  # clips at a time, as Python's objects weigh several times more
 
@@ -65,9 +65,7 @@ class Captioning:
         UserError: a model's file is missing.
     """
 
-    def __init__(
-        self, config: CaptionConfig, given: CaptionSource, decode: DecodeConfig, resources: StageResources
-    ) -> None:
+    def __init__(self, config: CaptionConfig, given: CaptionSource, looks_hash: str, resources: StageResources) -> None:
         self.config = config
         self.given = given
         self.stages: dict[str, Stage] = {}
@@ -75,9 +73,9 @@ class Captioning:
             if name == "given":
                 self.stages[name] = captions_stage(resources)
             elif name == "coca":
-                self.stages[name] = coca_stage(config.coca, decode, resources)
+                self.stages[name] = coca_stage(config.coca, looks_hash, resources)
             else:
-                self.stages[name] = endpoint_stage(config.endpoint, decode, resources)
+                self.stages[name] = endpoint_stage(config.endpoint, looks_hash, resources)
 
     @property
     def hash(self) -> str:
@@ -86,9 +84,9 @@ class Captioning:
         return hashes[0] if len(hashes) == 1 else config_hash(hashes)
 
     def inputs(self, name: str, clips: pa.Table) -> pa.Table:
-        """What a captioner is asked about clips (rows of the split stage, with ``uri`` and ``split_part``)."""
+        """What a captioner is asked about clips: rows as ``look_inputs`` takes them."""
         if name != "given":
-            return clip_inputs(clips, picture_keys(clips))
+            return look_inputs(clips)
         captioner = self.given.captioner
         made = [CAPTION_INPUTS.empty_table()]
         for start in range(0, clips.num_rows, _PIECE):

@@ -1,4 +1,4 @@
-"""Three frames of a clip, decoded anew from its source wherever that still is what it was."""
+"""Three frames of a clip: of its looks, or decoded anew from its source wherever that still is what it was."""
 
 import logging
 import tempfile
@@ -7,12 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from itertools import chain
 
-import cv2
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipelines import storage
@@ -26,9 +23,14 @@ from pipelines.data.steps.split import CLIPS
 from pipelines.data.video.decode import CrashLog, DecodeChild, DecodeJob
 from pipelines.data.video.frames import Wanted
 from pipelines.data.video.local_files import LocalFiles
-from pipelines.data.video.reader import ClipRequest, VideoError
+from pipelines.data.video.looks import decode_jpeg, encode_jpeg, read_rows
+from pipelines.data.video.reader import ClipRequest, VideoError, fit_picture
 
-MOMENTS = ("start", "middle", "end")  # of a clip's span, that are shown
+MOMENTS = (
+    "start",
+    "middle",
+    "end",
+)  # of a clip's span, that are shown; the last one of the looks may be before its end
 FRAME_HEIGHT = 120  # px
 MAX_FETCHED = 24  # sources that are fetched from an object store; a film may have gigabytes
 _FRAME_WIDTHS = (16, 480)  # px; what is narrower or wider loses its ends
@@ -45,8 +47,32 @@ def decode_frames(snapshot: Snapshot, clips: Sequence[Row]) -> dict[str, Shown]:
 
     Args:
         snapshot: Whose clips.
-        clips: Ledger rows with a span. Should too many sources have to be fetched, the first ones are.
+        clips: Ledger rows with a span. Sources are decoded for those that have no looks. Should too many of them have
+            to be fetched, the first ones are.
     """
+    looks = _show_looks(snapshot, clips)
+    return looks | _show_sources(snapshot, [clip for clip in clips if clip["key"] not in looks])
+
+
+def _show_looks(snapshot: Snapshot, clips: Sequence[Row]) -> dict[str, Shown]:
+    """The clips that have looks in the table that the snapshot was made from, if it was made with looks."""
+    shown: dict[str, Shown] = {}
+    keys = [clip["key"] for clip in clips]
+    for row in _read_parts(snapshot, "looks", lambda part: list(read_rows(part, "key", keys))):
+        if images := row["images"]:
+            chosen = dict.fromkeys((0, len(images) // 2, len(images) - 1))
+            shown[row["key"]] = [_tile(images[index]) for index in chosen]
+    return shown
+
+
+def _tile(image: bytes) -> bytes:
+    """A look at the height of a tile."""
+    frame = decode_jpeg(image)
+    height, width = frame.shape[:2]
+    return encode_jpeg(fit_picture(frame, _tile_size(width / height)), _JPEG_QUALITY)
+
+
+def _show_sources(snapshot: Snapshot, clips: Sequence[Row]) -> dict[str, Shown]:
     if not clips:
         return {}
     requests = {row["key"]: row for row in stage_rows(snapshot, "split", "key", clips, REQUEST)}
@@ -63,7 +89,11 @@ def decode_frames(snapshot: Snapshot, clips: Sequence[Row]) -> dict[str, Shown]:
         try:
             results = tqdm(child.run(jobs), total=len(ordered), desc="frames", unit="clip")
             for clip, follower, result in zip(ordered, followers, results, strict=True):
-                shown[clip["key"]] = result if isinstance(result, VideoError) else list(map(_jpeg, result))
+                shown[clip["key"]] = (
+                    result
+                    if isinstance(result, VideoError)
+                    else [encode_jpeg(frame, _JPEG_QUALITY) for frame in result]
+                )
                 if follower != clip["source_id"]:
                     sources.release(clip["source_id"])
         finally:
@@ -75,10 +105,6 @@ def decode_frames(snapshot: Snapshot, clips: Sequence[Row]) -> dict[str, Shown]:
 
 def stage_rows(snapshot: Snapshot, stage: str, key: str, clips: Sequence[Row], columns: list[str]) -> list[Row]:
     """The clips' rows of a stage table that the snapshot was made from; none where it is not there any more."""
-    hashed = snapshot.manifest.created_from.get("stage_hashes", {}).get(stage)
-    if snapshot.dataset is None or not hashed:
-        return []
-    uri = storage.join(snapshot.dataset, STAGES, stage, hashed)
     wanted = pc.field(key).isin(pa.array(sorted({clip[key] for clip in clips}), pa.string()))
 
     def read(part: str) -> list[Row]:
@@ -86,6 +112,15 @@ def stage_rows(snapshot: Snapshot, stage: str, key: str, clips: Sequence[Row], c
             rows: list[Row] = pq.read_table(file, columns=[key, *columns], filters=wanted).to_pylist()
         return rows
 
+    return _read_parts(snapshot, stage, read)
+
+
+def _read_parts(snapshot: Snapshot, stage: str, read: Callable[[str], list[Row]]) -> list[Row]:
+    """What is read of each file of a stage table that the snapshot was made from; nothing if that is gone."""
+    hashed = snapshot.manifest.created_from.get("stage_hashes", {}).get(stage)
+    if snapshot.dataset is None or not hashed:
+        return []
+    uri = storage.join(snapshot.dataset, STAGES, stage, hashed)
     with ThreadPoolExecutor(_READERS) as pool:
         return list(chain.from_iterable(pool.map(read, table_parts(uri))))
 
@@ -114,13 +149,13 @@ def source_job(
 def _moments(_: Row, request: Row) -> Wanted:
     """The moments of a clip at the height of a tile, in the shape of its picture."""
     _, _, width, height = request["picture"]
-    shape = round(FRAME_HEIGHT * width * request["pixel_aspect"] / height)
-    return Wanted(
-        fps=(len(MOMENTS) - 1) / max(request["end_s"] - request["start_s"], 1e-3),
-        num_frames=len(MOMENTS),
-        width=min(max(shape, _FRAME_WIDTHS[0]), _FRAME_WIDTHS[1]),
-        height=FRAME_HEIGHT,
-    )
+    fps = (len(MOMENTS) - 1) / max(request["end_s"] - request["start_s"], 1e-3)
+    return Wanted(fps, len(MOMENTS), *_tile_size(width * request["pixel_aspect"] / height))
+
+
+def _tile_size(aspect: float) -> tuple[int, int]:
+    """Width and height of a frame that is shown, px."""
+    return min(max(round(FRAME_HEIGHT * aspect), _FRAME_WIDTHS[0]), _FRAME_WIDTHS[1]), FRAME_HEIGHT
 
 
 @dataclass
@@ -200,8 +235,3 @@ def _check_content(path: str, source_id: str, key: str | None) -> None:
         raise VideoError(reason_class(hashed["error"]), hashed["error"].partition(": ")[2])
     if hashed["source_id"] != source_id:
         raise VideoError("changed_file", "holds another content than when it was curated")
-
-
-def _jpeg(frame: NDArray[np.uint8]) -> bytes:
-    _, data = cv2.imencode(".jpg", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
-    return data.tobytes()

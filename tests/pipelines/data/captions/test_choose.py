@@ -10,7 +10,7 @@ import pytest
 from pipelines.data.captions.choose import Captioning
 from pipelines.data.captions.given import CAPTIONED, CaptionSource, caption_fault, unique_captions
 from pipelines.data.curate import curate
-from pipelines.data.settings import CaptionConfig, DecodeConfig
+from pipelines.data.settings import CaptionConfig
 from pipelines.data.snapshot.read import open_snapshot
 from pipelines.data.stage.stage import StageResources
 from pipelines.data.upkeep.status import retry
@@ -130,7 +130,7 @@ def test_captions_are_checked_for_length_and_language(text, fault):
 
 def test_faults_are_counted_and_told():
     config = CaptionConfig(min_words=3, languages=("en",))
-    captioning = Captioning(config, CaptionSource("metadata", {}), DecodeConfig(), StageResources())
+    captioning = Captioning(config, CaptionSource("metadata", {}), "", StageResources())
     rows = [["one two three"], ["short", "Das ist ganz sicher ein deutscher Satz über Wände."], []]
     said = [{"captions": [{"text": text, "captioner": "x"} for text in texts]} for texts in rows]
     schema = pa.schema([CAPTIONED.field(name) for name in ("captions", "input_tokens", "output_tokens", "error")])
