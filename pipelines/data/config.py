@@ -12,6 +12,7 @@ from pipelines.data.settings import (
     CaptionConfig,
     DecodeConfig,
     FeatureConfig,
+    LooksConfig,
     ResourceConfig,
     SourceConfig,
     SplitConfig,
@@ -135,6 +136,7 @@ class CurateConfig:
     split: SplitConfig = field(default_factory=SplitConfig)
     thresholds: Thresholds = field(default_factory=Thresholds)
     near_duplicates: float | None = 0.99  # cosine of fingerprints from which clips count as the same; none: keep all
+    looks: LooksConfig = field(default_factory=LooksConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)
     captions: CaptionConfig = field(default_factory=CaptionConfig)
     tokens: TokenConfig = field(default_factory=TokenConfig)
@@ -155,7 +157,20 @@ class CurateConfig:
                     f"thresholds.{key} needs a score that nothing computes: name the file in features.{score.file}, or "
                     f"set thresholds.{key}=null",
                 )
+        for key, count in self._frames_wanted().items():
+            require(
+                count <= self.looks.num_frames,
+                f"{key} {count} is more than looks.num_frames {self.looks.num_frames}, which are decoded of each clip: "
+                f"raise looks.num_frames, or lower {key}",
+            )
         self._check_possible()
+
+    def _frames_wanted(self) -> dict[str, int]:
+        """How many frames of each clip are looked at, by the key that says so."""
+        wanted = {"features.num_frames": self.features.num_frames} if self.features.scores else {}
+        if "endpoint" in self.captions.captioners:
+            wanted["captions.endpoint.num_frames"] = self.captions.endpoint.num_frames
+        return wanted
 
     def _check_possible(self) -> None:
         """Refuse settings that no clip can meet."""

@@ -61,6 +61,11 @@ def picture_keys(clips: pa.Table) -> pa.ChunkedArray:
     return pc.binary_join_element_wise(clips["key"], _pictures(clips), "+")
 
 
+def picture_key(clip: str, picture: Sequence[int]) -> str:
+    """As ``picture_keys``, of one clip: the part of its frame that counts is left, top, width and height."""
+    return f"{clip}+{','.join(map(str, picture))}"
+
+
 def token_keys(clips: pa.Table, shapes: NDArray[Any], decode_back: pa.Array) -> pa.ChunkedArray:
     """Names clips (rows of the split stage) together with what of them is encoded.
 

@@ -22,6 +22,7 @@ from pipelines.data.stage.run import check_fits
 from pipelines.data.stage.table import StageTable
 from pipelines.data.steps.duplicates import NearDuplicates
 from pipelines.data.steps.features import Features, Similarity
+from pipelines.data.steps.looks import Look
 from pipelines.data.steps.run import Check, Run, Step
 from pipelines.data.steps.sources import HashSources
 from pipelines.data.steps.split import SplitSources, split_identity
@@ -51,11 +52,14 @@ class Curation:
         self.config, self.tokenizer = config, tokenizer
         self.features = Features(config) if config.features.scores else None
         self.caption = Caption(config, given)
+        reads_looks = config.looks.always or self.features is not None or self.caption.reads_looks
+        look = Look(config) if reads_looks else None
         self.steps: list[Step] = [
             HashSources(config),
-            SplitSources(config),
+            SplitSources(config, look.while_split if look else None),
             Decide(),
             NearDuplicates(),
+            *([look] if look else []),
             *([self.features] if self.features else []),
             self.caption,
             *([Similarity(config)] if "similarity" in config.features.scores else []),

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from pipelines.data.config import CurateConfig
-from pipelines.data.keys import picture_keys
 from pipelines.data.snapshot.schemas import CAPTIONS
 from pipelines.data.stage.stage import Stage
 from pipelines.data.steps.run import Check
-from pipelines.data.video.frames import clip_inputs
+from pipelines.data.video.looks import look_inputs
 
 # What a captioner's stage makes of each clip.
 CAPTIONED = pa.schema(
@@ -37,7 +36,7 @@ class CaptionSource:
 
 def _shown(clips: pa.Table, given: CaptionSource) -> pa.Table:
     del given  # a captioner that sees the clips needs no words
-    return clip_inputs(clips, picture_keys(clips))
+    return look_inputs(clips)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +48,16 @@ class Captioner:
         stage_name: Of its stage, whose table has the columns ``CAPTIONED``.
         stage: Makes the stage for a run's config. Raises a UserError if a file is missing.
         checks: Of what the stage needs.
-        inputs: Of the stage, from clips (rows of the split stage with ``uri`` and ``split_part``) and the captions that
-            the user brought; by default the clips, to be looked at (``video.frames.ClipReader``).
+        reads_looks: Whether it is shown looks of the clips, which are made then.
+        inputs: Of the stage, from clips (rows of the split stage with ``uri`` and ``looks_part``) and the captions that
+            the user brought; by default the clips, whose looks it is to read (``video.looks.read_looks``).
     """
 
     name: str
     stage_name: str
     stage: Callable[[CurateConfig], Stage]
     checks: Callable[[CurateConfig], Sequence[Check]] = lambda config: ()
+    reads_looks: bool = True
     inputs: Callable[[pa.Table, CaptionSource], pa.Table] = _shown
 
 

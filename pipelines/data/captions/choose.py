@@ -42,6 +42,11 @@ class Caption(Step):
         self.checks = [check for captioner in self.captioners for check in captioner.checks(config)]
 
     @property
+    def reads_looks(self) -> bool:
+        """Whether any of the captioners is shown looks of clips."""
+        return any(captioner.reads_looks for captioner in self.captioners)
+
+    @property
     def hash(self) -> str:
         """Of the captioners' configurations, as a ledger names it."""
         hashes = [stage.hash for stage in self.stages]

@@ -10,11 +10,10 @@ from torch import Tensor
 from pipelines.data.captions.captioner import CAPTIONED, Captioner, clean_captions
 from pipelines.data.config import CurateConfig
 from pipelines.data.models.open_clip import OpenClip, check_open_clip, fixed_batches, load_open_clip, open_clip_hash
-from pipelines.data.settings import CocaConfig, DecodeConfig
+from pipelines.data.settings import CocaConfig
 from pipelines.data.stage.stage import Row, Stage
 from pipelines.data.steps.run import Check, check_device
-from pipelines.data.video.frames import ClipReader, evenly
-from pipelines.data.video.reader import VideoError
+from pipelines.data.video.looks import decode_jpeg, looks_settings, read_looks
 
 STAGE = "captions-coca"
 _KEY = "captions.coca.weights"
@@ -24,24 +23,21 @@ _START, _END = 49406, 49407  # of the CLIP tokenizer
 class CocaFunction:
     """Captions the middle frame of clips."""
 
-    def __init__(self, uri: str, *, config: CocaConfig, captioner: str, decode: DecodeConfig, threads: int) -> None:
+    def __init__(self, uri: str, *, config: CocaConfig, captioner: str, threads: int) -> None:
+        del uri  # nothing is recorded beside the table
         torch.set_num_threads(threads)
         self.config = config
         self.captioner = captioner
-        self.reader = ClipReader(uri, decode)
         self.model = load_open_clip(config.open_clip, _KEY)
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         """A caption for each clip, or why there is none."""
         done, images = [], []
-        # Of two frames evenly spaced, at 0 and 1/2, the second is the clip's middle.
-        for row, frames in self.reader.read(rows, lambda row: evenly(row, 2, self.model.size)):
-            made: Row = {"work_key": row["work_key"], "key": row["key"]}
+        for row, looks in read_looks(rows):
+            made: Row = {"work_key": row["work_key"], "key": row["key"], "captions": [], "error": looks.error}
             done.append(made)
-            if isinstance(frames, VideoError):
-                made |= {"captions": [], "error": frames.reason}
-            else:
-                images.append((made, self.model.images(frames[1:2])))
+            if not looks.error:
+                images.append((made, self.model.images([decode_jpeg(looks.middle)])))
         if images:
             batches = fixed_batches(torch.cat([image for _, image in images]), self.config.batch_size)
             texts = [
@@ -89,7 +85,8 @@ def coca_stage(curate: CurateConfig) -> Stage:
     name = "coca" if os.path.isdir(config.weights or "") else config.model
     captioner = f"{name}@{digest[-64:][:8]}"
     settings = {
-        "version": 1,
+        "version": 2,
+        "looks": looks_settings(curate.looks),
         "captioner": captioner,
         "model": digest,
         "max_tokens": config.max_tokens,
@@ -99,7 +96,7 @@ def coca_stage(curate: CurateConfig) -> Stage:
         name=STAGE,
         settings=settings,
         schema=CAPTIONED,
-        function=partial(CocaFunction, config=config, captioner=captioner, decode=curate.decode, threads=threads),
+        function=partial(CocaFunction, config=config, captioner=captioner, threads=threads),
         rows_per_part=64,
         resources=resources,
     )

@@ -5,22 +5,18 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-import cv2
-import numpy as np
-from numpy.typing import NDArray
-
 from pipelines.config import config_hash
 from pipelines.data.captions.captioner import CAPTIONED, Captioner, clean_captions
 from pipelines.data.captions.endpoint import CaptionEndpoint, CaptionRequest
 from pipelines.data.config import CurateConfig
 from pipelines.data.reasons import Failure
-from pipelines.data.settings import DecodeConfig, EndpointConfig
+from pipelines.data.settings import EndpointConfig
 from pipelines.data.stage.stage import Row, Stage
 from pipelines.data.steps.run import Check
-from pipelines.data.video.frames import ClipReader, Wanted, evenly
-from pipelines.data.video.reader import VideoError
+from pipelines.data.video.looks import decode_jpeg, encode_jpeg, looks_settings, read_looks
+from pipelines.data.video.reader import fit_picture
 
-_QUALITY = 90  # of the JPEG files sent, 0..100
+_QUALITY = 90  # of JPEG files that are made smaller to be sent, 0..100
 # What decides a caption; where the model is served and how fast it may be asked does not.
 STAGE = "captions-endpoint"
 _DECISIVE = ("model", "prompt", "num_frames", "max_side", "max_tokens", "temperature")
@@ -36,12 +32,12 @@ _FAILURES = {
 
 
 class EndpointFunction:
-    """Sends frames of clips and takes captions; several requests are under way while the next clips are decoded."""
+    """Sends frames of clips and takes captions; several requests are under way while the next clips are read."""
 
-    def __init__(self, uri: str, *, config: EndpointConfig, captioner: str, decode: DecodeConfig) -> None:
+    def __init__(self, uri: str, *, config: EndpointConfig, captioner: str) -> None:
+        del uri  # nothing is recorded beside the table
         self.config = config
         self.captioner = captioner
-        self.reader = ClipReader(uri, decode)
         self.endpoint = CaptionEndpoint(config, config.read_api_key())
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
@@ -65,34 +61,44 @@ class EndpointFunction:
         return list(results.values())
 
     def _requests(self, rows: Sequence[Row], results: dict[str, Row]) -> Iterator[CaptionRequest]:
-        for row, frames in self.reader.read(rows, self._wanted):
-            if isinstance(frames, VideoError):
-                results[row["work_key"]]["error"] = frames.reason
+        for row, looks in read_looks(rows):
+            if looks.error:
+                results[row["work_key"]]["error"] = looks.error
             else:
-                yield CaptionRequest(row["work_key"], tuple(_jpeg(frame) for frame in frames))
-
-    def _wanted(self, row: Row) -> Wanted:
-        shape = evenly(row, self.config.num_frames, self.config.max_side)
-        scale = self.config.max_side / max(shape.width, shape.height)
-        return replace(shape, width=max(8, round(shape.width * scale)), height=max(8, round(shape.height * scale)))
+                images = looks.evenly(self.config.num_frames)
+                yield CaptionRequest(
+                    row["work_key"], tuple(_no_larger(image, self.config.max_side) for image in images)
+                )
 
 
-def _jpeg(frame: NDArray[np.uint8]) -> bytes:
-    _, data = cv2.imencode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])
-    return data.tobytes()
+def _no_larger(image: bytes, side: int) -> bytes:
+    """A JPEG file whose longer side has that many px at most: as it is, or made smaller."""
+    frame = decode_jpeg(image)
+    height, width = frame.shape[:2]
+    scale = side / max(height, width)
+    if scale >= 1:
+        return image
+    size = (max(8, round(width * scale)), max(8, round(height * scale)))
+    return encode_jpeg(fit_picture(frame, size), _QUALITY)
 
 
 def endpoint_stage(curate: CurateConfig) -> Stage:
     """The stage, in one process: its requests overlap, and its limits hold for all of them."""
     config, resources = curate.captions.endpoint, curate.resources.of("captions")
     values = asdict(config)
-    settings: dict[str, Any] = {"version": 1, "captioner": "endpoint", **{name: values[name] for name in _DECISIVE}}
+    decisive = {name: values[name] for name in _DECISIVE}
+    settings: dict[str, Any] = {
+        "version": 2,
+        "looks": looks_settings(curate.looks),
+        "captioner": "endpoint",
+        **decisive,
+    }
     captioner = f"{config.model}@{config_hash(settings)[:8]}"
     return Stage(
         name=STAGE,
         settings=settings,
         schema=CAPTIONED,
-        function=partial(EndpointFunction, config=config, captioner=captioner, decode=curate.decode),
+        function=partial(EndpointFunction, config=config, captioner=captioner),
         rows_per_part=max(64, 8 * config.concurrency),
         resources=replace(resources, min_workers=1, max_workers=1),
     )

@@ -154,4 +154,4 @@ def captions_stage(config: CurateConfig) -> Stage:
     )
 
 
-GIVEN = Captioner(name="given", stage_name="captions", stage=captions_stage, inputs=given_inputs)
+GIVEN = Captioner(name="given", stage_name="captions", stage=captions_stage, reads_looks=False, inputs=given_inputs)

@@ -3,7 +3,7 @@
 import hashlib
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,8 +74,8 @@ class OpenClip:
     size: int
     device: str
 
-    def images(self, frames: NDArray[np.uint8]) -> Tensor:
-        """Frames [n, height, width, 3] as the model wants them: shorter side fitted, centre cut, normalised."""
+    def images(self, frames: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """Frames [height, width, 3] as the model wants them: shorter side fitted, centre cut, normalised."""
         mean, std = (
             torch.tensor(values).view(3, 1, 1) for values in (self.model.visual.image_mean, self.model.visual.image_std)
         )
@@ -122,13 +122,18 @@ def check_open_clip(config: OpenClipConfig, key: str) -> int:
 
 def fit_shorter_side(frame: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """Scale a frame [height, width, 3] so that its shorter side has ``size`` px, and cut out the centre square."""
+    scaled = scale_shorter_side(frame, size)
+    top, left = (scaled.shape[0] - size) // 2, (scaled.shape[1] - size) // 2
+    return scaled[top : top + size, left : left + size]
+
+
+def scale_shorter_side(frame: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Scale a frame [height, width, 3] so that its shorter side has ``size`` px."""
     height, width = frame.shape[:2]
     scale = size / min(height, width)
     scaled_size = (max(size, round(width * scale)), max(size, round(height * scale)))
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    scaled = np.asarray(cv2.resize(frame, scaled_size, interpolation=method), np.uint8)
-    top, left = (scaled.shape[0] - size) // 2, (scaled.shape[1] - size) // 2
-    return scaled[top : top + size, left : left + size]
+    return np.asarray(cv2.resize(frame, scaled_size, interpolation=method), np.uint8)
 
 
 def fixed_batches(values: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, int]]:

@@ -10,7 +10,17 @@ SCHEMA_VERSION = 1  # of published snapshots
 STAGES = ("split", "features", "captions", "tokens")
 
 # All tables' stages, in the order of the work.
-WORK_ORDER = ("sources", "split", "features", "captions", "captions-coca", "captions-endpoint", "texts", "tokens")
+WORK_ORDER = (
+    "sources",
+    "split",
+    "looks",
+    "features",
+    "captions",
+    "captions-coca",
+    "captions-endpoint",
+    "texts",
+    "tokens",
+)
 
 STATUSES = ("kept", "rejected", "failed", "duplicate")
 

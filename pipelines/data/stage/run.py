@@ -8,7 +8,6 @@ moment: what was committed counts, the rest is pending. If a worker outlives its
 taken up again, readers see each key once.
 """
 
-import hashlib
 import logging
 import math
 import sys
@@ -28,10 +27,9 @@ from tqdm import tqdm
 
 from pipelines import storage
 from pipelines.cluster import cluster_cores, cluster_is_ours, lacking
-from pipelines.data.stage.columns import parquet_bytes
 from pipelines.data.stage.log import BatchReport, RunLog, StageProgress
 from pipelines.data.stage.stage import ERROR, WORK, WORK_KEY, RowFunction, Stage, StageResources
-from pipelines.data.stage.table import PART_ROW_GROUP, StageTable, anti_join
+from pipelines.data.stage.table import StageTable, anti_join, commit_part
 from pipelines.errors import JobError, UserError
 from pipelines.storage.lock import check_lock
 
@@ -56,12 +54,10 @@ class StageWorker:
             if self._function is None:  # not in __init__: what an actor raises there reaches nobody as it was
                 self._function = self.stage.function(self.uri)
             rows = self._function(inputs)
-        table = pa.Table.from_pylist(rows, schema=self.stage.schema)
-        covered = set(table[WORK_KEY].to_pylist())
+        covered = {row[WORK_KEY] for row in rows}
         if covered != set(keys):
             raise RuntimeError(f"stage {self.stage.name} left out or made up keys: {sorted(covered ^ set(keys))[:3]}")
-        name = "part-" + hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:24] + ".parquet"
-        storage.write_bytes_atomic(storage.join(self.uri, name), parquet_bytes(table, row_group_rows=PART_ROW_GROUP))
+        table = commit_part(self.stage, self.uri, rows)
         failures = pc.drop_null(table[ERROR]) if ERROR in table.column_names else pa.array([], pa.string())
         report = BatchReport(
             inputs=len(keys),
@@ -123,9 +119,10 @@ def run_stage(
         raise TooManyFailuresError(failed_before[0], len(failed_before))
     if log is not None:
         log.update(stage.name, state, write=pending.num_rows > 0)
+    if inputs.num_rows:
+        _record_settings(stage, table)
     if pending.num_rows:
         check_fits(stage)
-        _record_settings(stage, table)
         with tqdm(total=state.total, initial=before, desc=stage.name, unit="row", disable=not progress) as bar:
             for report in _in_waves(stage, table, pending, state):
                 check_lock(dataset)

@@ -15,6 +15,7 @@ RowFunction = Callable[[list[Row]], list[Row]]
 WORK_KEY = "work_key"
 WORK = "work"  # column that inputs may have: how much work each is, in whatever measure; for the time left
 ERROR = "error"  # column of a table whose inputs may fail
+PART_ROW_GROUP = 1 << 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,7 @@ class Stage:
             of rows. Called once in each worker process, so models load there.
         rows_per_part: Rows in one batch, at most; what is lost when a worker dies.
         min_rows_per_part: Rows below which a batch is not worth another worker.
+        row_group_rows: Rows of a part that can be read alone: few where they are large.
         resources: What each worker holds, and how many there may be.
         stateful: Whether workers are worth keeping (they hold a model or a child process).
     """
@@ -60,6 +62,7 @@ class Stage:
     function: Callable[[str], RowFunction]
     rows_per_part: int
     min_rows_per_part: int = 1
+    row_group_rows: int = PART_ROW_GROUP
     resources: StageResources = field(default_factory=StageResources)
     stateful: bool = True
 

@@ -1,5 +1,6 @@
 """The durable table of a stage: committed parts, each a file; readers see each key once."""
 
+import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,12 +12,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines import storage
-from pipelines.data.stage.stage import ERROR, WORK_KEY, Stage
+from pipelines.data.stage.columns import parquet_bytes
+from pipelines.data.stage.stage import ERROR, WORK_KEY, Row, Stage
 from pipelines.errors import JobError
 
 STAGES = "stages"  # folder of a dataset
 PART = "part"  # column that any table has when it is read: number of the file, among ``StageTable.parts``
-PART_ROW_GROUP = 1 << 12
 _READERS = 16  # threads, as a store takes long to answer
 _PIECE_ROWS = 1 << 16
 _PIECE_BYTES = 1 << 27
@@ -121,6 +122,19 @@ def _grouped(tables: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:
 def table_parts(uri: str) -> list[str]:
     """URIs of the committed files of a stage table, sorted."""
     return [storage.join(uri, name) for name in storage.list_names(uri) if name.startswith("part-")]
+
+
+def commit_part(stage: Stage, uri: str, rows: Sequence[Row]) -> pa.Table:
+    """Write rows as one file of a stage's table, whole or not at all, under a name derived from their keys.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    table = pa.Table.from_pylist(list(rows), schema=stage.schema)
+    keys = sorted(set(table[WORK_KEY].to_pylist()))
+    name = "part-" + hashlib.sha256("\n".join(keys).encode()).hexdigest()[:24] + ".parquet"
+    storage.write_bytes_atomic(storage.join(uri, name), parquet_bytes(table, row_group_rows=stage.row_group_rows))
+    return table
 
 
 def read_columns(uri: str, columns: list[str] | None, rows: pc.Expression | None = None) -> pa.Table:

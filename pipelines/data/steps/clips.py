@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.data.config import TokenConfig, plan_shape
+from pipelines.data.keys import picture_keys
 from pipelines.data.reasons import too_few_frames
 from pipelines.data.scores import SCORES, Thresholds, scores_of
 from pipelines.data.snapshot.ledger import Verdicts
@@ -43,6 +44,16 @@ class Clips:
     def of(self, indices: NDArray[np.int64]) -> pa.Table:
         """Rows of some clips, with the URI of their file and that of the split stage's file they are in."""
         return take(self.table, indices)
+
+    def add_looks(self, looks: StageTable, clips: NDArray[np.int64]) -> None:
+        """Note which file of the looks stage's table has the looks of each of some clips, for who is to read them."""
+        numbers = np.full(self.table.num_rows, -1, np.int32)
+        parts = looks.parts()
+        for places, rows in looks.pieces([PART], picture_keys(self.of(clips))):
+            numbers[clips[places]] = rows[PART].to_numpy()
+        indices = pa.array(numbers, mask=numbers < 0)
+        column = pa.DictionaryArray.from_arrays(indices, pa.array(parts, pa.string()))
+        self.table = self.table.append_column("looks_part", column)
 
     def decide(self, thresholds: Thresholds) -> None:
         """Reject those of the kept clips whose scores are out of bounds."""

@@ -17,17 +17,22 @@ from pipelines.data.config import CurateConfig
 from pipelines.data.keys import picture_keys, text_key
 from pipelines.data.models import text_detector
 from pipelines.data.models.heads import Head
-from pipelines.data.models.open_clip import check_open_clip, file_hash, fixed_batches, load_open_clip, open_clip_hash
+from pipelines.data.models.open_clip import (
+    check_open_clip,
+    file_hash,
+    fixed_batches,
+    load_open_clip,
+    open_clip_hash,
+    scale_shorter_side,
+)
 from pipelines.data.models.text_detector import TextDetector
-from pipelines.data.settings import DecodeConfig, FeatureConfig, OpenClipConfig
+from pipelines.data.settings import FeatureConfig, LooksConfig, OpenClipConfig
 from pipelines.data.stage.columns import iterate, take
 from pipelines.data.stage.stage import Row, Stage, StageResources
 from pipelines.data.steps.run import Check, Run, Step, check_device, read_in_order
-from pipelines.data.video.frames import CLIP_INPUTS, ClipReader, clip_inputs, evenly
-from pipelines.data.video.reader import VideoError
+from pipelines.data.video.looks import decode_jpeg, look_inputs, looks_settings, read_looks
 from pipelines.errors import UserError
 
-FEATURE_INPUTS = CLIP_INPUTS
 FEATURES = pa.schema(
     [
         pa.field("work_key", pa.string(), nullable=False),
@@ -44,34 +49,33 @@ TEXT_FEATURES = pa.schema(
         pa.field("clip", pa.binary()),  # float16, unit length
     ]
 )
-_SIDE = 224  # px of the shorter side that frames are decoded at, and more for what the text detector reads
-_TEXT_SIDE = 480
+_TEXT_SIDE = 480  # px of the shorter side of what the text detector reads
 _KEY = "features.clip.weights"
 
 
 class FeatureFunction:
     """Looks at clips."""
 
-    def __init__(self, uri: str, *, config: FeatureConfig, decode: DecodeConfig, threads: int) -> None:
+    def __init__(self, uri: str, *, config: FeatureConfig, threads: int) -> None:
+        del uri  # nothing is recorded beside the table
         torch.set_num_threads(threads)
         self.config = config
-        self.reader = ClipReader(uri, decode)
         on = config.clip.weights is not None
         self.clip = load_open_clip(config.clip, _KEY) if on else None
         self.text = TextDetector(config.text_detector) if config.text_detector is not None else None
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         """Features of each clip, or why there are none."""
-        side = max(_SIDE if self.clip is None else self.clip.size, _TEXT_SIDE if self.text else 0)
         done, seen = [], []
-        for row, frames in self.reader.read(rows, lambda row: evenly(row, self.config.num_frames, side)):
-            made: Row = {"work_key": row["work_key"], "key": row["key"]}
+        for row, looks in read_looks(rows):
+            made: Row = {"work_key": row["work_key"], "key": row["key"], "error": looks.error}
             done.append(made)
-            if isinstance(frames, VideoError):
-                made["error"] = frames.reason
+            if looks.error:
                 continue
+            frames = [decode_jpeg(image) for image in looks.evenly(self.config.num_frames)]
             if self.text is not None:
-                made["text_area"] = round(float(np.mean([self.text.area(frame) for frame in frames])), 6)
+                areas = [self.text.area(scale_shorter_side(frame, _TEXT_SIDE)) for frame in frames]
+                made["text_area"] = round(float(np.mean(areas)), 6)
             if self.clip is not None:
                 seen.append((made, self.clip.images(frames)))
         self._embed(seen)
@@ -188,13 +192,18 @@ def similarity(frames: bytes, texts: Sequence[bytes]) -> float:
     return round(float(max(unpack_features(text, width)[0] @ mean for text in texts)), 6)
 
 
-def features_stage(config: FeatureConfig, decode: DecodeConfig, resources: StageResources) -> Stage:
+def features_stage(config: FeatureConfig, looks: LooksConfig, resources: StageResources) -> Stage:
     """The stage that looks at clips.
+
+    Args:
+        config: The models.
+        looks: That it reads.
+        resources: Of its processes.
 
     Raises:
         UserError: a model's file is not there.
     """
-    settings: dict[str, Any] = {"version": 1, "num_frames": config.num_frames}
+    settings: dict[str, Any] = {"version": 2, "looks": looks_settings(looks), "num_frames": config.num_frames}
     if config.clip.weights is not None:
         settings["clip"] = open_clip_hash(config.clip, _KEY)
         settings["batch_size"] = config.clip.batch_size
@@ -205,7 +214,7 @@ def features_stage(config: FeatureConfig, decode: DecodeConfig, resources: Stage
         name="features",
         settings=settings,
         schema=FEATURES,
-        function=partial(FeatureFunction, config=config, decode=decode, threads=threads),
+        function=partial(FeatureFunction, config=config, threads=threads),
         rows_per_part=64,
         resources=resources,
     )
@@ -234,7 +243,7 @@ class Features(Step):
     def __init__(self, config: CurateConfig) -> None:
         features = config.features
         self.scores = FeatureScores(features)
-        self.stages = (features_stage(features, config.decode, config.resources.of("features")),)
+        self.stages = (features_stage(features, config.looks, config.resources.of("features")),)
         self.checks = (
             Check("features", self.scores.check, costly=True),
             Check("features", partial(check_device, "features.clip.device", features.clip.device)),
@@ -245,7 +254,7 @@ class Features(Step):
         clips = run.clips
         kept = clips.verdicts.kept
         rows = clips.of(kept)
-        inputs = clip_inputs(rows, picture_keys(rows))
+        inputs = look_inputs(rows)
         table = run.compute_clips("features", inputs)
         clips.verdicts.mark("features", kept)
         for places, piece in table.pieces(["clip", "text_area", "error"], inputs["work_key"]):

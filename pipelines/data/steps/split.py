@@ -1,9 +1,10 @@
 """The split stage: from a source to its measured clips, the one fan-out."""
 
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -47,30 +48,97 @@ CLIPS = pa.schema(
 )
 
 
-class SplitFunction:
-    """Decodes sources in a child process and turns each into the rows of its clips."""
+class ClipWork(Protocol):
+    """Work on the clips of a source that is done while its file is at hand; what comes of it is committed elsewhere."""
 
-    def __init__(self, uri: str, *, config: SplitConfig, decode: DecodeConfig) -> None:
+    def choose(self, clips: Sequence[Row]) -> list[Row]:
+        """Those of a source's clips that it is about."""
+
+    def job(self, clip: Row, path: str) -> DecodeJob:
+        """What the decode child is to do for a clip of a local file."""
+
+    def add(self, clip: Row, result: Any) -> None:
+        """Take the result of a clip's job."""
+
+    def commit(self) -> None:
+        """Commit what has not been committed yet."""
+
+
+class SplitFunction:
+    """Decodes sources in a child process and turns each into the rows of its clips.
+
+    Args:
+        uri: Of the folder beside whose parts crashes are recorded.
+        config: How to cut.
+        decode: Bounds of the child.
+        clip_work: Begins further work on the clips of a batch; None: there is none.
+    """
+
+    def __init__(
+        self, uri: str, *, config: SplitConfig, decode: DecodeConfig, clip_work: Callable[[], ClipWork] | None = None
+    ) -> None:
         self.config = config
+        self.clip_work = clip_work
         self.child = DecodeChild(decode, CrashLog(storage.join(uri, CRASHES)), weights=config.weights)
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
-        """Clips of each source."""
-        files = LocalFiles()
-        clips: list[Row] = []
-        for row, result in zip(rows, self.child.run(self._jobs(rows, files)), strict=True):
-            clips += clip_rows(row["work_key"], result)
-            files.release(row["uri"])
-        return clips
+        """Clips of each source; when they are returned, what the further work made is committed."""
+        batch = _Batch(self.config, self.clip_work() if self.clip_work is not None else None)
+        for result in self.child.run(batch.jobs(rows)):
+            batch.take(result)
+        if batch.work is not None:
+            batch.work.commit()
+        return batch.clips
 
-    def _jobs(self, rows: Sequence[Row], files: LocalFiles) -> Iterator[DecodeJob | VideoError]:
+
+class _Batch:
+    """Sources that are being split. Further work on the clips of one is asked for as soon as they are known."""
+
+    def __init__(self, config: SplitConfig, work: ClipWork | None) -> None:
+        self.config = config
+        self.work = work
+        self.clips: list[Row] = []
+        self._files = LocalFiles()
+        self._waiting: deque[tuple[Row, Row]] = deque()  # source and clip, for further work
+        self._asked: deque[tuple[Row, Row | None]] = deque()  # what the jobs under way are about, likewise
+        self._left: Counter[str] = Counter()  # further work on the clips of a file
+
+    def jobs(self, rows: Sequence[Row]) -> Iterator[DecodeJob | VideoError | None]:
+        """To split each source and work on its clips; while the last source is split, there may be nothing to do."""
         for row in rows:
+            self._asked.append((row, None))
             try:
-                path = files.path(row["uri"])
+                path = self._files.path(row["uri"])
             except VideoError as error:
                 yield error
-                continue
-            yield DecodeJob(row["work_key"], "split", {"path": path, "config": self.config})
+            else:
+                yield DecodeJob(row["work_key"], "split", {"path": path, "config": self.config})
+            yield from self._further()
+        while True:
+            yield None
+            yield from self._further()
+
+    def _further(self) -> Iterator[DecodeJob]:
+        while self._waiting and self.work is not None:
+            source, clip = self._waiting.popleft()
+            self._asked.append((source, clip))
+            yield self.work.job(clip, self._files.path(source["uri"]))
+
+    def take(self, result: Any) -> None:
+        """The result of the job that has been under way for longest."""
+        source, clip = self._asked.popleft()
+        uri = source["uri"]
+        if clip is None:
+            clips = clip_rows(source["work_key"], result)
+            self.clips += clips
+            chosen = self.work.choose(clips) if self.work is not None else []
+            self._waiting += [(source, clip) for clip in chosen]
+            self._left[uri] = len(chosen)
+        elif self.work is not None:
+            self.work.add(clip, result)
+            self._left[uri] -= 1
+        if not self._left[uri]:
+            self._files.release(uri)
 
 
 def clip_rows(source_id: str, result: DecodedSource | VideoError) -> list[Row]:
@@ -102,8 +170,21 @@ def split_identity(config: SplitConfig) -> dict[str, Any]:
     return identity | ({"weights": storage.sha256_file(weights)} if weights else {})
 
 
-def split_stage(config: SplitConfig, decode: DecodeConfig, resources: StageResources) -> Stage:
+def split_stage(
+    config: SplitConfig,
+    decode: DecodeConfig,
+    resources: StageResources,
+    *,
+    clip_work: Callable[[], ClipWork] | None = None,
+) -> Stage:
     """The stage that probes, splits and scores.
+
+    Args:
+        config: How to cut.
+        decode: Bounds of its decode children.
+        resources: Of its processes.
+        clip_work: Begins further work on the clips of a batch, while the files are at hand. It changes nothing of
+            what the stage makes of them.
 
     Raises:
         OSError: the weights of its detector cannot be read.
@@ -113,7 +194,7 @@ def split_stage(config: SplitConfig, decode: DecodeConfig, resources: StageResou
         name="split",
         settings={"version": 6, **split_identity(config), **({"measures": added} if added else {})},
         schema=CLIPS,
-        function=partial(SplitFunction, config=config, decode=decode),
+        function=partial(SplitFunction, config=config, decode=decode, clip_work=clip_work),
         rows_per_part=32,
         resources=resources,
     )
@@ -122,8 +203,9 @@ def split_stage(config: SplitConfig, decode: DecodeConfig, resources: StageResou
 class SplitSources(Step):
     """Cuts the sources into measured clips."""
 
-    def __init__(self, config: CurateConfig) -> None:
-        self.stages = (split_stage(config.split, config.decode, config.resources.of("split")),)
+    def __init__(self, config: CurateConfig, clip_work: Callable[[], ClipWork] | None = None) -> None:
+        resources = config.resources.of("split")
+        self.stages = (split_stage(config.split, config.decode, resources, clip_work=clip_work),)
 
     def apply(self, run: Run) -> None:
         """Split what is new.

@@ -17,8 +17,8 @@ from pipelines.data.snapshot.removals import read_removed
 from pipelines.data.snapshot.schemas import stage_place
 from pipelines.data.stage.columns import parquet_bytes
 from pipelines.data.stage.log import RunRecord, last_run
-from pipelines.data.stage.stage import ERROR, WORK_KEY
-from pipelines.data.stage.table import PART_ROW_GROUP, STAGES, read_columns, table_parts
+from pipelines.data.stage.stage import ERROR, PART_ROW_GROUP, WORK_KEY
+from pipelines.data.stage.table import STAGES, read_columns, table_parts
 from pipelines.data.upkeep.tables import list_tables, snapshots_of
 from pipelines.data.video.decode import CRASHES, CrashLog
 from pipelines.errors import UserError

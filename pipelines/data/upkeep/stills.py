@@ -1,6 +1,6 @@
 """Clips of a published snapshot, decoded anew from their sources wherever these still are what they were.
 
-``decode_clips`` decodes any frames of them, ``decode_frames`` the three that contact sheets show.
+``decode_clips`` decodes any frames of them, ``decode_frames`` the three that contact sheets show; looks serve as well.
 """
 
 import logging
@@ -11,7 +11,6 @@ from dataclasses import fields
 from itertools import groupby
 from operator import itemgetter
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -28,9 +27,14 @@ from pipelines.data.upkeep.tables import snapshot_rows
 from pipelines.data.video.decode import CrashLog, DecodeChild, DecodeJob
 from pipelines.data.video.frames import Wanted
 from pipelines.data.video.local_files import LocalFiles
-from pipelines.data.video.reader import ClipRequest, VideoError
+from pipelines.data.video.looks import decode_jpeg, encode_jpeg
+from pipelines.data.video.reader import ClipRequest, VideoError, fit_picture
 
-MOMENTS = ("start", "middle", "end")  # of a clip's span, that are shown
+MOMENTS = (
+    "start",
+    "middle",
+    "end",
+)  # of a clip's span, that are shown; the last one of the looks may be before its end
 FRAME_HEIGHT = 120  # px
 MAX_FETCHED = 24  # sources that are fetched from an object store; a film may have gigabytes
 _FRAME_WIDTHS = (16, 480)  # px; what is narrower or wider loses its ends
@@ -46,12 +50,34 @@ def decode_frames(snapshot: Snapshot, clips: Sequence[Row]) -> dict[str, Shown]:
 
     Args:
         snapshot: Whose clips.
-        clips: Ledger rows with a span. Should too many sources have to be fetched, the first ones are.
+        clips: Ledger rows with a span. Sources are decoded for those that have no looks. Should too many of them have
+            to be fetched, the first ones are.
     """
-    decoded = decode_clips(snapshot, clips, _moments)
-    return {
-        clip["key"]: result if isinstance(result, VideoError) else list(map(_jpeg, result)) for clip, result in decoded
+    looks = _show_looks(snapshot, clips)
+    decoded = decode_clips(snapshot, [clip for clip in clips if clip["key"] not in looks], _moments)
+    return looks | {
+        clip["key"]: result
+        if isinstance(result, VideoError)
+        else [encode_jpeg(frame, _JPEG_QUALITY) for frame in result]
+        for clip, result in decoded
     }
+
+
+def _show_looks(snapshot: Snapshot, clips: Sequence[Row]) -> dict[str, Shown]:
+    """The clips that have looks in the table that the snapshot was made from, if it was made with looks."""
+    shown: dict[str, Shown] = {}
+    for row in _stage_rows(snapshot, "looks", "key", clips, ["images"]):
+        if images := row["images"]:
+            chosen = dict.fromkeys((0, len(images) // 2, len(images) - 1))
+            shown[row["key"]] = [_tile(images[index]) for index in chosen]
+    return shown
+
+
+def _tile(image: bytes) -> bytes:
+    """A look at the height of a tile."""
+    frame = decode_jpeg(image)
+    height, width = frame.shape[:2]
+    return encode_jpeg(fit_picture(frame, _tile_size(width / height)), _JPEG_QUALITY)
 
 
 def decode_clips(
@@ -115,13 +141,13 @@ def _jobs(
 def _moments(_: Row, request: Row) -> Wanted:
     """The moments of a clip at the height of a tile, in the shape of its picture."""
     _, _, width, height = request["picture"]
-    shape = round(FRAME_HEIGHT * width * request["pixel_aspect"] / height)
-    return Wanted(
-        fps=(len(MOMENTS) - 1) / max(request["end_s"] - request["start_s"], 1e-3),
-        num_frames=len(MOMENTS),
-        width=min(max(shape, _FRAME_WIDTHS[0]), _FRAME_WIDTHS[1]),
-        height=FRAME_HEIGHT,
-    )
+    fps = (len(MOMENTS) - 1) / max(request["end_s"] - request["start_s"], 1e-3)
+    return Wanted(fps, len(MOMENTS), *_tile_size(width * request["pixel_aspect"] / height))
+
+
+def _tile_size(aspect: float) -> tuple[int, int]:
+    """Width and height of a frame that is shown, px."""
+    return min(max(round(FRAME_HEIGHT * aspect), _FRAME_WIDTHS[0]), _FRAME_WIDTHS[1]), FRAME_HEIGHT
 
 
 class _Sources:
@@ -189,8 +215,3 @@ def _check_content(path: str, source_id: str, key: str | None) -> None:
         raise VideoError(failure.code, failure.detail)
     if hashed["source_id"] != source_id:
         raise VideoError("changed_file", "holds another content than when it was curated")
-
-
-def _jpeg(frame: NDArray[np.uint8]) -> bytes:
-    _, data = cv2.imencode(".jpg", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
-    return data.tobytes()

@@ -97,10 +97,11 @@ class DecodeChild:
         self._sent = 0  # jobs that the present child has in its pipe
         self._left = 0  # jobs until it is replaced
 
-    def run(self, jobs: Iterable[DecodeJob | VideoError]) -> Iterator[Any]:
+    def run(self, jobs: Iterable[DecodeJob | VideoError | None]) -> Iterator[Any]:
         """The result of each job in order, or the ``VideoError`` that it ended with.
 
-        Errors among the jobs pass through. While the caller deals with a result, the child works on the next job.
+        Errors among the jobs pass through. While the caller deals with a result, the child works on the next job. A
+        None among them says that there is no next job before another result; where none is due, it is the end.
         """
         if self._sent:  # the last run was left half way, by an error: what the child has yet to answer is not ours
             self.close()

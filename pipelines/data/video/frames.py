@@ -90,6 +90,20 @@ def read_fingerprints(rows: Sequence[Row]) -> dict[str, bytes]:
     return found
 
 
+def clip_job(work_key: str, path: str, wanted: Wanted, clip: Row) -> DecodeJob:
+    """What decodes frames of a clip from a local file.
+
+    Args:
+        work_key: Names the work in the record of crashes.
+        path: The file.
+        wanted: Which frames.
+        clip: Its ``REQUEST_COLUMNS`` and ``fingerprint``.
+    """
+    known: dict[str, Any] = {name: clip[name] for name in (*REQUEST_COLUMNS, "fingerprint")}
+    request = ClipRequest(path=path, **vars(wanted), **known)
+    return DecodeJob(work_key, "clip", {"request": request}, after_crash={"use_decord": False})
+
+
 class ClipReader:
     """Decodes clips, one ahead of what its caller is busy with."""
 
@@ -126,7 +140,4 @@ class ClipReader:
             except VideoError as error:
                 yield error
                 continue
-            what: dict[str, Any] = vars(wanted(row))
-            known = {name: row[name] for name in REQUEST_COLUMNS} | {"fingerprint": fingerprints[row["key"]]}
-            request = ClipRequest(path=path, **what, **known)
-            yield DecodeJob(row["work_key"], "clip", {"request": request}, after_crash={"use_decord": False})
+            yield clip_job(row["work_key"], path, wanted(row), row | {"fingerprint": fingerprints[row["key"]]})

@@ -460,19 +460,31 @@ def _decode_span(
 
 def fit_frame(frame: NDArray[np.uint8], request: ClipRequest) -> NDArray[np.uint8]:
     """Cut the centre of the picture to the wanted shape, then scale it (by area, so that nothing aliases)."""
+    size = (request.width, request.height)
+    return fit_picture(frame, size, picture=request.picture, pixel_aspect=request.pixel_aspect)
+
+
+def fit_picture(
+    frame: NDArray[np.uint8],
+    size: tuple[int, int],
+    *,
+    picture: Sequence[int] | None = None,
+    pixel_aspect: float = 1.0,
+) -> NDArray[np.uint8]:
+    """As ``fit_frame``, to a size (width, height) in px."""
     import cv2
 
     height, width = frame.shape[:2]
-    left, top, box_width, box_height = request.picture or (0, 0, width, height)
-    target = request.width / request.height / request.pixel_aspect  # width / height of the cut, in source pixels
+    left, top, box_width, box_height = picture or (0, 0, width, height)
+    target = size[0] / size[1] / pixel_aspect  # width / height of the cut, in source pixels
     cut_width = min(box_width, max(1, round(box_height * target)))
     cut_height = min(box_height, max(1, round(box_width / target)))
     left += (box_width - cut_width) // 2
     top += (box_height - cut_height) // 2
     cut = np.ascontiguousarray(frame[top : top + cut_height, left : left + cut_width])
-    if cut.shape[:2] == (request.height, request.width):
+    if cut.shape[:2] == size[::-1]:
         return cut
-    shrinks = cut_width >= request.width and cut_height >= request.height
+    shrinks = cut_width >= size[0] and cut_height >= size[1]
     method = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-    scaled: Any = cv2.resize(cut, (request.width, request.height), interpolation=method)
+    scaled: Any = cv2.resize(cut, size, interpolation=method)
     return np.asarray(scaled, dtype=np.uint8)

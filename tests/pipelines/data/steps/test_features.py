@@ -4,23 +4,20 @@ import importlib
 import shutil
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from pipelines.data.curate import curate
-from pipelines.data.keys import picture_keys
 from pipelines.data.models.heads import Head
 from pipelines.data.models.text_detector import TextDetector
-from pipelines.data.settings import CaptionConfig, CocaConfig, DecodeConfig, FeatureConfig, OpenClipConfig, SplitConfig
+from pipelines.data.settings import CaptionConfig, CocaConfig, DecodeConfig, FeatureConfig, OpenClipConfig
 from pipelines.data.snapshot.read import open_snapshot
 from pipelines.data.steps.features import FeatureFunction, FeatureScores, TextFunction, similarity
-from pipelines.data.steps.split import CLIPS, SplitFunction
-from pipelines.data.video.frames import CLIP_INPUTS, ClipReader, clip_inputs, evenly
+from pipelines.data.video.frames import ClipReader, evenly
 from pipelines.errors import UserError
 from tests.pipelines.data.corpora import GOOD, curate_config
+from tests.pipelines.data.look_rows import clips_with_looks
 from tests.pipelines.data.small_models import COCA, EMBED, write_head, write_open_clip, write_text_detector
 from tests.pipelines.data.videos import moving_square, numbered, read_numbers, write_video
 
@@ -48,24 +45,11 @@ def feature_config(models, **options):
     )
 
 
-def clips_of(path, folder):
-    """Inputs of a stage over clips, for the clips of one file."""
-    rows = SplitFunction(str(folder), config=SplitConfig(detector="none"), decode=DecodeConfig())(
-        [{"work_key": path.stem, "uri": str(path)}]
-    )
-    clips = pa.Table.from_pylist(rows, schema=CLIPS)
-    part = folder / f"{path.stem}.parquet"
-    pq.write_table(clips, part)
-    for name, uri in (("uri", path), ("split_part", part)):
-        clips = clips.append_column(name, pa.array([str(uri)] * len(rows)).cast(CLIP_INPUTS.field(name).type))
-    return clip_inputs(clips, picture_keys(clips)).to_pylist()
-
-
 def test_features_are_those_of_open_clip_itself(models, tmp_path):
     frames = moving_square(24, size=(96, 64))
     config = feature_config(models)
-    function = FeatureFunction(str(tmp_path), config=config, decode=DecodeConfig(), threads=1)
-    [row] = function(clips_of(write_video(tmp_path / "a.mp4", frames), tmp_path))
+    function = FeatureFunction(str(tmp_path), config=config, threads=1)
+    [row] = function(clips_with_looks(write_video(tmp_path / "a.mp4", frames), tmp_path))
     found = np.frombuffer(row["clip"], np.float16).reshape(config.num_frames, EMBED).astype(np.float32)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-3)
     open_clip = importlib.import_module("open_clip")
@@ -82,14 +66,12 @@ def test_features_are_those_of_open_clip_itself(models, tmp_path):
 
 def test_features_do_not_depend_on_what_else_is_in_the_batch(models, tmp_path):
     config = feature_config(models)
-    function = FeatureFunction(str(tmp_path), config=config, decode=DecodeConfig(), threads=1)
+    function = FeatureFunction(str(tmp_path), config=config, threads=1)
     clips = [
         clip
         for seed in range(3)
-        for clip in clips_of(write_video(tmp_path / f"{seed}.mp4", moving_square(seed=seed)), tmp_path)
+        for clip in clips_with_looks(write_video(tmp_path / f"{seed}.mp4", moving_square(seed=seed)), tmp_path)
     ]
-    for number, clip in enumerate(clips):
-        clip["work_key"] = str(number)
     together = function(clips)
     assert [function([clip])[0] for clip in clips] == together
 
@@ -292,7 +274,7 @@ def test_layers_are_rectified_where_their_numbers_leave_room(tmp_path):
 
 
 def test_frames_are_evenly_spaced_and_the_second_of_two_is_the_middle(tmp_path):
-    [clip] = clips_of(write_video(tmp_path / "a.mp4", numbered(24)), tmp_path)
+    [clip] = clips_with_looks(write_video(tmp_path / "a.mp4", numbered(24)), tmp_path)
     reader = ClipReader(str(tmp_path), DecodeConfig())
     for count, expected in ((2, [0, 12]), (4, [0, 6, 12, 18])):
         [(_, frames)] = reader.read([clip], lambda row, count=count: evenly(row, count, 48))

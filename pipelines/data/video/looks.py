@@ -1,0 +1,117 @@
+"""Looks: a few frames of each clip as small JPEG files, made once for all that look at clips. How they are read."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipelines import storage
+from pipelines.data.keys import picture_keys
+from pipelines.data.settings import LooksConfig
+from pipelines.data.stage.stage import WORK_KEY, Row
+from pipelines.data.video.frames import CLIP_INPUTS, clip_inputs
+from pipelines.errors import JobError
+
+LOOKS = pa.schema(
+    [
+        pa.field("work_key", pa.string(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("images", pa.list_(pa.binary())),  # JPEG files in the order of time; frame i is at i / n of the clip
+        pa.field("error", pa.string()),
+    ]
+)
+# What a stage that looks at clips is given of each: images are large, so its worker reads them where they are.
+LOOK_INPUTS = pa.schema([*CLIP_INPUTS, ("looks_part", pa.dictionary(pa.int32(), pa.string()))])
+
+
+@dataclass(frozen=True)
+class Looks:
+    """The looks of a clip.
+
+    Attributes:
+        images: JPEG files, evenly spaced; none where there is an error.
+        error: Why there are none, as the ledger tells it.
+    """
+
+    images: Sequence[bytes]
+    error: str | None
+
+    def evenly(self, count: int) -> list[bytes]:
+        """So many of them, evenly spaced from the first on."""
+        return [self.images[index * len(self.images) // count] for index in range(count)]
+
+    @property
+    def middle(self) -> bytes:
+        """The one of the clip's middle."""
+        return self.images[len(self.images) // 2]
+
+
+def looks_settings(config: LooksConfig) -> dict[str, Any]:
+    """What looks depend on besides their clip; part of the settings of every stage that reads them."""
+    settings = asdict(config)
+    del settings["always"]  # says whether, not how
+    return {"version": 1, **settings}
+
+
+def look_inputs(clips: pa.Table) -> pa.Table:
+    """The inputs of a stage that looks at clips, as ``LOOK_INPUTS``.
+
+    Args:
+        clips: Rows of the split stage, with ``uri``, ``split_part`` and ``looks_part``.
+    """
+    inputs = clip_inputs(clips, picture_keys(clips))
+    return inputs.append_column(LOOK_INPUTS.field("looks_part"), clips["looks_part"])
+
+
+def read_looks(rows: Sequence[Row]) -> Iterator[tuple[Row, Looks]]:
+    """Each row (of ``LOOK_INPUTS``) with its looks, file by file of their table; memory holds a few.
+
+    Raises:
+        JobError: a file lacks a row that it had when the stage began.
+    """
+    for part in dict.fromkeys(row["looks_part"] for row in rows):
+        waiting = {row["work_key"]: row for row in rows if row["looks_part"] == part}
+        for found in read_rows(part, WORK_KEY, list(waiting)):
+            yield waiting.pop(found["work_key"]), Looks(found["images"] or (), found["error"])
+        if waiting:
+            raise JobError(
+                f"{part} lacks the looks of {len(waiting)} clips, such as {next(iter(waiting))}: files of the table "
+                "were changed meanwhile; give the same command again"
+            )
+
+
+def read_rows(part: str, column: str, names: Sequence[str]) -> Iterator[Row]:
+    """The rows of a file of looks whose column has one of some values; little more than they is fetched."""
+    with storage.open_ranges(part) as file:
+        parquet = pq.ParquetFile(file)
+        wanted = pc.is_in(parquet.read(columns=[column])[column], pa.array(names, pa.string())).to_numpy()
+        first = 0
+        for group in range(parquet.num_row_groups):
+            own = wanted[first : first + parquet.metadata.row_group(group).num_rows]
+            first += len(own)
+            if own.any():
+                yield from parquet.read_row_group(group).filter(pa.array(own)).to_pylist()
+
+
+def encode_jpeg(frame: NDArray[np.uint8], quality: int) -> bytes:
+    """An RGB frame as a JPEG file; quality 0..100."""
+    _, data = cv2.imencode(".jpg", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return data.tobytes()
+
+
+def decode_jpeg(data: bytes) -> NDArray[np.uint8]:
+    """The RGB frame [height, width, 3] of a JPEG file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    if picture is None:
+        raise ValueError(f"{len(data)} bytes are no JPEG file")
+    return np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)
