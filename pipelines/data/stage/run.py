@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -206,6 +207,24 @@ def _record_settings(stage: Stage, table: StageTable) -> None:
         storage.write_json_atomic(uri, {"stage": stage.name, "settings": stage.settings})
 
 
+def _part_bounds(stage: Stage, pending: pa.Table, size: int) -> list[int]:
+    """Where parts of about ``size`` rows begin, and where the last one ends."""
+    count = pending.num_rows
+    if stage.file_column is None:
+        return [*range(0, count, size), count]
+    files = pending[stage.file_column].combine_chunks()
+    remote = pc.and_not(pc.match_substring(files, "://"), pc.starts_with(files, "file://"))
+    same_file = pc.and_(pc.equal(files[1:], files[:-1]), remote[1:]).to_numpy(zero_copy_only=False)
+    begins = np.flatnonzero(np.concatenate([[True], ~same_file, [True]]))  # where a part may, and the end
+    bounds = [0]
+    while bounds[-1] < count:
+        most = min(bounds[-1] + stage.rows_per_part, count)
+        later = begins[np.searchsorted(begins, min(bounds[-1] + size, count))]
+        earlier = begins[np.searchsorted(begins, most, side="right") - 1]
+        bounds.append(int(later if later <= most else earlier if earlier > bounds[-1] else most))
+    return bounds
+
+
 def _execute(stage: Stage, table: StageTable, pending: pa.Table) -> Iterator[BatchReport]:
     """Run one wave; yields what is told of each part as it is committed."""
     resources = stage.resources
@@ -213,14 +232,14 @@ def _execute(stage: Stage, table: StageTable, pending: pa.Table) -> Iterator[Bat
     # Enough parts that workers end at about the same time, few enough that commits cost little.
     even = math.ceil(pending.num_rows / (4 * processes))
     size = min(stage.rows_per_part, max(stage.min_rows_per_part, even))
-    starts = range(0, pending.num_rows, size)
     # `take` copies: a slice would drag the whole table along when it is pickled.
-    blocks = [pending.take(pa.array(np.arange(s, min(s + size, pending.num_rows)))) for s in starts]
+    blocks = [pending.take(pa.array(np.arange(*bounds))) for bounds in pairwise(_part_bounds(stage, pending, size))]
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it tells the plan of every execution, and errors twice
     data: ray.data.Dataset = ray.data.from_arrow(blocks)
     options: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": resources.num_cpus}
     if resources.num_gpus:
-        options |= {"num_gpus": resources.num_gpus, "batch_size": size}  # Ray wants one named, then
+        # Ray wants one named, then; of smaller blocks it puts several together.
+        options |= {"num_gpus": resources.num_gpus, "batch_size": max(block.num_rows for block in blocks)}
     if resources.memory_mb:
         options["memory"] = resources.memory_mb * 1_000_000
     if stage.stateful:

@@ -51,6 +51,8 @@ class Stage:
             of rows. Called once in each worker process, so models load there.
         rows_per_part: Rows in one batch, at most; what is lost when a worker dies.
         min_rows_per_part: Rows below which a batch is not worth another worker.
+        file_column: Column of inputs that names a file. Rows of one remote file that follow one another share a part
+            where it holds them, so that it is fetched once.
         row_group_rows: Rows of a part that can be read alone: few where they are large.
         resources: What each worker holds, and how many there may be.
         stateful: Whether workers are worth keeping (they hold a model or a child process).
@@ -62,6 +64,7 @@ class Stage:
     function: Callable[[str], RowFunction]
     rows_per_part: int
     min_rows_per_part: int = 1
+    file_column: str | None = None
     row_group_rows: int = PART_ROW_GROUP
     resources: StageResources = field(default_factory=StageResources)
     stateful: bool = True

@@ -102,6 +102,7 @@ def looks_stage(config: LooksConfig, decode: DecodeConfig, resources: StageResou
         schema=LOOKS,
         function=partial(LooksFunction, config=config, decode=decode),
         rows_per_part=64,
+        file_column="uri",
         row_group_rows=8,
         resources=resources,
     )

@@ -147,6 +147,7 @@ def tokens_stage(config: CurateConfig, tokenizer: TokenizerInfo) -> Stage:
         schema=TOKENIZED,
         function=partial(TokenFunction, config=tokens, decode=config.decode, threads=max(1, int(resources.num_cpus))),
         rows_per_part=64,
+        file_column="uri",
         resources=resources,
     )
 

@@ -31,25 +31,22 @@ TOY_CAPTIONER = """
 from functools import partial
 from pipelines.data.captions.captioner import CAPTIONED, Captioner, clean_captions
 from pipelines.data.stage.stage import Stage
-from pipelines.data.video.frames import ClipReader, evenly
-from pipelines.data.video.reader import VideoError
+from pipelines.data.video.looks import decode_jpeg, looks_settings, read_looks
 
 class Toy:
-    def __init__(self, uri, *, decode):
-        self.reader = ClipReader(uri, decode)
+    def __init__(self, uri):
+        pass
 
     def __call__(self, rows):
         done = []
-        for row, frames in self.reader.read(rows, lambda row: evenly(row, 2, 64)):
-            assert not isinstance(frames, VideoError)
-            text = f"a clip whose mean is {frames.mean():.0f}"
+        for row, looks in read_looks(rows):
+            text = f"a clip whose mean is {decode_jpeg(looks.middle).mean():.0f}"
             done.append({"work_key": row["work_key"], "key": row["key"], "captions": clean_captions([text], "toy")})
         return done
 
 def stage(config):
-    return Stage(name="captions-toy", settings={"version": 1}, schema=CAPTIONED,
-                 function=partial(Toy, decode=config.decode), rows_per_part=8,
-                 resources=config.resources.of("captions"))
+    return Stage(name="captions-toy", settings={"version": 1, "looks": looks_settings(config.looks)},
+                 schema=CAPTIONED, function=Toy, rows_per_part=8, resources=config.resources.of("captions"))
 
 CAPTIONERS = (Captioner(name="toy", stage_name="captions-toy", stage=stage),)
 """

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 
+import cv2
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -22,11 +23,15 @@ from pipelines.data.snapshot.read import open_snapshot
 from pipelines.data.stage.columns import parquet_bytes
 from pipelines.data.stage.table import read_columns, table_parts
 from pipelines.data.steps.sources import hash_file
+from pipelines.data.upkeep.report import write_report
 from pipelines.errors import JobError, UserError
 from pipelines.storage import lock
 from pipelines.storage.lock import check_lock, dataset_lock
 from pipelines.training import checkpoints
 from tests.pipelines.data.corpora import curate_config, published, write_corpus
+from tests.pipelines.data.small_models import COCA, write_open_clip, write_text_detector
+from tests.pipelines.data.videos import still, write_video
+from tests.pipelines.data.vision_server import MODEL, VisionServer, card
 from tests.pipelines.storage.faults import KINDS
 from tests.pipelines.storage.test_s3_lock import OTHER_OWNER
 from tests.pipelines.training.test_checkpoints import STEP, write_checkpoint
@@ -117,6 +122,53 @@ def test_a_store_that_does_not_fail_is_asked_once_for_each_thing(ray, proxy, dir
     others = [line for line in proxy.paths if line not in {*gets, *parts}]
     report(f"{len(gets)} for videos, {len(parts)} for parts of tables, {len(others)} others", proxy, begin)
     assert len(others) < 60
+
+
+def card_videos(folder, files=4, shots=3):
+    """Videos of several shots, each of which shows a number for as long as a clip lasts; and one that is rejected."""
+    folder.mkdir()
+    for file in range(files):
+        cards = [np.frombuffer(card(1000 + 37 * (shots * file + shot)), np.uint8) for shot in range(shots)]
+        pictures = np.stack([cv2.imdecode(data, cv2.IMREAD_COLOR) for data in cards])
+        write_video(folder / f"{file}.mp4", np.repeat(pictures, 18, axis=0))
+    write_video(folder / "black.mp4", still(18, level=0))
+    return folder
+
+
+def codes_by_clip(result):
+    snapshot = open_snapshot(result.snapshot_uri)
+    shards = [shard for bucket in snapshot.manifest.buckets for shard in bucket.shards]
+    return {row["clip_id"]: row["codes"] for shard in shards for row in snapshot.read_shard(shard).to_pylist()}
+
+
+@pytest.mark.timeout(600)
+def test_a_remote_source_is_fetched_three_times_at_most_whoever_looks_at_it(
+    ray, proxy, direct, bucket, tokenizer_file, tmp_path
+):
+    videos = card_videos(tmp_path / "videos")
+    models = {
+        "features.clip.weights": write_open_clip(tmp_path / "clip"),
+        "features.text_detector": write_text_detector(tmp_path / "text.onnx"),
+        "captions.coca.weights": write_open_clip(tmp_path / "coca", COCA),
+    }
+    plain = ["split={detector: stride, max_seconds: 1.5}", "thresholds.min_motion_time=null", "captions.require=false"]
+    options = [*plain, *(f"{key}={path}" for key, path in models.items())]
+    options += ["captions.captioners=[coca,endpoint]", "captions.coca.max_tokens=4", f"captions.endpoint.model={MODEL}"]
+    uri = upload(direct, videos, f"{bucket}/videos")
+    with VisionServer() as vision:
+        options.append(f"captions.endpoint.url={vision.url}")
+        remote = curate(curate_config(uri, f"{bucket}/dataset", tokenizer_file, *options))
+    write_report(tmp_path / "report.html", open_snapshot(remote.snapshot_uri))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert remote.counts == {"kept": 12, "rejected": 1, "failed": 0, "duplicate": 0}
+    assert page.count("data:image/jpeg") == 3 * 13
+    fetched = Counter(line.split()[1] for line in proxy.paths if line.startswith("GET") and ".mp4" in line)
+    assert {path.rpartition("/")[2]: count for path, count in fetched.items()} == {
+        **{f"{file}.mp4": 3 for file in range(4)},  # to be hashed, split and tokenized
+        "black.mp4": 3,  # hashed, split and shown in the report
+    }
+    local = curate(curate_config(videos, tmp_path / "d", tokenizer_file, *plain))
+    assert codes_by_clip(remote) == codes_by_clip(local)
 
 
 # --------------------------------------------------------------------------------------------------- single operations

@@ -3,13 +3,14 @@ import signal
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.stage.run import StageWorker, run_stage
+from pipelines.data.stage.run import StageWorker, _part_bounds, run_stage
 from pipelines.data.stage.stage import Stage, StageResources
 from pipelines.data.stage.table import StageTable, anti_join
 from pipelines.errors import JobError, UserError
@@ -175,3 +176,25 @@ def test_the_runner_itself_costs_little(tmp_path):
 def test_a_stage_that_can_never_run_here_is_told_at_once(tmp_path, resources, told):
     with pytest.raises(UserError, match=f"stage double: a process wants {told}"):
         run(replace(stage(), resources=resources), inputs(range(3)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("clips", "size", "bounds"),
+    [
+        ([1, 1, 1, 1, 1], 2, [0, 2, 4, 5]),
+        ([3, 3, 3], 2, [0, 3, 6, 9]),  # a file ends its part
+        ([2, 5, 1, 7, 1], 3, [0, 7, 15, 16]),
+        ([6, 6], 7, [0, 6, 12]),  # no part has more than 10 rows
+        ([25, 2], 3, [0, 10, 20, 25, 27]),  # nor has one of a long file
+    ],
+)
+def test_rows_of_a_remote_file_share_a_part(clips, size, bounds):
+    uris = [f"s3://bucket/{number}" for number, count in enumerate(clips) for _ in range(count)]
+    remote = pa.table({"uri": uris})
+    together = replace(stage(rows_per_part=10), file_column="uri")
+    assert _part_bounds(together, remote, size) == bounds
+    even = [*range(0, sum(clips), size), sum(clips)]
+    assert _part_bounds(stage(rows_per_part=10), remote, size) == even
+    local = pa.table({"uri": [uri.removeprefix("s3:/") for uri in uris]})
+    assert _part_bounds(together, local, size) == even
+    assert all(last > first for first, last in pairwise(bounds))
