@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from pipelines.data.keys import picture_keys
 from pipelines.data.settings import DecodeConfig, LooksConfig, SplitConfig
 from pipelines.data.stage.stage import StageResources
 from pipelines.data.stage.table import commit_part, table_parts
 from pipelines.data.steps.looks import looks_stage
 from pipelines.data.steps.split import split_stage
-from pipelines.data.video.frames import CLIP_INPUTS, clip_inputs, picture_keys
+from pipelines.data.video.frames import CLIP_INPUTS, clip_inputs
 
 
 def clip_rows_of(path: Path, folder: Path, config: SplitConfig) -> pa.Table:

@@ -10,7 +10,8 @@ import pytest
 
 from pipelines import storage
 from pipelines.data.curate import curate
-from pipelines.data.settings import DecodeConfig, LooksConfig, SplitConfig, Thresholds
+from pipelines.data.scores import Thresholds
+from pipelines.data.settings import DecodeConfig, LooksConfig, SplitConfig
 from pipelines.data.snapshot.read import open_snapshot
 from pipelines.data.stage.run import StageWorker
 from pipelines.data.stage.stage import StageResources
