@@ -3,6 +3,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines.data.settings import SplitConfig
+from pipelines.data.steps import duplicates
 from pipelines.data.steps.duplicates import (
     _signatures,
     find_near_duplicates,
@@ -77,6 +78,15 @@ def test_a_crowd_of_one_picture_is_one_group():
     clips = [film(8, seed=0)] * 500 + [film(8, seed=1)]
     found = find_near_duplicates(pa.array([f"{number:05d}" for number in range(501)]), told(*clips), 0.99)
     assert {number: duplicate.of for number, duplicate in found.items()} == dict.fromkeys(range(1, 500), 0)
+
+
+def test_groups_are_the_same_however_many_pairs_are_compared_at_a_time(monkeypatch):
+    clips = [film(8, seed=index % 7) for index in range(60)]
+    keys = pa.array([f"{number:02d}" for number in range(60)])
+    whole = find_near_duplicates(keys, told(*clips), 0.99)
+    assert {number: duplicate.of for number, duplicate in whole.items()} == {n: n % 7 for n in range(7, 60)}
+    monkeypatch.setattr(duplicates, "_PAIRS", 5)
+    assert find_near_duplicates(keys, told(*clips), 0.99) == whole
 
 
 def test_the_result_does_not_depend_on_order():

@@ -58,6 +58,18 @@ def test_damaged_and_missing_shards_are_made_again_byte_for_byte(dataset, victim
     assert not verify_snapshot(open_snapshot(str(dataset))).problems
 
 
+def test_a_failed_row_of_a_clip_does_not_keep_its_shard_from_being_made_again(dataset):
+    before = published(open_snapshot(str(dataset)))
+    part = sorted(dataset.glob("stages/tokens/*/part-*.parquet"))[0]
+    rows = pq.read_table(part)
+    failed = {"work_key": "other work", "key": rows["key"][0].as_py(), "error": "decode_error (transient): cut off"}
+    pq.write_table(pa.concat_tables([pa.Table.from_pylist([failed], rows.schema), rows]), part)
+    for path in shards(dataset):
+        path.unlink()
+    assert not repair_dataset(str(dataset)).beyond
+    assert published(open_snapshot(str(dataset))) == before
+
+
 def test_a_run_restores_what_its_snapshot_lost(dataset, corpus, tokenizer_file):
     snapshot = open_snapshot(str(dataset))
     before = published(snapshot)
