@@ -1,8 +1,9 @@
-"""What others add without changing this project: scores and captioners, from modules named in ``LUMOS_PLUGINS``.
+"""What others add without changing this project: scores and captioners, from modules that the environment names.
 
-The variable holds names of importable modules, separated by commas. A module offers tuples called ``SCORES``
-(``scores.Score``) or ``CAPTIONERS`` (``captions.registry.Captioner``). Workers and decode children read the same
-variable, so on a cluster it belongs in the job's runtime environment, and the modules in its working directory.
+``LUMOS_SCORES`` and ``LUMOS_CAPTIONERS`` hold names of importable modules, separated by commas; each module offers a
+tuple ``SCORES`` (of ``scores.Score``) or ``CAPTIONERS`` (of ``captions.captioner.Captioner``). Workers and decode
+children read the same variables, so on a cluster they belong in the job's runtime environment, and the modules in its
+working directory.
 """
 
 import importlib
@@ -11,19 +12,17 @@ from typing import Any
 
 from pipelines.errors import UserError
 
-VARIABLE = "LUMOS_PLUGINS"
-
 
 def offered(name: str) -> tuple[Any, ...]:
-    """All that the plugins offer under a name, in their order.
+    """All that plugins offer under a name, SCORES or CAPTIONERS, in their order.
 
     Raises:
-        UserError: if one cannot be imported.
+        UserError: if a module cannot be imported, or offers nothing of that name.
     """
-    found: list[Any] = []
-    for module in filter(None, map(str.strip, os.environ.get(VARIABLE, "").split(","))):
+    variable, found = f"LUMOS_{name}", list[Any]()
+    for module in filter(None, map(str.strip, os.environ.get(variable, "").split(","))):
         try:
-            found += getattr(importlib.import_module(module), name, ())
-        except ImportError as error:
-            raise UserError(f"{VARIABLE} names {module}, which cannot be imported ({error})") from error
+            found += getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"{variable} names {module}, from which {name} cannot be imported: {error}") from error
     return tuple(found)

@@ -17,6 +17,20 @@ PROMPT = (
 )
 
 
+# All stages in the order of the work, and the section of ``resources`` that each takes.
+STAGES = {
+    "sources": "sources",
+    "split": "split",
+    "looks": "looks",
+    "features": "features",
+    "captions": "captions",
+    "captions-coca": "captions",
+    "captions-endpoint": "captions",
+    "texts": "features",
+    "tokens": "tokens",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """Where the videos are. Extensions of images (.jpg, .png, ...) may be named too: an image is a one-frame video."""
@@ -125,10 +139,16 @@ class ResourceConfig:
 
     def of(self, stage: str) -> StageResources:
         """What a stage gets."""
-        own: StageResources = getattr(self, stage)
+        own: StageResources = getattr(self, STAGES.get(stage, "captions"))
         if own.max_workers is None and self.workers is not None:
             return replace(own, max_workers=max(self.workers, own.min_workers))
         return own
+
+
+def stage_place(name: str) -> int:
+    """Where a stage comes in the order of the work; a captioner's of a plugin with the other captioners."""
+    places = {stage: place for place, stage in enumerate(STAGES)}
+    return places.get(name, places["captions-endpoint"])
 
 
 @dataclass(frozen=True, kw_only=True)

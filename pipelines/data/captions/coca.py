@@ -79,7 +79,7 @@ def coca_stage(curate: CurateConfig) -> Stage:
     Raises:
         UserError: the weights are not there.
     """
-    config, resources = curate.captions.coca, curate.resources.of("captions")
+    config, resources = curate.captions.coca, curate.resources.of(STAGE)
     threads = max(1, int(resources.num_cpus))
     digest = open_clip_hash(config.open_clip, _KEY)
     name = "coca" if os.path.isdir(config.weights or "") else config.model

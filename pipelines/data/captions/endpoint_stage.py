@@ -84,7 +84,7 @@ def _no_larger(image: bytes, side: int) -> bytes:
 
 def endpoint_stage(curate: CurateConfig) -> Stage:
     """The stage, in one process: its requests overlap, and its limits hold for all of them."""
-    config, resources = curate.captions.endpoint, curate.resources.of("captions")
+    config, resources = curate.captions.endpoint, curate.resources.of(STAGE)
     values = asdict(config)
     decisive = {name: values[name] for name in _DECISIVE}
     settings: dict[str, Any] = {

@@ -9,19 +9,6 @@ SCHEMA_VERSION = 1  # of published snapshots
 # The stages whose configuration a ledger row names.
 STAGES = ("split", "features", "captions", "tokens")
 
-# All tables' stages, in the order of the work.
-WORK_ORDER = (
-    "sources",
-    "split",
-    "looks",
-    "features",
-    "captions",
-    "captions-coca",
-    "captions-endpoint",
-    "texts",
-    "tokens",
-)
-
 STATUSES = ("kept", "rejected", "failed", "duplicate")
 
 CAPTIONS = pa.list_(pa.struct([pa.field("text", pa.string()), pa.field("captioner", pa.string())]))
@@ -55,8 +42,3 @@ LEDGER = pa.schema(
         pa.field("stage_hashes", pa.struct([pa.field(name, pa.string()) for name in STAGES])),
     ]
 )
-
-
-def stage_place(name: str) -> int:
-    """Where a stage comes in the order of the work."""
-    return WORK_ORDER.index(name) if name in WORK_ORDER else len(WORK_ORDER)

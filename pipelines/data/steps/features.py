@@ -271,7 +271,7 @@ class Similarity(Step):
     """How well clips and their captions go together."""
 
     def __init__(self, config: CurateConfig) -> None:
-        self.stages = (texts_stage(config.features.clip, config.resources.of("features")),)
+        self.stages = (texts_stage(config.features.clip, config.resources.of("texts")),)
 
     def apply(self, run: Run) -> None:
         """Read the captions, compare, and decide."""

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from pipelines.data.reasons import reason_classes
 from pipelines.data.scores import SCORES, Thresholds
+from pipelines.data.settings import stage_place
 from pipelines.data.snapshot.read import Snapshot
-from pipelines.data.snapshot.schemas import STATUSES, stage_place
+from pipelines.data.snapshot.schemas import STATUSES
 from pipelines.data.stage.log import stage_timings
 from pipelines.data.stage.stage import Row
 from pipelines.data.steps.decide import bounds, fills, keeps

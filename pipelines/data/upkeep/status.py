@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 from pipelines import storage
 from pipelines.data.keys import sources_of
 from pipelines.data.reasons import CLASSES, Failure, parse_failure
+from pipelines.data.settings import stage_place
 from pipelines.data.snapshot.ledger import count_reasons
 from pipelines.data.snapshot.read import MANIFEST, SNAPSHOTS, open_snapshot
 from pipelines.data.snapshot.removals import read_removed
-from pipelines.data.snapshot.schemas import stage_place
 from pipelines.data.stage.columns import parquet_bytes
 from pipelines.data.stage.log import RunRecord, last_run
 from pipelines.data.stage.stage import ERROR, PART_ROW_GROUP, WORK_KEY

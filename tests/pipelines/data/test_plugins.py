@@ -65,8 +65,8 @@ def videos(tmp_path_factory):
     return folder
 
 
-def lumos(plugin: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"LUMOS_PLUGINS": plugin.stem, "PYTHONPATH": f"{plugin.parent}:{ROOT}"}
+def lumos(variable: str, plugin: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {variable: plugin.stem, "PYTHONPATH": f"{plugin.parent}:{ROOT}"}
     environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, "-m", "jobs.cli", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
@@ -94,7 +94,7 @@ def test_a_new_score_is_one_line_of_the_table_and_its_function(tmp_path, videos,
     config = write_config(
         tmp_path, videos, tokenizer_file, thresholds={"max_blueness": 0.55}, captions={"require": False}
     )
-    done = lumos(plugin, "curate", str(config))
+    done = lumos("LUMOS_SCORES", plugin, "curate", str(config))
     assert done.returncode == 0, done.stderr
     rows = ledger_of(tmp_path / "d")
     assert rows["gray.mp4"]["status"] == "kept"
@@ -102,7 +102,7 @@ def test_a_new_score_is_one_line_of_the_table_and_its_function(tmp_path, videos,
     assert rows["blue.mp4"]["status"] == "rejected"
     assert rows["blue.mp4"]["reason"].startswith("blueness 0.")
     page = tmp_path / "page.html"
-    done = lumos(plugin, "data", "report", str(tmp_path / "d"), "--out", str(page))
+    done = lumos("LUMOS_SCORES", plugin, "data", "report", str(tmp_path / "d"), "--out", str(page))
     assert done.returncode == 0, done.stderr
     assert "thresholds.max_blueness=0.55" in page.read_text()
     assert "<b>blueness</b>" in page.read_text()
@@ -112,7 +112,7 @@ def test_a_new_captioner_is_one_file_and_its_line_in_the_registry(tmp_path, vide
     plugin = tmp_path / "toy_captioner.py"
     plugin.write_text(TOY_CAPTIONER)
     config = write_config(tmp_path, videos, tokenizer_file, captions={"captioners": ["toy"], "require": True})
-    done = lumos(plugin, "curate", str(config))
+    done = lumos("LUMOS_CAPTIONERS", plugin, "curate", str(config))
     assert done.returncode == 0, done.stderr
     assert {row["status"] for row in ledger_of(tmp_path / "d").values()} == {"kept"}
     [manifest] = (tmp_path / "d").glob("snapshots/*/manifest.json")
@@ -128,7 +128,7 @@ def test_a_new_captioner_is_one_file_and_its_line_in_the_registry(tmp_path, vide
     assert len(captions) == 2
     assert all(caption.startswith("a clip whose mean is ") for caption in captions)
     page = tmp_path / "page.html"
-    done = lumos(plugin, "data", "report", str(tmp_path / "d"), "--out", str(page))
+    done = lumos("LUMOS_CAPTIONERS", plugin, "data", "report", str(tmp_path / "d"), "--out", str(page))
     assert done.returncode == 0, done.stderr
     assert "a clip whose mean is " in page.read_text()
     assert "captions-toy" in page.read_text()
@@ -136,11 +136,15 @@ def test_a_new_captioner_is_one_file_and_its_line_in_the_registry(tmp_path, vide
 
 def test_what_is_not_there_is_told(tmp_path, videos, tokenizer_file):
     config = write_config(tmp_path, videos, tokenizer_file, captions={"captioners": ["toy"]})
-    done = lumos(tmp_path / "no_such_module.py", "curate", str(config))
-    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
-    assert "LUMOS_PLUGINS names no_such_module, which cannot be imported" in done.stderr
-    plugin = tmp_path / "nothing.py"
-    plugin.write_text("")
-    done = lumos(plugin, "curate", str(config))
-    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
-    assert "there is no captioner 'toy'; name one of given, coca, endpoint" in done.stderr
+    nothing = tmp_path / "nothing.py"
+    nothing.write_text("")
+    good = tmp_path / "toy_score.py"
+    good.write_text(TOY_SCORE)
+    for variable, plugin, message in (
+        ("LUMOS_SCORES", tmp_path / "absent.py", "LUMOS_SCORES names absent, from which SCORES cannot be imported"),
+        ("LUMOS_CAPTIONERS", nothing, "LUMOS_CAPTIONERS names nothing, from which CAPTIONERS cannot be imported"),
+        ("LUMOS_SCORES", good, "there is no captioner 'toy'; name one of given, coca, endpoint"),
+    ):
+        done = lumos(variable, plugin, "curate", str(config))
+        assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+        assert message in done.stderr

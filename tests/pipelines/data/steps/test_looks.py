@@ -206,12 +206,18 @@ def test_the_report_takes_looks_and_decodes_sources_for_the_others(made, corpus,
     snapshot = open_snapshot(str(made[0] / "on"))
     rows = [row for row in snapshot.read_ledger().to_pylist() if row["end_s"] is not None]
     decoded = []
-    show = stills._show_sources
-    monkeypatch.setattr(stills, "_show_sources", lambda of, clips: decoded.extend(clips) or show(of, clips))
+    decode = stills.decode_clips
+
+    def counting(of, clips, wanted):
+        decoded.extend(clips)
+        return decode(of, clips, wanted)
+
+    monkeypatch.setattr(stills, "decode_clips", counting)
     shown = stills.decode_frames(snapshot, rows)
     assert {row["status"] for row in decoded} == {"rejected"}
     assert len(decoded) == len(rows) - (GOOD + 1)
-    anew = stills._show_sources(snapshot, rows)
+    monkeypatch.setattr(stills, "_show_looks", lambda of, clips: {})
+    anew = stills.decode_frames(snapshot, rows)
     assert shown.keys() == anew.keys()
     for row in rows:
         ours, theirs = ([decode_jpeg(image) for image in frames[row["key"]]] for frames in (shown, anew))
