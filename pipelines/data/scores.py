@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.data.plugins import offered
+from pipelines.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,10 +155,14 @@ _BUILT_IN = (
     ),
     Score(name="psnr", unit="dB", about="of the decoded codes, of a sample of clips", stage="tokens"),
 )
-_PASS_FIRST = sorted((*_BUILT_IN, *offered("SCORES")), key=lambda score: score.stage != "split")
+_ADDED: tuple[Score, ...] = offered("SCORES")
+for _score in _ADDED:
+    if _score.measure is None or _score.stage != "split":
+        raise UserError(f"LUMOS_SCORES: the score {_score.name!r} says no measure, which one from a plugin must")
+_PASS_FIRST = sorted((*_BUILT_IN, *_ADDED), key=lambda score: score.stage != "split")
 SCORES: Mapping[str, Score] = {score.name: score for score in _PASS_FIRST}
 if len(SCORES) != len(_PASS_FIRST):
-    raise ValueError(f"a plugin names a score that there is already; known: {', '.join(SCORES)}")
+    raise UserError(f"LUMOS_SCORES adds a score of a name that there is already; known: {', '.join(SCORES)}")
 # In this order reasons are told; the first names the class that a rejection is counted under.
 DECISIVE = tuple(sorted((score for score in SCORES.values() if score.bounds), key=lambda score: not score.damage))
 
