@@ -174,8 +174,9 @@ class _BodyReader:
             async with asyncio.timeout(self._timeout_s) as deadline:
                 if len(self._deadlines) >= self._max_open:
                     oldest = next(iter(self._deadlines))
-                    del self._deadlines[oldest]
-                    oldest.reschedule(0.0)
+                    if not oldest.expired():  # one whose time is just up ends by itself, with 408
+                        del self._deadlines[oldest]
+                        oldest.reschedule(0.0)
                 self._deadlines[deadline] = None
                 await request.body()
         except TimeoutError as error:

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -11,11 +12,12 @@ from typing import Any
 import av
 import httpx
 import pytest
+from starlette.exceptions import HTTPException
 
 from pipelines.generation.config import BatchConfig, SamplingChoice, ServeConfig, SizeConfig
 from pipelines.generation.generator import VideoGenerator
 from pipelines.generation.model import read_card
-from pipelines.generation.serving.api import build_api
+from pipelines.generation.serving.api import _BodyReader, build_api
 from tests.pipelines.generation.test_run import copy_model
 
 PROMPT = {"prompt": "a red square moves left", "seed": 7}
@@ -275,3 +277,32 @@ def test_images_come_as_png(serve_config: ServeConfig) -> None:
         assert (await client.post("/v1/videos", json={**PROMPT, "frames": 5})).status_code == 400
 
     talk(replace(serve_config, format="png", video=SizeConfig(num_frames=1)), conversation)
+
+
+class Arriving:
+    """A request whose body comes after so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    async def body(self) -> bytes:
+        await asyncio.sleep(self.seconds)
+        return b""
+
+
+def test_a_body_whose_time_is_just_up_harms_no_whole_one() -> None:
+    async def late_whole(reader: _BodyReader) -> None:
+        await asyncio.sleep(0.045)
+        await reader.read(Arriving(0.0))  # type: ignore[arg-type]
+
+    async def both() -> list[BaseException | None]:
+        reader = _BodyReader(0.05, 1)
+        bodies = [reader.read(Arriving(10.0)), late_whole(reader)]  # type: ignore[arg-type]
+        asyncio.get_running_loop().call_later(0.02, time.sleep, 0.05)  # so that all timers come due at once
+        return await asyncio.gather(*bodies, return_exceptions=True)
+
+    for _ in range(5):
+        late, whole = asyncio.run(both())
+        assert whole is None
+        assert isinstance(late, HTTPException)
+        assert late.status_code == 408
