@@ -10,7 +10,7 @@ _VERBS = {
     "train": "Train a model on a snapshot.",
     "generate": "Generate videos: one prompt, or a file of them.",
     "serve": "Serve a model over HTTP until interrupted.",
-    "data": "Look after a dataset: plan, status, report, verify, repair, retry, remove, gc.",
+    "data": "Look after a dataset: plan, status, report, verify, repair, retry, remove, unlock, gc.",
     "tokenizer": "Train a tokenizer, or evaluate a video tokenizer.",
     "benchmark": "Measure parts of the pipeline against the least they could cost.",
 }

@@ -163,6 +163,17 @@ class CurateConfig:
                 f"{key} {count} is more than looks.num_frames {self.looks.num_frames}, which are decoded of each clip: "
                 f"raise looks.num_frames, or lower {key}",
             )
+            require(
+                self.looks.num_frames % count == 0,
+                f"looks.num_frames {self.looks.num_frames} is no multiple of {key} {count}, so that these could not be "
+                "evenly spaced: change one of them",
+            )
+        side, most = self.captions.endpoint.max_side, 2 * self.looks.shorter_side
+        require(
+            "endpoint" not in self.captions.captioners or side <= most,
+            f"captions.endpoint.max_side {side} is more than looks have ({most} at most, twice looks.shorter_side): "
+            "raise looks.shorter_side, or lower max_side",
+        )
         self._check_possible()
 
     def _frames_wanted(self) -> dict[str, int]:
@@ -170,6 +181,8 @@ class CurateConfig:
         wanted = {"features.num_frames": self.features.num_frames} if self.features.scores else {}
         if "endpoint" in self.captions.captioners:
             wanted["captions.endpoint.num_frames"] = self.captions.endpoint.num_frames
+        if "coca" in self.captions.captioners:
+            wanted["the captioner coca, which takes the middle of"] = 2
         return wanted
 
     def _check_possible(self) -> None:

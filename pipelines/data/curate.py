@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from pipelines.cluster import connect
 from pipelines.data.captions.captioner import CaptionSource
 from pipelines.data.captions.given import find_captions
+from pipelines.data.captions.registry import captioner_named
 from pipelines.data.config import CurateConfig
 from pipelines.data.models.transnet import load_transnet
 from pipelines.data.pipeline import Curation
@@ -109,6 +110,8 @@ def prepare(config: CurateConfig) -> tuple[pa.Table, Curation]:
     Raises:
         UserError: if sources, captions or models are not usable.
     """
+    for name in config.captions.captioners:
+        captioner_named(name)
     s3.check_store(config.dataset)
     listing = list_sources(config.source)
     captions = CaptionSource("given", {})

@@ -9,9 +9,13 @@ from pipelines.data.captions.given import GIVEN
 from pipelines.data.plugins import offered
 from pipelines.errors import UserError
 
-CAPTIONERS: Mapping[str, Captioner] = {
-    captioner.name: captioner for captioner in (GIVEN, COCA, ENDPOINT, *offered("CAPTIONERS"))
-}
+_ALL: tuple[Captioner, ...] = (GIVEN, COCA, ENDPOINT, *offered("CAPTIONERS"))
+CAPTIONERS: Mapping[str, Captioner] = {captioner.name: captioner for captioner in _ALL}
+if len(CAPTIONERS) < len(_ALL) or len({captioner.stage_name for captioner in _ALL}) < len(_ALL):
+    raise UserError(
+        "LUMOS_CAPTIONERS adds a captioner whose name or stage_name there is already; known: "
+        + ", ".join(f"{captioner.name} ({captioner.stage_name})" for captioner in (GIVEN, COCA, ENDPOINT))
+    )
 
 
 def captioner_named(name: str) -> Captioner:

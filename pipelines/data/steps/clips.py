@@ -21,7 +21,7 @@ class Clips:
     """The clips.
 
     Args:
-        table: Rows of the split stage, with ``runner.PART``.
+        table: Rows of the split stage, with ``stage.table.PART``.
         uris: Of their files.
         parts: URIs of the files of the split stage's table.
     """

@@ -60,9 +60,12 @@ def repair_dataset(dataset: str) -> Repair:
     """Drop unusable stage files and restore what is damaged or missing of all snapshots.
 
     Raises:
-        UserError: if there is no such dataset, or a run is using it.
+        UserError: if there is no such dataset, a run is using it, or a captioner of a plugin is not there.
     """
     snapshots = snapshots_of(dataset)
+    for snapshot in snapshots:
+        for captioner in _captioners(open_snapshot(storage.join(dataset, SNAPSHOTS, snapshot))):
+            captioner_named(captioner)  # one of a plugin may not be there
     done = Repair()
     with dataset_lock(dataset):
         for stage, name in list_tables(dataset):
@@ -72,8 +75,7 @@ def repair_dataset(dataset: str) -> Repair:
                     storage.remove(part)
                     done.dropped.append(part.removeprefix(dataset).lstrip("/"))
         for snapshot in snapshots:
-            check_lock(dataset)
-            _repair_snapshot(open_snapshot(storage.join(dataset, SNAPSHOTS, snapshot)), done)
+            _repair_snapshot(dataset, open_snapshot(storage.join(dataset, SNAPSHOTS, snapshot)), done)
     return done
 
 
@@ -101,7 +103,7 @@ def _intact(snapshot: Snapshot, path: str, sha256: str) -> bytes | None:
     return data if hashlib.sha256(data).hexdigest() == sha256 else None
 
 
-def _repair_snapshot(snapshot: Snapshot, done: Repair) -> None:
+def _repair_snapshot(dataset: str, snapshot: Snapshot, done: Repair) -> None:
     name, manifest = snapshot.manifest.snapshot_id, snapshot.manifest
     ledger_data = _intact(snapshot, manifest.ledger.path, manifest.ledger.sha256)
     if ledger_data is None:
@@ -122,7 +124,9 @@ def _repair_snapshot(snapshot: Snapshot, done: Repair) -> None:
             else:
                 found[shard.path] = pq.read_table(pa.BufferReader(data), columns=["clip_id"])["clip_id"].to_pylist()
     if damaged:
-        _Rebuild(snapshot, ledger, found).restore(damaged, done)
+        rebuild = _Rebuild(snapshot, ledger, found)
+        check_lock(dataset)
+        rebuild.restore(damaged, done)
 
 
 class _Rebuild:
@@ -140,8 +144,7 @@ class _Rebuild:
         }
         self.tokens = self._stage_rows("tokens")
         self.rules = CaptionConfig(**_rules(self.created_from["config"]["captions"]))
-        captioners = self.created_from["config"]["captions"].get("captioners", ["given"])
-        self.captions = [self._stage_rows(captioner_named(captioner).stage_name) for captioner in captioners]
+        self.captions = [self._stage_rows(captioner_named(name).stage_name) for name in _captioners(snapshot)]
 
     def restore(self, damaged: Sequence[tuple[Bucket, int]], done: Repair) -> None:
         """Write the shards that come out as the manifest has them."""
@@ -205,6 +208,11 @@ class _Rebuild:
             fit = [caption for caption in offered if caption_fault(caption["text"], self.rules) is None]
             versions += [fit] if fit not in versions else []
         return versions
+
+
+def _captioners(snapshot: Snapshot) -> list[str]:
+    names: list[str] = snapshot.manifest.created_from["config"]["captions"].get("captioners", ["given"])
+    return names
 
 
 def _rules(recorded: dict[str, Any]) -> dict[str, Any]:

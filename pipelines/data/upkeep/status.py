@@ -17,7 +17,7 @@ from pipelines.data.snapshot.read import MANIFEST, SNAPSHOTS, open_snapshot
 from pipelines.data.snapshot.removals import read_removed
 from pipelines.data.stage.columns import parquet_bytes
 from pipelines.data.stage.log import RunRecord, last_run
-from pipelines.data.stage.stage import ERROR, PART_ROW_GROUP, WORK_KEY
+from pipelines.data.stage.stage import ERROR, WORK_KEY
 from pipelines.data.stage.table import STAGES, read_columns, table_parts
 from pipelines.data.upkeep.tables import list_tables, snapshots_of
 from pipelines.data.video.decode import CRASHES, CrashLog
@@ -261,7 +261,10 @@ def _failures(part: str) -> list[Failure | None]:
 
 
 def _rewrite(part: str, table: pa.Table) -> None:
+    """Put a table in place of a file, its rows in groups as large as the file's own."""
     if table.num_rows:
-        storage.write_bytes_atomic(part, parquet_bytes(table, row_group_rows=PART_ROW_GROUP))
+        with storage.open_ranges(part) as file:
+            rows = pq.ParquetFile(file).metadata.row_group(0).num_rows
+        storage.write_bytes_atomic(part, parquet_bytes(table, row_group_rows=rows))
     else:
         storage.remove(part)

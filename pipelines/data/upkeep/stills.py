@@ -7,6 +7,7 @@ import logging
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from itertools import groupby
 from operator import itemgetter
@@ -23,11 +24,11 @@ from pipelines.data.snapshot.read import Snapshot
 from pipelines.data.stage.stage import Row
 from pipelines.data.steps.sources import hash_file
 from pipelines.data.steps.split import CLIPS
-from pipelines.data.upkeep.tables import snapshot_rows
+from pipelines.data.upkeep.tables import snapshot_parts, snapshot_rows
 from pipelines.data.video.decode import CrashLog, DecodeChild, DecodeJob
 from pipelines.data.video.frames import Wanted
 from pipelines.data.video.local_files import LocalFiles
-from pipelines.data.video.looks import decode_jpeg, encode_jpeg
+from pipelines.data.video.looks import decode_jpeg, encode_jpeg, read_rows
 from pipelines.data.video.reader import ClipRequest, VideoError, fit_picture
 
 MOMENTS = (
@@ -38,6 +39,7 @@ MOMENTS = (
 FRAME_HEIGHT = 120  # px
 MAX_FETCHED = 24  # sources that are fetched from an object store; a film may have gigabytes
 _FRAME_WIDTHS = (16, 480)  # px; what is narrower or wider loses its ends
+_READERS = 8  # threads, as a store takes long to answer
 _JPEG_QUALITY = 80
 _STALL_SECONDS = 30.0  # without a frame before a decoder is killed
 _REQUEST = [item.name for item in fields(ClipRequest) if item.name in CLIPS.names]  # what decoding a clip takes
@@ -66,10 +68,13 @@ def decode_frames(snapshot: Snapshot, clips: Sequence[Row]) -> dict[str, Shown]:
 def _show_looks(snapshot: Snapshot, clips: Sequence[Row]) -> dict[str, Shown]:
     """The clips that have looks in the table that the snapshot was made from, if it was made with looks."""
     shown: dict[str, Shown] = {}
-    for row in _stage_rows(snapshot, "looks", "key", clips, ["images"]):
-        if images := row["images"]:
-            chosen = dict.fromkeys((0, len(images) // 2, len(images) - 1))
-            shown[row["key"]] = [_tile(images[index]) for index in chosen]
+    keys = [clip["key"] for clip in clips]
+    with ThreadPoolExecutor(_READERS) as pool:
+        for rows in pool.map(lambda part: list(read_rows(part, "key", keys)), snapshot_parts(snapshot, "looks")):
+            for row in rows:
+                if images := row["images"]:
+                    chosen = dict.fromkeys((0, len(images) // 2, len(images) - 1))
+                    shown[row["key"]] = [_tile(images[index]) for index in chosen]
     return shown
 
 

@@ -43,8 +43,13 @@ def snapshot_rows(
         values: Of the chosen rows.
         columns: Wanted; None for all.
     """
+    chosen = pc.field(column).isin(pa.array(sorted(set(values)), pa.string()))
+    return read_parts(snapshot_parts(snapshot, stage), columns, rows=chosen)
+
+
+def snapshot_parts(snapshot: Snapshot, stage: str) -> list[str]:
+    """URIs of the files of a stage table that a snapshot was made from; none where it is not there any more."""
     name = snapshot.manifest.created_from.get("stage_hashes", {}).get(stage)
     if snapshot.dataset is None or not name:
-        return iter(())
-    chosen = pc.field(column).isin(pa.array(sorted(set(values)), pa.string()))
-    return read_parts(table_parts(storage.join(snapshot.dataset, STAGES, stage, name)), columns, rows=chosen)
+        return []
+    return table_parts(storage.join(snapshot.dataset, STAGES, stage, name))

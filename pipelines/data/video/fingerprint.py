@@ -23,6 +23,7 @@ LOOK_SECONDS = 1 / 8  # between those that it is chosen from
 _TOLERANCE = (
     2.0  # mean difference, 0..255, of two decoders' thumbnails of a frame; at most 1.3 was seen, smear has 3-100
 )
+_WRONG = 10.0  # likewise, above which it is no question of how pictures are scaled; 6.7 was seen of fine stripes
 _UNLIKE = 16.0  # likewise, above which a clip's first frame has nothing of a frame shortly after
 _REACH = 0.13  # seconds from a fingerprint's instant to the frame it shows, at a steady rate of 8 or more a second
 _FIRST_REACH = 0.26  # likewise of the first one, before which there is none to choose
@@ -153,6 +154,14 @@ class FingerprintCheck:
             whole: Whether all frames of the span were seen.
         """
         return self.difference(whole=whole) <= _TOLERANCE
+
+    def is_wrong(self, *, whole: bool) -> bool:
+        """Whether something is surely not as it was; what lies between may come of another size of the small picture.
+
+        Args:
+            whole: Whether all frames of the span were seen.
+        """
+        return self.difference(whole=whole) > _WRONG
 
     def begins_alike(self) -> bool:
         """Whether the first frame resembles the one that the first thumbnail shows, which may come a little later.

@@ -342,7 +342,7 @@ def read_clip(request: ClipRequest, *, beat: Callable[[], None], use_decord: boo
         reading = _read_with_pyav(request, beat, seek=True)
     if not _is_trusted(reading):
         reading = _read_with_pyav(request, beat, seek=False)
-        if reading is not None and not reading.check.is_right(whole=reading.whole):
+        if reading is not None and reading.check.is_wrong(whole=reading.whole):
             difference = reading.check.difference(whole=reading.whole)
             raise VideoError(
                 MISMATCH, f"its frames are not those that were scored (they differ by {difference:.1f} of 255)"

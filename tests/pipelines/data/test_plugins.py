@@ -142,7 +142,10 @@ def test_what_is_not_there_is_told(tmp_path, videos, tokenizer_file):
     good.write_text(TOY_SCORE)
     mute = tmp_path / "mute_score.py"
     mute.write_text("from pipelines.data.scores import Score\nSCORES = (Score(name='mute', unit='1', about='x'),)\n")
+    again = tmp_path / "again.py"
+    again.write_text(TOY_CAPTIONER.replace('name="toy"', 'name="given"'))
     for variable, plugin, message in (
+        ("LUMOS_CAPTIONERS", again, "LUMOS_CAPTIONERS adds a captioner whose name or stage_name there is already"),
         ("LUMOS_SCORES", mute, "LUMOS_SCORES: the score 'mute' says no measure"),
         ("LUMOS_SCORES", tmp_path / "absent.py", "LUMOS_SCORES names absent, from which SCORES cannot be imported"),
         ("LUMOS_CAPTIONERS", nothing, "LUMOS_CAPTIONERS names nothing, from which CAPTIONERS cannot be imported"),

@@ -242,6 +242,18 @@ def test_the_report_takes_looks_and_decodes_sources_for_the_others(made, corpus,
             ],
             r"captions.endpoint.num_frames 8 is more than looks.num_frames 6, .*: raise looks.num_frames, or lower",
         ),
+        (
+            ["features.clip.weights=x", "features.num_frames=3"],
+            r"looks.num_frames 4 is no multiple of features.num_frames 3, .*: change one of them",
+        ),
+        (
+            ["captions.captioners=[coca]", "captions.coca.weights=x", "looks.num_frames=5"],
+            r"looks.num_frames 5 is no multiple of the captioner coca, which takes the middle of 2",
+        ),
+        (
+            ["captions.captioners=[endpoint]", "captions.endpoint={url: http://h/v1, model: m, max_side: 1536}"],
+            r"captions.endpoint.max_side 1536 is more than looks have \(960 at most",
+        ),
         (["looks.quality=0"], r"quality must be in 1\.\.100, got 0"),
         (["looks.shorter_side=32"], r"shorter_side must be in 64\.\.2160 px, got 32"),
         (["looks.num_frames=0"], r"num_frames must be in 1\.\.64, got 0"),

@@ -118,6 +118,21 @@ def test_a_clip_that_differs_however_it_is_read_fails_with_a_reason(tmp_path):
     assert "not those that were scored" in error.value.reason
 
 
+@pytest.mark.parametrize("width", [64, 256, 1024])
+def test_another_size_of_the_small_picture_fails_no_clip(tmp_path, width):
+    stripes = np.zeros((24, 800, 66, 3), np.uint8)
+    for index, frame in enumerate(stripes):
+        frame[index % 2 :: 2] = 255
+    path = write_video(tmp_path / "stripes.mp4", stripes)
+    source = split_source(str(path), SplitConfig(detector="none", width=width), beat=lambda: None)
+    [clip] = source.clips
+    span = {"start_s": clip["start_s"], "end_s": clip["end_s"], "fps": 12.0, "num_frames": 17}
+    request = ClipRequest(
+        path=str(path), width=32, height=64, source_frames=24, fingerprint=clip["fingerprint"], **span
+    )
+    assert read_clip(request, beat=lambda: None).shape == (17, 64, 32, 3)
+
+
 @pytest.fixture(scope="module")
 def curated(tmp_path_factory, ray_cluster):
     """A dataset of a film and of its copy with false key frames."""
