@@ -71,15 +71,18 @@ class Curation:
     def _failed_checks(self, checks: Iterator[Check]) -> Iterator[tuple[str, UserError]]:
         """By stage, what it lacks; that a stage which has done nothing yet lacks it ends the run at once."""
         for check in checks:
-            is_new = not StageTable(self.config.dataset, self.stages[check.stage]).parts()
-            if check.costly and not is_new:
+            if check.costly and not self._is_new(check.stage):
                 continue
             try:
                 check.test()
             except UserError as error:
-                if is_new:
+                if self._is_new(check.stage):
                     raise
                 yield check.stage, error
+
+    def _is_new(self, stage: str) -> bool:
+        """Whether a stage has done nothing yet."""
+        return not StageTable(self.config.dataset, self.stages[stage]).parts()
 
     def run(self, listing: pa.Table, log: RunLog) -> Run:
         """Bring every stage up to date, and decide.
