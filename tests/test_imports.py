@@ -1,4 +1,4 @@
-"""The two rules about imports that the import linter cannot hold, because they are about what happens at run time."""
+"""Rules about imports that the import linter cannot hold, because they are about what happens at run time."""
 
 import os
 import pkgutil
@@ -145,3 +145,17 @@ def test_package_inits_do_not_import_ray(top):
     packages = [m.name for m in pkgutil.walk_packages([str(ROOT / top)], f"{top}.") if m.ispkg]
     code = f"import sys, {', '.join([top, *packages])}\nprint([m for m in sys.modules if m.partition('.')[0] == 'ray'])"
     assert run_python(code).strip() == "[]"
+
+
+def test_workers_of_stages_that_compute_nothing_with_torch_do_not_load_it():
+    """Each process of such a stage would take a second and hundreds of MB more."""
+    stages = (
+        "steps.sources",
+        "steps.split",
+        "steps.looks",
+        "steps.duplicates",
+        "captions.given",
+        "captions.endpoint_stage",
+    )
+    modules = ", ".join(f"pipelines.data.{module}" for module in (*stages, "video.decode_child"))
+    assert run_python(f"import sys, {modules}\nprint('torch' in sys.modules)").strip() == "False"

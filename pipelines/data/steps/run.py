@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 
 from pipelines.cluster import is_joined
@@ -173,6 +172,8 @@ def check_device(key: str, device: str) -> None:
     Raises:
         UserError: if it has not, or torch knows no such device.
     """
+    import torch  # here alone: it would come into the processes of stages that do without
+
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
