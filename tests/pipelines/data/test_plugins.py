@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -65,8 +67,11 @@ def videos(tmp_path_factory):
     return folder
 
 
-def lumos(variable: str, plugin: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {variable: plugin.stem, "PYTHONPATH": f"{plugin.parent}:{ROOT}"}
+def lumos(plugins: dict[str, Path], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command with the plugins of some variables."""
+    environment = os.environ | {variable: plugin.stem for variable, plugin in plugins.items()}
+    folders = dict.fromkeys(str(plugin.parent) for plugin in plugins.values())
+    environment["PYTHONPATH"] = ":".join([*folders, str(ROOT)])
     environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, "-m", "jobs.cli", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
@@ -83,55 +88,56 @@ def write_config(folder: Path, videos: Path, tokenizer: Path, **changes: dict[st
     return path
 
 
-def ledger_of(dataset: Path) -> dict[str, dict[str, object]]:
-    [path] = dataset.glob("snapshots/*/ledger.parquet")
-    return {row["path"]: row for row in pq.read_table(path).to_pylist()}
+@dataclass(frozen=True)
+class Curated:
+    """A curation with both plugins."""
+
+    ledger: dict[str, dict[str, Any]]  # by path
+    manifest: dict[str, Any]
+    captions: list[str]
+    page: str
 
 
-def test_a_new_score_is_one_line_of_the_table_and_its_function(tmp_path, videos, tokenizer_file):
-    plugin = tmp_path / "toy_score.py"
-    plugin.write_text(TOY_SCORE)
-    config = write_config(
-        tmp_path, videos, tokenizer_file, thresholds={"max_blueness": 0.55}, captions={"require": False}
+@pytest.fixture(scope="module")
+def curated(tmp_path_factory, videos, tokenizer_file) -> Curated:
+    folder = tmp_path_factory.mktemp("plugged")
+    plugins = {"LUMOS_SCORES": folder / "toy_score.py", "LUMOS_CAPTIONERS": folder / "toy_captioner.py"}
+    plugins["LUMOS_SCORES"].write_text(TOY_SCORE)
+    plugins["LUMOS_CAPTIONERS"].write_text(TOY_CAPTIONER)
+    toy = {"captioners": ["toy"], "require": True}
+    config = write_config(folder, videos, tokenizer_file, thresholds={"max_blueness": 0.55}, captions=toy)
+    done = lumos(plugins, "curate", str(config))
+    assert done.returncode == 0, done.stderr
+    page = folder / "page.html"
+    done = lumos(plugins, "data", "report", str(folder / "d"), "--out", str(page))
+    assert done.returncode == 0, done.stderr
+    [snapshot] = (folder / "d" / "snapshots").iterdir()
+    shards = [row for path in snapshot.glob("data/**/*.parquet") for row in pq.read_table(path).to_pylist()]
+    return Curated(
+        ledger={row["path"]: row for row in pq.read_table(snapshot / "ledger.parquet").to_pylist()},
+        manifest=json.loads((snapshot / "manifest.json").read_text()),
+        captions=[caption["text"] for row in shards for caption in row["captions"]],
+        page=page.read_text(),
     )
-    done = lumos("LUMOS_SCORES", plugin, "curate", str(config))
-    assert done.returncode == 0, done.stderr
-    rows = ledger_of(tmp_path / "d")
-    assert rows["gray.mp4"]["status"] == "kept"
-    assert rows["gray.mp4"]["scores"]["blueness"] == pytest.approx(0.5, abs=0.05)
-    assert rows["blue.mp4"]["status"] == "rejected"
-    assert rows["blue.mp4"]["reason"].startswith("blueness 0.")
-    page = tmp_path / "page.html"
-    done = lumos("LUMOS_SCORES", plugin, "data", "report", str(tmp_path / "d"), "--out", str(page))
-    assert done.returncode == 0, done.stderr
-    assert "thresholds.max_blueness=0.55" in page.read_text()
-    assert "<b>blueness</b>" in page.read_text()
 
 
-def test_a_new_captioner_is_one_file_and_its_line_in_the_registry(tmp_path, videos, tokenizer_file):
-    plugin = tmp_path / "toy_captioner.py"
-    plugin.write_text(TOY_CAPTIONER)
-    config = write_config(tmp_path, videos, tokenizer_file, captions={"captioners": ["toy"], "require": True})
-    done = lumos("LUMOS_CAPTIONERS", plugin, "curate", str(config))
-    assert done.returncode == 0, done.stderr
-    assert {row["status"] for row in ledger_of(tmp_path / "d").values()} == {"kept"}
-    [manifest] = (tmp_path / "d").glob("snapshots/*/manifest.json")
-    found = json.loads(manifest.read_text())
-    assert found["captioners"] == ["toy"]
-    assert found["created_from"]["stage_hashes"]["captions-toy"]
-    captions = [
-        caption["text"]
-        for path in (tmp_path / "d").glob("snapshots/*/data/**/*.parquet")
-        for row in pq.read_table(path).to_pylist()
-        for caption in row["captions"]
-    ]
-    assert len(captions) == 2
-    assert all(caption.startswith("a clip whose mean is ") for caption in captions)
-    page = tmp_path / "page.html"
-    done = lumos("LUMOS_CAPTIONERS", plugin, "data", "report", str(tmp_path / "d"), "--out", str(page))
-    assert done.returncode == 0, done.stderr
-    assert "a clip whose mean is " in page.read_text()
-    assert "captions-toy" in page.read_text()
+def test_a_new_score_is_one_line_of_the_table_and_its_function(curated):
+    gray, blue = curated.ledger["gray.mp4"], curated.ledger["blue.mp4"]
+    assert gray["status"] == "kept"
+    assert gray["scores"]["blueness"] == pytest.approx(0.5, abs=0.05)
+    assert blue["status"] == "rejected"
+    assert blue["reason"].startswith("blueness 0.")
+    assert "thresholds.max_blueness=0.55" in curated.page
+    assert "<b>blueness</b>" in curated.page
+
+
+def test_a_new_captioner_is_one_file_and_its_line_in_the_registry(curated):
+    assert curated.manifest["captioners"] == ["toy"]
+    assert curated.manifest["created_from"]["stage_hashes"]["captions-toy"]
+    [caption] = curated.captions
+    assert caption.startswith("a clip whose mean is ")
+    assert caption in curated.page
+    assert "captions-toy" in curated.page
 
 
 def test_what_is_not_there_is_told(tmp_path, videos, tokenizer_file):
@@ -151,6 +157,6 @@ def test_what_is_not_there_is_told(tmp_path, videos, tokenizer_file):
         ("LUMOS_CAPTIONERS", nothing, "LUMOS_CAPTIONERS names nothing, from which CAPTIONERS cannot be imported"),
         ("LUMOS_SCORES", good, "there is no captioner 'toy'; name one of given, coca, endpoint"),
     ):
-        done = lumos(variable, plugin, "curate", str(config))
+        done = lumos({variable: plugin}, "curate", str(config))
         assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
         assert message in done.stderr

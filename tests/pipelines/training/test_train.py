@@ -240,6 +240,7 @@ def add_unknown_key(file: Path) -> None:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+@pytest.mark.slow
 def test_resume_over_the_record_of_a_newer_program_keeps_it(two_cpus, dataset, folder):
     output = folder / "newer"
     config = tiny_config(dataset, output, num_workers=1, optimizer=OptimizerConfig(lr=3e-3), steps=3)

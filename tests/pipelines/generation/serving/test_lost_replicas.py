@@ -59,7 +59,7 @@ async def requests_in_flight(http: httpx.AsyncClient) -> AsyncIterator[list[asyn
     yield tasks
 
 
-@pytest.mark.parametrize("num_replicas", [1, 2])
+@pytest.mark.parametrize("num_replicas", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_requests_of_a_killed_replica_are_answered_by_another_with_the_same_videos(
     serve_config: ServeConfig, num_replicas: int
 ) -> None:
