@@ -83,7 +83,6 @@ class ClipSpec:
     wording: int = 0  # index into WORDINGS
 
     def __post_init__(self) -> None:
-        """Check the values and that the subject stays in view."""
         for name, known in (
             ("shape", SHAPES),
             ("size", SIZES),

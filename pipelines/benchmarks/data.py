@@ -50,19 +50,12 @@ _SAMPLE_SECONDS = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class DataBenchmarkConfig:
-    """How much is measured.
+    """How much is measured."""
 
-    Attributes:
-        repeats: Times of each ratio; medians count.
-        copies: Of the film that is scored and tokenized, 9 s at 1280x720.
-        null_rows: Rows of the manifest that goes through a stage which does nothing.
-        clips: Of a curation in which nothing is decoded.
-    """
-
-    repeats: int = 5
-    copies: int = _COPIES
-    null_rows: int = 1_000_000
-    clips: int = 200_000
+    repeats: int = 5  # times of each ratio; medians count
+    copies: int = _COPIES  # of the film that is scored and tokenized, 9 s at 1280x720
+    null_rows: int = 1_000_000  # rows of the manifest that goes through a stage which does nothing
+    clips: int = 200_000  # of a curation in which nothing is decoded
 
 
 def render_film(path: Path) -> None:

@@ -41,7 +41,6 @@ class TokenConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         require(self.fps > 0, f"fps must be positive, got {self.fps}")
         require(bool(self.num_frames), "num_frames is empty; name at least one length, such as 25")
         for count in self.num_frames:
@@ -146,7 +145,6 @@ class CurateConfig:
     progress: bool = True  # bars on stderr
 
     def __post_init__(self) -> None:
-        """Check that there is a place to write to, and that something can be kept."""
         require(bool(self.dataset), "dataset is empty; name a folder or an s3:// prefix to write to")
         cosine = self.near_duplicates
         require(cosine is None or 0 < cosine <= 1, f"near_duplicates must be a cosine in (0, 1], got {cosine}")

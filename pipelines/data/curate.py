@@ -28,31 +28,18 @@ from pipelines.storage.lock import dataset_lock
 
 @dataclass(frozen=True, kw_only=True)
 class CurateResult:
-    """What a run published, and what it took.
-
-    Attributes:
-        snapshot_uri: The snapshot.
-        snapshot_id: Its name.
-        counts: Ledger rows by status.
-        reasons: Ledger rows not kept by "status: class of reason", most frequent first.
-        uncaptioned: Kept clips that have no caption.
-        left_out: Captions of kept clips that were not used, by why.
-        caption_cost: Of the endpoint's captions in this snapshot, at the prices that the config names.
-        rows: Kept clips by split.
-        tokens: Their codes by split.
-        computed: By stage, inputs that this run computed; what was there before does not count.
-    """
+    """What a run published, and what it took."""
 
     snapshot_uri: str
     snapshot_id: str
-    counts: dict[str, int]
-    reasons: dict[str, int]
-    uncaptioned: int
-    left_out: dict[str, int]
-    caption_cost: float
-    rows: dict[str, int]
-    tokens: dict[str, int]
-    computed: dict[str, int]
+    counts: dict[str, int]  # ledger rows by status
+    reasons: dict[str, int]  # ledger rows not kept by "status: class of reason", most frequent first
+    uncaptioned: int  # kept clips that have no caption
+    left_out: dict[str, int]  # captions of kept clips that were not used, by why
+    caption_cost: float  # of the endpoint's captions in this snapshot, at the prices that the config names
+    rows: dict[str, int]  # kept clips by split
+    tokens: dict[str, int]  # their codes by split
+    computed: dict[str, int]  # by stage, inputs that this run computed; what was there before does not count
 
     def summary(self) -> str:
         """A few lines for a person."""

@@ -26,17 +26,11 @@ _DUPLICATE = re.compile(r"(near|exact): of (\S+)")
 
 @dataclass(frozen=True)
 class Failure:
-    """Why something could not be computed; ``str`` of it is the reason.
+    """Why something could not be computed; ``str`` of it is the reason."""
 
-    Attributes:
-        code: Class of the failure, one word.
-        detail: What depends on the input only.
-        transient: Whether another try may help.
-    """
-
-    code: str
-    detail: str
-    transient: bool = field(kw_only=True)
+    code: str  # class of the failure, one word
+    detail: str  # what depends on the input only
+    transient: bool = field(kw_only=True)  # whether another try may help
 
     @property
     def kind(self) -> str:
@@ -52,7 +46,6 @@ class Failure:
         return CLASSES[0] if self.transient else CLASSES[1]
 
     def __str__(self) -> str:
-        """As ledgers and stage tables have it."""
         return f"{self.kind}: {self.detail}"
 
 

@@ -17,32 +17,22 @@ from pipelines.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One score.
+    """One score."""
 
-    Attributes:
-        name: As ledgers and thresholds have it.
-        unit: Of its values.
-        about: What it says, in words.
-        stage: Which stage measures it: the pass over all frames ("split"), models ("features"), the tokenizer
-            ("tokens").
-        of_time: Whether it is about time; an image cannot have enough of that, and is not asked for it.
-        share: Whether it lies in 0..1, so that a threshold beyond makes no sense.
-        damage: Whether it tells of a damaged file; such a reason is told first, as others may follow from it.
-        bounds: Thresholds that there are, "min" and "max", with their defaults; None: switched off.
-        file: Config key, below ``features``, of the file that it needs.
-        measure: Of one small frame of a clip (Y, Cb and Cr, [3, height, width], 0..255), where the clip's score is the
-            mean over its frames; None where ``video/shots.py`` or a model measures otherwise.
-    """
-
-    name: str
-    unit: str
-    about: str
+    name: str  # as ledgers and thresholds have it
+    unit: str  # of its values
+    about: str  # what it says, in words
+    # which stage measures it: the pass over all frames ("split"), models ("features"), the tokenizer ("tokens")
     stage: Literal["split", "features", "tokens"] = "split"
-    of_time: bool = False
-    share: bool = False
+    of_time: bool = False  # whether it is about time; an image cannot have enough of that, and is not asked for it
+    share: bool = False  # whether it lies in 0..1, so that a threshold beyond makes no sense
+    # whether it tells of a damaged file; such a reason is told first, as others may follow from it
     damage: bool = False
+    # thresholds that there are, "min" and "max", with their defaults; None: switched off
     bounds: Mapping[str, float | None] = field(default_factory=dict)
-    file: str = ""
+    file: str = ""  # config key, below ``features``, of the file that it needs
+    # of one small frame of a clip (Y, Cb and Cr, [3, height, width], 0..255), where the clip's score is the mean
+    # over its frames; None where ``video/shots.py`` or a model measures otherwise
     measure: Callable[[NDArray[np.uint8]], float] | None = None
 
 

@@ -30,36 +30,22 @@ _MIN_DRIFT = 0.05  # least drift over the whole video, as a share of the side, t
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What the judge sees in one video; "none" where there is no subject or no motion.
+    """What the judge sees in one video; "none" where there is no subject or no motion."""
 
-    Attributes:
-        color: A key of `COLORS`, or "none".
-        background: A value of `BACKGROUNDS`.
-        shape: A value of `SHAPES`, or "none".
-        direction: A key of `DIRECTIONS`, or "none".
-    """
-
-    color: str
-    background: str
-    shape: str
-    direction: str
+    color: str  # a key of `COLORS`, or "none"
+    background: str  # a value of `BACKGROUNDS`
+    shape: str  # a value of `SHAPES`, or "none"
+    direction: str  # a key of `DIRECTIONS`, or "none"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Accuracy over a set of videos; each mapping has the four attributes and "all" (all four right at once).
+    """Accuracy over a set of videos; each mapping has the four attributes and "all" (all four right at once)."""
 
-    Attributes:
-        samples: Number of videos.
-        accuracy: Share of videos read as prompted, 0..1.
-        chance: Mean accuracy over all shuffles of the prompts among the same videos, 0..1.
-        interval95: Wilson score interval of the accuracy, videos taken as independent.
-    """
-
-    samples: int
-    accuracy: dict[str, float]
-    chance: dict[str, float]
-    interval95: dict[str, tuple[float, float]]
+    samples: int  # number of videos
+    accuracy: dict[str, float]  # share of videos read as prompted, 0..1
+    chance: dict[str, float]  # mean accuracy over all shuffles of the prompts among the same videos, 0..1
+    interval95: dict[str, tuple[float, float]]  # Wilson score interval of the accuracy, videos taken as independent
 
 
 def judge_video(frames: NDArray[np.uint8]) -> Reading:

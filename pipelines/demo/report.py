@@ -53,21 +53,13 @@ class LedgerRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What the page shows.
+    """What the page shows."""
 
-    Attributes:
-        summary: The content of summary.json.
-        samples: All generated videos; those of one prompt stand together.
-        losses: The training curve.
-        not_kept: Ledger rows whose status is not "kept".
-        next_steps: (what it does, command) pairs.
-    """
-
-    summary: Mapping[str, Any]
-    samples: Sequence[Sample]
-    losses: Sequence[LossPoint]
-    not_kept: Sequence[LedgerRow]
-    next_steps: Sequence[tuple[str, str]] = field(default=())
+    summary: Mapping[str, Any]  # the content of summary.json
+    samples: Sequence[Sample]  # all generated videos; those of one prompt stand together
+    losses: Sequence[LossPoint]  # the training curve
+    not_kept: Sequence[LedgerRow]  # ledger rows whose status is not "kept"
+    next_steps: Sequence[tuple[str, str]] = field(default=())  # (what it does, command) pairs
 
 
 def write_report(path: Path, report: Report) -> None:

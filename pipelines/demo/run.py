@@ -55,7 +55,6 @@ class Command(Generic[ConfigT]):
         return load_config(self.config_class, "demo", self.overrides)
 
     def __str__(self) -> str:
-        """For a shell."""
         return shlex.join(["lumos", self.config_class.KIND, "demo", *self.overrides])
 
 

@@ -30,7 +30,6 @@ class VideoRequest:
     format: VideoFormat = "mp4"
 
     def __post_init__(self) -> None:
-        """Check what needs no model."""
         if self.format == "png" and self.size.num_frames != 1:
             raise ValueError(f"format png holds one frame, num_frames is {self.size.num_frames}: use mp4 or gif")
 

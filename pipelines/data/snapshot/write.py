@@ -55,7 +55,6 @@ class PublishConfig:
     shard_mb: float = 128.0  # size that shards aim for
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         if not 0 <= self.val_share < 1:
             raise ValueError(f"val_share must be at least 0 and below 1, got {self.val_share}")
         if self.shard_mb <= 0:
@@ -64,21 +63,14 @@ class PublishConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotContent:
-    """All that a snapshot is made of.
+    """All that a snapshot is made of."""
 
-    Attributes:
-        clips: The kept clips, as ``PUBLISHED_CLIPS``.
-        read_codes: Given the clip ids of each shard, the codes of each in that order, as arrays of list<uint16>.
-        ledger: A table of ``schemas.LEDGER``, in any order.
-        tokenizer: What made the codes.
-        created_from: The config (without paths and resources) and stage hashes behind it.
-    """
-
-    clips: pa.Table
+    clips: pa.Table  # the kept clips, as ``PUBLISHED_CLIPS``
+    # given the clip ids of each shard, the codes of each in that order, as arrays of list<uint16>
     read_codes: Callable[[Sequence[pa.ChunkedArray]], Iterable[pa.Array]]
-    ledger: pa.Table
-    tokenizer: TokenizerInfo
-    created_from: dict[str, Any]
+    ledger: pa.Table  # a table of ``schemas.LEDGER``, in any order
+    tokenizer: TokenizerInfo  # what made the codes
+    created_from: dict[str, Any]  # the config (without paths and resources) and stage hashes behind it
 
 
 def draw_split(group: str, *, seed: int, val_share: float) -> str:

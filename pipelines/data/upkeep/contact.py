@@ -35,21 +35,13 @@ FramesOf = Callable[[Snapshot, Sequence[Row]], Mapping[str, Shown]]
 
 @dataclass(frozen=True)
 class Tile:
-    """What is shown of a clip or source.
+    """What is shown of a clip or source."""
 
-    Attributes:
-        row: Of the ledger.
-        frames: JPEG files in the order of time; none where there are words instead.
-        words: Why there are no frames.
-        note: What else is said of it.
-        caption: Of a kept clip.
-    """
-
-    row: Row
-    frames: Sequence[bytes]
-    words: str
-    note: str = ""
-    caption: str = ""
+    row: Row  # of the ledger
+    frames: Sequence[bytes]  # JPEG files in the order of time; none where there are words instead
+    words: str  # why there are no frames
+    note: str = ""  # what else is said of it
+    caption: str = ""  # of a kept clip
 
 
 @dataclass(frozen=True)

@@ -27,37 +27,24 @@ _SAMPLE_SECONDS = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """What the run will have.
+    """What the run will have."""
 
-    Attributes:
-        cpus: CPUs in all.
-        gpus: GPUs in all.
-        price: Of an hour of all of it, in any currency.
-    """
-
-    cpus: float
+    cpus: float  # in all
     gpus: float = 0.0
-    price: float = 0.0
+    price: float = 0.0  # of an hour of all of it, in any currency
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         if self.cpus <= 0 or self.gpus < 0 or self.price < 0:
             raise UserError(f"cpus must be positive, gpus and price not negative; got {self}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """One stage.
-
-    Attributes:
-        name: Of the stage.
-        work_s: Seconds of work expected in all, at the speed of the processes that did the sample.
-        workers: Processes that the cluster holds.
-    """
+    """One stage."""
 
     name: str
-    work_s: float
-    workers: int
+    work_s: float  # seconds of work expected in all, at the speed of the processes that did the sample
+    workers: int  # processes that the cluster holds
 
     @property
     def seconds(self) -> float:
@@ -67,37 +54,21 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is expected.
+    """What is expected."""
 
-    Attributes:
-        sources: In all.
-        sampled: Of these, curated for this plan.
-        gigabytes: Of the sources; 0 where their sizes are not known.
-        video_hours: In the sources.
-        kept_share: Of the sample's clips, those kept, and the bounds of a 95 % interval.
-        clips: Kept clips expected.
-        clip_hours: Their length.
-        tokens: Their codes.
-        disk_gb: Of the stages' tables and the snapshot.
-        process_gb: Memory that the largest process had (with its decode child), or 0 where it ran elsewhere.
-        stages: In the order of the work.
-        caption_cost: Of an endpoint's captions.
-        price_per_hour: Of the cluster.
-    """
-
-    sources: int
-    sampled: int
-    gigabytes: float
-    video_hours: float
-    kept_share: tuple[float, float, float]
-    clips: float
-    clip_hours: float
-    tokens: float
-    disk_gb: float
-    process_gb: float
-    stages: tuple[StagePlan, ...]
-    caption_cost: float
-    price_per_hour: float
+    sources: int  # in all
+    sampled: int  # of these, curated for this plan
+    gigabytes: float  # of the sources; 0 where their sizes are not known
+    video_hours: float  # in the sources
+    kept_share: tuple[float, float, float]  # of the sample's clips, those kept, and the bounds of a 95 % interval
+    clips: float  # kept clips expected
+    clip_hours: float  # their length
+    tokens: float  # their codes
+    disk_gb: float  # of the stages' tables and the snapshot
+    process_gb: float  # memory that the largest process had (with its decode child), or 0 where it ran elsewhere
+    stages: tuple[StagePlan, ...]  # in the order of the work
+    caption_cost: float  # of an endpoint's captions
+    price_per_hour: float  # of the cluster
 
     @property
     def hours(self) -> float:
@@ -105,7 +76,6 @@ class Plan:
         return sum(stage.seconds for stage in self.stages) / 3600
 
     def __str__(self) -> str:
-        """Lines for a person."""
         share, low, high = self.kept_share
         lines = [
             f"{self.sources} sources ({_size(self.gigabytes)}, {_time(3600 * self.video_hours)} of video), "

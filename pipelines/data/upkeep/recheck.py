@@ -24,22 +24,14 @@ _TOLERANCE = 3.0
 
 @dataclass(frozen=True)
 class Recheck:
-    """What was found of the clips that were looked at.
+    """What was found of the clips that were looked at."""
 
-    Attributes:
-        psnr: dB of the codes on disk, decoded, against the source, by clip.
-        equal: Share of codes on disk that equal those made now.
-        skipped: Clips whose source is not at hand, and why.
-        problems: One sentence each.
-    """
-
-    psnr: dict[str, float]
-    equal: float
-    skipped: dict[str, str]
-    problems: tuple[str, ...]
+    psnr: dict[str, float]  # dB of the codes on disk, decoded, against the source, by clip
+    equal: float  # share of codes on disk that equal those made now
+    skipped: dict[str, str]  # clips whose source is not at hand, and why
+    problems: tuple[str, ...]  # one sentence each
 
     def __str__(self) -> str:
-        """Lines for a person."""
         lines = []
         if self.psnr:
             values = list(self.psnr.values())

@@ -36,20 +36,14 @@ _TRIES = 64  # versions of a shard that are compared with its hash
 
 @dataclass(kw_only=True)
 class Repair:
-    """What was done.
+    """What was done."""
 
-    Attributes:
-        dropped: Stage files that could not be used; the next run computes what they held.
-        restored: Files of snapshots, written anew.
-        beyond: Files of snapshots that stay damaged, and why.
-    """
-
+    # stage files that could not be used; the next run computes what they held
     dropped: list[str] = field(default_factory=list)
-    restored: list[str] = field(default_factory=list)
-    beyond: dict[str, str] = field(default_factory=dict)
+    restored: list[str] = field(default_factory=list)  # files of snapshots, written anew
+    beyond: dict[str, str] = field(default_factory=dict)  # files of snapshots that stay damaged, and why
 
     def __str__(self) -> str:
-        """Lines for a person."""
         lines = [f"dropped {path}: the next `lumos curate` computes it again" for path in self.dropped]
         lines += [f"restored {path}" for path in self.restored]
         lines += [f"cannot restore {path}: {why}" for path, why in self.beyond.items()]

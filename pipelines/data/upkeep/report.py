@@ -37,18 +37,12 @@ Histogram = tuple[str, Sequence[float], Markup]  # a score, its thresholds, the 
 
 @dataclass(frozen=True, kw_only=True)
 class WhatIf:
-    """How many clips one threshold would pass at other values, all others being as they are.
+    """How many clips one threshold would pass at other values, all others being as they are."""
 
-    Attributes:
-        name: A field of `Thresholds`.
-        value: What it is.
-        passing: Clips that pass all thresholds now.
-        others: (value, clips that would pass), by value; the last is None: without this threshold.
-    """
-
-    name: str
+    name: str  # a field of `Thresholds`
     value: float
-    passing: int
+    passing: int  # clips that pass all thresholds now
+    # (value, clips that would pass), by value; the last is None: without this threshold
     others: tuple[tuple[float | None, int], ...]
 
 

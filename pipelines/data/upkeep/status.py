@@ -29,47 +29,28 @@ _NOT_OF_SOURCES = ("sources", "texts")  # stages whose keys do not begin with a 
 
 @dataclass(frozen=True, kw_only=True)
 class TableStatus:
-    """One stage table.
-
-    Attributes:
-        stage: Its stage.
-        hash: Of the stage's configuration.
-        rows: Committed rows.
-        parts: Files they are in.
-        damaged: Of these, files that cannot be read; their rows are not counted.
-        failed: Rows that hold a failure, by its code and class, such as "decode_error (transient)".
-        used_by: Snapshots made from it, oldest first.
-    """
+    """One stage table."""
 
     stage: str
-    hash: str
-    rows: int
-    parts: int
-    damaged: int
-    failed: dict[str, int]
-    used_by: tuple[str, ...]
+    hash: str  # of the stage's configuration
+    rows: int  # committed rows
+    parts: int  # files they are in
+    damaged: int  # of these, files that cannot be read; their rows are not counted
+    failed: dict[str, int]  # rows that hold a failure, by its code and class, such as "decode_error (transient)"
+    used_by: tuple[str, ...]  # snapshots made from it, oldest first
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetStatus:
-    """A dataset at a glance.
+    """A dataset at a glance."""
 
-    Attributes:
-        snapshots: Ids, oldest first.
-        counts: Of the newest snapshot: ledger rows by status.
-        reasons: Likewise: rows not kept by "status: class of reason", most frequent first.
-        tables: Stage tables, in the order of the work.
-        run: What the last run does or did; None before the first.
-    """
-
-    snapshots: tuple[str, ...]
-    counts: dict[str, int]
-    reasons: dict[str, int]
-    tables: tuple[TableStatus, ...]
-    run: RunRecord | None
+    snapshots: tuple[str, ...]  # ids, oldest first
+    counts: dict[str, int]  # of the newest snapshot: ledger rows by status
+    reasons: dict[str, int]  # likewise: rows not kept by "status: class of reason", most frequent first
+    tables: tuple[TableStatus, ...]  # stage tables, in the order of the work
+    run: RunRecord | None  # what the last run does or did; None before the first
 
     def __str__(self) -> str:
-        """Lines for a person."""
         lines = [f"snapshots: {', '.join(self.snapshots) or 'none yet'}"]
         if self.snapshots:
             lines.append(f"newest: {'  '.join(f'{name} {count}' for name, count in self.counts.items())}")

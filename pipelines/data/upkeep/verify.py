@@ -19,22 +19,14 @@ _EXAMPLES = 3  # named of each kind of problem
 
 @dataclass(frozen=True)
 class Verification:
-    """What was looked at, and what is wrong with it.
+    """What was looked at, and what is wrong with it."""
 
-    Attributes:
-        shards: Token files read.
-        rows: Their rows.
-        tokens: Codes in those.
-        problems: One sentence each, with the file or clips it is about; none if all is well.
-    """
-
-    shards: int
-    rows: int
-    tokens: int
-    problems: tuple[str, ...]
+    shards: int  # token files read
+    rows: int  # their rows
+    tokens: int  # codes in those
+    problems: tuple[str, ...]  # one sentence each, with the file or clips it is about; none if all is well
 
     def __str__(self) -> str:
-        """A line for a person, and one per problem."""
         head = f"{self.shards} shards, {self.rows} clips, {self.tokens} tokens: "
         return "\n".join([head + (f"{len(self.problems)} problems" if self.problems else "all well"), *self.problems])
 

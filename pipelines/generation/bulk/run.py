@@ -39,7 +39,6 @@ class GenerateResult:
     seconds: float
 
     def __str__(self) -> str:
-        """For the command's last line."""
         held = f", {self.skipped} there already" if self.skipped else ""
         made = "1 video" if self.generated == 1 else f"{self.generated} videos"
         return f"{self.output}: {made} made in {self.seconds:.1f} s{held}"
