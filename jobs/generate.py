@@ -26,10 +26,7 @@ from jobs.command import ConfigCommand, config_arguments, resolve, run
 @click.option("--out", help="Folder for the videos, or one file (.mp4); the key output.")
 @click.option("--seed", type=click.IntRange(min=0), help="First sampling seed; the key seed.")
 def command(
-    config: str | None,
-    overrides: tuple[str, ...],
-    print_config: bool,
-    **options: str | int | tuple[str, ...] | None,
+    config: str | None, overrides: tuple[str, ...], print_config: bool, **options: str | int | tuple[str, ...] | None
 ) -> None:
     """Generate videos for one prompt, or for a file of them.
 

@@ -104,11 +104,7 @@ class ClipSpec:
     def caption(self) -> str:
         """The caption in this clip's wording; it names all five attributes."""
         return WORDINGS[self.wording].format(
-            shape=self.shape,
-            size=self.size,
-            color=self.color,
-            background=self.background,
-            direction=self.direction,
+            shape=self.shape, size=self.size, color=self.color, background=self.background, direction=self.direction
         )
 
     @property

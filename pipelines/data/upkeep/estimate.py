@@ -133,11 +133,7 @@ def plan_curation(config: CurateConfig, cluster: Cluster, *, sources: int, seed:
             scratch = replace(config, dataset=folder, resources=replace(config.resources, max_failed_share=1.0))
             _, curation = prepare(scratch)
             workers = {name: _workers(stage, cluster) for name, stage in curation.stages.items()}
-            with (
-                connect(),
-                RunLog(folder).record() as log,
-                sampled_memory(_largest_process, _SAMPLE_SECONDS) as peaks,
-            ):
+            with connect(), RunLog(folder).record() as log, sampled_memory(_largest_process, _SAMPLE_SECONDS) as peaks:
                 done = curation.run(chosen, log)
                 snapshot = write_snapshot(folder, curation.content(done), config.publish)
             disk = sum(file.size for file in storage.list_files(folder))
