@@ -12,7 +12,7 @@ from pipelines.cluster import cluster_is_ours
 from pipelines.data.captions.captioner import CaptionSource
 from pipelines.data.captions.choose import Caption
 from pipelines.data.config import CurateConfig
-from pipelines.data.snapshot.codes import CodeReader
+from pipelines.data.snapshot.codes import deal_codes
 from pipelines.data.snapshot.ledger import build_ledger, removed_rows
 from pipelines.data.snapshot.read import TokenizerInfo
 from pipelines.data.snapshot.write import PUBLISHED_CLIPS, SnapshotContent, draw_split
@@ -116,7 +116,7 @@ class Curation:
         }
         return SnapshotContent(
             clips=pa.table(columns).select(PUBLISHED_CLIPS.names).cast(PUBLISHED_CLIPS),
-            read_codes=CodeReader(run.table("tokens"), rows["key"], made["work_key"]),
+            read_codes=partial(deal_codes, table=run.table("tokens"), clip_ids=rows["key"], work_keys=made["work_key"]),
             ledger=self._ledger(run, hashes | {"captions": self.caption.hash}),
             tokenizer=self.tokenizer,
             created_from={

@@ -275,9 +275,8 @@ class CaptionConfig:
     """Where captions come from, and which are used."""
 
     captioners: tuple[str, ...] = ("given",)  # each adds captions, in this order
-    file: str | None = (
-        None  # CSV, JSONL or Parquet; none: captions.{csv,jsonl,parquet} in the source folder, or sidecars
-    )
+    # CSV, JSONL or Parquet; none: captions.{csv,jsonl,parquet} in the source folder, or sidecars
+    file: str | None = None
     path_column: str = "path"  # relative to the table's folder, or absolute
     caption_column: str = "caption"
     coca: CocaConfig = field(default_factory=CocaConfig)

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from lumos.config import require
 from pipelines import storage
 from pipelines.data.snapshot.card import dataset_card
 from pipelines.data.snapshot.read import (
@@ -55,10 +56,8 @@ class PublishConfig:
     shard_mb: float = 128.0  # size that shards aim for
 
     def __post_init__(self) -> None:
-        if not 0 <= self.val_share < 1:
-            raise ValueError(f"val_share must be at least 0 and below 1, got {self.val_share}")
-        if self.shard_mb <= 0:
-            raise ValueError(f"shard_mb must be positive, got {self.shard_mb}")
+        require(0 <= self.val_share < 1, f"val_share must be at least 0 and below 1, got {self.val_share}")
+        require(self.shard_mb > 0, f"shard_mb must be positive, got {self.shard_mb}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +117,7 @@ def write_snapshot(dataset: str, content: SnapshotContent, config: PublishConfig
     )
     storage.write_bytes_atomic(storage.join(uri, _CARD), dataset_card(manifest, ledger).encode())
     check_lock(dataset)
-    storage.write_json_atomic(storage.join(uri, MANIFEST), manifest.to_json())
+    storage.write_json_atomic(storage.join(uri, MANIFEST), asdict(manifest))
     return open_snapshot(uri)
 
 

@@ -8,7 +8,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, product
+from itertools import chain, islice, product
 from typing import Any
 
 import pyarrow as pa
@@ -22,7 +22,7 @@ from pipelines.data.keys import source_of
 from pipelines.data.reasons import near_duplicate_of
 from pipelines.data.settings import CaptionConfig
 from pipelines.data.snapshot.card import dataset_card
-from pipelines.data.snapshot.read import SNAPSHOTS, Bucket, Snapshot, open_snapshot
+from pipelines.data.snapshot.read import Bucket, Snapshot, open_snapshots
 from pipelines.data.snapshot.schemas import LEDGER
 from pipelines.data.snapshot.write import PUBLISHED_CLIPS, deal_shards, draw_split, shard_bytes
 from pipelines.data.stage.stage import Row
@@ -56,10 +56,9 @@ def repair_dataset(dataset: str) -> Repair:
     Raises:
         UserError: if there is no such dataset, a run is using it, or a captioner of a plugin is not there.
     """
-    snapshots = snapshots_of(dataset)
-    for snapshot in snapshots:
-        for captioner in _captioners(open_snapshot(storage.join(dataset, SNAPSHOTS, snapshot))):
-            captioner_named(captioner)  # one of a plugin may not be there
+    snapshots = open_snapshots(dataset, snapshots_of(dataset))
+    for name in chain.from_iterable(map(_captioners, snapshots)):
+        captioner_named(name)  # one of a plugin may not be there
     done = Repair()
     with dataset_lock(dataset):
         for stage, name in list_tables(dataset):
@@ -69,7 +68,7 @@ def repair_dataset(dataset: str) -> Repair:
                     storage.remove(part)
                     done.dropped.append(part.removeprefix(dataset).lstrip("/"))
         for snapshot in snapshots:
-            _repair_snapshot(dataset, open_snapshot(storage.join(dataset, SNAPSHOTS, snapshot)), done)
+            _repair_snapshot(dataset, snapshot, done)
     return done
 
 
@@ -132,7 +131,8 @@ class _Rebuild:
         self.created_from = snapshot.manifest.created_from
         elsewhere = {clip for clips in found.values() for clip in clips}
         rows = ledger.select(["key", "source_id", "status", "reason"]).to_pylist()
-        self.groups = linked_groups(_near_pairs(rows))
+        originals = ((row["source_id"], near_duplicate_of(row["reason"])) for row in rows)
+        self.groups = linked_groups([(source_id, source_of(key)) for source_id, key in originals if key is not None])
         self.missing = {
             row["key"]: row["source_id"] for row in rows if row["status"] == "kept" and row["key"] not in elsewhere
         }
@@ -213,9 +213,3 @@ def _rules(recorded: dict[str, Any]) -> dict[str, Any]:
     """What decides which captions are used, of the config in a manifest; older ones lack some of it."""
     rules = {name: recorded[name] for name in ("min_words", "max_words", "language_certainty") if name in recorded}
     return rules | {"languages": tuple(recorded.get("languages", ()))}
-
-
-def _near_pairs(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Sources of near-duplicates and of what they duplicate, as the ledger tells it."""
-    originals = ((row["source_id"], near_duplicate_of(row["reason"])) for row in rows)
-    return [(source_id, source_of(key)) for source_id, key in originals if key is not None]

@@ -13,7 +13,7 @@ from pipelines.data.keys import sources_of
 from pipelines.data.reasons import CLASSES, Failure, parse_failure
 from pipelines.data.settings import stage_place
 from pipelines.data.snapshot.ledger import count_reasons
-from pipelines.data.snapshot.read import MANIFEST, SNAPSHOTS, open_snapshot
+from pipelines.data.snapshot.read import MANIFEST, SNAPSHOTS, Snapshot, open_snapshots
 from pipelines.data.snapshot.removals import read_removed
 from pipelines.data.stage.columns import parquet_bytes
 from pipelines.data.stage.log import RunRecord, last_run
@@ -73,20 +73,20 @@ def dataset_status(dataset: str) -> DatasetStatus:
     Raises:
         UserError: if there is none.
     """
-    snapshots = snapshots_of(dataset)
-    used = _users(dataset, snapshots)
+    ids = snapshots_of(dataset)
+    snapshots = open_snapshots(dataset, ids)
+    used = _users(snapshots)
     tables = sorted(list_tables(dataset), key=lambda table: (stage_place(table[0]), table))
-    newest = open_snapshot(storage.join(dataset, SNAPSHOTS, snapshots[-1])) if snapshots else None
     return DatasetStatus(
-        snapshots=snapshots,
-        counts=newest.manifest.ledger.counts if newest else {},
-        reasons=count_reasons(newest.read_ledger(["status", "reason"])) if newest else {},
-        tables=tuple(_table_status(dataset, stage, name, used.get(f"{stage}/{name}", ())) for stage, name in tables),
+        snapshots=tuple(ids),
+        counts=snapshots[-1].manifest.ledger.counts if snapshots else {},
+        reasons=count_reasons(snapshots[-1].read_ledger(["status", "reason"])) if snapshots else {},
+        tables=tuple(_table_status(dataset, stage, name, used.get(f"{stage}/{name}", [])) for stage, name in tables),
         run=last_run(dataset),
     )
 
 
-def _table_status(dataset: str, stage: str, name: str, used_by: Sequence[str]) -> TableStatus:
+def _table_status(dataset: str, stage: str, name: str, used_by: list[str]) -> TableStatus:
     parts = table_parts(storage.join(dataset, STAGES, stage, name))
     rows = damaged = 0
     failed: Counter[str] = Counter()
@@ -95,17 +95,12 @@ def _table_status(dataset: str, stage: str, name: str, used_by: Sequence[str]) -
             failures = _failures(part)
         except UnusablePartError:
             damaged += 1
-            continue
-        rows += len(failures)
-        failed.update(failure.kind for failure in failures if failure)
+        else:
+            rows += len(failures)
+            failed.update(failure.kind for failure in failures if failure)
+    by_count = dict(sorted(failed.items(), key=lambda item: (-item[1], item[0])))
     return TableStatus(
-        stage=stage,
-        hash=name,
-        rows=rows,
-        parts=len(parts),
-        damaged=damaged,
-        failed=dict(sorted(failed.items(), key=lambda item: (-item[1], item[0]))),
-        used_by=tuple(used_by),
+        stage=stage, hash=name, rows=rows, parts=len(parts), damaged=damaged, failed=by_count, used_by=tuple(used_by)
     )
 
 
@@ -169,7 +164,8 @@ def collect_garbage(dataset: str, *, dry_run: bool, keep: int | None = None) -> 
         if not snapshots:
             raise UserError(f"dataset {dataset} has no published snapshot yet: what its stages hold is all there is")
         snapshots = snapshots[-keep:] if keep else snapshots
-        used = _users(dataset, snapshots)
+        opened = open_snapshots(dataset, snapshots)
+        used = _users(opened)
         unused = [f"{STAGES}/{stage}/{name}" for stage, name in list_tables(dataset) if f"{stage}/{name}" not in used]
         folder = storage.join(dataset, SNAPSHOTS)
         unused += [f"{SNAPSHOTS}/{name}" for name in storage.list_names(folder) if name not in snapshots]
@@ -178,11 +174,11 @@ def collect_garbage(dataset: str, *, dry_run: bool, keep: int | None = None) -> 
             storage.remove(storage.join(dataset, path, MANIFEST))  # first, so that no half of a snapshot passes for one
             storage.remove(storage.join(dataset, path))
         tables = [table for table in list_tables(dataset) if "/".join(table) in used]
-        return unused + _drop_removed(dataset, tables, snapshots, dry_run=dry_run)
+        return unused + _drop_removed(dataset, tables, opened, dry_run=dry_run)
 
 
 def _drop_removed(
-    dataset: str, tables: Sequence[tuple[str, str]], snapshots: Sequence[str], *, dry_run: bool
+    dataset: str, tables: Sequence[tuple[str, str]], snapshots: Sequence[Snapshot], *, dry_run: bool
 ) -> list[str]:
     """Take the rows of removed sources that no snapshot holds out of stage tables; tells how many were where.
 
@@ -190,7 +186,7 @@ def _drop_removed(
     """
     gone = set(read_removed(dataset))
     for snapshot in snapshots if gone else ():
-        ledger = open_snapshot(storage.join(dataset, SNAPSHOTS, snapshot)).read_ledger(["source_id", "status"])
+        ledger = snapshot.read_ledger(["source_id", "status"])
         gone -= set(ledger.filter(pc.equal(ledger["status"], "kept"))["source_id"].to_pylist())
     told = []
     for stage, name in tables if gone else ():
@@ -210,13 +206,12 @@ def _drop_removed(
     return told
 
 
-def _users(dataset: str, snapshots: tuple[str, ...]) -> dict[str, list[str]]:
-    """Snapshots by "stage/hash" of the tables they were made from."""
+def _users(snapshots: Sequence[Snapshot]) -> dict[str, list[str]]:
+    """Ids of snapshots by "stage/hash" of the tables they were made from."""
     used: dict[str, list[str]] = {}
-    for snapshot in snapshots:
-        manifest = open_snapshot(storage.join(dataset, SNAPSHOTS, snapshot)).manifest
+    for manifest in (snapshot.manifest for snapshot in snapshots):
         for stage, name in manifest.created_from.get("stage_hashes", {}).items():
-            used.setdefault(f"{stage}/{name}", []).append(snapshot)
+            used.setdefault(f"{stage}/{name}", []).append(manifest.snapshot_id)
     return used
 
 

@@ -31,11 +31,7 @@ from pipelines.data.video.local_files import LocalFiles
 from pipelines.data.video.looks import decode_jpeg, encode_jpeg, read_rows
 from pipelines.data.video.reader import ClipRequest, VideoError, fit_picture
 
-MOMENTS = (
-    "start",
-    "middle",
-    "end",
-)  # of a clip's span, that are shown; the last one of the looks may be before its end
+MOMENTS = ("start", "middle", "end")  # of a clip's span, that are shown; the last of the looks may be before its end
 FRAME_HEIGHT = 120  # px
 MAX_FETCHED = 24  # sources that are fetched from an object store; a film may have gigabytes
 _FRAME_WIDTHS = (16, 480)  # px; what is narrower or wider loses its ends

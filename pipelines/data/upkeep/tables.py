@@ -11,13 +11,9 @@ from pipelines.data.stage.table import STAGES, read_parts, table_parts
 from pipelines.errors import UserError
 
 
-def snapshots_of(dataset: str) -> tuple[str, ...]:
-    """Ids of a dataset's published snapshots, oldest first.
-
-    Raises:
-        UserError: if there is no such dataset.
-    """
-    snapshots = tuple(list_snapshots(dataset))
+def snapshots_of(dataset: str) -> list[str]:
+    """Ids of a dataset's published snapshots, oldest first; raises a ``UserError`` if there is no such dataset."""
+    snapshots = list_snapshots(dataset)
     if not snapshots and not storage.is_dir(storage.join(dataset, STAGES)):
         raise UserError(f"{dataset} is no dataset; name the folder or s3:// prefix that `lumos curate` wrote to")
     return snapshots
