@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from lumos.tokenizers import TokenizerConfig, load_video_tokenizer
-from pipelines.benchmarks.curation import measure_curation
+from pipelines.benchmarks.curation import measure_curation, stateless
 from pipelines.benchmarks.machine import describe_machine, product_ms, ratio
 from pipelines.cluster import connect
 from pipelines.data.config import CurateConfig, TokenConfig
@@ -43,7 +43,6 @@ _SIZE = (1280, 720)
 _FPS = 30
 _SHOT_SECONDS = 3
 _SHOTS = 3
-_COPIES = 8  # of the film, as so many sources
 _NULL = pa.schema([("work_key", pa.string())])
 _SAMPLE_SECONDS = 0.05
 
@@ -53,7 +52,7 @@ class DataBenchmarkConfig:
     """How much is measured."""
 
     repeats: int = 5  # times of each ratio; medians count
-    copies: int = _COPIES  # of the film that is scored and tokenized, 9 s at 1280x720
+    copies: int = 8  # of the film that is scored and tokenized, 9 s at 1280x720
     null_rows: int = 1_000_000  # rows of the manifest that goes through a stage which does nothing
     clips: int = 200_000  # of a curation in which nothing is decoded
 
@@ -88,12 +87,8 @@ class DecodeOnly:
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         """An empty row for each source."""
-        jobs = [
-            DecodeJob(
-                row["work_key"], "pipelines.benchmarks.floors:decode_only", {"path": row["uri"], "target": self.target}
-            )
-            for row in rows
-        ]
+        function = "pipelines.benchmarks.floors:decode_only"
+        jobs = [DecodeJob(row["work_key"], function, {"path": row["uri"], "target": self.target}) for row in rows]
         return [{"work_key": row["work_key"]} for row, _ in zip(rows, self.child.run(jobs), strict=True)]
 
 
@@ -108,27 +103,16 @@ class DecodeAndEncode:
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         """An empty row for each clip."""
-        return [{"work_key": row["work_key"], "key": self._encode(row)} for row in rows]
-
-    def _encode(self, row: Row) -> str:
-        shape = {name: row[name] for name in ("num_frames", "width", "height")}
-        request = ClipRequest(
-            path=row["uri"], fps=self.config.fps, **shape, **{name: row[name] for name in REQUEST_COLUMNS}
-        )
-        frames = read_clip(request, beat=lambda: None)
-        self.tokenizer.encode(torch.from_numpy(frames)[None])
-        return str(row["key"])
+        for row in rows:
+            columns = {name: row[name] for name in ("num_frames", "width", "height", *REQUEST_COLUMNS)}
+            frames = read_clip(ClipRequest(path=row["uri"], fps=self.config.fps, **columns), beat=lambda: None)
+            self.tokenizer.encode(torch.from_numpy(frames)[None])
+        return [{"work_key": row["work_key"], "key": row["key"]} for row in rows]
 
 
-class Nothing:
-    """A stage that does nothing."""
-
-    def __init__(self, uri: str) -> None:
-        del uri
-
-    def __call__(self, rows: Sequence[Row]) -> list[Row]:
-        """The keys."""
-        return [{"work_key": row["work_key"]} for row in rows]
+def do_nothing(rows: Sequence[Row]) -> list[Row]:
+    """The keys."""
+    return [{"work_key": row["work_key"]} for row in rows]
 
 
 def run_data_benchmark(config: DataBenchmarkConfig, say: Callable[[str], None]) -> dict[str, Any]:
@@ -243,7 +227,7 @@ def _null_rows(root: Path, config: DataBenchmarkConfig, say: Callable[[str], Non
         name="null",
         settings={},
         schema=_NULL,
-        function=Nothing,
+        function=partial(stateless, function=do_nothing),
         rows_per_part=8192,
         min_rows_per_part=4096,
         stateful=False,
