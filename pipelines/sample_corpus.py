@@ -13,7 +13,7 @@ import csv
 import functools
 import itertools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -41,6 +41,13 @@ COLORS = {
 }
 BACKGROUNDS = {"white": (240, 240, 236), "gray": (138, 146, 152), "dark": (40, 42, 50), "brown": (116, 80, 56)}
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (dy, dx)
+_VALUES: dict[str, Iterable[str]] = {
+    "shape": SHAPES,
+    "size": SIZES,
+    "color": COLORS,
+    "background": BACKGROUNDS,
+    "direction": DIRECTIONS,
+}
 
 # All of one length in tokens, since sequences of equal length are attended together, which is faster.
 WORDINGS = (
@@ -83,13 +90,7 @@ class ClipSpec:
     wording: int = 0  # index into WORDINGS
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("shape", SHAPES),
-            ("size", SIZES),
-            ("color", COLORS),
-            ("background", BACKGROUNDS),
-            ("direction", DIRECTIONS),
-        ):
+        for name, known in _VALUES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
         if not 0 <= self.wording < len(WORDINGS):
@@ -103,9 +104,7 @@ class ClipSpec:
     @property
     def caption(self) -> str:
         """The caption in this clip's wording; it names all five attributes."""
-        return WORDINGS[self.wording].format(
-            shape=self.shape, size=self.size, color=self.color, background=self.background, direction=self.direction
-        )
+        return WORDINGS[self.wording].format(**vars(self))
 
     @property
     def combination(self) -> tuple[str, str, str, str]:
@@ -158,9 +157,7 @@ def sample_specs(seed: int, n: int) -> list[ClipSpec]:
     generator = np.random.default_rng([seed, 0])
     kinds = [
         (shape, size, color, background, direction)
-        for shape, size, color, background, direction in itertools.product(
-            SHAPES, SIZES, COLORS, BACKGROUNDS, DIRECTIONS
-        )
+        for shape, size, color, background, direction in itertools.product(*_VALUES.values())
         if (shape, color, background, direction) not in held_out_combinations()
     ]
     # Every start of a kind is used once before any is used again: two clips of one picture would be exact duplicates.
@@ -198,21 +195,10 @@ def held_out_specs(seed: int) -> list[ClipSpec]:
     return specs
 
 
-def _make_spec(
-    kind: tuple[str, str, str, str, str], start: tuple[int, int], generator: np.random.Generator
-) -> ClipSpec:
+def _make_spec(kind: Sequence[str], start: tuple[int, int], generator: np.random.Generator) -> ClipSpec:
     """A clip in a wording drawn for it."""
-    shape, size, color, background, direction = kind
-    return ClipSpec(
-        shape=shape,
-        size=size,
-        color=color,
-        background=background,
-        direction=direction,
-        top=start[0],
-        left=start[1],
-        wording=int(generator.integers(len(WORDINGS))),
-    )
+    attributes = dict(zip(_VALUES, kind, strict=True))
+    return ClipSpec(**attributes, top=start[0], left=start[1], wording=int(generator.integers(len(WORDINGS))))
 
 
 # ---------------------------------------------------------------------------------------------------- rendering

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import uniform_filter
 
 from pipelines.sample_corpus import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SIDE, SIZES, background_image, shape_mask
 from pipelines.statistics import wilson_interval
@@ -64,7 +65,9 @@ def judge_video(frames: NDArray[np.uint8]) -> Reading:
     base = _background_lab(background, *frames.shape[1:3])
     difference = np.linalg.norm(lab - base, axis=-1)
     weight = np.clip((difference - _NEAR) / (_FAR - _NEAR), 0, 1)
-    weight *= _smooth(weight) > 0.5  # drops single pixels and the fringes of stripes
+    weight *= (
+        uniform_filter(weight, size=(1, 3, 3), mode="nearest") > 0.5
+    )  # drops single pixels and the fringes of stripes
     if weight.mean() < _MIN_AREA:
         return Reading(color="none", background=background, shape="none", direction="none")
     return Reading(
@@ -210,12 +213,3 @@ def _direction(weight: NDArray[np.float32]) -> str:
     vertical = abs(dy) > abs(dx)
     sign = (round(math.copysign(1, dy)), 0) if vertical else (0, round(math.copysign(1, dx)))
     return next(name for name, move in DIRECTIONS.items() if move == sign)
-
-
-def _smooth(weight: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Mean over 3x3 pixels within each frame."""
-    padded = np.pad(weight, ((0, 0), (1, 1), (1, 1)), mode="edge")
-    height, width = weight.shape[1:]
-    return np.asarray(
-        sum(padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)) / 9, dtype=np.float32
-    )

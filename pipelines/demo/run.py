@@ -7,26 +7,27 @@ import csv
 import json
 import re
 import shlex
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
 import av
+import click
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.cluster import connect
 from pipelines.config import ConfigT, load_config
 from pipelines.data.config import CurateConfig
 from pipelines.data.curate import curate
+from pipelines.data.snapshot.read import open_snapshot
+from pipelines.data.snapshot.schemas import STATUSES
 from pipelines.demo.judge import Reading, judge_video, score
-from pipelines.demo.report import LedgerRow, LossPoint, Report, Sample, write_report
+from pipelines.demo.report import Sample, write_report
 from pipelines.errors import UserError
 from pipelines.generation.bulk.manifest import MANIFEST_FILE
 from pipelines.generation.bulk.run import generate
@@ -116,11 +117,12 @@ def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: S
             "chance": result.chance,
             "interval95": result.interval95,
         }
-        page = Report(
+        write_report(
+            out / "report.html",
             summary=summary,
             samples=samples,
-            losses=[LossPoint(step=row.step, loss=row.loss, frames=row.frame_losses) for row in trained.records],
-            not_kept=[row for row in ledger if row.status != "kept"],
+            records=trained.records,
+            not_kept=[row for row in ledger if row["status"] != "kept"],
             next_steps=[
                 ("This page's dataset was made by:", str(curating)),
                 ("Its model:", str(training)),
@@ -128,9 +130,8 @@ def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: S
                 *_next_steps(out, trained, samples),
             ],
         )
-        write_report(out / "report.html", page)
     summary["seconds"] = seconds | {"total": time.monotonic() - begin}
-    rounded: dict[str, Any] = _rounded(summary)
+    rounded: dict[str, Any] = json.loads(json.dumps(summary), parse_float=lambda text: round(float(text), 4))
     (out / "summary.json").write_text(json.dumps(rounded, indent=2) + "\n", encoding="utf-8")
     return rounded
 
@@ -138,16 +139,11 @@ def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: S
 @contextmanager
 def _phase(name: str, what: str, seconds: dict[str, float]) -> Iterator[None]:
     """Time a phase, with a line at its begin and at its end."""
-    _say(f"[{name}] {what}")
+    click.echo(f"[{name}] {what}")
     begin = time.monotonic()
     yield
     seconds[name] = time.monotonic() - begin
-    _say(f"[{name}] done in {seconds[name]:.1f} s")
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    click.echo(f"[{name}] done in {seconds[name]:.1f} s")
 
 
 def _overrides(**values: object) -> tuple[str, ...]:
@@ -194,29 +190,15 @@ def _decode(path: Path) -> NDArray[np.uint8]:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-def read_ledger(snapshot: str) -> list[LedgerRow]:
-    """The rows of a snapshot's ledger."""
-    table = pq.read_table(Path(snapshot) / "ledger.parquet", columns=["path", "status", "reason"])
-    return [
-        LedgerRow(path=Path(row["path"]).name, status=row["status"], reason=row["reason"] or "")
-        for row in table.to_pylist()
-    ]
+def read_ledger(snapshot: str) -> list[dict[str, str]]:
+    """File name (as ``path``), status and reason of each row of a snapshot's ledger."""
+    rows = open_snapshot(snapshot).read_ledger(["path", "status", "reason"]).to_pylist()
+    return [row | {"path": Path(row["path"]).name} for row in rows]
 
 
-def _count_clips(ledger: Sequence[LedgerRow]) -> dict[str, int]:
-    counts = Counter(row.status for row in ledger)
-    statuses = ("kept", "rejected", "failed", "duplicate")
-    return {"sources": len({row.path for row in ledger}), **{status: counts[status] for status in statuses}}
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return round(value, 4)
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(item) for item in value]
-    return value
+def _count_clips(ledger: Sequence[Mapping[str, str]]) -> dict[str, int]:
+    counts = Counter(row["status"] for row in ledger)
+    return {"sources": len({row["path"] for row in ledger}), **{status: counts[status] for status in STATUSES}}
 
 
 def _next_steps(out: Path, trained: TrainResult, samples: Sequence[Sample]) -> list[tuple[str, str]]:
