@@ -1,7 +1,5 @@
 """Curation from end to end: sources, split and scores, decisions, captions, tokens, a published snapshot."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -21,9 +19,11 @@ from pipelines.data.stage.log import RunLog
 from pipelines.data.steps.run import Run
 from pipelines.data.steps.sources import list_sources
 from pipelines.data.steps.tokens import load_tokenizer_info
-from pipelines.errors import JobError, UserError
+from pipelines.errors import JobError, UserError, storage_errors_as
 from pipelines.storage import s3
 from pipelines.storage.lock import dataset_lock
+
+CONTINUE = "what was done is kept: give the same command again to continue"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,22 +73,13 @@ def curate(config: CurateConfig) -> CurateResult:
         UserError: if sources, captions, models or dataset are not usable; nothing was begun.
         JobError: if a stage failed, or a disk or store. What was done is kept; the same call continues.
     """
-    with told_as_job_error():
+    with storage_errors_as(JobError, CONTINUE):
         listing, curation = prepare(config)
         with dataset_lock(config.dataset), connect(), RunLog(config.dataset).record() as log:
             done = curation.run(listing, log)
             content = curation.content(done)
             snapshot = write_snapshot(config.dataset, content, config.publish)
         return _result(config, snapshot, content, done)
-
-
-@contextmanager
-def told_as_job_error() -> Iterator[None]:
-    """Tell of a disk or a store that fails in one line."""
-    try:
-        yield
-    except OSError as error:
-        raise JobError(f"{error}; what was done is kept: give the same command again to continue") from error
 
 
 def prepare(config: CurateConfig) -> tuple[pa.Table, Curation]:

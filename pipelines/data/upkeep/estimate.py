@@ -14,11 +14,11 @@ import pyarrow as pa
 from pipelines import storage
 from pipelines.cluster import connect, is_joined
 from pipelines.data.config import CurateConfig
-from pipelines.data.curate import prepare, told_as_job_error
+from pipelines.data.curate import CONTINUE, prepare
 from pipelines.data.snapshot.write import write_snapshot
 from pipelines.data.stage.log import RunLog
 from pipelines.data.stage.stage import Stage
-from pipelines.errors import UserError
+from pipelines.errors import JobError, UserError, storage_errors_as
 from pipelines.memory import sampled_memory
 from pipelines.statistics import wilson_interval
 
@@ -125,7 +125,7 @@ def plan_curation(config: CurateConfig, cluster: Cluster, *, sources: int, seed:
         UserError: as ``curate`` does.
         JobError: likewise.
     """
-    with told_as_job_error():
+    with storage_errors_as(JobError, CONTINUE):
         listing, _ = prepare(config)
         chosen = _draw(listing, sources, seed)
         with _scratch_dataset(config) as folder:
