@@ -13,10 +13,8 @@ from pipelines.data.config import CurateConfig
 from pipelines.data.models.transnet import load_transnet
 from pipelines.data.pipeline import Curation
 from pipelines.data.snapshot.ledger import count_reasons
-from pipelines.data.snapshot.read import Snapshot
-from pipelines.data.snapshot.write import SnapshotContent, write_snapshot
+from pipelines.data.snapshot.write import write_snapshot
 from pipelines.data.stage.log import RunLog
-from pipelines.data.steps.run import Run
 from pipelines.data.steps.sources import list_sources
 from pipelines.data.steps.tokens import load_tokenizer_info
 from pipelines.errors import JobError, UserError, storage_errors_as
@@ -79,7 +77,19 @@ def curate(config: CurateConfig) -> CurateResult:
             done = curation.run(listing, log)
             content = curation.content(done)
             snapshot = write_snapshot(config.dataset, content, config.publish)
-        return _result(config, snapshot, content, done)
+    manifest = snapshot.manifest
+    return CurateResult(
+        snapshot_uri=snapshot.uri,
+        snapshot_id=manifest.snapshot_id,
+        counts=manifest.ledger.counts,
+        reasons=count_reasons(content.ledger),
+        uncaptioned=pc.sum(pc.equal(pc.list_value_length(content.clips["captions"]), 0)).as_py() or 0,
+        left_out=done.captions.left_out,
+        caption_cost=done.captions.cost(config.captions.endpoint),
+        rows={name: total.rows for name, total in manifest.totals.items()},
+        tokens={name: total.tokens for name, total in manifest.totals.items()},
+        computed=done.computed,
+    )
 
 
 def prepare(config: CurateConfig) -> tuple[pa.Table, Curation]:
@@ -110,19 +120,3 @@ def prepare(config: CurateConfig) -> tuple[pa.Table, Curation]:
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"split.weights: {error}") from error
     return listing, Curation(config, captions, tokenizer)
-
-
-def _result(config: CurateConfig, snapshot: Snapshot, content: SnapshotContent, done: Run) -> CurateResult:
-    manifest = snapshot.manifest
-    return CurateResult(
-        snapshot_uri=snapshot.uri,
-        snapshot_id=manifest.snapshot_id,
-        counts=manifest.ledger.counts,
-        reasons=count_reasons(content.ledger),
-        uncaptioned=pc.sum(pc.equal(pc.list_value_length(content.clips["captions"]), 0)).as_py() or 0,
-        left_out=done.captions.left_out,
-        caption_cost=done.captions.cost(config.captions.endpoint),
-        rows={name: total.rows for name, total in manifest.totals.items()},
-        tokens={name: total.tokens for name, total in manifest.totals.items()},
-        computed=done.computed,
-    )

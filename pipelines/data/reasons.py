@@ -35,14 +35,11 @@ class Failure:
     @property
     def kind(self) -> str:
         """Code and class, by which failures are counted: "decode_error (transient)"."""
-        return f"{self.code} ({self._class})"
-
-    def is_called(self, name: str) -> bool:
-        """Whether a name is that of its code or class."""
-        return name in (self.code, self._class)
+        return f"{self.code} ({self.failure_class})"
 
     @property
-    def _class(self) -> str:
+    def failure_class(self) -> str:
+        """One of ``CLASSES``."""
         return CLASSES[0] if self.transient else CLASSES[1]
 
     def __str__(self) -> str:
@@ -92,12 +89,6 @@ def parse_duplicate(reason: str) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
-def near_duplicate_of(reason: str) -> str | None:
-    """The key of the clip that a row is a near-duplicate of; None if it is none."""
-    kind, name = parse_duplicate(reason) or ("", "")
-    return name if kind == "near" else None
-
-
 def too_few_words(count: int, least: int) -> str:
     """Why a caption is not used that has too few words."""
     return f"words {count} < {least}"
@@ -127,11 +118,6 @@ def no_caption(faults: Sequence[str]) -> str:
     return f"caption: {all_of(faults) or 'none'}"
 
 
-def reason_class(reason: str) -> str:
-    """What a reason is about: the score that it names first, the kind of duplicate, or the code of the failure."""
-    return reason.partition(" ")[0].rstrip(":")
-
-
 def reason_classes(reasons: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The ``reason_class`` of each of many reasons."""
+    """What each reason is about: the score that it names first, the kind of duplicate, or the code of the failure."""
     return pc.utf8_rtrim(pc.replace_substring_regex(reasons, pattern="(?s) .*", replacement=""), ":")

@@ -4,7 +4,7 @@ A URI is a local path or anything fsspec knows (``s3://bucket/key``). A local pa
 ``::``, ``#`` and ``*`` among them; one whose bytes are no UTF-8 is kept under an escaped name.
 
 S3 fails now and then: what may pass is waited for (see s3.py), and what is left is an ``OSError`` as a disk would
-raise it (see errors.py): ``FileNotFoundError`` where there is nothing, ``EIO`` where the store fails for long.
+raise it (see store.py): ``FileNotFoundError`` where there is nothing, ``EIO`` where the store fails for long.
 """
 
 import hashlib

@@ -44,6 +44,7 @@ LEDGER_ROW_GROUP_ROWS = 1 << 16
 PUBLISHED_CLIPS = pa.schema(
     [*(field for field in TOKENS if field.name != "codes"), pa.field("codes_sha256", pa.string(), nullable=False)]
 )
+_Kind = tuple[str, int, int, int]  # split and latent shape t, h, w
 _BYTES_BESIDE_CODES = 512  # a row's ids and captions, roughly; for the size of shards only
 
 
@@ -93,7 +94,9 @@ def write_snapshot(dataset: str, content: SnapshotContent, config: PublishConfig
     folder = storage.join(dataset, SNAPSHOTS)
     if published and published[-1].endswith(digest[:8]):
         return _restored(storage.join(folder, published[-1]), content, ledger, config)
-    _remove_unfinished(folder, published)
+    for name in storage.list_names(folder):  # what an interrupted call left
+        if snapshot_number(name) is not None and name not in published:
+            storage.remove(storage.join(folder, name))
     number = 1 + max((snapshot_number(name) or 0 for name in published), default=0)
     snapshot_id = f"v{number:04d}-{digest[:8]}"
     uri = storage.join(folder, snapshot_id)
@@ -109,10 +112,7 @@ def write_snapshot(dataset: str, content: SnapshotContent, config: PublishConfig
         buckets=buckets,
         totals={name: _total(buckets, name) for name in ("train", "val")},
         ledger=LedgerInfo(
-            path=_LEDGER,
-            rows=ledger.num_rows,
-            sha256=hashlib.sha256(ledger_data).hexdigest(),
-            counts=count_statuses(ledger),
+            _LEDGER, ledger.num_rows, hashlib.sha256(ledger_data).hexdigest(), counts=count_statuses(ledger)
         ),
     )
     storage.write_bytes_atomic(storage.join(uri, _CARD), dataset_card(manifest, ledger).encode())
@@ -148,37 +148,21 @@ def count_statuses(ledger: pa.Table) -> dict[str, int]:
 
 
 def _content_digest(content: SnapshotContent, ledger: pa.Table, config: PublishConfig) -> str:
-    digest = hashlib.sha256()
     parts = {
         "created_from": content.created_from,
         "publish": asdict(config),
         "tokenizer": asdict(content.tokenizer),
         "writer": pa.__version__,
     }
-    digest.update(json.dumps(parts, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for table in (sort(content.clips, ["clip_id"]), ledger):
         for batch in table.to_batches(max_chunksize=4096):
             digest.update(json.dumps(batch.to_pydict(), sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def _remove_unfinished(folder: str, published: Sequence[str]) -> None:
-    for name in storage.list_names(folder):
-        if snapshot_number(name) is not None and name not in published:
-            storage.remove(storage.join(folder, name))
-
-
-@dataclass(frozen=True)
-class _PlannedShard:
-    """A shard whose codes have not been fetched yet."""
-
-    bucket: tuple[str, int, int, int]  # split, t, h, w
-    path: str
-    rows: NDArray[np.int64]  # numbers of its clips, in order
-
-
-def _plan_shards(clips: pa.Table, config: PublishConfig) -> Iterator[_PlannedShard]:
-    """The shards of each split and latent shape, in a fixed order."""
+def _plan_shards(clips: pa.Table, config: PublishConfig) -> Iterator[tuple[_Kind, str, NDArray[np.int64]]]:
+    """Of each shard, its kind, path, and the numbers of its clips in order; kind by kind, in a fixed order."""
     columns = ["split", "t", "h", "w"]
     groups = clips.select(columns).group_by(columns).aggregate([]).sort_by([(name, "ascending") for name in columns])
     for group in groups.to_pylist():
@@ -192,21 +176,21 @@ def _plan_shards(clips: pa.Table, config: PublishConfig) -> Iterator[_PlannedSha
         dealt = deal_shards(ids, -(-len(members) // per_shard), seed=config.seed)
         for number, chosen in enumerate(dealt):
             path = f"data/{split}/{t}x{h}x{w}/shard-{number:05d}.parquet"
-            yield _PlannedShard((split, t, h, w), path, members[chosen])
+            yield (split, t, h, w), path, members[chosen]
 
 
 def _write_shards(uri: str, content: SnapshotContent, config: PublishConfig) -> tuple[Bucket, ...]:
     planned = list(_plan_shards(content.clips, config))
-    codes = content.read_codes([take(content.clips["clip_id"], shard.rows) for shard in planned])
-    shards: dict[tuple[str, int, int, int], list[Shard]] = {}
-    for shard, own in zip(planned, codes, strict=True):
-        data = shard_bytes(take(content.clips, shard.rows), own)
-        storage.write_bytes_atomic(storage.join(uri, shard.path), data)
-        written = Shard(shard.path, len(shard.rows), len(data), hashlib.sha256(data).hexdigest())
-        shards.setdefault(shard.bucket, []).append(written)
+    codes = content.read_codes([take(content.clips["clip_id"], rows) for _, _, rows in planned])
+    shards: dict[_Kind, list[Shard]] = {}
+    for (kind, path, rows), own in zip(planned, codes, strict=True):
+        data = shard_bytes(take(content.clips, rows), own)
+        storage.write_bytes_atomic(storage.join(uri, path), data)
+        written = Shard(path, len(rows), len(data), hashlib.sha256(data).hexdigest())
+        shards.setdefault(kind, []).append(written)
     return tuple(
-        Bucket(*bucket, sum(shard.rows for shard in own), sum(shard.bytes for shard in own), tuple(own))
-        for bucket, own in shards.items()
+        Bucket(*kind, sum(shard.rows for shard in own), sum(shard.bytes for shard in own), tuple(own))
+        for kind, own in shards.items()
     )
 
 

@@ -19,7 +19,7 @@ from pipelines import storage
 from pipelines.data.captions.choose import caption_fault, unique_captions
 from pipelines.data.captions.registry import captioner_named
 from pipelines.data.keys import source_of
-from pipelines.data.reasons import near_duplicate_of
+from pipelines.data.reasons import parse_duplicate
 from pipelines.data.settings import CaptionConfig
 from pipelines.data.snapshot.card import dataset_card
 from pipelines.data.snapshot.read import Bucket, Snapshot, open_snapshots
@@ -131,8 +131,9 @@ class _Rebuild:
         self.created_from = snapshot.manifest.created_from
         elsewhere = {clip for clips in found.values() for clip in clips}
         rows = ledger.select(["key", "source_id", "status", "reason"]).to_pylist()
-        originals = ((row["source_id"], near_duplicate_of(row["reason"])) for row in rows)
-        self.groups = linked_groups([(source_id, source_of(key)) for source_id, key in originals if key is not None])
+        duplicates = ((row["source_id"], parse_duplicate(row["reason"])) for row in rows)
+        near = [(source_id, source_of(of[1])) for source_id, of in duplicates if of and of[0] == "near"]
+        self.groups = linked_groups(near)
         self.missing = {
             row["key"]: row["source_id"] for row in rows if row["status"] == "kept" and row["key"] not in elsewhere
         }

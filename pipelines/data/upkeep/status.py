@@ -127,7 +127,10 @@ def retry(dataset: str, failure_class: str) -> dict[str, int]:
             for part in table_parts(uri):
                 failures = _failures(part)
                 seen.update(failure.kind for failure in failures if failure)
-                chosen = [failure is not None and failure.is_called(failure_class) for failure in failures]
+                chosen = [
+                    failure is not None and failure_class in (failure.code, failure.failure_class)
+                    for failure in failures
+                ]
                 if any(chosen):
                     check_lock(dataset)
                     forgotten[stage] += sum(chosen)
