@@ -112,9 +112,6 @@ class ClipSpec:
         return (self.shape, self.color, self.background, self.direction)
 
 
-# ------------------------------------------------------------------------------------------------ held-out rule
-
-
 @functools.cache
 def held_out_combinations() -> frozenset[tuple[str, str, str, str]]:
     """The 64 combinations (shape, colour, background, direction) of 384 that training never sees.
@@ -201,9 +198,6 @@ def _make_spec(kind: Sequence[str], start: tuple[int, int], generator: np.random
     return ClipSpec(**attributes, top=start[0], left=start[1], wording=int(generator.integers(len(WORDINGS))))
 
 
-# ---------------------------------------------------------------------------------------------------- rendering
-
-
 @functools.cache
 def background_image(name: str, side: int = SIDE) -> NDArray[np.float32]:
     """Draw a background, [side, side, 3], values 0..255."""
@@ -263,9 +257,6 @@ def render_clip(spec: ClipSpec, num_frames: int = NUM_FRAMES, step: int = STEP) 
         box = frame[top : top + side, left : left + side]
         box += coverage * (paint - box)
     return np.rint(frames).astype(np.uint8)
-
-
-# ------------------------------------------------------------------------------------------------------- writing
 
 
 def write_video(path: Path, frames: NDArray[np.uint8], fps: int = FPS, crf: int = 14) -> None:

@@ -117,9 +117,6 @@ def _expected_by_shuffling(seen: Sequence[object], asked: Sequence[object]) -> f
     return sum(number * asked_counts[value] for value, number in seen_counts.items()) / len(seen) ** 2
 
 
-# ---------------------------------------------------------------------------------------------------- background
-
-
 def _nearest_background(lab: NDArray[np.float32]) -> str:
     height, width = lab.shape[1:3]
     costs = {}
@@ -135,9 +132,6 @@ def _background_lab(name: str, height: int, width: int) -> NDArray[np.float32]:
     rows = (np.arange(height) * SIDE + SIDE // 2) // height
     columns = (np.arange(width) * SIDE + SIDE // 2) // width
     return _to_lab(image[rows][:, columns])
-
-
-# -------------------------------------------------------------------------------------------------------- colour
 
 
 def _nearest_color(lab: NDArray[np.float32], weight: NDArray[np.float32]) -> str:
@@ -161,9 +155,6 @@ def _to_lab(rgb: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float32]
     root = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
     x, y, z = root[..., 0], root[..., 1], root[..., 2]
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1).astype(np.float32)
-
-
-# ---------------------------------------------------------------------------------------------- shape and motion
 
 
 def _nearest_shape(weight: NDArray[np.float32]) -> str:

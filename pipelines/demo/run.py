@@ -164,9 +164,6 @@ def _write_prompts(path: Path, specs: Sequence[ClipSpec], seed: int) -> None:
             writer.writerow((spec.caption, (seed * len(specs) + index) * SEEDS_PER_PROMPT, index))
 
 
-# --------------------------------------------------------------------------------------- what the phases left behind
-
-
 def judge_folder(folder: Path, specs: Sequence[ClipSpec]) -> list[Sample]:
     """Judge the videos that a bulk run made of the captions of `specs`, in the order of prompts and seeds."""
     lines = (folder / MANIFEST_FILE).read_text(encoding="utf-8").split("\n")
