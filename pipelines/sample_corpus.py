@@ -74,11 +74,7 @@ BAD_FILES = {
 
 @dataclass(frozen=True, kw_only=True)
 class ClipSpec:
-    """Everything that determines one clip.
-
-    Raises:
-        ValueError: A value is unknown, or the subject would leave the frame.
-    """
+    """Everything that determines one clip, in which the subject stays in view."""
 
     shape: str
     size: str
@@ -146,10 +142,6 @@ def sample_specs(seed: int, n: int) -> list[ClipSpec]:
     The 640 kinds of clip left (320 combinations, 2 sizes) are dealt like a shuffled deck, again and again, so that
     they are balanced for any `n`; start position and wording are drawn for each clip. No two of up to 2,560 clips show
     the same.
-
-    Args:
-        seed: Decides everything.
-        n: Number of clips.
     """
     generator = np.random.default_rng([seed, 0])
     kinds = [
@@ -174,10 +166,7 @@ def held_out_specs(seed: int) -> list[ClipSpec]:
     """One clip for each of the 64 held-out combinations, in a fixed order; half of them small.
 
     These give the demo's prompts (their captions). Their rendering is what a perfect model would make, up to the
-    start position.
-
-    Args:
-        seed: Decides wordings and start positions.
+    start position. The seed decides wordings and start positions.
     """
     generator = np.random.default_rng([seed, 1])
     # A fixed shuffle, so that neighbours differ and no size is tied to an attribute by the sorted order.
@@ -199,23 +188,11 @@ def _make_spec(kind: Sequence[str], start: tuple[int, int], generator: np.random
 
 
 @functools.cache
-def background_image(name: str, side: int = SIDE) -> NDArray[np.float32]:
-    """Draw a background, [side, side, 3], values 0..255."""
-    if name not in BACKGROUNDS:
-        raise ValueError(f"background {name!r} is not one of {', '.join(BACKGROUNDS)}")
-    image: NDArray[np.float32] = np.full((side, side, 3), BACKGROUNDS[name], dtype=np.float32)
-    image.setflags(write=False)
-    return image
-
-
-@functools.cache
 def shape_mask(shape: str, size: str, side: int | None = None) -> NDArray[np.float32]:
     """Coverage of a shape in its square bounding box, [side, side], 0..1.
 
-    Args:
-        shape: A value of `SHAPES`.
-        size: A key of `SIZES`; a shape is made of two by two or three by three cells.
-        side: Of the box, px; None for the size's own. Other sides are antialiased.
+    A shape is made of two by two or three by three cells, by its size. Sides (px) other than the size's own are
+    antialiased.
     """
     cells = SIZES[size] // CELL
     pattern = np.zeros((cells, cells), dtype=np.float32)
@@ -251,7 +228,7 @@ def render_clip(spec: ClipSpec, num_frames: int = NUM_FRAMES, step: int = STEP) 
     coverage = shape_mask(spec.shape, spec.size)[:, :, None]
     paint = np.asarray(COLORS[spec.color], dtype=np.float32)
     dy, dx = DIRECTIONS[spec.direction]
-    frames = np.repeat(background_image(spec.background)[None], num_frames, axis=0)
+    frames = np.full((num_frames, SIDE, SIDE, 3), BACKGROUNDS[spec.background], dtype=np.float32)
     for index, frame in enumerate(frames):
         top, left = spec.top + dy * step * index, spec.left + dx * step * index
         box = frame[top : top + side, left : left + side]
@@ -260,13 +237,9 @@ def render_clip(spec: ClipSpec, num_frames: int = NUM_FRAMES, step: int = STEP) 
 
 
 def write_video(path: Path, frames: NDArray[np.uint8], fps: int = FPS, crf: int = 14) -> None:
-    """Encode frames [T, H, W, 3] as H.264 in mp4; the same frames give the same bytes.
+    """Encode RGB frames [T, H, W, 3], of even height and width, as H.264 in mp4; the same frames give the same bytes.
 
-    Args:
-        path: File to write; its folder exists.
-        frames: RGB frames with even height and width.
-        fps: Frames per second.
-        crf: Quality of x264, lower is better; 14 is visually lossless.
+    ``crf`` is the quality of x264, lower is better; 14 is visually lossless.
     """
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps))
@@ -284,18 +257,10 @@ def write_video(path: Path, frames: NDArray[np.uint8], fps: int = FPS, crf: int 
 def write_corpus(directory: Path | str, seed: int, num_clips: int) -> list[ClipSpec]:
     """Write a corpus: `num_clips` good clips, the `BAD_FILES`, and captions.csv (path, caption) naming them all.
 
-    The same seed and number give the same bytes. Existing files of these names are replaced.
-
-    Args:
-        directory: Folder, made if absent.
-        seed: Decides the clips.
-        num_clips: Number of good clips, at least 2 (the bad files are made from the first ones).
+    The same seed and number, at least 2, give the same bytes. Existing files of these names are replaced.
 
     Returns:
         The specs of the good clips; clip i is the file clip_{i:05d}.mp4.
-
-    Raises:
-        ValueError: `num_clips` is below 2.
     """
     if num_clips < 2:
         raise ValueError(f"num_clips is {num_clips}; a corpus needs at least 2 clips")

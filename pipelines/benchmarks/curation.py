@@ -110,13 +110,8 @@ def make_up_codes(rows: Sequence[Row]) -> list[Row]:
 def measure_curation(root: Path, clips: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Curate a manifest whose sources hold so many clips, twice: all of it, then with nothing left to do.
 
-    Args:
-        root: A folder to work in.
-        clips: In all.
-        say: Called with a line about each figure.
-
-    Returns:
-        Of both runs seconds, and MB by which the driver grew.
+    Works below ``root``, and calls ``say`` with a line about each figure. Returns seconds of both runs, and MB by which
+    the driver grew.
     """
     say(f"curation of {clips} clips that nobody decodes")
     manifest, dataset = root / "videos.parquet", str(root / "curated")

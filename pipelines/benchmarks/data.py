@@ -116,11 +116,7 @@ def do_nothing(rows: Sequence[Row]) -> list[Row]:
 
 
 def run_data_benchmark(config: DataBenchmarkConfig, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measure everything.
-
-    Args:
-        config: How much.
-        say: Called with a line about each figure.
+    """Measure everything; ``say`` is called with a line about each figure.
 
     Returns:
         JSON-able: ``score_pass_vs_floor``, ``tokenize_vs_floor``, ``null_row_ms``, ``driver_growth_mb``, and under

@@ -60,12 +60,9 @@ class TokenConfig:
 
 
 def area_buckets(area: int, multiple: int, max_aspect: float = 3.0) -> tuple[tuple[int, int], ...]:
-    """Frame sizes (width, height) of about the same area and different aspect ratios.
+    """Frame sizes (width, height), px, of at most an area and of different aspect ratios up to ``max_aspect``.
 
-    Args:
-        area: px that no size exceeds.
-        multiple: px that divides every width and height.
-        max_aspect: of the longer to the shorter side.
+    ``multiple`` divides every width and height.
     """
     cells = area // multiple**2
     sizes = set()
@@ -92,9 +89,7 @@ class ClipShape:
 def plan_shape(scores: Mapping[str, float], config: TokenConfig) -> ClipShape | None:
     """The longest allowed length that a clip fills, at the size nearest to its aspect ratio; None if it is too short.
 
-    Args:
-        scores: Of them, duration (seconds), aspect (width / height of the picture), and whether it is an image.
-        config: What is allowed.
+    Of its scores, duration (s), aspect (width / height of the picture) and image are looked at.
     """
     aspect = scores["aspect"]
     available = math.floor(scores["duration"] * config.fps + 0.01)  # spans are rounded to milliseconds

@@ -93,10 +93,9 @@ def curate(config: CurateConfig) -> CurateResult:
 
 
 def prepare(config: CurateConfig) -> tuple[pa.Table, Curation]:
-    """The listing of the sources and the steps of their curation; all that can be checked without work is.
+    """The listing of the sources and the steps of their curation.
 
-    Raises:
-        UserError: if sources, captions or models are not usable.
+    All that can be checked without work is: a ``UserError`` says what of sources, captions or models is not usable.
     """
     for name in config.captions.captioners:
         captioner_named(name)

@@ -42,11 +42,7 @@ class Decide(Step):
 
 
 class Curation:
-    """The steps of one run.
-
-    Raises:
-        UserError: what a stage with work left needs is missing, or is not what it should be.
-    """
+    """The steps of one run; a ``UserError`` if a stage with work left lacks what it needs."""
 
     def __init__(self, config: CurateConfig, given: CaptionSource, tokenizer: TokenizerInfo) -> None:
         self.config, self.tokenizer = config, tokenizer

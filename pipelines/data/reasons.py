@@ -110,11 +110,7 @@ def caption_fault_kind(fault: str) -> str:
 
 
 def no_caption(faults: Sequence[str]) -> str:
-    """Why a clip is rejected without a caption that is fit to be used.
-
-    Args:
-        faults: Of the captions it has.
-    """
+    """Why a clip is rejected without a caption that is fit to be used, given the faults of those it has."""
     return f"caption: {all_of(faults) or 'none'}"
 
 

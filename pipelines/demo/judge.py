@@ -1,6 +1,6 @@
 """Reads colour, background, shape and direction from the pixels of a video, without knowing its prompt.
 
-Classical vision against the corpus's own palette and drawings: the background is the drawing nearest to most pixels,
+Classical vision against the corpus's own palette and drawings: the background is the paint nearest to most pixels,
 the subject is what differs from it, its colour is the nearest paint in CIE Lab, its shape the silhouette that fits best
 over all sizes and places, its direction the dominant drift of its centre. Accuracy is the share of videos whose reading
 equals the prompt's words; chance is the same share after the prompts have been shuffled.
@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import uniform_filter
 
-from pipelines.sample_corpus import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SIDE, SIZES, background_image, shape_mask
+from pipelines.sample_corpus import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SIDE, SIZES, shape_mask
 from pipelines.statistics import wilson_interval
 
 ATTRIBUTES = ("color", "background", "shape", "direction")
@@ -62,8 +62,7 @@ def judge_video(frames: NDArray[np.uint8]) -> Reading:
         raise ValueError(f"expected uint8 frames [T, H, W, 3], got {frames.dtype} {list(frames.shape)}")
     lab = _to_lab(frames)
     background = _nearest_background(lab)
-    base = _background_lab(background, *frames.shape[1:3])
-    difference = np.linalg.norm(lab - base, axis=-1)
+    difference = np.linalg.norm(lab - _to_lab(BACKGROUNDS[background]), axis=-1)
     weight = np.clip((difference - _NEAR) / (_FAR - _NEAR), 0, 1)
     weight *= (
         uniform_filter(weight, size=(1, 3, 3), mode="nearest") > 0.5
@@ -79,15 +78,7 @@ def judge_video(frames: NDArray[np.uint8]) -> Reading:
 
 
 def score(readings: Sequence[Reading], prompted: Sequence[Reading]) -> Score:
-    """Compare readings with what was asked for.
-
-    Args:
-        readings: One per video.
-        prompted: The attributes in the prompt of each, in the same order.
-
-    Raises:
-        ValueError: The lists are empty or differ in length.
-    """
+    """Compare the readings of videos with the attributes in the prompt of each, in the same order."""
     if not readings or len(readings) != len(prompted):
         raise ValueError(f"{len(readings)} readings for {len(prompted)} prompts")
     count = len(readings)
@@ -118,33 +109,23 @@ def _expected_by_shuffling(seen: Sequence[object], asked: Sequence[object]) -> f
 
 
 def _nearest_background(lab: NDArray[np.float32]) -> str:
-    height, width = lab.shape[1:3]
-    costs = {}
-    for name in BACKGROUNDS:
-        difference = np.linalg.norm(lab - _background_lab(name, height, width), axis=-1)
-        costs[name] = float(np.minimum(difference, _OUTLIER).mean())
-    return min(costs, key=lambda name: costs[name])
+    def cost(name: str) -> float:
+        return float(np.minimum(np.linalg.norm(lab - _to_lab(BACKGROUNDS[name]), axis=-1), _OUTLIER).mean())
 
-
-@functools.cache
-def _background_lab(name: str, height: int, width: int) -> NDArray[np.float32]:
-    image = background_image(name)
-    rows = (np.arange(height) * SIDE + SIDE // 2) // height
-    columns = (np.arange(width) * SIDE + SIDE // 2) // width
-    return _to_lab(image[rows][:, columns])
+    return min(BACKGROUNDS, key=cost)
 
 
 def _nearest_color(lab: NDArray[np.float32], weight: NDArray[np.float32]) -> str:
     # Fringes mix paint and background; the well covered half of the subject is nearly pure paint.
     core = weight >= np.quantile(weight[weight > 0], 0.5)
     seen = np.median(lab[core], axis=0)
-    paints = _to_lab(np.asarray(list(COLORS.values()), dtype=np.float32))
+    paints = _to_lab(list(COLORS.values()))
     # Blur shifts lightness before it shifts hue, so lightness counts half.
     distance = np.linalg.norm((paints - seen) * np.array([0.5, 1.0, 1.0]), axis=-1)
     return list(COLORS)[int(np.argmin(distance))]
 
 
-def _to_lab(rgb: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float32]:
+def _to_lab(rgb: ArrayLike) -> NDArray[np.float32]:
     """SRGB 0..255 to CIE Lab under D65."""
     unit = np.asarray(rgb, dtype=np.float32) / 255
     linear = np.where(unit <= 0.04045, unit / 12.92, ((unit + 0.055) / 1.055) ** 2.4)
@@ -153,7 +134,7 @@ def _to_lab(rgb: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float32]
     )
     xyz = linear @ matrix.T / np.array([0.95047, 1.0, 1.08883])
     root = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
-    x, y, z = root[..., 0], root[..., 1], root[..., 2]
+    x, y, z = np.moveaxis(root, -1, 0)
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1).astype(np.float32)
 
 

@@ -91,10 +91,7 @@ async def ask(
 ) -> bytes | Refusal:
     """The file of a video; asked for again where its replica was lost on the way, which changes nothing in it.
 
-    Args:
-        generator: the replicas.
-        request: what to make.
-        timeout_s: longest to wait for an answer, however often it is asked for.
+    ``timeout_s`` is the longest to wait for an answer, however often it is asked for.
     """
     clock = asyncio.get_running_loop().time
     deadline = None if timeout_s is None else clock() + timeout_s
@@ -161,11 +158,7 @@ def generator_application(card: ModelCard, config: ModelRunConfig) -> Iterator[D
 
 
 def run_application(name: str, route_prefix: str | None, application: serve.Application) -> DeploymentHandle[Any]:
-    """Start a Serve application and wait until it is up.
-
-    Raises:
-        JobError: if the model does not start.
-    """
+    """Start a Serve application and wait until it is up; a ``JobError`` if the model does not start."""
     try:
         return serve.run(application, name=name, route_prefix=route_prefix)
     except RuntimeError as error:
@@ -175,11 +168,7 @@ def run_application(name: str, route_prefix: str | None, application: serve.Appl
 
 
 def check_resources(config: ModelRunConfig) -> None:
-    """Serve would wait for ever for what this machine does not have; a joined cluster may grow.
-
-    Raises:
-        UserError: if this machine's cluster has not what the replicas reserve.
-    """
+    """Refuse what this machine does not have, as Serve would wait for it for ever; a joined cluster may grow."""
     if is_joined():
         return
     replicas = config.replicas

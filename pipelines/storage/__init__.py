@@ -46,11 +46,7 @@ def is_local(uri: str) -> bool:
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
-    """The fsspec filesystem of a URI and the path in it.
-
-    Raises:
-        UserError: if the protocol is unknown, or its package is not installed.
-    """
+    """The fsspec filesystem of a URI and the path in it; a ``UserError`` if there is none for its protocol."""
     if is_local(uri):
         return LocalFileSystem(), os.path.abspath(_local_path(uri))
     try:
@@ -82,11 +78,7 @@ def _named(path: str, local: str) -> tuple[str, str]:
 
 
 def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The same filesystem as Arrow and what builds on it, such as Ray Train, want it, and the path in it.
-
-    Raises:
-        UserError: if the protocol is unknown, or its package is not installed.
-    """
+    """The same filesystem as Arrow and what builds on it, such as Ray Train, want it, and the path in it."""
     fs, path = filesystem(uri)
     local = isinstance(fs, LocalFileSystem)
     return pyarrow.fs.LocalFileSystem() if local else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)), path
@@ -149,11 +141,7 @@ def write_json_atomic(uri: str, value: Any) -> None:
 
 
 def remove(uri: str) -> None:
-    """Delete a file or a folder with all in it; nothing happens where there is none.
-
-    Raises:
-        OSError: if something of it is left.
-    """
+    """Delete a file or a folder with all in it, if there is one; an ``OSError`` if something of it is left."""
     fs, path = filesystem(uri)
     with suppress(FileNotFoundError):
         s3.remove(uri) if s3.is_s3(uri) else fs.rm(path, recursive=True)
@@ -180,9 +168,7 @@ def list_names(uri: str) -> list[str]:
 def list_files(uri: str, *, suffixes: Sequence[str] | None = None) -> list[FileInfo]:
     """All files below a folder, sorted by relative path; those whose name begins with a dot are left out.
 
-    Args:
-        uri: the folder.
-        suffixes: only names that end in one of these, whatever their case.
+    With ``suffixes``, only names that end in one of these, whatever their case.
     """
     walk = _walk_local(uri) if is_local(uri) else _walk_remote(uri)
     wanted = tuple(suffix.lower() for suffix in suffixes) if suffixes is not None else ("",)

@@ -119,9 +119,7 @@ def check_lock(dataset: str) -> None:
 def unlock(dataset: str, *, force: bool = False) -> str:
     """Take away the lock that a killed run left on a dataset; returns what was done, for a person.
 
-    Args:
-        dataset: The dataset.
-        force: Also a lock that may still be renewed. A run that lives stops at its next commit, then.
+    With ``force``, also one that may still be renewed: a run that lives stops at its next commit, then.
 
     Raises:
         UserError: if a run holds it, or may.

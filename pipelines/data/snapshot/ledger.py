@@ -13,11 +13,7 @@ from pipelines.data.snapshot.schemas import LEDGER, STAGES, STATUSES
 
 
 class Verdicts:
-    """Status and reason of every clip, in the order of the clip table, and how far each went.
-
-    Args:
-        count: Clips; all are kept at first.
-    """
+    """Status and reason of every clip, in the order of the clip table, and how far each went; all are kept at first."""
 
     def __init__(self, count: int) -> None:
         self._status = np.full(count, STATUSES.index("kept"), np.int8)
@@ -39,11 +35,7 @@ class Verdicts:
         return np.flatnonzero(self._status == STATUSES.index("kept"))
 
     def columns(self, hashes: Mapping[str, str]) -> dict[str, pa.Array]:
-        """As the ledger's columns status, reason and stage_hashes.
-
-        Args:
-            hashes: Configuration hash of each stage.
-        """
+        """As the ledger's columns status, reason and stage_hashes, given each stage's configuration hash."""
         count = len(self._status)
         unseen = np.zeros(count, bool)  # by a stage that is switched off
         seen = [

@@ -119,11 +119,7 @@ class Snapshot:
         return dataset if found else None
 
     def read_shard(self, shard: Shard, columns: list[str] | None = None) -> pa.Table:
-        """The rows of one shard, all columns or some.
-
-        Raises:
-            UserError: if the file is gone or has other rows than the manifest says.
-        """
+        """The rows of one shard, all columns or some; a ``UserError`` if it is gone or its manifest counts others."""
         table = self._read(shard.path, columns)
         if table.num_rows != shard.rows:
             raise UserError(

@@ -20,12 +20,7 @@ def read_removed(dataset: str) -> list[str]:
 def remove_sources(dataset: str, names: list[str]) -> list[str]:
     """Take sources out of all snapshots to come; those already published stay as they are.
 
-    Args:
-        dataset: The dataset; no run may be using it.
-        names: Paths as a ledger has them, or content hashes (``source_id``).
-
-    Returns:
-        Their content hashes.
+    Names are paths as a ledger has them, or content hashes (``source_id``); returns the content hashes.
 
     Raises:
         UserError: if no ledger knows a path, or a run is using the dataset; nothing was removed.

@@ -201,12 +201,7 @@ def deal_shards(ids: Iterable[str], count: int, *, seed: int) -> list[NDArray[np
 
 
 def shard_bytes(clips: pa.Table, codes: pa.Array) -> bytes:
-    """The file of a shard.
-
-    Args:
-        clips: Its rows, as ``PUBLISHED_CLIPS``, in order.
-        codes: Of each, list<uint16>.
-    """
+    """The file of a shard, given its rows in order (as ``PUBLISHED_CLIPS``) and the codes of each (list<uint16>)."""
     table = clips.drop_columns(["codes_sha256"]).append_column(TOKENS.field("codes"), codes).select(TOKENS.names)
     return parquet_bytes(table.cast(TOKENS), row_group_rows=ROW_GROUP_ROWS)
 

@@ -84,12 +84,9 @@ def score_columns(ledger: pa.Table) -> dict[str, Values]:
 
 
 def write_report(path: Path, snapshot: Snapshot, *, frames: bool = True) -> None:
-    """Write the page.
+    """Write the page about a snapshot; its folder is made.
 
-    Args:
-        path: The HTML file; its folder is made.
-        snapshot: What it is about.
-        frames: Whether to decode frames of some clips, for contact sheets. A bar on stderr tells how far that is.
+    With ``frames``, frames of some clips are decoded for contact sheets; a bar on stderr tells how far that is.
 
     Raises:
         UserError: if the file cannot be written; nothing was begun.

@@ -68,11 +68,7 @@ class DatasetStatus:
 
 
 def dataset_status(dataset: str) -> DatasetStatus:
-    """What a dataset holds.
-
-    Raises:
-        UserError: if there is none.
-    """
+    """What a dataset holds; a ``UserError`` if there is none."""
     ids = snapshots_of(dataset)
     snapshots = open_snapshots(dataset, ids)
     used = _users(snapshots)
@@ -105,14 +101,11 @@ def _table_status(dataset: str, stage: str, name: str, used_by: list[str]) -> Ta
 
 
 def retry(dataset: str, failure_class: str) -> dict[str, int]:
-    """Forget committed failures, so that the next run computes their inputs again.
+    """Forget committed failures, so that the next run computes their inputs again; tells how many, by stage.
 
     Args:
-        dataset: The dataset; no run may be using it.
+        dataset: The dataset.
         failure_class: "transient", "permanent", or the code of a failure such as "decode_error".
-
-    Returns:
-        Failures forgotten, by stage.
 
     Raises:
         UserError: if there is no such dataset, a run is using it, or there is no such code.
@@ -151,12 +144,9 @@ def collect_garbage(dataset: str, *, dry_run: bool, keep: int | None = None) -> 
     so do rows of a removed source that an older snapshot holds.
 
     Args:
-        dataset: The dataset; no run may be using it.
-        dry_run: Only say what would go.
+        dataset: The dataset.
+        dry_run: Only say what would go, relative to the dataset.
         keep: Snapshots that stay, the newest ones; the others go first. Default: all.
-
-    Returns:
-        What went, relative to the dataset.
 
     Raises:
         UserError: if there is no such dataset, a run is using it, or it has no snapshot yet (all would go).
@@ -223,11 +213,7 @@ class UnusablePartError(UserError):
 
 
 def _failures(part: str) -> list[Failure | None]:
-    """The failure of each row, or None. Codes and scores are not read.
-
-    Raises:
-        UnusablePartError: the file is damaged.
-    """
+    """The failure of each row, or None. Codes and scores are not read."""
     try:
         with storage.open_ranges(part) as file:
             parquet = pq.ParquetFile(file)

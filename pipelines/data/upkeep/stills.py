@@ -154,10 +154,8 @@ def _tile_size(aspect: float) -> tuple[int, int]:
 class _Sources:
     """Where sources are on this machine, by content; only files that still have it.
 
-    Args:
-        places: By source, keys of the sources stage.
-        source_ids: Sources in the order of their importance: of those that are not on this machine, the first ones may
-            be fetched.
+    ``places`` are keys of the sources stage by source. ``source_ids`` are in the order of their importance: of those
+    that are not on this machine, the first ones may be fetched.
     """
 
     def __init__(self, places: Mapping[str, Sequence[str]], source_ids: Sequence[str]) -> None:
@@ -203,11 +201,7 @@ class _Sources:
 
 
 def _check_content(path: str, source_id: str, key: str | None) -> None:
-    """See that a file is still what it was: untouched since it got its key, or else of the same hash.
-
-    Raises:
-        VideoError: if it is not, or is gone.
-    """
+    """Raise a ``VideoError`` unless a file is what it was: untouched since it got its key, or else of the same hash."""
     if key == file_key(storage.describe_file(path, "")):
         return
     hashed = hash_file(path)

@@ -32,12 +32,7 @@ def snapshot_rows(
 ) -> Iterator[pa.Table]:
     """Rows of a stage table that a snapshot was made from, file by file; none where it is not there any more.
 
-    Args:
-        snapshot: The snapshot, which must lie in its dataset.
-        stage: Of the table.
-        column: By which rows are chosen.
-        values: Of the chosen rows.
-        columns: Wanted; None for all.
+    Chosen are those whose ``column`` has one of the values; ``columns`` of them are read, all by default.
     """
     chosen = pc.field(column).isin(pa.array(sorted(set(values)), pa.string()))
     return read_parts(snapshot_parts(snapshot, stage), columns, rows=chosen)

@@ -28,11 +28,7 @@ class Manifest:
 
     @classmethod
     def open(cls, folder: str) -> "Manifest":
-        """The manifest of a folder, empty where there is none yet.
-
-        Raises:
-            UserError: if it is damaged, or the folder is a file.
-        """
+        """The manifest of a folder, empty where there is none yet; a ``UserError`` if it is damaged."""
         manifest = cls(folder)
         try:
             if not storage.exists(manifest.uri):
@@ -48,11 +44,7 @@ class Manifest:
         return manifest
 
     def holds(self, row: dict[str, Any]) -> bool:
-        """Whether the folder has the video that a row describes (prompt, seed, config), with its bytes intact.
-
-        Args:
-            row: as for :meth:`add`, without what is known only of the finished file.
-        """
+        """Whether the folder has the video that a row describes (prompt, seed, config), with its bytes intact."""
         known = self.rows.get(row["path"])
         if known is None or any(known.get(key) != value for key, value in row.items()):
             return False

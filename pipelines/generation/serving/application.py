@@ -109,11 +109,7 @@ def http_application(card: ModelCard, config: ServeConfig) -> Iterator[str]:
 
 
 def check_port(host: str, port: int) -> None:
-    """Try to listen where the service will.
-
-    Raises:
-        UserError: if it cannot.
-    """
+    """Try to listen where the service will; a ``UserError`` if that cannot be."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: closed connections do not matter

@@ -86,7 +86,7 @@ def test_judge_says_none_where_there_is_nothing():
     still = halved(corpus.render_clip(spec, step=0))
     assert judge.judge_video(still).direction == "none"
     assert judge.judge_video(still).shape == spec.shape
-    empty = np.rint(np.repeat(corpus.background_image("brown")[None], 13, axis=0)).astype(np.uint8)
+    empty = np.full((13, corpus.SIDE, corpus.SIDE, 3), corpus.BACKGROUNDS["brown"], np.uint8)
     assert judge.judge_video(empty) == Reading(color="none", background="brown", shape="none", direction="none")
 
 
