@@ -58,8 +58,7 @@ def report(dataset: str, out: str, frames: bool) -> None:
 def verify(dataset: str, sample: int, tokenizer: str | None) -> None:
     """Read a snapshot whole: hashes, counts, codes, ledger against shards. Exit status 1 if anything is wrong."""
     from pipelines.data.snapshot.read import open_snapshot
-    from pipelines.data.upkeep.recheck import recheck
-    from pipelines.data.upkeep.verify import verify_snapshot
+    from pipelines.data.upkeep.verify import recheck, verify_snapshot
 
     snapshot = open_snapshot(dataset)
     found = verify_snapshot(snapshot)

@@ -29,8 +29,7 @@ from pipelines.data.snapshot.schemas import STATUSES
 from pipelines.demo.judge import Reading, judge_video, score
 from pipelines.demo.report import Sample, write_report
 from pipelines.errors import UserError
-from pipelines.generation.bulk.manifest import MANIFEST_FILE
-from pipelines.generation.bulk.run import generate
+from pipelines.generation.bulk.run import MANIFEST_FILE, generate
 from pipelines.generation.config import GenerateConfig
 from pipelines.memory import sampled_memory, tree_memory
 from pipelines.sample_corpus import BAD_FILES, ClipSpec, held_out_specs, write_corpus

@@ -26,8 +26,7 @@ from pipelines.cluster import is_joined, lacking
 from pipelines.errors import JobError, UserError
 from pipelines.generation.batcher import Batcher, QueueFullError
 from pipelines.generation.config import ModelRunConfig
-from pipelines.generation.engine import Engine, set_threads
-from pipelines.generation.model import ModelCard
+from pipelines.generation.model import Engine, ModelCard, set_threads
 from pipelines.generation.request import Refusal, VideoRequest
 
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
