@@ -26,7 +26,7 @@ from pipelines.generation.bulk import run
 from pipelines.generation.bulk.run import generate
 from pipelines.generation.config import BatchConfig, GenerateConfig, ReplicaConfig, ServeConfig
 from pipelines.generation.model import read_card
-from pipelines.generation.serving.application import http_application
+from pipelines.generation.serving.run import http_application
 from tests.pipelines.generation.conftest import free_port
 
 TOKEN = "sesame"
