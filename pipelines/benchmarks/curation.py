@@ -107,6 +107,12 @@ def make_up_codes(rows: Sequence[Row]) -> list[Row]:
     return made
 
 
+def write_manifest(path: Path, count: int) -> None:
+    """A table of so many sources that nobody opens."""
+    names = pa.array([f"s3://bucket/folder/video-{number:08d}.mp4" for number in range(count)])
+    pq.write_table(pa.table({"path": names}), path)
+
+
 def measure_curation(root: Path, clips: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Curate a manifest whose sources hold so many clips, twice: all of it, then with nothing left to do.
 
@@ -115,9 +121,7 @@ def measure_curation(root: Path, clips: int, say: Callable[[str], None]) -> dict
     """
     say(f"curation of {clips} clips that nobody decodes")
     manifest, dataset = root / "videos.parquet", str(root / "curated")
-    names = pa.array([f"s3://bucket/folder/video-{number:08d}.mp4" for number in range(-(-clips // _CLIPS_PER_SOURCE))])
-    pq.write_table(pa.table({"path": names}), manifest)
-    del names
+    write_manifest(manifest, -(-clips // _CLIPS_PER_SOURCE))
     config = CurateConfig(dataset=dataset, source=SourceConfig(path=str(manifest)), tokens=_TOKENS, progress=False)
     found: dict[str, Any] = {"clips": clips}
     for name in ("all", "nothing"):

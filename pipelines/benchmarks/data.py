@@ -16,12 +16,11 @@ from typing import Any
 import av
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
 from lumos.tokenizers import TokenizerConfig, load_video_tokenizer
-from pipelines.benchmarks.curation import measure_curation, stateless
+from pipelines.benchmarks.curation import measure_curation, stateless, write_manifest
 from pipelines.benchmarks.machine import describe_machine, product_ms, ratio
 from pipelines.cluster import connect
 from pipelines.data.config import CurateConfig, TokenConfig
@@ -216,9 +215,7 @@ def _null_rows(root: Path, config: DataBenchmarkConfig, say: Callable[[str], Non
     """A manifest of many rows listed and put through a stage that does nothing."""
     say(f"{config.null_rows} manifest rows through a stage that does nothing")
     manifest = root / "manifest.parquet"
-    names = pa.array([f"s3://bucket/folder/video-{number:08d}.mp4" for number in range(config.null_rows)])
-    pq.write_table(pa.table({"path": names}), manifest)
-    del names
+    write_manifest(manifest, config.null_rows)
     stage = Stage(
         name="null",
         settings={},

@@ -1,6 +1,6 @@
 """The order of a curation's steps, and what a snapshot is made of in the end."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -102,6 +102,15 @@ class Curation:
         kept, publish = run.clips.verdicts.kept, self.config.publish
         draw = partial(draw_split, seed=publish.seed, val_share=publish.val_share)
         rows = run.clips.of(kept)
+        ledger = build_ledger(
+            run.sources,
+            run.first,
+            run.clips.table,
+            run.clips.score_column(),
+            run.failed,
+            run.clips.verdicts,
+            hashes | {"captions": self.caption.hash},
+        )
         made = take(run.tokens, np.searchsorted(run.tokens["clip"].to_numpy(), kept))
         columns = {
             "clip_id": rows["key"],
@@ -113,7 +122,7 @@ class Curation:
         return SnapshotContent(
             clips=pa.table(columns).select(PUBLISHED_CLIPS.names).cast(PUBLISHED_CLIPS),
             read_codes=partial(deal_codes, table=run.table("tokens"), clip_ids=rows["key"], work_keys=made["work_key"]),
-            ledger=self._ledger(run, hashes | {"captions": self.caption.hash}),
+            ledger=pa.concat_tables([ledger, removed_rows(run.removed)]),
             tokenizer=self.tokenizer,
             created_from={
                 "config": _portable(self.config),
@@ -121,14 +130,6 @@ class Curation:
                 "stage_hashes": hashes,
             },
         )
-
-    @staticmethod
-    def _ledger(run: Run, hashes: Mapping[str, str]) -> pa.Table:
-        clips = run.clips
-        ledger = build_ledger(
-            run.sources, run.first, clips.table, clips.score_column(), run.failed, clips.verdicts, hashes
-        )
-        return pa.concat_tables([ledger, removed_rows(run.removed)])
 
 
 def _portable(config: CurateConfig) -> dict[str, Any]:

@@ -58,13 +58,10 @@ class SplitConfig:
     width: int = 256  # px of the low-resolution frames; smaller sources keep their size
 
     def __post_init__(self) -> None:
-        require(self.max_seconds > 0, f"max_seconds must be positive, got {self.max_seconds}")
-        require(
-            self.dark_seconds is None or self.dark_seconds > 0,
-            f"dark_seconds must be positive, got {self.dark_seconds}",
-        )
+        for name in ("max_seconds", "dark_seconds", "threshold"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} must be positive, got {value}")
         require(self.trim_seconds >= 0, f"trim_seconds must not be negative, got {self.trim_seconds}")
-        require(self.threshold is None or self.threshold > 0, f"threshold must be positive, got {self.threshold}")
         require(64 <= self.width <= 1024, f"width must be in 64..1024 px, got {self.width}")
         if self.detector == "transnetv2":
             require(

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -84,8 +84,9 @@ def score(readings: Sequence[Reading], prompted: Sequence[Reading]) -> Score:
     count = len(readings)
     accuracy, chance, interval = {}, {}, {}
     for name in (*ATTRIBUTES, "all"):
-        seen = [_value(reading, name) for reading in readings]
-        asked = [_value(reading, name) for reading in prompted]
+        seen, asked = (
+            [reading if name == "all" else getattr(reading, name) for reading in row] for row in (readings, prompted)
+        )
         right = sum(a == b for a, b in zip(seen, asked, strict=True))
         accuracy[name] = right / count
         chance[name] = _expected_by_shuffling(seen, asked)
@@ -95,11 +96,7 @@ def score(readings: Sequence[Reading], prompted: Sequence[Reading]) -> Score:
 
 def right_or_wrong(reading: Reading, prompted: Reading) -> Mapping[str, bool]:
     """Which attributes of one video are as prompted."""
-    return {name: _value(reading, name) == _value(prompted, name) for name in ATTRIBUTES}
-
-
-def _value(reading: Reading, name: str) -> object:
-    return tuple(asdict(reading).values()) if name == "all" else getattr(reading, name)
+    return {name: getattr(reading, name) == getattr(prompted, name) for name in ATTRIBUTES}
 
 
 def _expected_by_shuffling(seen: Sequence[object], asked: Sequence[object]) -> float:
