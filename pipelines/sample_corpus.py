@@ -236,10 +236,10 @@ def render_clip(spec: ClipSpec, num_frames: int = NUM_FRAMES, step: int = STEP) 
     return np.rint(frames).astype(np.uint8)
 
 
-def write_video(path: Path, frames: NDArray[np.uint8], fps: int = FPS, crf: int = 14) -> None:
-    """Encode RGB frames [T, H, W, 3], of even height and width, as H.264 in mp4; the same frames give the same bytes.
+def write_video(path: Path, frames: NDArray[np.uint8], fps: int = FPS) -> None:
+    """Encode RGB frames [T, H, W, 3], of even height and width, as H.264 in mp4, visually lossless (crf 14).
 
-    ``crf`` is the quality of x264, lower is better; 14 is visually lossless.
+    The same frames give the same bytes.
     """
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps))
@@ -247,7 +247,7 @@ def write_video(path: Path, frames: NDArray[np.uint8], fps: int = FPS, crf: int 
         stream.pix_fmt = "yuv420p"
         # Still videos came out in one of two encodings, about once in a hundred, while macroblock-tree rate control was
         # on and the encoder converted the colours itself.
-        stream.options = {"preset": "veryfast", "crf": str(crf), "threads": "1", "bf": "0", "x264-params": "mbtree=0"}
+        stream.options = {"preset": "veryfast", "crf": "14", "threads": "1", "bf": "0", "x264-params": "mbtree=0"}
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")
             container.mux(stream.encode(picture))

@@ -59,8 +59,8 @@ class TokenConfig:
         return area_buckets(self.area, self.multiple)
 
 
-def area_buckets(area: int, multiple: int, max_aspect: float = 3.0) -> tuple[tuple[int, int], ...]:
-    """Frame sizes (width, height), px, of at most an area and of different aspect ratios up to ``max_aspect``.
+def area_buckets(area: int, multiple: int) -> tuple[tuple[int, int], ...]:
+    """Frame sizes (width, height), px, of at most an area and of different aspect ratios up to 3.
 
     ``multiple`` divides every width and height.
     """
@@ -69,7 +69,7 @@ def area_buckets(area: int, multiple: int, max_aspect: float = 3.0) -> tuple[tup
     rows = 1
     for columns in range(cells, 0, -1):  # along the edge of what fits: from widest to tallest
         while True:
-            if max(columns, rows) <= max_aspect * min(columns, rows):
+            if max(columns, rows) <= 3 * min(columns, rows):
                 sizes.add((columns * multiple, rows * multiple))
             if columns * (rows + 1) > cells:
                 break

@@ -58,7 +58,7 @@ class Command(Generic[ConfigT]):
         return shlex.join(["lumos", self.config_class.KIND, "demo", *self.overrides])
 
 
-def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: Sequence[str] = ()) -> dict[str, Any]:
+def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS) -> dict[str, Any]:
     """Run the demo into a new or empty folder.
 
     Writes corpus/, dataset/, train/, prompts.csv, videos/, report.html and summary.json.
@@ -67,7 +67,6 @@ def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: S
         out: The folder.
         seed: Of the corpus, the training and the sampling.
         num_clips: Clips to render, besides the bad files.
-        train_overrides: Further overrides of the train config, such as "steps=20" for a quick try.
 
     Returns:
         The content of summary.json (contracts.md, "Demo").
@@ -93,7 +92,7 @@ def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: S
             curated = curate(curating.config)
         with _phase("train", "a model from scratch", seconds):
             paths = {"data.dataset": curated.snapshot_uri, "output": out / "train"}
-            training = Command(TrainConfig, (*_overrides(**paths, seed=seed), *train_overrides))
+            training = Command(TrainConfig, _overrides(**paths, seed=seed))
             trained = train(training.config)
         with _phase("generate", f"{len(specs) * SEEDS_PER_PROMPT} videos through Ray Serve", seconds):
             paths = {"model": trained.export_dir, "prompts": out / "prompts.csv", "output": out / "videos"}

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -85,17 +86,13 @@ class Batcher(Generic[RequestT, ResultT]):
         return self._dispatcher is None or not self._dispatcher.done()
 
     async def submit(self, request: RequestT, *, timeout_s: float | None = None) -> ResultT:
-        """The result of a request, once its batch is done.
+        """The result of a request, once its batch is done, or whatever ``run`` raised.
 
-        Args:
-            request: what to run.
-            timeout_s: longest to wait for the result. A request that is given up, or whose caller is cancelled,
-                leaves the queue at once.
+        A request that is given up after ``timeout_s``, or whose caller is cancelled, leaves the queue at once.
 
         Raises:
             QueueFullError: if too many requests wait.
             TimeoutError: if the time is over.
-            Exception: whatever ``run`` raised.
         """
         if self.num_queued >= self._max_queued:
             batches = -(-self.num_queued // self._max_size) + (self._running > 0)
@@ -111,9 +108,8 @@ class Batcher(Generic[RequestT, ResultT]):
                 return await item.future
         finally:
             item.future.cancel()  # does nothing to one that is done
-            queue = self._queues.get(kind)
-            if queue is not None and item in queue:
-                queue.remove(item)
+            with suppress(KeyError, ValueError):  # no longer there
+                self._queues[kind].remove(item)
 
     def close(self) -> None:
         """Stop; requests that wait or run are cancelled."""

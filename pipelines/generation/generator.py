@@ -141,10 +141,6 @@ def generator_application(card: ModelCard, config: ModelRunConfig) -> Iterator[D
     """The model's replicas behind a handle, without HTTP; gone after the block.
 
     Serve's controller stays: it holds no CPU, and other applications may use it.
-
-    Raises:
-        UserError: if this machine's cluster has not what the replicas reserve.
-        JobError: if the model does not start.
     """
     check_resources(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)

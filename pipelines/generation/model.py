@@ -74,12 +74,7 @@ class AbandonedError(Exception):
 
 
 class Engine:
-    """A model, loaded, and what it draws written as files.
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if weights do not fit.
-    """
+    """A model, loaded, and what it draws written as files."""
 
     def __init__(self, card: ModelCard, replicas: ReplicaConfig) -> None:
         self._model = Model(card.folder, device=replicas.torch_device, dtype=getattr(torch, replicas.dtype))
@@ -89,15 +84,8 @@ class Engine:
         """Files of a batch of requests, which share a size and a number of steps.
 
         On CPU in float32 each file depends on its own request only: the sampler sees to it for the codes, and videos
-        are decoded and written one at a time.
-
-        Args:
-            requests: what to make.
-            abandoned: asked after every latent frame.
-
-        Raises:
-            AbandonedError: if ``abandoned`` said so.
-            ValueError: if requests do not fit together or the model.
+        are decoded and written one at a time. ``abandoned`` is asked after every latent frame; if it says so, an
+        ``AbandonedError`` ends the work.
         """
 
         def stop_if_abandoned(*_: object) -> None:

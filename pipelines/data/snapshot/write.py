@@ -82,11 +82,8 @@ def write_snapshot(dataset: str, content: SnapshotContent, config: PublishConfig
     """Publish, or find that the newest snapshot holds just this.
 
     The caller sees to it that nobody else publishes to the dataset meanwhile. An interrupted call leaves a folder
-    without manifest, which no reader looks at and the next call removes.
-
-    Raises:
-        OSError: if a file cannot be written.
-        JobError: if another run took the dataset over.
+    without manifest, which no reader looks at and the next call removes. A ``JobError`` if another run took the dataset
+    over.
     """
     ledger = sort(content.ledger.cast(LEDGER), ["key"])
     digest = _content_digest(content, ledger, config)

@@ -89,7 +89,7 @@ def contact_sheets(snapshot: Snapshot, ledger: pa.Table, frames_of: FramesOf) ->
     return [(sheet, list(map(tiles, sheet.rows))) for sheet in sheets]
 
 
-def choose_clips(ledger: pa.Table, each: int = CLIPS_EACH) -> list[Sheet]:
+def choose_clips(ledger: pa.Table) -> list[Sheet]:
     """Some rows of every fate: of as many sources as can be, and of those the ones whose keys have the lowest hashes.
 
     So the choice is the same whenever the ledger is, and changes little when sources are added.
@@ -101,7 +101,7 @@ def choose_clips(ledger: pa.Table, each: int = CLIPS_EACH) -> list[Sheet]:
     codes = {"fate": names.indices.to_numpy(), "source": sources.indices.to_numpy()}
     rows = pd.DataFrame({**codes, "hash": hash_strings(ledger["key"])})
     rows["turn"] = rows.sort_values("hash").groupby(["fate", "source"]).cumcount()  # among its fate and source
-    chosen = rows.sort_values(["turn", "hash"]).groupby("fate").head(each)
+    chosen = rows.sort_values(["turn", "hash"]).groupby("fate").head(CLIPS_EACH)
     totals = rows["fate"].value_counts()
     sheets = []
     for fate, indices in chosen.groupby("fate").groups.items():

@@ -113,17 +113,13 @@ def _duration(seconds: float) -> str:
 
 
 def plan_curation(config: CurateConfig, cluster: Cluster, *, sources: int, seed: int = 0) -> Plan:
-    """Curate a sample in a scratch folder and scale what it took.
+    """Curate a sample in a scratch folder and scale what it took; raises what ``curate`` does.
 
     Args:
         config: Of the run that is planned; its dataset is not touched.
         cluster: That the run will have.
         sources: In the sample; drawn over all sizes, as long files take most.
         seed: Of the draw.
-
-    Raises:
-        UserError: as ``curate`` does.
-        JobError: likewise.
     """
     with storage_errors_as(JobError, CONTINUE):
         listing, _ = prepare(config)

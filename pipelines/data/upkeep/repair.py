@@ -53,8 +53,7 @@ class Repair:
 def repair_dataset(dataset: str) -> Repair:
     """Drop unusable stage files and restore what is damaged or missing of all snapshots.
 
-    Raises:
-        UserError: if there is no such dataset, a run is using it, or a captioner of a plugin is not there.
+    A ``UserError`` if there is no such dataset, a run is using it, or a captioner of a plugin is not there.
     """
     snapshots = open_snapshots(dataset, snapshots_of(dataset))
     for name in chain.from_iterable(map(_captioners, snapshots)):

@@ -162,8 +162,7 @@ def http_application(card: ModelCard, config: ServeConfig) -> Iterator[str]:
     """The model behind HTTP; the value is the URL. Gone after the block, the port with it.
 
     Raises:
-        UserError: if Serve is in use in this cluster, or it lacks what the replicas reserve.
-        JobError: if the model does not start.
+        UserError: if Serve is in use in this cluster.
     """
     check_resources(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
