@@ -269,11 +269,8 @@ def write_corpus(directory: Path | str, seed: int, num_clips: int) -> list[ClipS
     specs = sample_specs(seed, num_clips)
     paths = [root / f"clip_{index:05d}.mp4" for index in range(num_clips)]
 
-    def write(item: tuple[Path, ClipSpec]) -> None:
-        write_video(item[0], render_clip(item[1]))
-
     with ThreadPoolExecutor(2) as pool:  # x264 releases the GIL
-        list(pool.map(write, zip(paths, specs, strict=True)))
+        list(pool.map(lambda path, spec: write_video(path, render_clip(spec)), paths, specs))
     _write_bad_files(root, specs)
     rows = [(path.name, spec.caption) for path, spec in zip(paths, specs, strict=True)]
     rows += [(name, specs[index % num_clips].caption) for index, name in enumerate(BAD_FILES)]

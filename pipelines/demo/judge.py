@@ -64,9 +64,8 @@ def judge_video(frames: NDArray[np.uint8]) -> Reading:
     background = _nearest_background(lab)
     difference = np.linalg.norm(lab - _to_lab(BACKGROUNDS[background]), axis=-1)
     weight = np.clip((difference - _NEAR) / (_FAR - _NEAR), 0, 1)
-    weight *= (
-        uniform_filter(weight, size=(1, 3, 3), mode="nearest") > 0.5
-    )  # drops single pixels and the fringes of stripes
+    # Without single pixels and the fringes of stripes.
+    weight *= uniform_filter(weight, size=(1, 3, 3), mode="nearest") > 0.5
     if weight.mean() < _MIN_AREA:
         return Reading(color="none", background=background, shape="none", direction="none")
     return Reading(

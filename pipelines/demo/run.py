@@ -110,10 +110,7 @@ def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS) -> dict[str, Any]:
             "peak_memory_gb": max(memory) / 1e9,
             "clips": _count_clips(ledger),
             "train": {"steps": trained.steps, **trained.metrics},
-            "samples": len(samples),
-            "accuracy": result.accuracy,
-            "chance": result.chance,
-            "interval95": result.interval95,
+            **vars(result),
         }
         write_report(
             out / "report.html",

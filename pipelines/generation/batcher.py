@@ -64,7 +64,7 @@ class Batcher(Generic[RequestT, ResultT]):
         self._run, self._kind = run, kind
         self._max_size, self._wait_s, self._max_queued = max_size, wait_s, max_queued
         self._queues: dict[Hashable, deque[_Item[RequestT, ResultT]]] = {}
-        self._running = 0
+        self.num_running = 0  # requests in the batch that runs now
         self._batch_seconds = 1.0  # running mean
         self._changed: asyncio.Event = asyncio.Event()
         self._dispatcher: asyncio.Task[None] | None = None
@@ -74,11 +74,6 @@ class Batcher(Generic[RequestT, ResultT]):
     def num_queued(self) -> int:
         """Requests that wait."""
         return sum(map(len, self._queues.values()))
-
-    @property
-    def num_running(self) -> int:
-        """Requests in the batch that runs now."""
-        return self._running
 
     @property
     def is_alive(self) -> bool:
@@ -95,7 +90,7 @@ class Batcher(Generic[RequestT, ResultT]):
             TimeoutError: if the time is over.
         """
         if self.num_queued >= self._max_queued:
-            batches = -(-self.num_queued // self._max_size) + (self._running > 0)
+            batches = -(-self.num_queued // self._max_size) + (self.num_running > 0)
             raise QueueFullError(self._max_queued, batches * self._batch_seconds)
         if self._dispatcher is None:
             self._dispatcher = asyncio.create_task(self._dispatch())
@@ -147,7 +142,7 @@ class Batcher(Generic[RequestT, ResultT]):
 
     async def _run_batch(self, batch: list[_Item[RequestT, ResultT]]) -> None:
         begin = time.monotonic()
-        self._running = len(batch)
+        self.num_running = len(batch)
         try:
             results = await asyncio.get_running_loop().run_in_executor(
                 self._thread,
@@ -165,5 +160,5 @@ class Batcher(Generic[RequestT, ResultT]):
             for item in waiting:
                 item.future.set_exception(error)
         finally:
-            self._running = 0
+            self.num_running = 0
             self._batch_seconds += _SMOOTHING * (time.monotonic() - begin - self._batch_seconds)

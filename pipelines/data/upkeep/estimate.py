@@ -4,7 +4,7 @@ import math
 import secrets
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -206,14 +206,10 @@ def _scratch_dataset(config: CurateConfig) -> Iterator[str]:
 
 def _largest_process() -> float:
     """Bytes of the largest process of a stage, children included."""
-    return max(map(_family_bytes, psutil.Process().children(recursive=True)), default=0.0)
-
-
-def _family_bytes(process: psutil.Process) -> float:
-    try:
-        if "MapWorker" not in " ".join(process.cmdline()):
-            return 0.0
-        family = [process, *process.children(recursive=True)]
-        return float(sum(member.memory_info().rss for member in family))
-    except psutil.Error:
-        return 0.0
+    largest = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended
+            if "MapWorker" in " ".join(process.cmdline()):
+                family = [process, *process.children(recursive=True)]
+                largest = max(largest, float(sum(member.memory_info().rss for member in family)))
+    return largest

@@ -36,7 +36,6 @@ class GenerateResult:
     """What a bulk run did."""
 
     output: str
-    videos: int  # asked for
     generated: int
     skipped: int  # held already
     seconds: float
@@ -132,7 +131,6 @@ def generate(config: GenerateConfig) -> GenerateResult:
         _make(config, card, pending, manifest, total=len(jobs))
     return GenerateResult(
         output=config.output,
-        videos=len(jobs),
         generated=len(pending),
         skipped=len(jobs) - len(pending),
         seconds=time.monotonic() - begin,

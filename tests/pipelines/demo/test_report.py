@@ -50,10 +50,7 @@ def make_report(root: Path, count: int) -> dict[str, Any]:
         "peak_memory_gb": 5.31,
         "clips": {"sources": 809, "kept": 800, "rejected": 5, "failed": 3, "duplicate": 1},
         "train": {"steps": 400, "loss_first": 8.31, "loss_last": 2.4, "tokens_per_s": 11234.0},
-        "samples": len(samples),
-        "accuracy": result.accuracy,
-        "chance": result.chance,
-        "interval95": result.interval95,
+        **vars(result),
     }
     not_kept = [{"path": name, "status": "rejected", "reason": why} for name, why in corpus.BAD_FILES.items()]
     return {
