@@ -103,8 +103,8 @@ def _repair_snapshot(dataset: str, snapshot: Snapshot, done: Repair) -> None:
         return
     ledger = pq.read_table(pa.BufferReader(ledger_data), schema=LEDGER)
     if not storage.exists(storage.join(snapshot.uri, "README.md")):
-        card = dataset_card(manifest, ledger).encode()
-        storage.write_bytes_atomic(storage.join(snapshot.uri, "README.md"), card)
+        check_lock(dataset)
+        storage.write_bytes_atomic(storage.join(snapshot.uri, "README.md"), dataset_card(manifest, ledger).encode())
         done.restored.append(f"{name}/README.md")
     damaged: list[tuple[Bucket, int]] = []
     found: dict[str, list[str]] = {}  # clips of the intact shards, by path

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 
 from lumos.compression import parse_size
 from lumos.encoder import RequestEncoder
-from pipelines.generation.config import MAX_SEED, ServeConfig
+from pipelines.generation.config import MAX_SEED, SamplingChoice, ServeConfig
 from pipelines.generation.model import ModelCard
 from pipelines.generation.request import Refusal, VideoRequest, file_name
 from pipelines.media import MEDIA_TYPES
@@ -83,16 +83,16 @@ def build_api(card: ModelCard, config: ServeConfig, submit: Submit, status: Stat
     encoder = RequestEncoder(card.folder)
     bearer = HTTPBearer(auto_error=False, description="The service's token, where one is set.")
     v1 = APIRouter(prefix="/v1", route_class=_GuardedRoute, dependencies=[Depends(bearer)])
+    meanings = {
+        400: "The request cannot be met; the message says why.",
+        401: "The bearer token is missing or wrong.",
+        408: "The body did not arrive in time.",
+        413: "The body is too long.",
+        503: "Too many requests are here, or the model was lost; Retry-After says when to come again.",
+        504: "The video was not done in time.",
+    }
     errors: dict[int | str, dict[str, Any]] = {
-        400: {"model": ErrorBody, "description": "The request cannot be met; the message says why."},
-        401: {"model": ErrorBody, "description": "The bearer token is missing or wrong."},
-        408: {"model": ErrorBody, "description": "The body did not arrive in time."},
-        413: {"model": ErrorBody, "description": "The body is too long."},
-        503: {
-            "model": ErrorBody,
-            "description": "Too many requests are here, or the model was lost; Retry-After says when to come again.",
-        },
-        504: {"model": ErrorBody, "description": "The video was not done in time."},
+        code: {"model": ErrorBody, "description": meaning} for code, meaning in meanings.items()
     }
     media = {MEDIA_TYPES[config.format]: {"schema": {"type": "string", "format": "binary"}}}
     video: dict[int | str, dict[str, Any]] = {
@@ -207,18 +207,16 @@ def _to_request(body: VideoBody, card: ModelCard, config: ServeConfig, encoder: 
             raise _BadRequestError(str(error), "size") from error
     if body.steps is not None and body.steps > config.max_steps:
         raise _BadRequestError(f"steps is {body.steps}; this service allows at most {config.max_steps}", "steps")
-    given: dict[str, Any] = {
-        "num_steps": body.steps,
-        "guidance_scale": body.guidance_scale,
-        "history_ratio": body.history_ratio,
-    }
     try:
+        sampling = SamplingChoice(
+            num_steps=body.steps, guidance_scale=body.guidance_scale, history_ratio=body.history_ratio
+        )
         asked = replace(config.video, width=width, height=height, num_frames=body.frames or config.video.num_frames)
         request = VideoRequest(
             prompt=body.prompt.strip(),
             seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
             size=encoder.size(**asdict(asked)),
-            sampling=replace(card.sampling, **{key: value for key, value in given.items() if value is not None}),
+            sampling=sampling.over(card.sampling),
             format=config.format,
         )
         request.encode(encoder)
