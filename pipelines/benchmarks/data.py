@@ -50,10 +50,10 @@ _SAMPLE_SECONDS = 0.05
 class DataBenchmarkConfig:
     """How much is measured."""
 
-    repeats: int = 5  # times of each ratio; medians count
-    copies: int = 8  # of the film that is scored and tokenized, 9 s at 1280x720
-    null_rows: int = 1_000_000  # rows of the manifest that goes through a stage which does nothing
-    clips: int = 200_000  # of a curation in which nothing is decoded
+    repeats: int  # times of each ratio; medians count
+    copies: int  # of the film that is scored and tokenized, 9 s at 1280x720
+    null_rows: int  # rows of the manifest that goes through a stage which does nothing
+    clips: int  # of a curation in which nothing is decoded
 
 
 def render_film(path: Path) -> None:
