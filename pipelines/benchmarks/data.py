@@ -150,20 +150,16 @@ def run_data_benchmark(config: DataBenchmarkConfig, say: Callable[[str], None]) 
     }
 
 
-def _busy(stage: Stage, inputs: pa.Table, dataset: Path) -> float:
-    """Seconds that the processes of a stage worked, their start left out."""
-    log = RunLog(str(dataset))
-    run_stage(stage, inputs, dataset=str(dataset), log=log)
-    return log.stages[stage.name].busy_s
-
-
 def _in_turns(
     stages: dict[str, Stage], inputs: pa.Table, root: Path, config: DataBenchmarkConfig, say: Callable[[str], None]
 ) -> dict[str, list[float]]:
     samples: dict[str, list[float]] = {name: [] for name in stages}
     for repeat in tqdm(range(config.repeats), desc=" and ".join(stage.name for stage in stages.values()), unit="round"):
         for name, stage in stages.items():
-            samples[name].append(_busy(stage, inputs, root / f"{stage.name}-{repeat}"))
+            dataset = str(root / f"{stage.name}-{repeat}")
+            log = RunLog(dataset)
+            run_stage(stage, inputs, dataset=dataset, log=log)
+            samples[name].append(log.stages[stage.name].busy_s)  # of work, the start of processes left out
     for name, seconds in samples.items():
         say(f"  {name} {statistics.median(seconds):.2f} s")
     return samples

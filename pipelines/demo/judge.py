@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,11 +91,6 @@ def score(readings: Sequence[Reading], prompted: Sequence[Reading]) -> Score:
         chance[name] = _expected_by_shuffling(seen, asked)
         interval[name] = wilson_interval(right, count)
     return Score(samples=count, accuracy=accuracy, chance=chance, interval95=interval)
-
-
-def right_or_wrong(reading: Reading, prompted: Reading) -> Mapping[str, bool]:
-    """Which attributes of one video are as prompted."""
-    return {name: getattr(reading, name) == getattr(prompted, name) for name in ATTRIBUTES}
 
 
 def _expected_by_shuffling(seen: Sequence[object], asked: Sequence[object]) -> float:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Generic
 
@@ -26,19 +27,26 @@ from pipelines.data.config import CurateConfig
 from pipelines.data.curate import curate
 from pipelines.data.snapshot.read import open_snapshot
 from pipelines.data.snapshot.schemas import STATUSES
-from pipelines.demo.judge import Reading, judge_video, score
-from pipelines.demo.report import Sample, write_report
+from pipelines.demo.judge import ATTRIBUTES, Reading, judge_video, score
 from pipelines.errors import UserError
 from pipelines.generation.bulk.run import MANIFEST_FILE, generate
 from pipelines.generation.config import GenerateConfig
 from pipelines.memory import sampled_memory, tree_memory
+from pipelines.pages.plots import Points, line_chart, smooth
+from pipelines.pages.render import write_page
 from pipelines.sample_corpus import BAD_FILES, ClipSpec, held_out_specs, write_corpus
 from pipelines.training.config import TrainConfig
+from pipelines.training.record import StepRecord
 from pipelines.training.run import TrainResult, train
 
 NUM_CLIPS = 800
 SEEDS_PER_PROMPT = 2
 _MEMORY_SECONDS = 3.0  # between two samples of the memory in use
+TARGETS = {"color": 0.95, "background": 0.95, "direction": 0.75, "shape": 0.60}
+
+_NAMES = {"color": "Colour", "background": "Background", "shape": "Shape", "direction": "Direction", "all": "All four"}
+_WINDOW = 21  # steps in a smoothed curve
+_MOST_REJECTED = 25  # rows of the ledger shown
 _PLAIN_PATH = r"(/|[a-z0-9]+://)[\w./-]*"
 
 
@@ -56,6 +64,22 @@ class Command(Generic[ConfigT]):
 
     def __str__(self) -> str:
         return shlex.join(["lumos", self.config_class.KIND, "demo", *self.overrides])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One generated video: its prompt, its file, what was asked for and what the judge read."""
+
+    prompt: str
+    seed: int
+    video: Path
+    asked: Reading
+    read: Reading
+
+    @property
+    def right(self) -> Mapping[str, bool]:
+        """Whether each attribute was read as it was asked for."""
+        return {name: getattr(self.read, name) == getattr(self.asked, name) for name in ATTRIBUTES}
 
 
 def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS) -> dict[str, Any]:
@@ -214,3 +238,51 @@ def _next_steps(out: Path, trained: TrainResult, samples: Sequence[Sample]) -> l
             "lumos curate /path/to/videos",
         ),
     ]
+
+
+def write_report(
+    path: Path,
+    *,
+    summary: Mapping[str, Any],
+    samples: Sequence[Sample],
+    records: Sequence[StepRecord],
+    not_kept: Sequence[Mapping[str, str]],
+    next_steps: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Write the page.
+
+    Args:
+        path: File to write; replaced if there.
+        summary: The content of summary.json.
+        samples: All generated videos, whose files are copied into the page; those of one prompt stand together.
+        records: The training curve.
+        not_kept: Path, status and reason of the ledger's rows whose status is not "kept".
+        next_steps: (what it does, command) pairs.
+    """
+    by_prompt = [list(group) for _, group in groupby(samples, key=lambda sample: sample.prompt)]
+    errors = [any(not all(sample.right.values()) for sample in group) for group in by_prompt]
+    labels = {"x_label": "step", "y_label": "nats per token"}
+    loss = [(float(row.step), row.loss) for row in records]
+    lines = {"each step": loss, "smoothed": smooth(loss, _WINDOW)}
+    write_page(
+        path,
+        "demo_report.html.j2",
+        summary=summary,
+        not_kept=not_kept,
+        next_steps=next_steps,
+        prompts=list(zip(by_prompt, errors, strict=True)),
+        num_errors=sum(errors),
+        names=_NAMES,
+        targets=TARGETS,
+        most_rejected=_MOST_REJECTED,
+        loss_chart=line_chart(lines, title="Training loss by step", faint=["each step"], **labels),
+        frame_chart=line_chart(_frame_lines(records), title="Loss by latent frame", **labels),
+    )
+
+
+def _frame_lines(records: Sequence[StepRecord]) -> dict[str, Points]:
+    lines = {}
+    for frame in range(max((len(row.frame_losses) for row in records), default=0)):
+        points = [(float(row.step), row.frame_losses[frame]) for row in records if len(row.frame_losses) > frame]
+        lines[f"frame {frame + 1}"] = smooth(points, _WINDOW)
+    return lines

@@ -53,7 +53,7 @@ class VideoGenerator:
         self._engine = Engine(card, config.replicas)
         self._batcher: Batcher[VideoRequest, bytes] = Batcher(
             self._engine.run,
-            lambda request: request.batch_kind,
+            lambda request: (request.size, request.sampling.num_steps),
             max_size=config.batch.max_size,
             wait_s=config.batch.wait_ms / 1000,
             max_queued=config.batch.max_queued,

@@ -29,11 +29,6 @@ class VideoRequest:
         if self.format == "png" and self.size.num_frames != 1:
             raise ValueError(f"format png holds one frame, num_frames is {self.size.num_frames}: use mp4 or gif")
 
-    @property
-    def batch_kind(self) -> tuple[VideoSize, int]:
-        """What requests must share to be drawn together."""
-        return self.size, self.sampling.num_steps
-
     def encode(self, encoder: RequestEncoder) -> GenerationRequest:
         """As the sampler takes it; a ``ValueError`` if it does not fit the model."""
         return encoder.encode(self.prompt, size=self.size, seed=self.seed, sampling=self.sampling)

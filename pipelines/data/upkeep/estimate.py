@@ -134,7 +134,8 @@ def plan_curation(config: CurateConfig, cluster: Cluster, *, sources: int, seed:
                 snapshot = write_snapshot(folder, curation.content(done), config.publish)
             disk = sum(file.size for file in storage.list_files(folder))
             ledger = snapshot.read_ledger()
-    scale = _scale(listing, chosen)
+    sampled = _bytes(chosen)  # 0 where sizes are not known
+    scale = _bytes(listing) / sampled if sampled else listing.num_rows / chosen.num_rows
     judged = [row for row in ledger.to_pylist() if row["end_s"] is not None]
     kept = [row for row in judged if row["status"] == "kept"]
     totals = snapshot.manifest.totals.values()
@@ -169,12 +170,6 @@ def _draw(listing: pa.Table, count: int, seed: int) -> pa.Table:
 
 def _bytes(table: pa.Table) -> float:
     return float(np.maximum(table["size"].to_numpy(), 0).sum())
-
-
-def _scale(listing: pa.Table, chosen: pa.Table) -> float:
-    """What of the sample there is in all: by bytes, or by number where sizes are not known."""
-    sampled = _bytes(chosen)
-    return _bytes(listing) / sampled if sampled else listing.num_rows / chosen.num_rows
 
 
 def _workers(stage: Stage, cluster: Cluster) -> int:

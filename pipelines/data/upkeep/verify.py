@@ -187,7 +187,11 @@ def recheck(snapshot: Snapshot, count: int, tokenizer: str | None = None) -> Rec
     skipped: dict[str, str] = {}
     problems: list[str] = []
     same: list[bool] = []
-    for clip, frames in decode_clips(snapshot, clips, _encoded):
+
+    def encoded(clip: Row, _: Row) -> Wanted:
+        return Wanted(clip["fps"], num_source_frames(clip["t"]), CELL * clip["w"], CELL * clip["h"])
+
+    for clip, frames in decode_clips(snapshot, clips, encoded):
         if isinstance(frames, VideoError):
             if frames.code == MISMATCH:
                 problems.append(f"{clip['key']} cannot be checked: {frames.detail}")
@@ -239,8 +243,3 @@ def _choose(snapshot: Snapshot, count: int) -> list[Row]:
         table = snapshot.read_shard(shard)
         chosen += table.take([place for _, own, place in ranked if own == shard]).to_pylist()
     return [row | {"key": row["clip_id"]} for row in sorted(chosen, key=lambda row: row["clip_id"])]
-
-
-def _encoded(clip: Row, _: Row) -> Wanted:
-    """The frames of a clip that were encoded."""
-    return Wanted(clip["fps"], num_source_frames(clip["t"]), CELL * clip["w"], CELL * clip["h"])

@@ -143,8 +143,10 @@ class _GuardedRoute(APIRoute):
         async def guarded(request: Request) -> Response:
             state, headers = request.app.state, request.headers
             kind, _, given = headers.get("authorization", "").partition(" ")
-            if state.token is not None and not (kind.lower() == "bearer" and _is_token(given.strip(), state.token)):
-                raise HTTPException(401, _BAD_TOKEN, {"WWW-Authenticate": "Bearer"})
+            if state.token is not None:
+                same = hmac.compare_digest(given.strip().encode(), state.token.encode())  # in constant time
+                if kind.lower() != "bearer" or not same:
+                    raise HTTPException(401, _BAD_TOKEN, {"WWW-Authenticate": "Bearer"})
             length = headers.get("content-length", "0")
             if not length.isdecimal() or int(length) > _MAX_BODY or "transfer-encoding" in headers:
                 raise HTTPException(
@@ -192,10 +194,6 @@ class _BodyReader:
             raise HTTPException(400, "the client left before its body had arrived") from error
         finally:
             self._deadlines.pop(deadline, None)
-
-
-def _is_token(given: str, token: str) -> bool:
-    return hmac.compare_digest(given.encode(), token.encode())  # in constant time
 
 
 def _to_request(body: VideoBody, card: ModelCard, config: ServeConfig, encoder: RequestEncoder) -> VideoRequest:

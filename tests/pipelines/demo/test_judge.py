@@ -107,6 +107,5 @@ def test_score_counts_each_attribute_and_all():
     wrong = Reading(color="red", background="dark", shape="square", direction="up")
     result = judge.score([asked, wrong], [asked, asked])
     assert result.accuracy == {"color": 1.0, "background": 1.0, "shape": 0.5, "direction": 1.0, "all": 0.5}
-    assert judge.right_or_wrong(wrong, asked) == {"color": True, "background": True, "shape": False, "direction": True}
     with pytest.raises(ValueError, match="1 readings for 2 prompts"):
         judge.score([asked], [asked, asked])

@@ -12,7 +12,7 @@ import numpy as np
 from pipelines import sample_corpus as corpus
 from pipelines.demo import judge
 from pipelines.demo.judge import Reading
-from pipelines.demo.report import Sample, write_report
+from pipelines.demo.run import Sample, write_report
 
 
 def make_samples(root: Path, count: int) -> list[Sample]:
