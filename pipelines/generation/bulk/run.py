@@ -47,7 +47,7 @@ class GenerateResult:
 
 
 class Manifest:
-    """The videos a folder holds, by file name.
+    """The videos a folder holds, by file name; a ``UserError`` if what says so is damaged.
 
     A video is written first and its row after it, so a row always stands for a whole file. Rows are saved every few
     seconds, as whole manifests, which object stores can take too; a killed run loses the rows since then and makes
@@ -55,27 +55,19 @@ class Manifest:
     """
 
     def __init__(self, folder: str) -> None:
-        self.folder = folder
-        self.uri = storage.join(folder, MANIFEST_FILE)
+        self.folder, self.uri = folder, storage.join(folder, MANIFEST_FILE)
         self.rows: dict[str, dict[str, Any]] = {}
         self._saved_at = 0.0
-
-    @classmethod
-    def open(cls, folder: str) -> "Manifest":
-        """The manifest of a folder, empty where there is none yet; a ``UserError`` if it is damaged."""
-        manifest = cls(folder)
         try:
-            if not storage.exists(manifest.uri):
-                return manifest
-            lines = storage.read_bytes(manifest.uri).decode("utf-8").split("\n")  # splitlines() would cut prompts too
-            rows = [json.loads(line) for line in lines if line.strip()]
-            manifest.rows = {row["path"]: row for row in rows}
+            if storage.exists(self.uri):
+                lines = storage.read_bytes(self.uri).decode("utf-8").split("\n")  # splitlines() would cut prompts too
+                rows = [json.loads(line) for line in lines if line.strip()]
+                self.rows = {row["path"]: row for row in rows}
         except (NotADirectoryError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"output: {manifest.uri} is no manifest of videos ({error}); name another folder, or remove it to make "
-                "all videos again"
+                f"output: {self.uri} is no manifest of videos ({error}); name another folder, or remove it to make all "
+                "videos again"
             ) from error
-        return manifest
 
     def holds(self, row: dict[str, Any]) -> bool:
         """Whether the folder has the video that a row describes (prompt, seed, config), with its bytes intact."""
@@ -119,7 +111,7 @@ def generate(config: GenerateConfig) -> GenerateResult:
     begin = time.monotonic()
     card = read_card(config)
     jobs = _plan(config, card)
-    manifest = None if _is_file(config.output) else Manifest.open(config.output)
+    manifest = None if _is_file(config.output) else Manifest(config.output)
     if manifest is None:
         _check_single(config, jobs)
         pending = jobs
