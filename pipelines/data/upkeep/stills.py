@@ -8,7 +8,6 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from itertools import groupby
 from operator import itemgetter
 
@@ -23,13 +22,12 @@ from pipelines.data.settings import DecodeConfig
 from pipelines.data.snapshot.read import Snapshot
 from pipelines.data.stage.stage import Row
 from pipelines.data.steps.sources import hash_file
-from pipelines.data.steps.split import CLIPS
 from pipelines.data.upkeep.tables import snapshot_parts, snapshot_rows
 from pipelines.data.video.decode import CrashLog, DecodeChild, DecodeJob
-from pipelines.data.video.frames import Wanted
+from pipelines.data.video.frames import REQUEST_COLUMNS, Wanted, clip_job
 from pipelines.data.video.local_files import LocalFiles
 from pipelines.data.video.looks import decode_jpeg, encode_jpeg, read_rows
-from pipelines.data.video.reader import ClipRequest, VideoError, fit_picture
+from pipelines.data.video.reader import VideoError, fit_picture
 
 MOMENTS = ("start", "middle", "end")  # of a clip's span, that are shown; the last of the looks may be before its end
 FRAME_HEIGHT = 120  # px
@@ -38,7 +36,7 @@ _FRAME_WIDTHS = (16, 480)  # px; what is narrower or wider loses its ends
 _READERS = 8  # threads, as a store takes long to answer
 _JPEG_QUALITY = 80
 _STALL_SECONDS = 30.0  # without a frame before a decoder is killed
-_REQUEST = [item.name for item in fields(ClipRequest) if item.name in CLIPS.names]  # what decoding a clip takes
+_REQUEST = [*REQUEST_COLUMNS, "fingerprint"]  # what decoding a clip takes
 
 Shown = list[bytes] | VideoError  # a JPEG file per moment, or why there are none
 
@@ -135,8 +133,7 @@ def _jobs(
             if isinstance(path, VideoError):
                 yield path
                 continue
-            what = ClipRequest(path=path, **vars(wanted(clip, request)), **{name: request[name] for name in _REQUEST})
-            yield DecodeJob(clip["key"], "clip", {"request": what}, after_crash={"use_decord": False})
+            yield clip_job(clip["key"], path, wanted(clip, request), request)
 
 
 def _moments(_: Row, request: Row) -> Wanted:
