@@ -214,15 +214,12 @@ def shape_mask(shape: str, size: str, side: int | None = None) -> NDArray[np.flo
 
 
 def render_clip(spec: ClipSpec, num_frames: int = NUM_FRAMES, step: int = STEP) -> NDArray[np.uint8]:
-    """Draw a clip.
+    """Draw a clip, uint8 [num_frames, 96, 96, 3], RGB.
 
     Args:
         spec: What to draw.
         num_frames: At most `NUM_FRAMES`, for which `spec` was checked.
         step: Motion in source px per frame; 0 is a still image, the default is what training sees.
-
-    Returns:
-        uint8 [num_frames, 96, 96, 3], RGB.
     """
     side = SIZES[spec.size]
     coverage = shape_mask(spec.shape, spec.size)[:, :, None]

@@ -94,10 +94,6 @@ def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS) -> dict[str, Any]:
 
     Returns:
         The content of summary.json (contracts.md, "Demo").
-
-    Raises:
-        UserError: `out` is a file or not empty.
-        JobError: A phase failed.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is no empty folder; name another one, or remove it to run the demo anew")

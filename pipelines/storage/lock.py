@@ -61,8 +61,7 @@ class Owner:
 def local_lock(folder: Path, name: str) -> Iterator[None]:
     """Hold a local folder, made where there is none, for the time of the block; messages call it by the name.
 
-    Raises:
-        UserError: if another process holds it (the message names that process), or it cannot be written to.
+    A ``UserError`` if another process holds it (the message names that process), or it cannot be written to.
     """
     path = folder / LOCK_FILE
     lock = FileLock(path)

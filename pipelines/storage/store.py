@@ -48,15 +48,11 @@ def explained(uri: str) -> Iterator[None]:
 
 
 def explain_error(uri: str, error: Exception) -> Exception:
-    """What to raise for an error that s3fs or what is below it raised.
+    """What to raise for an error that s3fs or what is below it raised when a URI was asked for.
 
-    Args:
-        uri: What was asked for.
-        error: Of the call. One that no store makes, or that was explained before, is given back as it is.
-
-    Returns:
-        A ``UserError`` if credentials or the clock are wrong; else an ``OSError`` of the right kind, naming the URI:
-        ``EIO`` if the store did not answer or failed, so that a later call may succeed.
+    A ``UserError`` if credentials or the clock are wrong; else an ``OSError`` of the right kind, naming the URI:
+    ``EIO`` if the store did not answer or failed, so that a later call may succeed. An error that no store makes, or
+    that was explained before, is given back as it is.
     """
     if isinstance(error, OSError) and error.filename is not None:
         return error

@@ -144,11 +144,7 @@ class Snapshot:
 
 
 def open_snapshot(uri: str, *, expected_tokenizer: TokenizerIdentity | None = None) -> Snapshot:
-    """Open a snapshot.
-
-    Args:
-        uri: a dataset (its newest snapshot), or the folder of one snapshot.
-        expected_tokenizer: refuse codes that any other tokenizer made.
+    """Open the snapshot in a folder, or the newest one of a dataset; refuse codes that another tokenizer made.
 
     Raises:
         UserError: if there is none, it is of a newer schema version, damaged, or made by another tokenizer.

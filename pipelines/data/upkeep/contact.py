@@ -57,10 +57,7 @@ class Sheet:
 def contact_sheets(snapshot: Snapshot, ledger: pa.Table, frames_of: FramesOf) -> list[tuple[Sheet, list[list[Tile]]]]:
     """Sheets, each with a tile for every row, or two: a near-duplicate stands beside its original.
 
-    Args:
-        snapshot: Whose clips.
-        ledger: Its ledger (no scores are needed), with a column ``class``: that of each row's reason.
-        frames_of: What has frames of them.
+    The snapshot's ledger needs no scores, but a column ``class``: that of each row's reason.
     """
     sheets = choose_clips(ledger)
     chosen = [row for rank in zip_longest(*(sheet.rows for sheet in sheets)) for row in rank if row is not None]

@@ -51,10 +51,7 @@ def what_if(
 ) -> list[WhatIf]:
     """Try other values of every threshold that is set; only scores are decided on, near-duplicates are not sought.
 
-    Args:
-        scores: As ``score_columns`` gives them.
-        thresholds: What they are now.
-        tokens: ``num_frames`` and ``fps`` of the clips that are encoded; one too short for them is not kept either.
+    Of ``tokens``, ``num_frames`` and ``fps`` say what is encoded; a clip too short for that is not kept either.
     """
     filled = fills(scores, tokens) if tokens else True
 

@@ -42,12 +42,9 @@ Shown = list[bytes] | VideoError  # a JPEG file per moment, or why there are non
 
 
 def decode_frames(snapshot: Snapshot, clips: Sequence[Row]) -> dict[str, Shown]:
-    """By key, JPEG files of the ``MOMENTS`` of each clip, or why they cannot be shown.
+    """By key, JPEG files of the ``MOMENTS`` of each clip (ledger rows with a span), or why they cannot be shown.
 
-    Args:
-        snapshot: Whose clips.
-        clips: Ledger rows with a span. Sources are decoded for those that have no looks. Should too many of them have
-            to be fetched, the first ones are.
+    Sources are decoded for those that have no looks. Should too many of them have to be fetched, the first ones are.
     """
     looks = _show_looks(snapshot, clips)
     decoded = decode_clips(snapshot, [clip for clip in clips if clip["key"] not in looks], _moments)

@@ -169,15 +169,10 @@ class Recheck:
 
 
 def recheck(snapshot: Snapshot, count: int, tokenizer: str | None = None) -> Recheck:
-    """Decode and encode some clips anew.
+    """Decode and encode some clips anew, chosen by a hash of their ids.
 
-    Args:
-        snapshot: Whose clips; it must lie in its dataset, as the stages know where the sources are.
-        count: Clips, chosen by a hash of their ids.
-        tokenizer: File or folder of the one that made the snapshot; None for the embedded one.
-
-    Raises:
-        UserError: if the tokenizer that was named is another one, or not to be had.
+    The snapshot must lie in its dataset, as the stages know where the sources are. ``tokenizer`` is the file or folder
+    of the one that made it, None the embedded one; a ``UserError`` if it is another, or not to be had.
     """
     loaded = _load(snapshot, tokenizer)
     if loaded is None:

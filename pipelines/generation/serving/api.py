@@ -68,14 +68,7 @@ class _BadRequestError(Exception):
 
 
 def build_api(card: ModelCard, config: ServeConfig, submit: Submit, status: Status) -> FastAPI:
-    """The application.
-
-    Args:
-        card: the model.
-        config: defaults and limits of requests, and the token.
-        submit: makes the file of a video, or says why not.
-        status: queue lengths; must answer quickly.
-    """
+    """The application. ``submit`` makes the file of a video, or says why not; ``status`` must answer quickly."""
     app = FastAPI(title="Lumos-1 video generation", version="1", redoc_url=None)
     app.state.token = config.token
     app.state.bodies = _BodyReader(config.body_timeout_s, config.max_open_bodies)
