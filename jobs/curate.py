@@ -35,13 +35,13 @@ def command(config: str, overrides: tuple[str, ...], print_config: bool) -> None
 
     resolved = resolve(CurateConfig, *curate_arguments(config, overrides), print_config)
 
-    from pipelines.data.curate import curate
+    from pipelines.data.curate import CONTINUE, curate
     from pipelines.errors import JobError
 
     try:
         result = curate(resolved)  # it joins Ray itself, once sources, captions and tokenizer are found good
     except KeyboardInterrupt as interrupt:
-        raise JobError("stopped; what was done is kept: give the same command again to continue") from interrupt
+        raise JobError(f"stopped; {CONTINUE}") from interrupt
     click.echo(result.summary())
 
 

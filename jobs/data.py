@@ -10,7 +10,7 @@ if __name__ == "__main__":  # run as a script: import from the checkout, not fro
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from jobs.command import config_arguments, curate_arguments, resolve, run
-from jobs.data_upkeep import dataset_argument, gc, remove, repair, retry, unlock
+from jobs.data_upkeep import gc, over_dataset, remove, repair, retry, unlock
 
 
 @click.group()
@@ -23,7 +23,7 @@ def command() -> None:
 
 
 @command.command(short_help="What a dataset holds and what failed.")
-@dataset_argument
+@over_dataset
 def status(dataset: str) -> None:
     """Show the snapshots, what became of clips and sources, and each stage's rows and failures."""
     from pipelines.data.upkeep.status import dataset_status
@@ -32,7 +32,7 @@ def status(dataset: str) -> None:
 
 
 @command.command(short_help="A page with yields, scores, other thresholds and frames.")
-@dataset_argument
+@over_dataset
 @click.option("--out", default="report.html", show_default=True, help="The HTML file to write.")
 @click.option("--frames/--no-frames", default=True, show_default=True, help="Decode some clips' frames to show them.")
 def report(dataset: str, out: str, frames: bool) -> None:
@@ -46,7 +46,7 @@ def report(dataset: str, out: str, frames: bool) -> None:
 
 
 @command.command(short_help="Check a snapshot's files, counts and codes.")
-@dataset_argument
+@over_dataset
 @click.option(
     "--sample",
     type=click.IntRange(min=0),
@@ -58,8 +58,7 @@ def report(dataset: str, out: str, frames: bool) -> None:
 def verify(dataset: str, sample: int, tokenizer: str | None) -> None:
     """Read a snapshot whole: hashes, counts, codes, ledger against shards. Exit status 1 if anything is wrong."""
     from pipelines.data.snapshot.read import open_snapshot
-    from pipelines.data.upkeep.recheck import recheck
-    from pipelines.data.upkeep.verify import verify_snapshot
+    from pipelines.data.upkeep.verify import recheck, verify_snapshot
 
     snapshot = open_snapshot(dataset)
     found = verify_snapshot(snapshot)

@@ -1,12 +1,29 @@
 """The verbs of ``lumos data`` that change a dataset."""
 
+import functools
+from collections.abc import Callable
+
 import click
 
-dataset_argument = click.argument("dataset")
+from pipelines.errors import UserError, storage_errors_as
+
+
+def over_dataset(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb with the argument DATASET: a store that cannot be used, or fails, ends it in one line."""
+
+    @functools.wraps(verb)
+    def checked(dataset: str, **options: object) -> None:
+        from pipelines.storage.s3 import check_store
+
+        check_store(dataset)
+        with storage_errors_as(UserError, "check its address, rights and room, then give the same command again"):
+            verb(dataset, **options)
+
+    return click.argument("dataset")(checked)
 
 
 @click.command(short_help="Drop unusable stage files, restore damaged shards.")
-@dataset_argument
+@over_dataset
 def repair(dataset: str) -> None:
     """Mend what `verify` finds: drop stage files that cannot be read, make damaged or missing shards again.
 
@@ -20,7 +37,7 @@ def repair(dataset: str) -> None:
 
 
 @click.command(short_help="Forget failures, so that they are tried again.")
-@dataset_argument
+@over_dataset
 @click.option(
     "--class",
     "failure_class",
@@ -39,7 +56,7 @@ def retry(dataset: str, failure_class: str) -> None:
 
 
 @click.command(short_help="Take sources out of all later snapshots.")
-@dataset_argument
+@over_dataset
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 def remove(dataset: str, sources: tuple[str, ...]) -> None:
     """Take sources (paths as the ledger has them, or source_ids) out of all snapshots to come, under any name."""
@@ -51,7 +68,7 @@ def remove(dataset: str, sources: tuple[str, ...]) -> None:
 
 
 @click.command(short_help="Delete what no snapshot needs.")
-@dataset_argument
+@over_dataset
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @click.option("--keep", type=click.IntRange(min=1), help="Snapshots that stay, the newest ones.  [default: all]")
 def gc(dataset: str, dry_run: bool, keep: int | None) -> None:
@@ -68,7 +85,7 @@ def gc(dataset: str, dry_run: bool, keep: int | None) -> None:
 
 
 @click.command(short_help="Free a dataset in S3 that a killed run left locked.")
-@dataset_argument
+@over_dataset
 @click.option("--force", is_flag=True, help="Even if a run may hold it; that one stops at its next commit.")
 def unlock(dataset: str, force: bool) -> None:
     """Take away the lock of a run that is dead, and tell whose it was. It would expire by itself after a minute."""

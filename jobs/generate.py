@@ -23,13 +23,10 @@ from jobs.command import ConfigCommand, config_arguments, resolve, run
 @config_arguments(required=False)
 @click.option("--model", help="Folder that `lumos train` exported, or of a released checkpoint; the key model.")
 @click.option("--prompt", "prompts", multiple=True, help="Text of a video, repeatable; the key prompts.")
-@click.option("--out", help="Folder for the videos, or one file (.mp4); the key output.")
+@click.option("--out", "output", help="Folder for the videos, or one file (.mp4); the key output.")
 @click.option("--seed", type=click.IntRange(min=0), help="First sampling seed; the key seed.")
 def command(
-    config: str | None,
-    overrides: tuple[str, ...],
-    print_config: bool,
-    **options: str | int | tuple[str, ...] | None,
+    config: str | None, overrides: tuple[str, ...], print_config: bool, **options: str | int | tuple[str, ...] | None
 ) -> None:
     """Generate videos for one prompt, or for a file of them.
 
@@ -43,11 +40,8 @@ def command(
     if config is None or ("=" in config and not Path(config).exists()):
         overrides = (*filter(None, [config]), *overrides)
         config = "default"
-    keys = {"model": "model", "prompts": "prompts", "out": "output", "seed": "seed"}
     given = [
-        f"{keys[name]}={json.dumps(value, ensure_ascii=False)}"
-        for name, value in options.items()
-        if value not in (None, ())
+        f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items() if value not in (None, ())
     ]
     resolved = resolve(GenerateConfig, config, [*overrides, *given], print_config)
 

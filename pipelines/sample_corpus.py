@@ -13,7 +13,7 @@ import csv
 import functools
 import itertools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -41,6 +41,13 @@ COLORS = {
 }
 BACKGROUNDS = {"white": (240, 240, 236), "gray": (138, 146, 152), "dark": (40, 42, 50), "brown": (116, 80, 56)}
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (dy, dx)
+_VALUES: dict[str, Iterable[str]] = {
+    "shape": SHAPES,
+    "size": SIZES,
+    "color": COLORS,
+    "background": BACKGROUNDS,
+    "direction": DIRECTIONS,
+}
 
 # All of one length in tokens, since sequences of equal length are attended together, which is faster.
 WORDINGS = (
@@ -67,11 +74,7 @@ BAD_FILES = {
 
 @dataclass(frozen=True, kw_only=True)
 class ClipSpec:
-    """Everything that determines one clip.
-
-    Raises:
-        ValueError: A value is unknown, or the subject would leave the frame.
-    """
+    """Everything that determines one clip, in which the subject stays in view."""
 
     shape: str
     size: str
@@ -83,14 +86,7 @@ class ClipSpec:
     wording: int = 0  # index into WORDINGS
 
     def __post_init__(self) -> None:
-        """Check the values and that the subject stays in view."""
-        for name, known in (
-            ("shape", SHAPES),
-            ("size", SIZES),
-            ("color", COLORS),
-            ("background", BACKGROUNDS),
-            ("direction", DIRECTIONS),
-        ):
+        for name, known in _VALUES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
         if not 0 <= self.wording < len(WORDINGS):
@@ -104,21 +100,12 @@ class ClipSpec:
     @property
     def caption(self) -> str:
         """The caption in this clip's wording; it names all five attributes."""
-        return WORDINGS[self.wording].format(
-            shape=self.shape,
-            size=self.size,
-            color=self.color,
-            background=self.background,
-            direction=self.direction,
-        )
+        return WORDINGS[self.wording].format(**vars(self))
 
     @property
     def combination(self) -> tuple[str, str, str, str]:
         """What the held-out rule looks at: shape, colour, background, direction."""
         return (self.shape, self.color, self.background, self.direction)
-
-
-# ------------------------------------------------------------------------------------------------ held-out rule
 
 
 @functools.cache
@@ -155,17 +142,11 @@ def sample_specs(seed: int, n: int) -> list[ClipSpec]:
     The 640 kinds of clip left (320 combinations, 2 sizes) are dealt like a shuffled deck, again and again, so that
     they are balanced for any `n`; start position and wording are drawn for each clip. No two of up to 2,560 clips show
     the same.
-
-    Args:
-        seed: Decides everything.
-        n: Number of clips.
     """
     generator = np.random.default_rng([seed, 0])
     kinds = [
         (shape, size, color, background, direction)
-        for shape, size, color, background, direction in itertools.product(
-            SHAPES, SIZES, COLORS, BACKGROUNDS, DIRECTIONS
-        )
+        for shape, size, color, background, direction in itertools.product(*_VALUES.values())
         if (shape, color, background, direction) not in held_out_combinations()
     ]
     # Every start of a kind is used once before any is used again: two clips of one picture would be exact duplicates.
@@ -185,10 +166,7 @@ def held_out_specs(seed: int) -> list[ClipSpec]:
     """One clip for each of the 64 held-out combinations, in a fixed order; half of them small.
 
     These give the demo's prompts (their captions). Their rendering is what a perfect model would make, up to the
-    start position.
-
-    Args:
-        seed: Decides wordings and start positions.
+    start position. The seed decides wordings and start positions.
     """
     generator = np.random.default_rng([seed, 1])
     # A fixed shuffle, so that neighbours differ and no size is tied to an attribute by the sorted order.
@@ -203,44 +181,18 @@ def held_out_specs(seed: int) -> list[ClipSpec]:
     return specs
 
 
-def _make_spec(
-    kind: tuple[str, str, str, str, str], start: tuple[int, int], generator: np.random.Generator
-) -> ClipSpec:
+def _make_spec(kind: Sequence[str], start: tuple[int, int], generator: np.random.Generator) -> ClipSpec:
     """A clip in a wording drawn for it."""
-    shape, size, color, background, direction = kind
-    return ClipSpec(
-        shape=shape,
-        size=size,
-        color=color,
-        background=background,
-        direction=direction,
-        top=start[0],
-        left=start[1],
-        wording=int(generator.integers(len(WORDINGS))),
-    )
-
-
-# ---------------------------------------------------------------------------------------------------- rendering
-
-
-@functools.cache
-def background_image(name: str, side: int = SIDE) -> NDArray[np.float32]:
-    """Draw a background, [side, side, 3], values 0..255."""
-    if name not in BACKGROUNDS:
-        raise ValueError(f"background {name!r} is not one of {', '.join(BACKGROUNDS)}")
-    image: NDArray[np.float32] = np.full((side, side, 3), BACKGROUNDS[name], dtype=np.float32)
-    image.setflags(write=False)
-    return image
+    attributes = dict(zip(_VALUES, kind, strict=True))
+    return ClipSpec(**attributes, top=start[0], left=start[1], wording=int(generator.integers(len(WORDINGS))))
 
 
 @functools.cache
 def shape_mask(shape: str, size: str, side: int | None = None) -> NDArray[np.float32]:
     """Coverage of a shape in its square bounding box, [side, side], 0..1.
 
-    Args:
-        shape: A value of `SHAPES`.
-        size: A key of `SIZES`; a shape is made of two by two or three by three cells.
-        side: Of the box, px; None for the size's own. Other sides are antialiased.
+    A shape is made of two by two or three by three cells, by its size. Sides (px) other than the size's own are
+    antialiased.
     """
     cells = SIZES[size] // CELL
     pattern = np.zeros((cells, cells), dtype=np.float32)
@@ -262,21 +214,18 @@ def shape_mask(shape: str, size: str, side: int | None = None) -> NDArray[np.flo
 
 
 def render_clip(spec: ClipSpec, num_frames: int = NUM_FRAMES, step: int = STEP) -> NDArray[np.uint8]:
-    """Draw a clip.
+    """Draw a clip, uint8 [num_frames, 96, 96, 3], RGB.
 
     Args:
         spec: What to draw.
         num_frames: At most `NUM_FRAMES`, for which `spec` was checked.
         step: Motion in source px per frame; 0 is a still image, the default is what training sees.
-
-    Returns:
-        uint8 [num_frames, 96, 96, 3], RGB.
     """
     side = SIZES[spec.size]
     coverage = shape_mask(spec.shape, spec.size)[:, :, None]
     paint = np.asarray(COLORS[spec.color], dtype=np.float32)
     dy, dx = DIRECTIONS[spec.direction]
-    frames = np.repeat(background_image(spec.background)[None], num_frames, axis=0)
+    frames = np.full((num_frames, SIDE, SIDE, 3), BACKGROUNDS[spec.background], dtype=np.float32)
     for index, frame in enumerate(frames):
         top, left = spec.top + dy * step * index, spec.left + dx * step * index
         box = frame[top : top + side, left : left + side]
@@ -284,17 +233,10 @@ def render_clip(spec: ClipSpec, num_frames: int = NUM_FRAMES, step: int = STEP) 
     return np.rint(frames).astype(np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------------- writing
+def write_video(path: Path, frames: NDArray[np.uint8], fps: int = FPS) -> None:
+    """Encode RGB frames [T, H, W, 3], of even height and width, as H.264 in mp4, visually lossless (crf 14).
 
-
-def write_video(path: Path, frames: NDArray[np.uint8], fps: int = FPS, crf: int = 14) -> None:
-    """Encode frames [T, H, W, 3] as H.264 in mp4; the same frames give the same bytes.
-
-    Args:
-        path: File to write; its folder exists.
-        frames: RGB frames with even height and width.
-        fps: Frames per second.
-        crf: Quality of x264, lower is better; 14 is visually lossless.
+    The same frames give the same bytes.
     """
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps))
@@ -302,7 +244,7 @@ def write_video(path: Path, frames: NDArray[np.uint8], fps: int = FPS, crf: int 
         stream.pix_fmt = "yuv420p"
         # Still videos came out in one of two encodings, about once in a hundred, while macroblock-tree rate control was
         # on and the encoder converted the colours itself.
-        stream.options = {"preset": "veryfast", "crf": str(crf), "threads": "1", "bf": "0", "x264-params": "mbtree=0"}
+        stream.options = {"preset": "veryfast", "crf": "14", "threads": "1", "bf": "0", "x264-params": "mbtree=0"}
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")
             container.mux(stream.encode(picture))
@@ -312,18 +254,10 @@ def write_video(path: Path, frames: NDArray[np.uint8], fps: int = FPS, crf: int 
 def write_corpus(directory: Path | str, seed: int, num_clips: int) -> list[ClipSpec]:
     """Write a corpus: `num_clips` good clips, the `BAD_FILES`, and captions.csv (path, caption) naming them all.
 
-    The same seed and number give the same bytes. Existing files of these names are replaced.
-
-    Args:
-        directory: Folder, made if absent.
-        seed: Decides the clips.
-        num_clips: Number of good clips, at least 2 (the bad files are made from the first ones).
+    The same seed and number, at least 2, give the same bytes. Existing files of these names are replaced.
 
     Returns:
         The specs of the good clips; clip i is the file clip_{i:05d}.mp4.
-
-    Raises:
-        ValueError: `num_clips` is below 2.
     """
     if num_clips < 2:
         raise ValueError(f"num_clips is {num_clips}; a corpus needs at least 2 clips")
@@ -332,11 +266,8 @@ def write_corpus(directory: Path | str, seed: int, num_clips: int) -> list[ClipS
     specs = sample_specs(seed, num_clips)
     paths = [root / f"clip_{index:05d}.mp4" for index in range(num_clips)]
 
-    def write(item: tuple[Path, ClipSpec]) -> None:
-        write_video(item[0], render_clip(item[1]))
-
     with ThreadPoolExecutor(2) as pool:  # x264 releases the GIL
-        list(pool.map(write, zip(paths, specs, strict=True)))
+        list(pool.map(lambda path, spec: write_video(path, render_clip(spec)), paths, specs))
     _write_bad_files(root, specs)
     rows = [(path.name, spec.caption) for path, spec in zip(paths, specs, strict=True)]
     rows += [(name, specs[index % num_clips].caption) for index, name in enumerate(BAD_FILES)]

@@ -9,6 +9,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from pipelines.data.pipeline import Curation
 from pipelines.data.settings import SourceConfig
 from pipelines.data.snapshot.write import write_snapshot
 from pipelines.data.stage.log import RunLog
-from pipelines.data.stage.stage import Row
+from pipelines.data.stage.stage import Row, RowFunction
 from pipelines.data.steps.sources import list_sources
 from pipelines.data.steps.tokens import load_tokenizer_info
 from pipelines.data.video.fingerprint import DIMENSIONS
@@ -39,111 +40,88 @@ _TOKENS = TokenConfig(num_frames=(5,), sizes=("64x64",), decode_back_share=0.0)
 _GRID = (2, 8, 8)
 
 
-class MadeUpHashes:
-    """As the sources stage's function."""
-
-    def __init__(self, uri: str) -> None:
-        del uri
-
-    def __call__(self, rows: Sequence[Row]) -> list[Row]:
-        """A hash of each file's name."""
-        return [
-            {"work_key": row["work_key"], "source_id": hashlib.sha256(row["uri"].encode()).hexdigest()} for row in rows
-        ]
+def stateless(uri: str, *, function: RowFunction) -> RowFunction:
+    """As a stage's function: one that holds nothing between batches."""
+    del uri
+    return function
 
 
-class MadeUpClips:
-    """As the split stage's function."""
+def make_up_hashes(rows: Sequence[Row]) -> list[Row]:
+    """In the sources stage: a hash of each file's name."""
+    return [{"work_key": row["work_key"], "source_id": hashlib.sha256(row["uri"].encode()).hexdigest()} for row in rows]
 
-    def __init__(self, uri: str) -> None:
-        del uri
 
-    def __call__(self, rows: Sequence[Row]) -> list[Row]:
-        """Some clips of each source."""
-        return [clip for row in rows for clip in self._clips(row["work_key"])]
+def make_up_clips(rows: Sequence[Row]) -> list[Row]:
+    """In the split stage: some clips of each source."""
+    return [clip for row in rows for clip in _clips(row["work_key"])]
 
-    @staticmethod
-    def _clips(source_id: str) -> list[Row]:
-        generator = np.random.default_rng(int(source_id[:12], 16))
-        clips = []
-        for number in range(_CLIPS_PER_SOURCE):
-            start = number * _CLIP_SECONDS
-            scores = {
-                "image": 0.0,
-                "duration": _CLIP_SECONDS,
-                "fps": 24.0,
-                "width": 1280.0,
-                "height": 720.0,
-                "aspect": 16 / 9,
-                "picture_share": 1.0,
-                "declared_frames": 720.0,
-                "decoded_frames": 720.0,
-                "decoded_share": 1.0,
-                "brightness": 0.5,
-                "dark_share": 0.0,
-                "flash_share": 0.0,
-                "repeat_share": 0.0,
-                "freeze": 0.0,
-                "sharpness": float(generator.uniform(100, 1000)),
-                "motion": float(generator.uniform(0.1, 0.9)),
-                "motion_time": float(generator.integers(_STILL) > 0),
+
+def _clips(source_id: str) -> list[Row]:
+    generator = np.random.default_rng(int(source_id[:12], 16))
+    clips = []
+    for number in range(_CLIPS_PER_SOURCE):
+        start = number * _CLIP_SECONDS
+        scores = {
+            **dict.fromkeys(("image", "dark_share", "flash_share", "repeat_share", "freeze"), 0.0),
+            **dict.fromkeys(("picture_share", "decoded_share"), 1.0),
+            **dict.fromkeys(("declared_frames", "decoded_frames"), 720.0),
+            "duration": _CLIP_SECONDS,
+            "fps": 24.0,
+            "width": 1280.0,
+            "height": 720.0,
+            "aspect": 16 / 9,
+            "brightness": 0.5,
+            "sharpness": float(generator.uniform(100, 1000)),
+            "motion": float(generator.uniform(0.1, 0.9)),
+            "motion_time": float(generator.integers(_STILL) > 0),
+        }
+        clips.append(
+            {
+                "work_key": source_id,
+                "key": clip_key(source_id, start, start + _CLIP_SECONDS),
+                "start_s": start,
+                "end_s": start + _CLIP_SECONDS,
+                "scores": scores,
+                "fingerprint": generator.integers(0, 256, _THUMBNAILS * DIMENSIONS, np.uint8).tobytes(),
+                "codec": "h264",
+                "pixel_format": "yuv420p",
+                "pixel_aspect": 1.0,
+                "rotation": 0,
+                "picture": [0, 0, 1280, 720],
+                "origin_s": 0.0,
+                "clean_clock": True,
+                "source_frames": 720,
             }
-            clips.append(
-                {
-                    "work_key": source_id,
-                    "key": clip_key(source_id, start, start + _CLIP_SECONDS),
-                    "start_s": start,
-                    "end_s": start + _CLIP_SECONDS,
-                    "scores": scores,
-                    "fingerprint": generator.integers(0, 256, _THUMBNAILS * DIMENSIONS, np.uint8).tobytes(),
-                    "codec": "h264",
-                    "pixel_format": "yuv420p",
-                    "pixel_aspect": 1.0,
-                    "rotation": 0,
-                    "picture": [0, 0, 1280, 720],
-                    "origin_s": 0.0,
-                    "clean_clock": True,
-                    "source_frames": 720,
-                }
-            )
-        return clips
+        )
+    return clips
 
 
-class MadeUpCodes:
-    """As the token stage's function."""
-
-    def __init__(self, uri: str) -> None:
-        del uri
-
-    def __call__(self, rows: Sequence[Row]) -> list[Row]:
-        """A grid of each clip."""
-        return [self._row(row) for row in rows]
-
-    @staticmethod
-    def _row(row: Row) -> Row:
-        t, h, w = _GRID
+def make_up_codes(rows: Sequence[Row]) -> list[Row]:
+    """In the token stage: a grid of each clip."""
+    t, h, w = _GRID
+    made = []
+    for row in rows:
         codes = np.random.default_rng(zlib.crc32(row["key"].encode())).integers(0, 100, t * h * w).astype("<u2")
-        digest = hashlib.sha256(codes.tobytes()).hexdigest()
-        made = {"t": t, "h": h, "w": w, "fps": _TOKENS.fps, "codes": codes, "codes_sha256": digest}
-        return {"work_key": row["work_key"], "key": row["key"], **made}
+        grid = {"t": t, "h": h, "w": w, "codes": codes, "codes_sha256": hashlib.sha256(codes.tobytes()).hexdigest()}
+        made.append({"work_key": row["work_key"], "key": row["key"], "fps": _TOKENS.fps, **grid})
+    return made
+
+
+def write_manifest(path: Path, count: int) -> None:
+    """A table of so many sources that nobody opens."""
+    names = pa.array([f"s3://bucket/folder/video-{number:08d}.mp4" for number in range(count)])
+    pq.write_table(pa.table({"path": names}), path)
 
 
 def measure_curation(root: Path, clips: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Curate a manifest whose sources hold so many clips, twice: all of it, then with nothing left to do.
 
-    Args:
-        root: A folder to work in.
-        clips: In all.
-        say: Called with a line about each figure.
-
-    Returns:
-        Of both runs seconds, and MB by which the driver grew.
+    Works below ``root``, and calls ``say`` with a line about each figure. Returns seconds of both runs, and MB by which
+    the driver grew.
     """
     say(f"curation of {clips} clips that nobody decodes")
     manifest, dataset = root / "videos.parquet", str(root / "curated")
-    names = pa.array([f"s3://bucket/folder/video-{number:08d}.mp4" for number in range(-(-clips // _CLIPS_PER_SOURCE))])
-    pq.write_table(pa.table({"path": names}), manifest)
-    del names
+    write_manifest(manifest, -(-clips // _CLIPS_PER_SOURCE))
     config = CurateConfig(dataset=dataset, source=SourceConfig(path=str(manifest)), tokens=_TOKENS, progress=False)
     found: dict[str, Any] = {"clips": clips}
     for name in ("all", "nothing"):
@@ -162,7 +140,7 @@ def _curate(config: CurateConfig) -> int:
     said = "a clip of a video, which somebody described in so many words: "
     texts: dict[str, tuple[str, ...]] = {uri: (said + uri,) for uri in listing["uri"].to_pylist()}
     curation = Curation(config, CaptionSource("metadata", texts), load_tokenizer_info(TokenizerConfig()))
-    for name, function in (("sources", MadeUpHashes), ("split", MadeUpClips), ("tokens", MadeUpCodes)):
-        curation.stages[name] = replace(curation.stages[name], function=function)
+    for name, function in (("sources", make_up_hashes), ("split", make_up_clips), ("tokens", make_up_codes)):
+        curation.stages[name] = replace(curation.stages[name], function=partial(stateless, function=function))
     content = curation.content(curation.run(listing, RunLog(config.dataset)))
     return write_snapshot(config.dataset, content, config.publish).manifest.ledger.counts["kept"]

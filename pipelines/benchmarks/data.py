@@ -16,12 +16,11 @@ from typing import Any
 import av
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
 from lumos.tokenizers import TokenizerConfig, load_video_tokenizer
-from pipelines.benchmarks.curation import measure_curation
+from pipelines.benchmarks.curation import measure_curation, stateless, write_manifest
 from pipelines.benchmarks.machine import describe_machine, product_ms, ratio
 from pipelines.cluster import connect
 from pipelines.data.config import CurateConfig, TokenConfig
@@ -43,26 +42,18 @@ _SIZE = (1280, 720)
 _FPS = 30
 _SHOT_SECONDS = 3
 _SHOTS = 3
-_COPIES = 8  # of the film, as so many sources
 _NULL = pa.schema([("work_key", pa.string())])
 _SAMPLE_SECONDS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataBenchmarkConfig:
-    """How much is measured.
+    """How much is measured."""
 
-    Attributes:
-        repeats: Times of each ratio; medians count.
-        copies: Of the film that is scored and tokenized, 9 s at 1280x720.
-        null_rows: Rows of the manifest that goes through a stage which does nothing.
-        clips: Of a curation in which nothing is decoded.
-    """
-
-    repeats: int = 5
-    copies: int = _COPIES
-    null_rows: int = 1_000_000
-    clips: int = 200_000
+    repeats: int  # times of each ratio; medians count
+    copies: int  # of the film that is scored and tokenized, 9 s at 1280x720
+    null_rows: int  # rows of the manifest that goes through a stage which does nothing
+    clips: int  # of a curation in which nothing is decoded
 
 
 def render_film(path: Path) -> None:
@@ -95,12 +86,8 @@ class DecodeOnly:
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         """An empty row for each source."""
-        jobs = [
-            DecodeJob(
-                row["work_key"], "pipelines.benchmarks.floors:decode_only", {"path": row["uri"], "target": self.target}
-            )
-            for row in rows
-        ]
+        function = "pipelines.benchmarks.floors:decode_only"
+        jobs = [DecodeJob(row["work_key"], function, {"path": row["uri"], "target": self.target}) for row in rows]
         return [{"work_key": row["work_key"]} for row, _ in zip(rows, self.child.run(jobs), strict=True)]
 
 
@@ -115,35 +102,20 @@ class DecodeAndEncode:
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         """An empty row for each clip."""
-        return [{"work_key": row["work_key"], "key": self._encode(row)} for row in rows]
-
-    def _encode(self, row: Row) -> str:
-        shape = {name: row[name] for name in ("num_frames", "width", "height")}
-        request = ClipRequest(
-            path=row["uri"], fps=self.config.fps, **shape, **{name: row[name] for name in REQUEST_COLUMNS}
-        )
-        frames = read_clip(request, beat=lambda: None)
-        self.tokenizer.encode(torch.from_numpy(frames)[None])
-        return str(row["key"])
+        for row in rows:
+            columns = {name: row[name] for name in ("num_frames", "width", "height", *REQUEST_COLUMNS)}
+            frames = read_clip(ClipRequest(path=row["uri"], fps=self.config.fps, **columns), beat=lambda: None)
+            self.tokenizer.encode(torch.from_numpy(frames)[None])
+        return [{"work_key": row["work_key"], "key": row["key"]} for row in rows]
 
 
-class Nothing:
-    """A stage that does nothing."""
-
-    def __init__(self, uri: str) -> None:
-        del uri
-
-    def __call__(self, rows: Sequence[Row]) -> list[Row]:
-        """The keys."""
-        return [{"work_key": row["work_key"]} for row in rows]
+def do_nothing(rows: Sequence[Row]) -> list[Row]:
+    """The keys."""
+    return [{"work_key": row["work_key"]} for row in rows]
 
 
 def run_data_benchmark(config: DataBenchmarkConfig, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measure everything.
-
-    Args:
-        config: How much.
-        say: Called with a line about each figure.
+    """Measure everything; ``say`` is called with a line about each figure.
 
     Returns:
         JSON-able: ``score_pass_vs_floor``, ``tokenize_vs_floor``, ``null_row_ms``, ``driver_growth_mb``, and under
@@ -178,20 +150,16 @@ def run_data_benchmark(config: DataBenchmarkConfig, say: Callable[[str], None]) 
     }
 
 
-def _busy(stage: Stage, inputs: pa.Table, dataset: Path) -> float:
-    """Seconds that the processes of a stage worked, their start left out."""
-    log = RunLog(str(dataset))
-    run_stage(stage, inputs, dataset=str(dataset), log=log)
-    return log.stages[stage.name].busy_s
-
-
 def _in_turns(
     stages: dict[str, Stage], inputs: pa.Table, root: Path, config: DataBenchmarkConfig, say: Callable[[str], None]
 ) -> dict[str, list[float]]:
     samples: dict[str, list[float]] = {name: [] for name in stages}
     for repeat in tqdm(range(config.repeats), desc=" and ".join(stage.name for stage in stages.values()), unit="round"):
         for name, stage in stages.items():
-            samples[name].append(_busy(stage, inputs, root / f"{stage.name}-{repeat}"))
+            dataset = str(root / f"{stage.name}-{repeat}")
+            log = RunLog(dataset)
+            run_stage(stage, inputs, dataset=dataset, log=log)
+            samples[name].append(log.stages[stage.name].busy_s)  # of work, the start of processes left out
     for name, seconds in samples.items():
         say(f"  {name} {statistics.median(seconds):.2f} s")
     return samples
@@ -243,14 +211,12 @@ def _null_rows(root: Path, config: DataBenchmarkConfig, say: Callable[[str], Non
     """A manifest of many rows listed and put through a stage that does nothing."""
     say(f"{config.null_rows} manifest rows through a stage that does nothing")
     manifest = root / "manifest.parquet"
-    names = pa.array([f"s3://bucket/folder/video-{number:08d}.mp4" for number in range(config.null_rows)])
-    pq.write_table(pa.table({"path": names}), manifest)
-    del names
+    write_manifest(manifest, config.null_rows)
     stage = Stage(
         name="null",
         settings={},
         schema=_NULL,
-        function=Nothing,
+        function=partial(stateless, function=do_nothing),
         rows_per_part=8192,
         min_rows_per_part=4096,
         stateful=False,

@@ -9,12 +9,9 @@ from pipelines.data.video.reader import VideoFile
 
 
 def decode_only(path: str, target: int, *, beat: Callable[[], None]) -> int:
-    """Decode every frame of a file and scale it down, as the score pass has to; how many there are.
+    """Decode every frame of a local file and scale its longer side to ``target`` px, as the score pass has to.
 
-    Args:
-        path: A local file.
-        target: px of the longer side.
-        beat: Called as work goes on.
+    Calls ``beat`` as work goes on; returns how many frames there are.
     """
     count, scaler = 0, VideoReformatter()
     with VideoFile(path) as video:

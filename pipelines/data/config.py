@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from lumos.compression import CELL, num_latent_frames
+from lumos.compression import CELL, num_latent_frames, parse_size
 from lumos.config import TokenizerConfig, require
 from pipelines.data.scores import DECISIVE, Thresholds, scores_of
 from pipelines.data.settings import (
@@ -25,23 +25,16 @@ class TokenConfig:
     """What is encoded of a kept clip, and how."""
 
     fps: float = 12.0
-    num_frames: tuple[int, ...] = (
-        25,
-        49,
-        97,
-        177,
-    )  # allowed lengths, each 1 + 4k: the longest that fits; with 1, images too
+    num_frames: tuple[int, ...] = (25, 49, 97, 177)  # allowed, each 1 + 4k: the longest that fits; with 1, images too
     sizes: tuple[str, ...] | None = None  # allowed sizes, WIDTHxHEIGHT, or none for buckets by area
-    area: int = (
-        352 * 352
-    )  # px at most; sizes are the largest multiples of ``multiple`` within it, of several aspect ratios
+    # px at most; sizes are the largest multiples of ``multiple`` within it, of several aspect ratios
+    area: int = 352 * 352
     multiple: int = 32  # px
     batch_size: int = 1  # clips in one call of the encoder, always of this very shape (filled up where fewer are left)
     decode_back_share: float = 0.01  # of the clips whose codes are decoded again, for the score psnr
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         require(self.fps > 0, f"fps must be positive, got {self.fps}")
         require(bool(self.num_frames), "num_frames is empty; name at least one length, such as 25")
         for count in self.num_frames:
@@ -55,39 +48,28 @@ class TokenConfig:
         require(0 <= self.decode_back_share <= 1, f"decode_back_share must be in [0, 1], got {self.decode_back_share}")
         require(self.sizes is None or bool(self.sizes), "sizes is empty; name sizes such as 448x256, or none")
         for width, height in self.frame_sizes:
-            require(
-                width % CELL == 0 and height % CELL == 0, f"sizes must be multiples of {CELL} px, got {width}x{height}"
-            )
+            whole = width > 0 and height > 0 and width % CELL == 0 and height % CELL == 0
+            require(whole, f"sizes must be multiples of {CELL} px, got {width}x{height}")
 
     @property
     def frame_sizes(self) -> tuple[tuple[int, int], ...]:
         """The allowed (width, height), px."""
         if self.sizes is not None:
-            return tuple(_parse_size(size) for size in self.sizes)
+            return tuple(map(parse_size, self.sizes))
         return area_buckets(self.area, self.multiple)
 
 
-def _parse_size(text: str) -> tuple[int, int]:
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise ValueError(f"sizes are WIDTHxHEIGHT, such as 448x256, got {text!r}")
-    return int(width), int(height)
+def area_buckets(area: int, multiple: int) -> tuple[tuple[int, int], ...]:
+    """Frame sizes (width, height), px, of at most an area and of different aspect ratios up to 3.
 
-
-def area_buckets(area: int, multiple: int, max_aspect: float = 3.0) -> tuple[tuple[int, int], ...]:
-    """Frame sizes (width, height) of about the same area and different aspect ratios.
-
-    Args:
-        area: px that no size exceeds.
-        multiple: px that divides every width and height.
-        max_aspect: of the longer to the shorter side.
+    ``multiple`` divides every width and height.
     """
     cells = area // multiple**2
     sizes = set()
     rows = 1
     for columns in range(cells, 0, -1):  # along the edge of what fits: from widest to tallest
         while True:
-            if max(columns, rows) <= max_aspect * min(columns, rows):
+            if max(columns, rows) <= 3 * min(columns, rows):
                 sizes.add((columns * multiple, rows * multiple))
             if columns * (rows + 1) > cells:
                 break
@@ -107,9 +89,7 @@ class ClipShape:
 def plan_shape(scores: Mapping[str, float], config: TokenConfig) -> ClipShape | None:
     """The longest allowed length that a clip fills, at the size nearest to its aspect ratio; None if it is too short.
 
-    Args:
-        scores: Of them, duration (seconds), aspect (width / height of the picture), and whether it is an image.
-        config: What is allowed.
+    Of its scores, duration (s), aspect (width / height of the picture) and image are looked at.
     """
     aspect = scores["aspect"]
     available = math.floor(scores["duration"] * config.fps + 0.01)  # spans are rounded to milliseconds
@@ -146,7 +126,6 @@ class CurateConfig:
     progress: bool = True  # bars on stderr
 
     def __post_init__(self) -> None:
-        """Check that there is a place to write to, and that something can be kept."""
         require(bool(self.dataset), "dataset is empty; name a folder or an s3:// prefix to write to")
         cosine = self.near_duplicates
         require(cosine is None or 0 < cosine <= 1, f"near_duplicates must be a cosine in (0, 1], got {cosine}")

@@ -1,7 +1,5 @@
 """Curation from end to end: sources, split and scores, decisions, captions, tokens, a published snapshot."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -15,44 +13,31 @@ from pipelines.data.config import CurateConfig
 from pipelines.data.models.transnet import load_transnet
 from pipelines.data.pipeline import Curation
 from pipelines.data.snapshot.ledger import count_reasons
-from pipelines.data.snapshot.read import Snapshot
-from pipelines.data.snapshot.write import SnapshotContent, write_snapshot
+from pipelines.data.snapshot.write import write_snapshot
 from pipelines.data.stage.log import RunLog
-from pipelines.data.steps.run import Run
 from pipelines.data.steps.sources import list_sources
 from pipelines.data.steps.tokens import load_tokenizer_info
-from pipelines.errors import JobError, UserError
+from pipelines.errors import JobError, UserError, storage_errors_as
 from pipelines.storage import s3
 from pipelines.storage.lock import dataset_lock
+
+CONTINUE = "what was done is kept: give the same command again to continue"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurateResult:
-    """What a run published, and what it took.
-
-    Attributes:
-        snapshot_uri: The snapshot.
-        snapshot_id: Its name.
-        counts: Ledger rows by status.
-        reasons: Ledger rows not kept by "status: class of reason", most frequent first.
-        uncaptioned: Kept clips that have no caption.
-        left_out: Captions of kept clips that were not used, by why.
-        caption_cost: Of the endpoint's captions in this snapshot, at the prices that the config names.
-        rows: Kept clips by split.
-        tokens: Their codes by split.
-        computed: By stage, inputs that this run computed; what was there before does not count.
-    """
+    """What a run published, and what it took."""
 
     snapshot_uri: str
     snapshot_id: str
-    counts: dict[str, int]
-    reasons: dict[str, int]
-    uncaptioned: int
-    left_out: dict[str, int]
-    caption_cost: float
-    rows: dict[str, int]
-    tokens: dict[str, int]
-    computed: dict[str, int]
+    counts: dict[str, int]  # ledger rows by status
+    reasons: dict[str, int]  # ledger rows not kept by "status: class of reason", most frequent first
+    uncaptioned: int  # kept clips that have no caption
+    left_out: dict[str, int]  # captions of kept clips that were not used, by why
+    caption_cost: float  # of the endpoint's captions in this snapshot, at the prices that the config names
+    rows: dict[str, int]  # kept clips by split
+    tokens: dict[str, int]  # their codes by split
+    computed: dict[str, int]  # by stage, inputs that this run computed; what was there before does not count
 
     def summary(self) -> str:
         """A few lines for a person."""
@@ -86,29 +71,31 @@ def curate(config: CurateConfig) -> CurateResult:
         UserError: if sources, captions, models or dataset are not usable; nothing was begun.
         JobError: if a stage failed, or a disk or store. What was done is kept; the same call continues.
     """
-    with told_as_job_error():
+    with storage_errors_as(JobError, CONTINUE):
         listing, curation = prepare(config)
         with dataset_lock(config.dataset), connect(), RunLog(config.dataset).record() as log:
             done = curation.run(listing, log)
             content = curation.content(done)
             snapshot = write_snapshot(config.dataset, content, config.publish)
-        return _result(config, snapshot, content, done)
-
-
-@contextmanager
-def told_as_job_error() -> Iterator[None]:
-    """Tell of a disk or a store that fails in one line."""
-    try:
-        yield
-    except OSError as error:
-        raise JobError(f"{error}; what was done is kept: give the same command again to continue") from error
+    manifest = snapshot.manifest
+    return CurateResult(
+        snapshot_uri=snapshot.uri,
+        snapshot_id=manifest.snapshot_id,
+        counts=manifest.ledger.counts,
+        reasons=count_reasons(content.ledger),
+        uncaptioned=pc.sum(pc.equal(pc.list_value_length(content.clips["captions"]), 0)).as_py() or 0,
+        left_out=done.captions.left_out,
+        caption_cost=done.captions.cost(config.captions.endpoint),
+        rows={name: total.rows for name, total in manifest.totals.items()},
+        tokens={name: total.tokens for name, total in manifest.totals.items()},
+        computed=done.computed,
+    )
 
 
 def prepare(config: CurateConfig) -> tuple[pa.Table, Curation]:
-    """The listing of the sources and the steps of their curation; all that can be checked without work is.
+    """The listing of the sources and the steps of their curation.
 
-    Raises:
-        UserError: if sources, captions or models are not usable.
+    All that can be checked without work is: a ``UserError`` says what of sources, captions or models is not usable.
     """
     for name in config.captions.captioners:
         captioner_named(name)
@@ -132,19 +119,3 @@ def prepare(config: CurateConfig) -> tuple[pa.Table, Curation]:
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"split.weights: {error}") from error
     return listing, Curation(config, captions, tokenizer)
-
-
-def _result(config: CurateConfig, snapshot: Snapshot, content: SnapshotContent, done: Run) -> CurateResult:
-    manifest = snapshot.manifest
-    return CurateResult(
-        snapshot_uri=snapshot.uri,
-        snapshot_id=manifest.snapshot_id,
-        counts=manifest.ledger.counts,
-        reasons=count_reasons(content.ledger),
-        uncaptioned=pc.sum(pc.equal(pc.list_value_length(content.clips["captions"]), 0)).as_py() or 0,
-        left_out=done.captions.left_out,
-        caption_cost=done.captions.cost(config.captions.endpoint),
-        rows={name: total.rows for name, total in manifest.totals.items()},
-        tokens={name: total.tokens for name, total in manifest.totals.items()},
-        computed=done.computed,
-    )

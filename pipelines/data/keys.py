@@ -69,10 +69,7 @@ def picture_key(clip: str, picture: Sequence[int]) -> str:
 def token_keys(clips: pa.Table, shapes: NDArray[Any], decode_back: pa.Array) -> pa.ChunkedArray:
     """Names clips (rows of the split stage) together with what of them is encoded.
 
-    Args:
-        clips: The clips.
-        shapes: Frames, width and height of each, [n, 3].
-        decode_back: Whether the codes of each are decoded again.
+    ``shapes`` [n, 3] are frames, width and height of each; ``decode_back``, whether its codes are decoded again.
     """
     sizes = pc.binary_join_element_wise(*(pa.array(column).cast(pa.string()) for column in shapes.T), "x")
     parts = [clips["key"], "@", sizes, "+", _pictures(clips), pc.if_else(decode_back, "+psnr", "")]

@@ -1,6 +1,6 @@
 """The order of a curation's steps, and what a snapshot is made of in the end."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from pipelines.cluster import cluster_is_ours
 from pipelines.data.captions.captioner import CaptionSource
 from pipelines.data.captions.choose import Caption
 from pipelines.data.config import CurateConfig
-from pipelines.data.snapshot.codes import CodeReader
+from pipelines.data.snapshot.codes import deal_codes
 from pipelines.data.snapshot.ledger import build_ledger, removed_rows
 from pipelines.data.snapshot.read import TokenizerInfo
 from pipelines.data.snapshot.write import PUBLISHED_CLIPS, SnapshotContent, draw_split
@@ -42,11 +42,7 @@ class Decide(Step):
 
 
 class Curation:
-    """The steps of one run.
-
-    Raises:
-        UserError: what a stage with work left needs is missing, or is not what it should be.
-    """
+    """The steps of one run; a ``UserError`` if a stage with work left lacks what it needs."""
 
     def __init__(self, config: CurateConfig, given: CaptionSource, tokenizer: TokenizerInfo) -> None:
         self.config, self.tokenizer = config, tokenizer
@@ -106,6 +102,15 @@ class Curation:
         kept, publish = run.clips.verdicts.kept, self.config.publish
         draw = partial(draw_split, seed=publish.seed, val_share=publish.val_share)
         rows = run.clips.of(kept)
+        ledger = build_ledger(
+            run.sources,
+            run.first,
+            run.clips.table,
+            run.clips.score_column(),
+            run.failed,
+            run.clips.verdicts,
+            hashes | {"captions": self.caption.hash},
+        )
         made = take(run.tokens, np.searchsorted(run.tokens["clip"].to_numpy(), kept))
         columns = {
             "clip_id": rows["key"],
@@ -116,8 +121,8 @@ class Curation:
         }
         return SnapshotContent(
             clips=pa.table(columns).select(PUBLISHED_CLIPS.names).cast(PUBLISHED_CLIPS),
-            read_codes=CodeReader(run.table("tokens"), rows["key"], made["work_key"]),
-            ledger=self._ledger(run, hashes | {"captions": self.caption.hash}),
+            read_codes=partial(deal_codes, table=run.table("tokens"), clip_ids=rows["key"], work_keys=made["work_key"]),
+            ledger=pa.concat_tables([ledger, removed_rows(run.removed)]),
             tokenizer=self.tokenizer,
             created_from={
                 "config": _portable(self.config),
@@ -125,14 +130,6 @@ class Curation:
                 "stage_hashes": hashes,
             },
         )
-
-    @staticmethod
-    def _ledger(run: Run, hashes: Mapping[str, str]) -> pa.Table:
-        clips = run.clips
-        ledger = build_ledger(
-            run.sources, run.first, clips.table, clips.score_column(), run.failed, clips.verdicts, hashes
-        )
-        return pa.concat_tables([ledger, removed_rows(run.removed)])
 
 
 def _portable(config: CurateConfig) -> dict[str, Any]:

@@ -14,11 +14,7 @@ from pipelines.errors import UserError
 
 
 def offered(name: str) -> tuple[Any, ...]:
-    """All that plugins offer under a name, SCORES or CAPTIONERS, in their order.
-
-    Raises:
-        UserError: if a module cannot be imported, or offers nothing of that name.
-    """
+    """All that plugins offer under a name, SCORES or CAPTIONERS, in their order; a ``UserError`` if one does not."""
     variable, found = f"LUMOS_{name}", list[Any]()
     for module in filter(None, map(str.strip, os.environ.get(variable, "").split(","))):
         try:

@@ -26,33 +26,23 @@ _DUPLICATE = re.compile(r"(near|exact): of (\S+)")
 
 @dataclass(frozen=True)
 class Failure:
-    """Why something could not be computed; ``str`` of it is the reason.
+    """Why something could not be computed; ``str`` of it is the reason."""
 
-    Attributes:
-        code: Class of the failure, one word.
-        detail: What depends on the input only.
-        transient: Whether another try may help.
-    """
-
-    code: str
-    detail: str
-    transient: bool = field(kw_only=True)
+    code: str  # class of the failure, one word
+    detail: str  # what depends on the input only
+    transient: bool = field(kw_only=True)  # whether another try may help
 
     @property
     def kind(self) -> str:
         """Code and class, by which failures are counted: "decode_error (transient)"."""
-        return f"{self.code} ({self._class})"
-
-    def is_called(self, name: str) -> bool:
-        """Whether a name is that of its code or class."""
-        return name in (self.code, self._class)
+        return f"{self.code} ({self.failure_class})"
 
     @property
-    def _class(self) -> str:
+    def failure_class(self) -> str:
+        """One of ``CLASSES``."""
         return CLASSES[0] if self.transient else CLASSES[1]
 
     def __str__(self) -> str:
-        """As ledgers and stage tables have it."""
         return f"{self.kind}: {self.detail}"
 
 
@@ -99,12 +89,6 @@ def parse_duplicate(reason: str) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
-def near_duplicate_of(reason: str) -> str | None:
-    """The key of the clip that a row is a near-duplicate of; None if it is none."""
-    kind, name = parse_duplicate(reason) or ("", "")
-    return name if kind == "near" else None
-
-
 def too_few_words(count: int, least: int) -> str:
     """Why a caption is not used that has too few words."""
     return f"words {count} < {least}"
@@ -126,19 +110,10 @@ def caption_fault_kind(fault: str) -> str:
 
 
 def no_caption(faults: Sequence[str]) -> str:
-    """Why a clip is rejected without a caption that is fit to be used.
-
-    Args:
-        faults: Of the captions it has.
-    """
+    """Why a clip is rejected without a caption that is fit to be used, given the faults of those it has."""
     return f"caption: {all_of(faults) or 'none'}"
 
 
-def reason_class(reason: str) -> str:
-    """What a reason is about: the score that it names first, the kind of duplicate, or the code of the failure."""
-    return reason.partition(" ")[0].rstrip(":")
-
-
 def reason_classes(reasons: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The ``reason_class`` of each of many reasons."""
+    """What each reason is about: the score that it names first, the kind of duplicate, or the code of the failure."""
     return pc.utf8_rtrim(pc.replace_substring_regex(reasons, pattern="(?s) .*", replacement=""), ":")

@@ -5,7 +5,7 @@ config. Ledger, stage table, thresholds, decisions and report follow from the ta
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, make_dataclass
+from dataclasses import KW_ONLY, Field, dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -15,102 +15,75 @@ from pipelines.data.plugins import offered
 from pipelines.errors import UserError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Score:
-    """One score.
+    """One score."""
 
-    Attributes:
-        name: As ledgers and thresholds have it.
-        unit: Of its values.
-        about: What it says, in words.
-        stage: Which stage measures it: the pass over all frames ("split"), models ("features"), the tokenizer
-            ("tokens").
-        of_time: Whether it is about time; an image cannot have enough of that, and is not asked for it.
-        share: Whether it lies in 0..1, so that a threshold beyond makes no sense.
-        damage: Whether it tells of a damaged file; such a reason is told first, as others may follow from it.
-        bounds: Thresholds that there are, "min" and "max", with their defaults; None: switched off.
-        file: Config key, below ``features``, of the file that it needs.
-        measure: Of one small frame of a clip (Y, Cb and Cr, [3, height, width], 0..255), where the clip's score is the
-            mean over its frames; None where ``video/shots.py`` or a model measures otherwise.
-    """
-
-    name: str
-    unit: str
-    about: str
+    name: str  # as ledgers and thresholds have it
+    unit: str  # of its values
+    _: KW_ONLY
+    about: str  # what it says, in words
+    # which stage measures it: the pass over all frames ("split"), models ("features"), the tokenizer ("tokens")
     stage: Literal["split", "features", "tokens"] = "split"
-    of_time: bool = False
-    share: bool = False
+    of_time: bool = False  # whether it is about time; an image cannot have enough of that, and is not asked for it
+    share: bool = False  # whether it lies in 0..1, so that a threshold beyond makes no sense
+    # whether it tells of a damaged file; such a reason is told first, as others may follow from it
     damage: bool = False
+    # thresholds that there are, "min" and "max", with their defaults; None: switched off
     bounds: Mapping[str, float | None] = field(default_factory=dict)
-    file: str = ""
+    file: str = ""  # config key, below ``features``, of the file that it needs
+    # of one small frame of a clip (Y, Cb and Cr, [3, height, width], 0..255), where the clip's score is the mean
+    # over its frames; None where ``video/shots.py`` or a model measures otherwise
     measure: Callable[[NDArray[np.uint8]], float] | None = None
 
 
 _BUILT_IN = (
-    Score(name="image", unit="0 or 1", about="1 for an image, 0 for a video"),
-    Score(name="duration", unit="s", about="length of the clip", of_time=True, bounds={"min": 2.0}),
-    Score(name="fps", unit="1/s", about="frames per second of the source", of_time=True, bounds={"min": 8.0}),
-    Score(name="width", unit="px", about="of the picture between black bars", bounds={"min": None}),
-    Score(name="height", unit="px", about="of the picture between black bars", bounds={"min": None}),
-    Score(name="aspect", unit="width / height", about="shape of the picture", bounds={"min": 0.33, "max": 3.0}),
-    Score(name="picture_share", unit="share", about="of the frame that lies between black bars", share=True),
-    Score(name="declared_frames", unit="frames", about="that the file says it has"),
-    Score(name="decoded_frames", unit="frames", about="that could be decoded"),
+    Score("image", "0 or 1", about="1 for an image, 0 for a video"),
+    Score("duration", "s", about="length of the clip", of_time=True, bounds={"min": 2.0}),
+    Score("fps", "1/s", about="frames per second of the source", of_time=True, bounds={"min": 8.0}),
+    Score("width", "px", about="of the picture between black bars", bounds={"min": None}),
+    Score("height", "px", about="of the picture between black bars", bounds={"min": None}),
+    Score("aspect", "width / height", about="shape of the picture", bounds={"min": 0.33, "max": 3.0}),
+    Score("picture_share", "share", about="of the frame that lies between black bars", share=True),
+    Score("declared_frames", "frames", about="that the file says it has"),
+    Score("decoded_frames", "frames", about="that could be decoded"),
     Score(
-        name="decoded_share",
-        unit="share",
+        "decoded_share",
+        "share",
         about="frames decoded of those the file declares: less is a damaged file",
         of_time=True,
         share=True,
         damage=True,
         bounds={"min": 0.95},
     ),
+    Score("brightness", "share", about="mean luma, 0 black, 1 white", share=True, bounds={"min": 0.02, "max": 0.98}),
+    Score("dark_share", "share", about="of the frames that are as good as black", share=True, bounds={"max": 0.5}),
     Score(
-        name="brightness",
-        unit="share",
-        about="mean luma, 0 black, 1 white",
-        share=True,
-        bounds={"min": 0.02, "max": 0.98},
-    ),
-    Score(
-        name="dark_share",
-        unit="share",
-        about="of the frames that are as good as black",
-        share=True,
-        bounds={"max": 0.5},
-    ),
-    Score(
-        name="flash_share",
-        unit="share",
+        "flash_share",
+        "share",
         about="of the frames that are much brighter or darker than those around them",
         of_time=True,
         share=True,
         bounds={"max": 0.1},
     ),
     Score(
-        name="repeat_share",
-        unit="share",
+        "repeat_share",
+        "share",
         about="of the frames that show the very picture of the one before",
         of_time=True,
         share=True,
         bounds={"max": None},
     ),
+    Score("freeze", "s", about="longest stretch of such frames", of_time=True, bounds={"max": None}),
     Score(
-        name="freeze",
-        unit="s",
-        about="longest stretch of such frames",
-        of_time=True,
-        bounds={"max": None},
-    ),
-    Score(
-        name="sharpness",
-        unit="variance",
+        "sharpness",
+        "variance",
         about="of the Laplacian of the full-size luma, 0..255; depends on contrast",
         bounds={"min": None},
     ),
     Score(
-        name="motion",
-        unit="share",
+        "motion",
+        "share",
         about="of the picture that changes between looks 1/8 s apart, on average",
         of_time=True,
         share=True,
@@ -118,16 +91,16 @@ _BUILT_IN = (
     ),
     # A static camera with a small moving subject has nearly 1, a slide that is turned now and then nearly 0.
     Score(
-        name="motion_time",
-        unit="share",
+        "motion_time",
+        "share",
         about="of the time in which anything moves",
         of_time=True,
         share=True,
         bounds={"min": 0.25},
     ),
     Score(
-        name="text_area",
-        unit="share",
+        "text_area",
+        "share",
         about="of the picture that text covers",
         stage="features",
         share=True,
@@ -135,25 +108,23 @@ _BUILT_IN = (
         file="text_detector",
     ),
     Score(
-        name="aesthetic",
-        unit="1..10",
+        "aesthetic",
+        "1..10",
         about="by LAION's heads; 4.5-5 in the field",
         stage="features",
         bounds={"min": None},
         file="aesthetic_head",
     ),
+    Score("nsfw", "0..1", about="as the head gives it", stage="features", bounds={"max": None}, file="nsfw_head"),
     Score(
-        name="nsfw", unit="0..1", about="as the head gives it", stage="features", bounds={"max": None}, file="nsfw_head"
-    ),
-    Score(
-        name="similarity",
-        unit="cosine",
+        "similarity",
+        "cosine",
         about="of frames and best caption, -1..1",
         stage="features",
         bounds={"min": None},
         file="clip.weights",
     ),
-    Score(name="psnr", unit="dB", about="of the decoded codes, of a sample of clips", stage="tokens"),
+    Score("psnr", "dB", about="of the decoded codes, of a sample of clips", stage="tokens"),
 )
 _ADDED: tuple[Score, ...] = offered("SCORES")
 for _score in _ADDED:

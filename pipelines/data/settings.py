@@ -39,7 +39,6 @@ class SourceConfig:
     extensions: tuple[str, ...] = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".gif")
 
     def __post_init__(self) -> None:
-        """Check that there is something to look for."""
         require(bool(self.path), "path is empty; name a folder, a glob, a video or a table of paths")
         require(bool(self.extensions), "extensions is empty; name those of video files, such as .mp4")
         for extension in self.extensions:
@@ -59,14 +58,10 @@ class SplitConfig:
     width: int = 256  # px of the low-resolution frames; smaller sources keep their size
 
     def __post_init__(self) -> None:
-        """Check ranges."""
-        require(self.max_seconds > 0, f"max_seconds must be positive, got {self.max_seconds}")
-        require(
-            self.dark_seconds is None or self.dark_seconds > 0,
-            f"dark_seconds must be positive, got {self.dark_seconds}",
-        )
+        for name in ("max_seconds", "dark_seconds", "threshold"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} must be positive, got {value}")
         require(self.trim_seconds >= 0, f"trim_seconds must not be negative, got {self.trim_seconds}")
-        require(self.threshold is None or self.threshold > 0, f"threshold must be positive, got {self.threshold}")
         require(64 <= self.width <= 1024, f"width must be in 64..1024 px, got {self.width}")
         if self.detector == "transnetv2":
             require(
@@ -98,7 +93,6 @@ class LooksConfig:
     always: bool = False  # also where only `lumos data report` will read them
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         require(1 <= self.num_frames <= 64, f"num_frames must be in 1..64, got {self.num_frames}")
         require(64 <= self.shorter_side <= 2160, f"shorter_side must be in 64..2160 px, got {self.shorter_side}")
         require(1 <= self.quality <= 100, f"quality must be in 1..100, got {self.quality}")
@@ -113,7 +107,6 @@ class DecodeConfig:
     recycle_after: int = 1000  # files or clips before a fresh child takes over, because decoders leak
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         require(self.stall_seconds > 0, f"stall_seconds must be positive, got {self.stall_seconds}")
         require(self.memory_mb >= 256, f"memory_mb must be at least 256, got {self.memory_mb}")
         require(self.recycle_after >= 1, f"recycle_after must be at least 1, got {self.recycle_after}")
@@ -133,7 +126,6 @@ class ResourceConfig:
     max_failed_share: float = 0.5  # of the sources that may fail before the run stops, as something else is wrong then
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         require(self.workers is None or self.workers >= 1, f"workers must be at least 1, got {self.workers}")
         require(0 <= self.max_failed_share <= 1, f"max_failed_share must be in [0, 1], got {self.max_failed_share}")
 
@@ -172,7 +164,6 @@ class EndpointConfig:
     output_price: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the address and ranges."""
         if self.url is not None:
             _check_url(self.url)
             require(bool(self.model), "model is empty; name one that the endpoint offers (GET url/models lists them)")
@@ -228,7 +219,6 @@ class OpenClipConfig:
     batch_size: int = 8  # images in one call, always as many (filled up where fewer are left)
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
         require(bool(self.model), "model is empty; name an architecture of open_clip, such as ViT-L-14")
 
@@ -244,7 +234,6 @@ class FeatureConfig:
     num_frames: int = 4  # of each clip, evenly spaced
 
     def __post_init__(self) -> None:
-        """Heads need features."""
         require(self.num_frames >= 1, f"num_frames must be at least 1, got {self.num_frames}")
         for name in ("aesthetic_head", "nsfw_head"):
             require(
@@ -269,7 +258,6 @@ class CocaConfig:
     max_tokens: int = 40
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
         require(1 <= self.max_tokens <= 75, f"max_tokens must be in 1..75, got {self.max_tokens}")
 
@@ -284,9 +272,8 @@ class CaptionConfig:
     """Where captions come from, and which are used."""
 
     captioners: tuple[str, ...] = ("given",)  # each adds captions, in this order
-    file: str | None = (
-        None  # CSV, JSONL or Parquet; none: captions.{csv,jsonl,parquet} in the source folder, or sidecars
-    )
+    # CSV, JSONL or Parquet; none: captions.{csv,jsonl,parquet} in the source folder, or sidecars
+    file: str | None = None
     path_column: str = "path"  # relative to the table's folder, or absolute
     caption_column: str = "caption"
     coca: CocaConfig = field(default_factory=CocaConfig)
@@ -298,7 +285,6 @@ class CaptionConfig:
     language_certainty: float = 0.9  # 0..1, below which a caption gets the benefit of the doubt
 
     def __post_init__(self) -> None:
-        """Check that captioners are named once, and have what they need."""
         require(bool(self.captioners), "captioners is empty; name given, coca or endpoint")
         require(len(set(self.captioners)) == len(self.captioners), f"captioners names one twice: {self.captioners}")
         require(

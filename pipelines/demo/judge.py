@@ -1,6 +1,6 @@
 """Reads colour, background, shape and direction from the pixels of a video, without knowing its prompt.
 
-Classical vision against the corpus's own palette and drawings: the background is the drawing nearest to most pixels,
+Classical vision against the corpus's own palette and drawings: the background is the paint nearest to most pixels,
 the subject is what differs from it, its colour is the nearest paint in CIE Lab, its shape the silhouette that fits best
 over all sizes and places, its direction the dominant drift of its centre. Accuracy is the share of videos whose reading
 equals the prompt's words; chance is the same share after the prompts have been shuffled.
@@ -10,13 +10,14 @@ import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from scipy.ndimage import uniform_filter
 
-from pipelines.sample_corpus import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SIDE, SIZES, background_image, shape_mask
+from pipelines.sample_corpus import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SIDE, SIZES, shape_mask
 from pipelines.statistics import wilson_interval
 
 ATTRIBUTES = ("color", "background", "shape", "direction")
@@ -30,36 +31,22 @@ _MIN_DRIFT = 0.05  # least drift over the whole video, as a share of the side, t
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What the judge sees in one video; "none" where there is no subject or no motion.
+    """What the judge sees in one video; "none" where there is no subject or no motion."""
 
-    Attributes:
-        color: A key of `COLORS`, or "none".
-        background: A value of `BACKGROUNDS`.
-        shape: A value of `SHAPES`, or "none".
-        direction: A key of `DIRECTIONS`, or "none".
-    """
-
-    color: str
-    background: str
-    shape: str
-    direction: str
+    color: str  # a key of `COLORS`, or "none"
+    background: str  # a value of `BACKGROUNDS`
+    shape: str  # a value of `SHAPES`, or "none"
+    direction: str  # a key of `DIRECTIONS`, or "none"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Accuracy over a set of videos; each mapping has the four attributes and "all" (all four right at once).
+    """Accuracy over a set of videos; each mapping has the four attributes and "all" (all four right at once)."""
 
-    Attributes:
-        samples: Number of videos.
-        accuracy: Share of videos read as prompted, 0..1.
-        chance: Mean accuracy over all shuffles of the prompts among the same videos, 0..1.
-        interval95: Wilson score interval of the accuracy, videos taken as independent.
-    """
-
-    samples: int
-    accuracy: dict[str, float]
-    chance: dict[str, float]
-    interval95: dict[str, tuple[float, float]]
+    samples: int  # number of videos
+    accuracy: dict[str, float]  # share of videos read as prompted, 0..1
+    chance: dict[str, float]  # mean accuracy over all shuffles of the prompts among the same videos, 0..1
+    interval95: dict[str, tuple[float, float]]  # Wilson score interval of the accuracy, videos taken as independent
 
 
 def judge_video(frames: NDArray[np.uint8]) -> Reading:
@@ -75,10 +62,10 @@ def judge_video(frames: NDArray[np.uint8]) -> Reading:
         raise ValueError(f"expected uint8 frames [T, H, W, 3], got {frames.dtype} {list(frames.shape)}")
     lab = _to_lab(frames)
     background = _nearest_background(lab)
-    base = _background_lab(background, *frames.shape[1:3])
-    difference = np.linalg.norm(lab - base, axis=-1)
+    difference = np.linalg.norm(lab - _to_lab(BACKGROUNDS[background]), axis=-1)
     weight = np.clip((difference - _NEAR) / (_FAR - _NEAR), 0, 1)
-    weight *= _smooth(weight) > 0.5  # drops single pixels and the fringes of stripes
+    # Without single pixels and the fringes of stripes.
+    weight *= uniform_filter(weight, size=(1, 3, 3), mode="nearest") > 0.5
     if weight.mean() < _MIN_AREA:
         return Reading(color="none", background=background, shape="none", direction="none")
     return Reading(
@@ -90,36 +77,20 @@ def judge_video(frames: NDArray[np.uint8]) -> Reading:
 
 
 def score(readings: Sequence[Reading], prompted: Sequence[Reading]) -> Score:
-    """Compare readings with what was asked for.
-
-    Args:
-        readings: One per video.
-        prompted: The attributes in the prompt of each, in the same order.
-
-    Raises:
-        ValueError: The lists are empty or differ in length.
-    """
+    """Compare the readings of videos with the attributes in the prompt of each, in the same order."""
     if not readings or len(readings) != len(prompted):
         raise ValueError(f"{len(readings)} readings for {len(prompted)} prompts")
     count = len(readings)
     accuracy, chance, interval = {}, {}, {}
     for name in (*ATTRIBUTES, "all"):
-        seen = [_value(reading, name) for reading in readings]
-        asked = [_value(reading, name) for reading in prompted]
+        seen, asked = (
+            [reading if name == "all" else getattr(reading, name) for reading in row] for row in (readings, prompted)
+        )
         right = sum(a == b for a, b in zip(seen, asked, strict=True))
         accuracy[name] = right / count
         chance[name] = _expected_by_shuffling(seen, asked)
         interval[name] = wilson_interval(right, count)
     return Score(samples=count, accuracy=accuracy, chance=chance, interval95=interval)
-
-
-def right_or_wrong(reading: Reading, prompted: Reading) -> Mapping[str, bool]:
-    """Which attributes of one video are as prompted."""
-    return {name: _value(reading, name) == _value(prompted, name) for name in ATTRIBUTES}
-
-
-def _value(reading: Reading, name: str) -> object:
-    return tuple(asdict(reading).values()) if name == "all" else getattr(reading, name)
 
 
 def _expected_by_shuffling(seen: Sequence[object], asked: Sequence[object]) -> float:
@@ -128,40 +99,24 @@ def _expected_by_shuffling(seen: Sequence[object], asked: Sequence[object]) -> f
     return sum(number * asked_counts[value] for value, number in seen_counts.items()) / len(seen) ** 2
 
 
-# ---------------------------------------------------------------------------------------------------- background
-
-
 def _nearest_background(lab: NDArray[np.float32]) -> str:
-    height, width = lab.shape[1:3]
-    costs = {}
-    for name in BACKGROUNDS:
-        difference = np.linalg.norm(lab - _background_lab(name, height, width), axis=-1)
-        costs[name] = float(np.minimum(difference, _OUTLIER).mean())
-    return min(costs, key=lambda name: costs[name])
+    def cost(name: str) -> float:
+        return float(np.minimum(np.linalg.norm(lab - _to_lab(BACKGROUNDS[name]), axis=-1), _OUTLIER).mean())
 
-
-@functools.cache
-def _background_lab(name: str, height: int, width: int) -> NDArray[np.float32]:
-    image = background_image(name)
-    rows = (np.arange(height) * SIDE + SIDE // 2) // height
-    columns = (np.arange(width) * SIDE + SIDE // 2) // width
-    return _to_lab(image[rows][:, columns])
-
-
-# -------------------------------------------------------------------------------------------------------- colour
+    return min(BACKGROUNDS, key=cost)
 
 
 def _nearest_color(lab: NDArray[np.float32], weight: NDArray[np.float32]) -> str:
     # Fringes mix paint and background; the well covered half of the subject is nearly pure paint.
     core = weight >= np.quantile(weight[weight > 0], 0.5)
     seen = np.median(lab[core], axis=0)
-    paints = _to_lab(np.asarray(list(COLORS.values()), dtype=np.float32))
+    paints = _to_lab(list(COLORS.values()))
     # Blur shifts lightness before it shifts hue, so lightness counts half.
     distance = np.linalg.norm((paints - seen) * np.array([0.5, 1.0, 1.0]), axis=-1)
     return list(COLORS)[int(np.argmin(distance))]
 
 
-def _to_lab(rgb: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float32]:
+def _to_lab(rgb: ArrayLike) -> NDArray[np.float32]:
     """SRGB 0..255 to CIE Lab under D65."""
     unit = np.asarray(rgb, dtype=np.float32) / 255
     linear = np.where(unit <= 0.04045, unit / 12.92, ((unit + 0.055) / 1.055) ** 2.4)
@@ -170,11 +125,8 @@ def _to_lab(rgb: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float32]
     )
     xyz = linear @ matrix.T / np.array([0.95047, 1.0, 1.08883])
     root = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
-    x, y, z = root[..., 0], root[..., 1], root[..., 2]
+    x, y, z = np.moveaxis(root, -1, 0)
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1).astype(np.float32)
-
-
-# ---------------------------------------------------------------------------------------------- shape and motion
 
 
 def _nearest_shape(weight: NDArray[np.float32]) -> str:
@@ -224,12 +176,3 @@ def _direction(weight: NDArray[np.float32]) -> str:
     vertical = abs(dy) > abs(dx)
     sign = (round(math.copysign(1, dy)), 0) if vertical else (0, round(math.copysign(1, dx)))
     return next(name for name, move in DIRECTIONS.items() if move == sign)
-
-
-def _smooth(weight: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Mean over 3x3 pixels within each frame."""
-    padded = np.pad(weight, ((0, 0), (1, 1), (1, 1)), mode="edge")
-    height, width = weight.shape[1:]
-    return np.asarray(
-        sum(padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)) / 9, dtype=np.float32
-    )

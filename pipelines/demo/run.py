@@ -7,38 +7,46 @@ import csv
 import json
 import re
 import shlex
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Generic
 
 import av
+import click
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.cluster import connect
 from pipelines.config import ConfigT, load_config
 from pipelines.data.config import CurateConfig
 from pipelines.data.curate import curate
-from pipelines.demo.judge import Reading, judge_video, score
-from pipelines.demo.report import LedgerRow, LossPoint, Report, Sample, write_report
+from pipelines.data.snapshot.read import open_snapshot
+from pipelines.data.snapshot.schemas import STATUSES
+from pipelines.demo.judge import ATTRIBUTES, Reading, judge_video, score
 from pipelines.errors import UserError
-from pipelines.generation.bulk.manifest import MANIFEST_FILE
-from pipelines.generation.bulk.run import generate
+from pipelines.generation.bulk.run import MANIFEST_FILE, generate
 from pipelines.generation.config import GenerateConfig
 from pipelines.memory import sampled_memory, tree_memory
+from pipelines.pages.plots import Points, line_chart, smooth
+from pipelines.pages.render import write_page
 from pipelines.sample_corpus import BAD_FILES, ClipSpec, held_out_specs, write_corpus
 from pipelines.training.config import TrainConfig
+from pipelines.training.record import StepRecord
 from pipelines.training.run import TrainResult, train
 
 NUM_CLIPS = 800
 SEEDS_PER_PROMPT = 2
 _MEMORY_SECONDS = 3.0  # between two samples of the memory in use
+TARGETS = {"color": 0.95, "background": 0.95, "direction": 0.75, "shape": 0.60}
+
+_NAMES = {"color": "Colour", "background": "Background", "shape": "Shape", "direction": "Direction", "all": "All four"}
+_WINDOW = 21  # steps in a smoothed curve
+_MOST_REJECTED = 25  # rows of the ledger shown
 _PLAIN_PATH = r"(/|[a-z0-9]+://)[\w./-]*"
 
 
@@ -55,11 +63,26 @@ class Command(Generic[ConfigT]):
         return load_config(self.config_class, "demo", self.overrides)
 
     def __str__(self) -> str:
-        """For a shell."""
         return shlex.join(["lumos", self.config_class.KIND, "demo", *self.overrides])
 
 
-def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: Sequence[str] = ()) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One generated video: its prompt, its file, what was asked for and what the judge read."""
+
+    prompt: str
+    seed: int
+    video: Path
+    asked: Reading
+    read: Reading
+
+    @property
+    def right(self) -> Mapping[str, bool]:
+        """Whether each attribute was read as it was asked for."""
+        return {name: getattr(self.read, name) == getattr(self.asked, name) for name in ATTRIBUTES}
+
+
+def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS) -> dict[str, Any]:
     """Run the demo into a new or empty folder.
 
     Writes corpus/, dataset/, train/, prompts.csv, videos/, report.html and summary.json.
@@ -68,14 +91,9 @@ def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: S
         out: The folder.
         seed: Of the corpus, the training and the sampling.
         num_clips: Clips to render, besides the bad files.
-        train_overrides: Further overrides of the train config, such as "steps=20" for a quick try.
 
     Returns:
         The content of summary.json (contracts.md, "Demo").
-
-    Raises:
-        UserError: `out` is a file or not empty.
-        JobError: A phase failed.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is no empty folder; name another one, or remove it to run the demo anew")
@@ -94,7 +112,7 @@ def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: S
             curated = curate(curating.config)
         with _phase("train", "a model from scratch", seconds):
             paths = {"data.dataset": curated.snapshot_uri, "output": out / "train"}
-            training = Command(TrainConfig, (*_overrides(**paths, seed=seed), *train_overrides))
+            training = Command(TrainConfig, _overrides(**paths, seed=seed))
             trained = train(training.config)
         with _phase("generate", f"{len(specs) * SEEDS_PER_PROMPT} videos through Ray Serve", seconds):
             paths = {"model": trained.export_dir, "prompts": out / "prompts.csv", "output": out / "videos"}
@@ -112,16 +130,14 @@ def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: S
             "peak_memory_gb": max(memory) / 1e9,
             "clips": _count_clips(ledger),
             "train": {"steps": trained.steps, **trained.metrics},
-            "samples": len(samples),
-            "accuracy": result.accuracy,
-            "chance": result.chance,
-            "interval95": result.interval95,
+            **vars(result),
         }
-        page = Report(
+        write_report(
+            out / "report.html",
             summary=summary,
             samples=samples,
-            losses=[LossPoint(step=row.step, loss=row.loss, frames=row.frame_losses) for row in trained.records],
-            not_kept=[row for row in ledger if row.status != "kept"],
+            records=trained.records,
+            not_kept=[row for row in ledger if row["status"] != "kept"],
             next_steps=[
                 ("This page's dataset was made by:", str(curating)),
                 ("Its model:", str(training)),
@@ -129,9 +145,8 @@ def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: S
                 *_next_steps(out, trained, samples),
             ],
         )
-        write_report(out / "report.html", page)
     summary["seconds"] = seconds | {"total": time.monotonic() - begin}
-    rounded: dict[str, Any] = _rounded(summary)
+    rounded: dict[str, Any] = json.loads(json.dumps(summary), parse_float=lambda text: round(float(text), 4))
     (out / "summary.json").write_text(json.dumps(rounded, indent=2) + "\n", encoding="utf-8")
     return rounded
 
@@ -139,16 +154,11 @@ def demo(out: Path, seed: int, *, num_clips: int = NUM_CLIPS, train_overrides: S
 @contextmanager
 def _phase(name: str, what: str, seconds: dict[str, float]) -> Iterator[None]:
     """Time a phase, with a line at its begin and at its end."""
-    _say(f"[{name}] {what}")
+    click.echo(f"[{name}] {what}")
     begin = time.monotonic()
     yield
     seconds[name] = time.monotonic() - begin
-    _say(f"[{name}] done in {seconds[name]:.1f} s")
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    click.echo(f"[{name}] done in {seconds[name]:.1f} s")
 
 
 def _overrides(**values: object) -> tuple[str, ...]:
@@ -167,9 +177,6 @@ def _write_prompts(path: Path, specs: Sequence[ClipSpec], seed: int) -> None:
         writer.writerow(("prompt", "seed", "id"))
         for index, spec in enumerate(specs):
             writer.writerow((spec.caption, (seed * len(specs) + index) * SEEDS_PER_PROMPT, index))
-
-
-# --------------------------------------------------------------------------------------- what the phases left behind
 
 
 def judge_folder(folder: Path, specs: Sequence[ClipSpec]) -> list[Sample]:
@@ -195,29 +202,15 @@ def _decode(path: Path) -> NDArray[np.uint8]:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-def read_ledger(snapshot: str) -> list[LedgerRow]:
-    """The rows of a snapshot's ledger."""
-    table = pq.read_table(Path(snapshot) / "ledger.parquet", columns=["path", "status", "reason"])
-    return [
-        LedgerRow(path=Path(row["path"]).name, status=row["status"], reason=row["reason"] or "")
-        for row in table.to_pylist()
-    ]
+def read_ledger(snapshot: str) -> list[dict[str, str]]:
+    """File name (as ``path``), status and reason of each row of a snapshot's ledger."""
+    rows = open_snapshot(snapshot).read_ledger(["path", "status", "reason"]).to_pylist()
+    return [row | {"path": Path(row["path"]).name} for row in rows]
 
 
-def _count_clips(ledger: Sequence[LedgerRow]) -> dict[str, int]:
-    counts = Counter(row.status for row in ledger)
-    statuses = ("kept", "rejected", "failed", "duplicate")
-    return {"sources": len({row.path for row in ledger}), **{status: counts[status] for status in statuses}}
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return round(value, 4)
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(item) for item in value]
-    return value
+def _count_clips(ledger: Sequence[Mapping[str, str]]) -> dict[str, int]:
+    counts = Counter(row["status"] for row in ledger)
+    return {"sources": len({row["path"] for row in ledger}), **{status: counts[status] for status in STATUSES}}
 
 
 def _next_steps(out: Path, trained: TrainResult, samples: Sequence[Sample]) -> list[tuple[str, str]]:
@@ -241,3 +234,51 @@ def _next_steps(out: Path, trained: TrainResult, samples: Sequence[Sample]) -> l
             "lumos curate /path/to/videos",
         ),
     ]
+
+
+def write_report(
+    path: Path,
+    *,
+    summary: Mapping[str, Any],
+    samples: Sequence[Sample],
+    records: Sequence[StepRecord],
+    not_kept: Sequence[Mapping[str, str]],
+    next_steps: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Write the page.
+
+    Args:
+        path: File to write; replaced if there.
+        summary: The content of summary.json.
+        samples: All generated videos, whose files are copied into the page; those of one prompt stand together.
+        records: The training curve.
+        not_kept: Path, status and reason of the ledger's rows whose status is not "kept".
+        next_steps: (what it does, command) pairs.
+    """
+    by_prompt = [list(group) for _, group in groupby(samples, key=lambda sample: sample.prompt)]
+    errors = [any(not all(sample.right.values()) for sample in group) for group in by_prompt]
+    labels = {"x_label": "step", "y_label": "nats per token"}
+    loss = [(float(row.step), row.loss) for row in records]
+    lines = {"each step": loss, "smoothed": smooth(loss, _WINDOW)}
+    write_page(
+        path,
+        "demo_report.html.j2",
+        summary=summary,
+        not_kept=not_kept,
+        next_steps=next_steps,
+        prompts=list(zip(by_prompt, errors, strict=True)),
+        num_errors=sum(errors),
+        names=_NAMES,
+        targets=TARGETS,
+        most_rejected=_MOST_REJECTED,
+        loss_chart=line_chart(lines, title="Training loss by step", faint=["each step"], **labels),
+        frame_chart=line_chart(_frame_lines(records), title="Loss by latent frame", **labels),
+    )
+
+
+def _frame_lines(records: Sequence[StepRecord]) -> dict[str, Points]:
+    lines = {}
+    for frame in range(max((len(row.frame_losses) for row in records), default=0)):
+        points = [(float(row.step), row.frame_losses[frame]) for row in records if len(row.frame_losses) > frame]
+        lines[f"frame {frame + 1}"] = smooth(points, _WINDOW)
+    return lines

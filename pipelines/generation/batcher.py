@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -63,7 +64,7 @@ class Batcher(Generic[RequestT, ResultT]):
         self._run, self._kind = run, kind
         self._max_size, self._wait_s, self._max_queued = max_size, wait_s, max_queued
         self._queues: dict[Hashable, deque[_Item[RequestT, ResultT]]] = {}
-        self._running = 0
+        self.num_running = 0  # requests in the batch that runs now
         self._batch_seconds = 1.0  # running mean
         self._changed: asyncio.Event = asyncio.Event()
         self._dispatcher: asyncio.Task[None] | None = None
@@ -75,30 +76,21 @@ class Batcher(Generic[RequestT, ResultT]):
         return sum(map(len, self._queues.values()))
 
     @property
-    def num_running(self) -> int:
-        """Requests in the batch that runs now."""
-        return self._running
-
-    @property
     def is_alive(self) -> bool:
         """False once the dispatcher has died, which only a bug can cause."""
         return self._dispatcher is None or not self._dispatcher.done()
 
     async def submit(self, request: RequestT, *, timeout_s: float | None = None) -> ResultT:
-        """The result of a request, once its batch is done.
+        """The result of a request, once its batch is done, or whatever ``run`` raised.
 
-        Args:
-            request: what to run.
-            timeout_s: longest to wait for the result. A request that is given up, or whose caller is cancelled,
-                leaves the queue at once.
+        A request that is given up after ``timeout_s``, or whose caller is cancelled, leaves the queue at once.
 
         Raises:
             QueueFullError: if too many requests wait.
             TimeoutError: if the time is over.
-            Exception: whatever ``run`` raised.
         """
         if self.num_queued >= self._max_queued:
-            batches = -(-self.num_queued // self._max_size) + (self._running > 0)
+            batches = -(-self.num_queued // self._max_size) + (self.num_running > 0)
             raise QueueFullError(self._max_queued, batches * self._batch_seconds)
         if self._dispatcher is None:
             self._dispatcher = asyncio.create_task(self._dispatch())
@@ -111,9 +103,8 @@ class Batcher(Generic[RequestT, ResultT]):
                 return await item.future
         finally:
             item.future.cancel()  # does nothing to one that is done
-            queue = self._queues.get(kind)
-            if queue is not None and item in queue:
-                queue.remove(item)
+            with suppress(KeyError, ValueError):  # no longer there
+                self._queues[kind].remove(item)
 
     def close(self) -> None:
         """Stop; requests that wait or run are cancelled."""
@@ -151,7 +142,7 @@ class Batcher(Generic[RequestT, ResultT]):
 
     async def _run_batch(self, batch: list[_Item[RequestT, ResultT]]) -> None:
         begin = time.monotonic()
-        self._running = len(batch)
+        self.num_running = len(batch)
         try:
             results = await asyncio.get_running_loop().run_in_executor(
                 self._thread,
@@ -169,5 +160,5 @@ class Batcher(Generic[RequestT, ResultT]):
             for item in waiting:
                 item.future.set_exception(error)
         finally:
-            self._running = 0
+            self.num_running = 0
             self._batch_seconds += _SMOOTHING * (time.monotonic() - begin - self._batch_seconds)

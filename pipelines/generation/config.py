@@ -21,7 +21,6 @@ class SizeConfig:
     fps: float | None = None
 
     def __post_init__(self) -> None:
-        """Check ranges; what the model can write is checked once it is known."""
         for name in ("width", "height", "num_frames", "fps"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be positive, got {value}")
@@ -39,7 +38,6 @@ class SamplingChoice:
     release_given_frames: bool | None = None
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         self.over(SamplingConfig())
 
     def over(self, recommended: SamplingConfig) -> SamplingConfig:
@@ -67,7 +65,6 @@ class ReplicaConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         require(self.num_replicas >= 1, f"num_replicas must be at least 1, got {self.num_replicas}")
         require(self.num_cpus >= 0, f"num_cpus must not be negative, got {self.num_cpus}")
         require(self.num_gpus >= 0, f"num_gpus must not be negative, got {self.num_gpus}")
@@ -94,7 +91,6 @@ class BatchConfig:
     max_queued: int = 64  # requests that may wait for the model; further ones are refused
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         require(self.max_size >= 1, f"max_size must be at least 1, got {self.max_size}")
         require(self.wait_ms >= 0, f"wait_ms must not be negative, got {self.wait_ms}")
         require(
@@ -118,7 +114,6 @@ class ModelRunConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
 
     def __post_init__(self) -> None:
-        """Check that a model is named."""
         require(bool(self.model.strip()), "model is empty: name the folder of an exported checkpoint")
 
 
@@ -134,7 +129,6 @@ class GenerateConfig(ModelRunConfig):
     seeds_per_prompt: int = 1  # videos per prompt, with successive seeds
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         super().__post_init__()
         require(bool(self.output.strip()), "output is empty: name a folder for the videos")
         require(self.seeds_per_prompt >= 1, f"seeds_per_prompt must be at least 1, got {self.seeds_per_prompt}")
@@ -156,7 +150,6 @@ class ServeConfig(ModelRunConfig):
     max_steps: int = 200  # most sampling steps a client may ask for
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         super().__post_init__()
         require(1 <= self.port <= 65535, f"port must be in 1..65535, got {self.port}")
         require(self.timeout_s > 0, f"timeout_s must be positive, got {self.timeout_s}")

@@ -26,8 +26,7 @@ from pipelines.cluster import is_joined, lacking
 from pipelines.errors import JobError, UserError
 from pipelines.generation.batcher import Batcher, QueueFullError
 from pipelines.generation.config import ModelRunConfig
-from pipelines.generation.engine import Engine, set_threads
-from pipelines.generation.model import ModelCard
+from pipelines.generation.model import Engine, ModelCard, set_threads
 from pipelines.generation.request import Refusal, VideoRequest
 
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
@@ -54,7 +53,7 @@ class VideoGenerator:
         self._engine = Engine(card, config.replicas)
         self._batcher: Batcher[VideoRequest, bytes] = Batcher(
             self._engine.run,
-            lambda request: request.batch_kind,
+            lambda request: (request.size, request.sampling.num_steps),
             max_size=config.batch.max_size,
             wait_s=config.batch.wait_ms / 1000,
             max_queued=config.batch.max_queued,
@@ -91,10 +90,7 @@ async def ask(
 ) -> bytes | Refusal:
     """The file of a video; asked for again where its replica was lost on the way, which changes nothing in it.
 
-    Args:
-        generator: the replicas.
-        request: what to make.
-        timeout_s: longest to wait for an answer, however often it is asked for.
+    ``timeout_s`` is the longest to wait for an answer, however often it is asked for.
     """
     clock = asyncio.get_running_loop().time
     deadline = None if timeout_s is None else clock() + timeout_s
@@ -145,10 +141,6 @@ def generator_application(card: ModelCard, config: ModelRunConfig) -> Iterator[D
     """The model's replicas behind a handle, without HTTP; gone after the block.
 
     Serve's controller stays: it holds no CPU, and other applications may use it.
-
-    Raises:
-        UserError: if this machine's cluster has not what the replicas reserve.
-        JobError: if the model does not start.
     """
     check_resources(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -161,11 +153,7 @@ def generator_application(card: ModelCard, config: ModelRunConfig) -> Iterator[D
 
 
 def run_application(name: str, route_prefix: str | None, application: serve.Application) -> DeploymentHandle[Any]:
-    """Start a Serve application and wait until it is up.
-
-    Raises:
-        JobError: if the model does not start.
-    """
+    """Start a Serve application and wait until it is up; a ``JobError`` if the model does not start."""
     try:
         return serve.run(application, name=name, route_prefix=route_prefix)
     except RuntimeError as error:
@@ -175,11 +163,7 @@ def run_application(name: str, route_prefix: str | None, application: serve.Appl
 
 
 def check_resources(config: ModelRunConfig) -> None:
-    """Serve would wait for ever for what this machine does not have; a joined cluster may grow.
-
-    Raises:
-        UserError: if this machine's cluster has not what the replicas reserve.
-    """
+    """Refuse what this machine does not have, as Serve would wait for it for ever; a joined cluster may grow."""
     if is_joined():
         return
     replicas = config.replicas

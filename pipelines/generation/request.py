@@ -17,11 +17,7 @@ _MAX_SLUG = 60  # characters; a file name stays far under the 255 bytes of file 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoRequest:
-    """A prompt with everything that decides its video, the model apart.
-
-    Raises:
-        ValueError: if the format cannot hold the video.
-    """
+    """A prompt with everything that decides its video, the model apart; its format must be able to hold it."""
 
     prompt: str
     seed: int
@@ -30,29 +26,15 @@ class VideoRequest:
     format: VideoFormat = "mp4"
 
     def __post_init__(self) -> None:
-        """Check what needs no model."""
         if self.format == "png" and self.size.num_frames != 1:
             raise ValueError(f"format png holds one frame, num_frames is {self.size.num_frames}: use mp4 or gif")
 
-    @property
-    def batch_kind(self) -> tuple[VideoSize, int]:
-        """What requests must share to be drawn together."""
-        return self.size, self.sampling.num_steps
-
     def encode(self, encoder: RequestEncoder) -> GenerationRequest:
-        """As the sampler takes it.
-
-        Raises:
-            ValueError: if it does not fit the model.
-        """
+        """As the sampler takes it; a ``ValueError`` if it does not fit the model."""
         return encoder.encode(self.prompt, size=self.size, seed=self.seed, sampling=self.sampling)
 
     def config_hash(self, model_identity: dict[str, Any]) -> str:
-        """Names everything that decides the video but prompt and seed.
-
-        Args:
-            model_identity: what decides it on the model's side (``ModelCard.identity``).
-        """
+        """Names everything that decides the video but prompt and seed, ``ModelCard.identity`` included."""
         settings = {"size": asdict(self.size), "sampling": asdict(self.sampling), "format": self.format}
         return config_hash({"model": model_identity, **settings})
 
@@ -69,10 +51,7 @@ class Refusal:
 def file_name(prompt: str, seed: int, suffix: str) -> str:
     """Name for a video, safe on any file system and in HTTP headers: ``a-red-square-3.mp4``.
 
-    Args:
-        prompt: any text; what is not an ASCII letter or digit becomes a hyphen, and it is cut to 60 characters.
-        seed: sampling seed.
-        suffix: file type, without a dot.
+    What is no ASCII letter or digit in the prompt becomes a hyphen, and it is cut to 60 characters.
     """
     plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
     slug = re.sub(r"[^a-z0-9]+", "-", plain)[:_MAX_SLUG].strip("-") or "video"

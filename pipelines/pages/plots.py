@@ -147,13 +147,10 @@ def _plain_range(values: Values) -> tuple[float, float]:
 
 
 def _plot(draw: Callable[[Axes], None], *, size: tuple[int, int], margins: tuple[int, int, int], title: str) -> Markup:
-    """What `draw` draws as an <svg> element.
+    """What `draw` draws on axes as an <svg> element, of a width and height in px.
 
-    Args:
-        draw: Draws on axes. It must not clip, as clips are referred to by ids, of which a page has but one each.
-        size: Width and height, px.
-        margins: Left of, below and above the axes.
-        title: For those who do not see it.
+    It must not clip, as clips are referred to by ids, of which a page has but one each. Margins are left of, below and
+    above the axes.
     """
     import matplotlib
     from matplotlib.figure import Figure

@@ -10,22 +10,12 @@ from pipelines.errors import UserError
 
 
 def write_page(path: Path, template: str, **values: object) -> None:
-    """Write a page.
-
-    Args:
-        path: The HTML file; replaced if there.
-        template: Name of a template in this folder.
-        **values: What the template shows.
-    """
+    """Write (or replace) an HTML file: a template of this folder that shows these values."""
     path.write_text(_environment().get_template(template).render(values), encoding="utf-8")
 
 
 def check_writable(path: Path) -> None:
-    """See that a page can be written before work is done for it; its folder and an empty file are made.
-
-    Raises:
-        UserError: if it cannot.
-    """
+    """Make a page's folder and an empty file, so that a ``UserError`` comes before work is done for it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("ab").close()

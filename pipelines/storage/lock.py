@@ -61,8 +61,7 @@ class Owner:
 def local_lock(folder: Path, name: str) -> Iterator[None]:
     """Hold a local folder, made where there is none, for the time of the block; messages call it by the name.
 
-    Raises:
-        UserError: if another process holds it (the message names that process), or it cannot be written to.
+    A ``UserError`` if another process holds it (the message names that process), or it cannot be written to.
     """
     path = folder / LOCK_FILE
     lock = FileLock(path)
@@ -119,9 +118,7 @@ def check_lock(dataset: str) -> None:
 def unlock(dataset: str, *, force: bool = False) -> str:
     """Take away the lock that a killed run left on a dataset; returns what was done, for a person.
 
-    Args:
-        dataset: The dataset.
-        force: Also a lock that may still be renewed. A run that lives stops at its next commit, then.
+    With ``force``, also one that may still be renewed: a run that lives stops at its next commit, then.
 
     Raises:
         UserError: if a run holds it, or may.

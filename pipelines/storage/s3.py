@@ -125,15 +125,9 @@ def describe_object(uri: str) -> tuple[str, float]:
 
 
 def write_object_if(uri: str, data: bytes, *, tag: str | None) -> str:
-    """Write an object if it still is what the caller takes it for; of two writers at once, one succeeds.
+    """Write an object in place of the version with a tag (None: of none), and return its new tag.
 
-    Args:
-        uri: The object.
-        data: Its new content.
-        tag: Of the version to replace; None: there must be none.
-
-    Returns:
-        Its new tag.
+    Of two writers at once, one succeeds.
 
     Raises:
         FileExistsError: if it is not; also if it was written just so and the store's answer to that was lost.

@@ -83,7 +83,7 @@ def test_subject_moves_as_named_and_stays_in_view():
     for spec in corpus.sample_specs(0, 60):
         frames = corpus.render_clip(spec).astype(int)
         assert frames.shape == (corpus.NUM_FRAMES, corpus.SIDE, corpus.SIDE, 3)
-        covered = (np.abs(frames - corpus.background_image(spec.background)).sum(-1) > 30).astype(float)
+        covered = (np.abs(frames - corpus.BACKGROUNDS[spec.background]).sum(-1) > 30).astype(float)
         area = covered.sum(axis=(1, 2))
         assert area.max() - area.min() <= 0.02 * area.max()  # nothing is cut off
         centre = np.stack([covered.sum(2) @ np.arange(96), covered.sum(1) @ np.arange(96)], axis=-1) / area[:, None]

@@ -13,11 +13,7 @@ from pipelines.data.snapshot.schemas import LEDGER, STAGES, STATUSES
 
 
 class Verdicts:
-    """Status and reason of every clip, in the order of the clip table, and how far each went.
-
-    Args:
-        count: Clips; all are kept at first.
-    """
+    """Status and reason of every clip, in the order of the clip table, and how far each went; all are kept at first."""
 
     def __init__(self, count: int) -> None:
         self._status = np.full(count, STATUSES.index("kept"), np.int8)
@@ -39,11 +35,7 @@ class Verdicts:
         return np.flatnonzero(self._status == STATUSES.index("kept"))
 
     def columns(self, hashes: Mapping[str, str]) -> dict[str, pa.Array]:
-        """As the ledger's columns status, reason and stage_hashes.
-
-        Args:
-            hashes: Configuration hash of each stage.
-        """
+        """As the ledger's columns status, reason and stage_hashes, given each stage's configuration hash."""
         count = len(self._status)
         unseen = np.zeros(count, bool)  # by a stage that is switched off
         seen = [
@@ -87,27 +79,42 @@ def build_ledger(
         **verdicts.columns(hashes),
     }
     clip_rows = pa.table(columns).select(LEDGER.names).cast(LEDGER)
-    failed_rows = _plain_rows(
-        keys=failed["work_key"].to_pylist(),
-        source_ids=failed["work_key"].to_pylist(),
-        paths=paths_of(failed["work_key"], first).to_pylist(),
-        status="failed",
-        reasons=failed["error"].to_pylist(),
-        split=hashes["split"],
+    without_clips = pa.table({"source_id": failed["work_key"], "path": paths_of(failed["work_key"], first)})
+    unreadable = sources.filter(pc.is_null(sources["source_id"]))
+    stands = pc.is_in(sources["path"], first["path"].combine_chunks())
+    again = sources.filter(pc.and_(pc.is_valid(sources["source_id"]), pc.invert(stands)))
+    return pa.concat_tables(
+        [
+            clip_rows,
+            _file_rows("failed", without_clips, failed["error"], split=hashes["split"]),
+            _file_rows("failed", unreadable, unreadable["error"]),
+            _file_rows("duplicate", again, list(map(exact_duplicate, again["source_id"].to_pylist()))),
+        ]
     )
-    return pa.concat_tables([clip_rows, failed_rows, *_source_rows(sources, first)])
 
 
 def removed_rows(removed: pa.Table) -> pa.Table:
     """Ledger rows of sources that were taken out of the dataset."""
-    return _plain_rows(
-        keys=[ledger_file_key(row["path"], row["source_id"]) for row in removed.to_pylist()],
-        source_ids=removed["source_id"].to_pylist(),
-        paths=removed["path"].to_pylist(),
-        status="rejected",
-        reasons=[REMOVED] * removed.num_rows,
-        split=None,
-    )
+    return _file_rows("rejected", removed, [REMOVED] * removed.num_rows)
+
+
+def _file_rows(
+    status: str, files: pa.Table, reasons: Sequence[str] | pa.ChunkedArray, *, split: str | None = None
+) -> pa.Table:
+    """Ledger rows of files without clips, of which ``path`` and ``source_id`` are known.
+
+    Where the split stage of the hash ``split`` has seen them, they stand for their content, else for themselves.
+    """
+    paths, source_ids = files["path"].to_pylist(), files["source_id"].to_pylist()
+    columns = {
+        "key": source_ids if split else list(map(ledger_file_key, paths, source_ids)),
+        "source_id": source_ids,
+        "path": paths,
+        "status": [status] * len(paths),
+        "reason": reasons,
+        "stage_hashes": [{"split": split}] * len(paths),
+    }
+    return pa.table({field.name: columns.get(field.name, [None] * len(paths)) for field in LEDGER}, schema=LEDGER)
 
 
 def paths_of(source_ids: pa.ChunkedArray, first: pa.Table) -> pa.ChunkedArray:
@@ -121,52 +128,3 @@ def count_reasons(ledger: pa.Table) -> dict[str, int]:
     what = pc.binary_join_element_wise(left["status"], reason_classes(left["reason"]), ": ")
     counts = {count["values"]: count["counts"] for count in pc.value_counts(what).to_pylist()}
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _source_rows(sources: pa.Table, first: pa.Table) -> list[pa.Table]:
-    """Rows of files that could not be read, and of those with the content of another."""
-    unreadable = sources.filter(pc.is_null(sources["source_id"]))
-    stands = pc.is_in(sources["path"], first["path"].combine_chunks())
-    again = sources.filter(pc.and_(pc.is_valid(sources["source_id"]), pc.invert(stands)))
-    return [
-        _plain_rows(
-            keys=[ledger_file_key(path) for path in unreadable["path"].to_pylist()],
-            source_ids=[None] * unreadable.num_rows,
-            paths=unreadable["path"].to_pylist(),
-            status="failed",
-            reasons=unreadable["error"].to_pylist(),
-            split=None,
-        ),
-        _plain_rows(
-            keys=[ledger_file_key(row["path"], row["source_id"]) for row in again.to_pylist()],
-            source_ids=again["source_id"].to_pylist(),
-            paths=again["path"].to_pylist(),
-            status="duplicate",
-            reasons=[exact_duplicate(source_id) for source_id in again["source_id"].to_pylist()],
-            split=None,
-        ),
-    ]
-
-
-def _plain_rows(
-    *,
-    keys: Sequence[str],
-    source_ids: Sequence[str | None],
-    paths: Sequence[str],
-    status: str,
-    reasons: Sequence[str],
-    split: str | None,
-) -> pa.Table:
-    count = len(keys)
-    columns = {
-        "key": pa.array(keys, pa.string()),
-        "source_id": pa.array(source_ids, pa.string()),
-        "path": pa.array(paths, pa.string()),
-        "start_s": pa.nulls(count, pa.float64()),
-        "end_s": pa.nulls(count, pa.float64()),
-        "status": pa.array([status] * count, pa.string()),
-        "reason": pa.array(reasons, pa.string()),
-        "scores": pa.nulls(count, LEDGER.field("scores").type),
-        "stage_hashes": pa.array([{"split": split}] * count, LEDGER.field("stage_hashes").type),
-    }
-    return pa.table(columns, schema=LEDGER)

@@ -6,12 +6,13 @@ written last.
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from lumos.config import TokenizerInfo as TokenizerInfo  # part of the manifest
 from pipelines import storage
@@ -98,40 +99,8 @@ class Manifest:
     created_from: dict[str, Any]
     schema_version: int = SCHEMA_VERSION
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return asdict(self)
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Manifest":
-        """The inverse of ``to_json``; keys that this version does not know are left aside.
-
-        Raises:
-            KeyError: if something is missing.
-        """
-        tokenizer, ledger = value["tokenizer"], value["ledger"]
-        return cls(
-            schema_version=value["schema_version"],
-            snapshot_id=value["snapshot_id"],
-            parents=tuple(value["parents"]),
-            created_from=dict(value["created_from"]),
-            tokenizer=TokenizerInfo(
-                kind=tokenizer["kind"],
-                codebook_size=tokenizer["codebook_size"],
-                compression=tuple(tokenizer["compression"]),
-                weights_hash=tokenizer["weights_hash"],
-            ),
-            captioners=tuple(value["captioners"]),
-            buckets=tuple(_bucket_from_json(bucket) for bucket in value["buckets"]),
-            totals={name: SplitTotal(total["rows"], total["tokens"]) for name, total in value["totals"].items()},
-            ledger=LedgerInfo(ledger["path"], ledger["rows"], ledger["sha256"], dict(ledger["counts"])),
-        )
-
-
-def _bucket_from_json(value: Mapping[str, Any]) -> Bucket:
-    shards = tuple(Shard(s["path"], s["rows"], s["bytes"], s["sha256"]) for s in value["shards"])
-    fields = {name: value[name] for name in ("split", "t", "h", "w", "rows", "bytes")}
-    return Bucket(**fields, shards=shards)
+_MANIFEST = TypeAdapter(Manifest)
 
 
 @dataclass(frozen=True)
@@ -150,11 +119,7 @@ class Snapshot:
         return dataset if found else None
 
     def read_shard(self, shard: Shard, columns: list[str] | None = None) -> pa.Table:
-        """The rows of one shard, all columns or some.
-
-        Raises:
-            UserError: if the file is gone or has other rows than the manifest says.
-        """
+        """The rows of one shard, all columns or some; a ``UserError`` if it is gone or its manifest counts others."""
         table = self._read(shard.path, columns)
         if table.num_rows != shard.rows:
             raise UserError(
@@ -179,31 +144,30 @@ class Snapshot:
 
 
 def open_snapshot(uri: str, *, expected_tokenizer: TokenizerIdentity | None = None) -> Snapshot:
-    """Open a snapshot.
-
-    Args:
-        uri: a dataset (its newest snapshot), or the folder of one snapshot.
-        expected_tokenizer: refuse codes that any other tokenizer made.
+    """Open the snapshot in a folder, or the newest one of a dataset; refuse codes that another tokenizer made.
 
     Raises:
         UserError: if there is none, it is of a newer schema version, damaged, or made by another tokenizer.
     """
-    found = uri if storage.exists(storage.join(uri, MANIFEST)) else newest_snapshot(uri)
-    if found is None:
-        raise UserError(f"{uri} holds no published snapshot; make one with `lumos curate`, or check the path")
+    found = uri
+    if not storage.exists(storage.join(uri, MANIFEST)):
+        published = list_snapshots(uri)
+        if not published:
+            raise UserError(f"{uri} holds no published snapshot; make one with `lumos curate`, or check the path")
+        found = storage.join(uri, SNAPSHOTS, published[-1])
     data = storage.read_bytes(storage.join(found, MANIFEST))
     try:
-        value = json.loads(data)
-        version = value["schema_version"]
+        version = json.loads(data)["schema_version"]
         if version > SCHEMA_VERSION:
             raise UserError(
                 f"snapshot {found} has schema version {version}, newer than {SCHEMA_VERSION}, the newest this lumos "
                 "reads: update lumos, or publish the dataset with this one"
             )
-        manifest = Manifest.from_json(value)
+        manifest = _MANIFEST.validate_json(data)  # keys that this version does not know are left aside
     except (ValueError, KeyError, TypeError) as error:
+        problem = " ".join(repr(error).split())[:200]
         raise UserError(
-            f"{storage.join(found, MANIFEST)} is no manifest of a snapshot ({error!r}): copy it back; or delete "
+            f"{storage.join(found, MANIFEST)} is no manifest of a snapshot ({problem}): copy it back; or delete "
             f"{found}, and give the `lumos curate` that made it again"
         ) from error
     if expected_tokenizer is not None:
@@ -212,18 +176,12 @@ def open_snapshot(uri: str, *, expected_tokenizer: TokenizerIdentity | None = No
 
 
 def _check_tokenizer(uri: str, made_by: TokenizerInfo, expected: TokenizerIdentity) -> None:
-    ours = replace(
-        made_by, kind=expected.kind, codebook_size=expected.codebook_size, weights_hash=expected.weights_hash
-    )
-    if ours != made_by:
+    names = [f"{one.kind} ({one.codebook_size} codes, weights {one.weights_hash[:19]})" for one in (made_by, expected)]
+    if any(getattr(made_by, name) != getattr(expected, name) for name in ("kind", "codebook_size", "weights_hash")):
         raise UserError(
-            f"snapshot {uri} was made by the tokenizer {_name(made_by)}, not by {_name(ours)} which is asked for: "
-            "curate the dataset with that tokenizer, or ask for the one that made it"
+            f"snapshot {uri} was made by the tokenizer {names[0]}, not by {names[1]} which is asked for: curate the "
+            "dataset with that tokenizer, or ask for the one that made it"
         )
-
-
-def _name(tokenizer: TokenizerInfo) -> str:
-    return f"{tokenizer.kind} ({tokenizer.codebook_size} codes, weights {tokenizer.weights_hash[:19]})"
 
 
 def list_snapshots(dataset: str) -> list[str]:
@@ -237,10 +195,9 @@ def list_snapshots(dataset: str) -> list[str]:
     return sorted(published, key=lambda name: (snapshot_number(name) or 0, name))
 
 
-def newest_snapshot(dataset: str) -> str | None:
-    """URI of a dataset's newest snapshot, or None."""
-    ids = list_snapshots(dataset)
-    return storage.join(dataset, SNAPSHOTS, ids[-1]) if ids else None
+def open_snapshots(dataset: str, ids: Iterable[str]) -> list[Snapshot]:
+    """Some of a dataset's published snapshots."""
+    return [open_snapshot(storage.join(dataset, SNAPSHOTS, name)) for name in ids]
 
 
 def snapshot_number(name: str) -> int | None:

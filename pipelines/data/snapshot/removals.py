@@ -1,8 +1,10 @@
 """Sources taken out of a dataset for good, by the hash of their content, whatever name they come back under."""
 
+from collections import defaultdict
+
 from pipelines import storage
 from pipelines.data.keys import is_source_id
-from pipelines.data.snapshot.read import SNAPSHOTS, list_snapshots, open_snapshot
+from pipelines.data.snapshot.read import list_snapshots, open_snapshots
 from pipelines.errors import UserError
 from pipelines.storage.lock import check_lock, dataset_lock
 
@@ -18,18 +20,16 @@ def read_removed(dataset: str) -> list[str]:
 def remove_sources(dataset: str, names: list[str]) -> list[str]:
     """Take sources out of all snapshots to come; those already published stay as they are.
 
-    Args:
-        dataset: The dataset; no run may be using it.
-        names: Paths as a ledger has them, or content hashes (``source_id``).
-
-    Returns:
-        Their content hashes.
+    Names are paths as a ledger has them, or content hashes (``source_id``); returns the content hashes.
 
     Raises:
         UserError: if no ledger knows a path, or a run is using the dataset; nothing was removed.
     """
     with dataset_lock(dataset):
-        known = _source_ids(dataset)
+        known: dict[str, set[str]] = defaultdict(set)  # by path, which may have had several contents
+        for snapshot in open_snapshots(dataset, list_snapshots(dataset)):
+            for row in snapshot.read_ledger(["path", "source_id"]).to_pylist():
+                known[row["path"]] |= {row["source_id"]} - {None}
         found: set[str] = set()
         for name in names:
             ids = {name} if is_source_id(name) else known.get(name)
@@ -42,14 +42,3 @@ def remove_sources(dataset: str, names: list[str]) -> list[str]:
         check_lock(dataset)
         storage.write_json_atomic(storage.join(dataset, _FILE), {"source_ids": removed})
     return sorted(found)
-
-
-def _source_ids(dataset: str) -> dict[str, set[str]]:
-    """By path, over all snapshots: a path may have had several contents."""
-    found: dict[str, set[str]] = {}
-    for name in list_snapshots(dataset):
-        ledger = open_snapshot(storage.join(dataset, SNAPSHOTS, name)).read_ledger()
-        for path, source_id in zip(ledger["path"].to_pylist(), ledger["source_id"].to_pylist(), strict=True):
-            if source_id is not None:
-                found.setdefault(path, set()).add(source_id)
-    return found

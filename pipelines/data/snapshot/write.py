@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from lumos.config import require
 from pipelines import storage
 from pipelines.data.snapshot.card import dataset_card
 from pipelines.data.snapshot.read import (
@@ -43,6 +44,7 @@ LEDGER_ROW_GROUP_ROWS = 1 << 16
 PUBLISHED_CLIPS = pa.schema(
     [*(field for field in TOKENS if field.name != "codes"), pa.field("codes_sha256", pa.string(), nullable=False)]
 )
+_Kind = tuple[str, int, int, int]  # split and latent shape t, h, w
 _BYTES_BESIDE_CODES = 512  # a row's ids and captions, roughly; for the size of shards only
 
 
@@ -55,30 +57,20 @@ class PublishConfig:
     shard_mb: float = 128.0  # size that shards aim for
 
     def __post_init__(self) -> None:
-        """Check ranges."""
-        if not 0 <= self.val_share < 1:
-            raise ValueError(f"val_share must be at least 0 and below 1, got {self.val_share}")
-        if self.shard_mb <= 0:
-            raise ValueError(f"shard_mb must be positive, got {self.shard_mb}")
+        require(0 <= self.val_share < 1, f"val_share must be at least 0 and below 1, got {self.val_share}")
+        require(self.shard_mb > 0, f"shard_mb must be positive, got {self.shard_mb}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotContent:
-    """All that a snapshot is made of.
+    """All that a snapshot is made of."""
 
-    Attributes:
-        clips: The kept clips, as ``PUBLISHED_CLIPS``.
-        read_codes: Given the clip ids of each shard, the codes of each in that order, as arrays of list<uint16>.
-        ledger: A table of ``schemas.LEDGER``, in any order.
-        tokenizer: What made the codes.
-        created_from: The config (without paths and resources) and stage hashes behind it.
-    """
-
-    clips: pa.Table
+    clips: pa.Table  # the kept clips, as ``PUBLISHED_CLIPS``
+    # given the clip ids of each shard, the codes of each in that order, as arrays of list<uint16>
     read_codes: Callable[[Sequence[pa.ChunkedArray]], Iterable[pa.Array]]
-    ledger: pa.Table
-    tokenizer: TokenizerInfo
-    created_from: dict[str, Any]
+    ledger: pa.Table  # a table of ``schemas.LEDGER``, in any order
+    tokenizer: TokenizerInfo  # what made the codes
+    created_from: dict[str, Any]  # the config (without paths and resources) and stage hashes behind it
 
 
 def draw_split(group: str, *, seed: int, val_share: float) -> str:
@@ -90,11 +82,8 @@ def write_snapshot(dataset: str, content: SnapshotContent, config: PublishConfig
     """Publish, or find that the newest snapshot holds just this.
 
     The caller sees to it that nobody else publishes to the dataset meanwhile. An interrupted call leaves a folder
-    without manifest, which no reader looks at and the next call removes.
-
-    Raises:
-        OSError: if a file cannot be written.
-        JobError: if another run took the dataset over.
+    without manifest, which no reader looks at and the next call removes. A ``JobError`` if another run took the dataset
+    over.
     """
     ledger = sort(content.ledger.cast(LEDGER), ["key"])
     digest = _content_digest(content, ledger, config)
@@ -102,7 +91,9 @@ def write_snapshot(dataset: str, content: SnapshotContent, config: PublishConfig
     folder = storage.join(dataset, SNAPSHOTS)
     if published and published[-1].endswith(digest[:8]):
         return _restored(storage.join(folder, published[-1]), content, ledger, config)
-    _remove_unfinished(folder, published)
+    for name in storage.list_names(folder):  # what an interrupted call left
+        if snapshot_number(name) is not None and name not in published:
+            storage.remove(storage.join(folder, name))
     number = 1 + max((snapshot_number(name) or 0 for name in published), default=0)
     snapshot_id = f"v{number:04d}-{digest[:8]}"
     uri = storage.join(folder, snapshot_id)
@@ -118,15 +109,12 @@ def write_snapshot(dataset: str, content: SnapshotContent, config: PublishConfig
         buckets=buckets,
         totals={name: _total(buckets, name) for name in ("train", "val")},
         ledger=LedgerInfo(
-            path=_LEDGER,
-            rows=ledger.num_rows,
-            sha256=hashlib.sha256(ledger_data).hexdigest(),
-            counts=count_statuses(ledger),
+            _LEDGER, ledger.num_rows, hashlib.sha256(ledger_data).hexdigest(), counts=count_statuses(ledger)
         ),
     )
     storage.write_bytes_atomic(storage.join(uri, _CARD), dataset_card(manifest, ledger).encode())
     check_lock(dataset)
-    storage.write_json_atomic(storage.join(uri, MANIFEST), manifest.to_json())
+    storage.write_json_atomic(storage.join(uri, MANIFEST), asdict(manifest))
     return open_snapshot(uri)
 
 
@@ -157,37 +145,21 @@ def count_statuses(ledger: pa.Table) -> dict[str, int]:
 
 
 def _content_digest(content: SnapshotContent, ledger: pa.Table, config: PublishConfig) -> str:
-    digest = hashlib.sha256()
     parts = {
         "created_from": content.created_from,
         "publish": asdict(config),
         "tokenizer": asdict(content.tokenizer),
         "writer": pa.__version__,
     }
-    digest.update(json.dumps(parts, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for table in (sort(content.clips, ["clip_id"]), ledger):
         for batch in table.to_batches(max_chunksize=4096):
             digest.update(json.dumps(batch.to_pydict(), sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def _remove_unfinished(folder: str, published: Sequence[str]) -> None:
-    for name in storage.list_names(folder):
-        if snapshot_number(name) is not None and name not in published:
-            storage.remove(storage.join(folder, name))
-
-
-@dataclass(frozen=True)
-class _PlannedShard:
-    """A shard whose codes have not been fetched yet."""
-
-    bucket: tuple[str, int, int, int]  # split, t, h, w
-    path: str
-    rows: NDArray[np.int64]  # numbers of its clips, in order
-
-
-def _plan_shards(clips: pa.Table, config: PublishConfig) -> Iterator[_PlannedShard]:
-    """The shards of each split and latent shape, in a fixed order."""
+def _plan_shards(clips: pa.Table, config: PublishConfig) -> Iterator[tuple[_Kind, str, NDArray[np.int64]]]:
+    """Of each shard, its kind, path, and the numbers of its clips in order; kind by kind, in a fixed order."""
     columns = ["split", "t", "h", "w"]
     groups = clips.select(columns).group_by(columns).aggregate([]).sort_by([(name, "ascending") for name in columns])
     for group in groups.to_pylist():
@@ -201,21 +173,21 @@ def _plan_shards(clips: pa.Table, config: PublishConfig) -> Iterator[_PlannedSha
         dealt = deal_shards(ids, -(-len(members) // per_shard), seed=config.seed)
         for number, chosen in enumerate(dealt):
             path = f"data/{split}/{t}x{h}x{w}/shard-{number:05d}.parquet"
-            yield _PlannedShard((split, t, h, w), path, members[chosen])
+            yield (split, t, h, w), path, members[chosen]
 
 
 def _write_shards(uri: str, content: SnapshotContent, config: PublishConfig) -> tuple[Bucket, ...]:
     planned = list(_plan_shards(content.clips, config))
-    codes = content.read_codes([take(content.clips["clip_id"], shard.rows) for shard in planned])
-    shards: dict[tuple[str, int, int, int], list[Shard]] = {}
-    for shard, own in zip(planned, codes, strict=True):
-        data = shard_bytes(take(content.clips, shard.rows), own)
-        storage.write_bytes_atomic(storage.join(uri, shard.path), data)
-        written = Shard(shard.path, len(shard.rows), len(data), hashlib.sha256(data).hexdigest())
-        shards.setdefault(shard.bucket, []).append(written)
+    codes = content.read_codes([take(content.clips["clip_id"], rows) for _, _, rows in planned])
+    shards: dict[_Kind, list[Shard]] = {}
+    for (kind, path, rows), own in zip(planned, codes, strict=True):
+        data = shard_bytes(take(content.clips, rows), own)
+        storage.write_bytes_atomic(storage.join(uri, path), data)
+        written = Shard(path, len(rows), len(data), hashlib.sha256(data).hexdigest())
+        shards.setdefault(kind, []).append(written)
     return tuple(
-        Bucket(*bucket, sum(shard.rows for shard in own), sum(shard.bytes for shard in own), tuple(own))
-        for bucket, own in shards.items()
+        Bucket(*kind, sum(shard.rows for shard in own), sum(shard.bytes for shard in own), tuple(own))
+        for kind, own in shards.items()
     )
 
 
@@ -226,12 +198,7 @@ def deal_shards(ids: Iterable[str], count: int, *, seed: int) -> list[NDArray[np
 
 
 def shard_bytes(clips: pa.Table, codes: pa.Array) -> bytes:
-    """The file of a shard.
-
-    Args:
-        clips: Its rows, as ``PUBLISHED_CLIPS``, in order.
-        codes: Of each, list<uint16>.
-    """
+    """The file of a shard, given its rows in order (as ``PUBLISHED_CLIPS``) and the codes of each (list<uint16>)."""
     table = clips.drop_columns(["codes_sha256"]).append_column(TOKENS.field("codes"), codes).select(TOKENS.names)
     return parquet_bytes(table.cast(TOKENS), row_group_rows=ROW_GROUP_ROWS)
 

@@ -35,21 +35,13 @@ FramesOf = Callable[[Snapshot, Sequence[Row]], Mapping[str, Shown]]
 
 @dataclass(frozen=True)
 class Tile:
-    """What is shown of a clip or source.
+    """What is shown of a clip or source."""
 
-    Attributes:
-        row: Of the ledger.
-        frames: JPEG files in the order of time; none where there are words instead.
-        words: Why there are no frames.
-        note: What else is said of it.
-        caption: Of a kept clip.
-    """
-
-    row: Row
-    frames: Sequence[bytes]
-    words: str
-    note: str = ""
-    caption: str = ""
+    row: Row  # of the ledger
+    frames: Sequence[bytes]  # JPEG files in the order of time; none where there are words instead
+    words: str  # why there are no frames
+    note: str = ""  # what else is said of it
+    caption: str = ""  # of a kept clip
 
 
 @dataclass(frozen=True)
@@ -65,10 +57,7 @@ class Sheet:
 def contact_sheets(snapshot: Snapshot, ledger: pa.Table, frames_of: FramesOf) -> list[tuple[Sheet, list[list[Tile]]]]:
     """Sheets, each with a tile for every row, or two: a near-duplicate stands beside its original.
 
-    Args:
-        snapshot: Whose clips.
-        ledger: Its ledger (no scores are needed), with a column ``class``: that of each row's reason.
-        frames_of: What has frames of them.
+    The snapshot's ledger needs no scores, but a column ``class``: that of each row's reason.
     """
     sheets = choose_clips(ledger)
     chosen = [row for rank in zip_longest(*(sheet.rows for sheet in sheets)) for row in rank if row is not None]
@@ -97,7 +86,7 @@ def contact_sheets(snapshot: Snapshot, ledger: pa.Table, frames_of: FramesOf) ->
     return [(sheet, list(map(tiles, sheet.rows))) for sheet in sheets]
 
 
-def choose_clips(ledger: pa.Table, each: int = CLIPS_EACH) -> list[Sheet]:
+def choose_clips(ledger: pa.Table) -> list[Sheet]:
     """Some rows of every fate: of as many sources as can be, and of those the ones whose keys have the lowest hashes.
 
     So the choice is the same whenever the ledger is, and changes little when sources are added.
@@ -109,7 +98,7 @@ def choose_clips(ledger: pa.Table, each: int = CLIPS_EACH) -> list[Sheet]:
     codes = {"fate": names.indices.to_numpy(), "source": sources.indices.to_numpy()}
     rows = pd.DataFrame({**codes, "hash": hash_strings(ledger["key"])})
     rows["turn"] = rows.sort_values("hash").groupby(["fate", "source"]).cumcount()  # among its fate and source
-    chosen = rows.sort_values(["turn", "hash"]).groupby("fate").head(each)
+    chosen = rows.sort_values(["turn", "hash"]).groupby("fate").head(CLIPS_EACH)
     totals = rows["fate"].value_counts()
     sheets = []
     for fate, indices in chosen.groupby("fate").groups.items():

@@ -4,7 +4,7 @@ import math
 import secrets
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,11 +14,11 @@ import pyarrow as pa
 from pipelines import storage
 from pipelines.cluster import connect, is_joined
 from pipelines.data.config import CurateConfig
-from pipelines.data.curate import prepare, told_as_job_error
+from pipelines.data.curate import CONTINUE, prepare
 from pipelines.data.snapshot.write import write_snapshot
 from pipelines.data.stage.log import RunLog
 from pipelines.data.stage.stage import Stage
-from pipelines.errors import UserError
+from pipelines.errors import JobError, UserError, storage_errors_as
 from pipelines.memory import sampled_memory
 from pipelines.statistics import wilson_interval
 
@@ -27,37 +27,24 @@ _SAMPLE_SECONDS = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """What the run will have.
+    """What the run will have."""
 
-    Attributes:
-        cpus: CPUs in all.
-        gpus: GPUs in all.
-        price: Of an hour of all of it, in any currency.
-    """
-
-    cpus: float
+    cpus: float  # in all
     gpus: float = 0.0
-    price: float = 0.0
+    price: float = 0.0  # of an hour of all of it, in any currency
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         if self.cpus <= 0 or self.gpus < 0 or self.price < 0:
             raise UserError(f"cpus must be positive, gpus and price not negative; got {self}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """One stage.
-
-    Attributes:
-        name: Of the stage.
-        work_s: Seconds of work expected in all, at the speed of the processes that did the sample.
-        workers: Processes that the cluster holds.
-    """
+    """One stage."""
 
     name: str
-    work_s: float
-    workers: int
+    work_s: float  # seconds of work expected in all, at the speed of the processes that did the sample
+    workers: int  # processes that the cluster holds
 
     @property
     def seconds(self) -> float:
@@ -67,37 +54,21 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is expected.
+    """What is expected."""
 
-    Attributes:
-        sources: In all.
-        sampled: Of these, curated for this plan.
-        gigabytes: Of the sources; 0 where their sizes are not known.
-        video_hours: In the sources.
-        kept_share: Of the sample's clips, those kept, and the bounds of a 95 % interval.
-        clips: Kept clips expected.
-        clip_hours: Their length.
-        tokens: Their codes.
-        disk_gb: Of the stages' tables and the snapshot.
-        process_gb: Memory that the largest process had (with its decode child), or 0 where it ran elsewhere.
-        stages: In the order of the work.
-        caption_cost: Of an endpoint's captions.
-        price_per_hour: Of the cluster.
-    """
-
-    sources: int
-    sampled: int
-    gigabytes: float
-    video_hours: float
-    kept_share: tuple[float, float, float]
-    clips: float
-    clip_hours: float
-    tokens: float
-    disk_gb: float
-    process_gb: float
-    stages: tuple[StagePlan, ...]
-    caption_cost: float
-    price_per_hour: float
+    sources: int  # in all
+    sampled: int  # of these, curated for this plan
+    gigabytes: float  # of the sources; 0 where their sizes are not known
+    video_hours: float  # in the sources
+    kept_share: tuple[float, float, float]  # of the sample's clips, those kept, and the bounds of a 95 % interval
+    clips: float  # kept clips expected
+    clip_hours: float  # their length
+    tokens: float  # their codes
+    disk_gb: float  # of the stages' tables and the snapshot
+    process_gb: float  # memory that the largest process had (with its decode child), or 0 where it ran elsewhere
+    stages: tuple[StagePlan, ...]  # in the order of the work
+    caption_cost: float  # of an endpoint's captions
+    price_per_hour: float  # of the cluster
 
     @property
     def hours(self) -> float:
@@ -105,7 +76,6 @@ class Plan:
         return sum(stage.seconds for stage in self.stages) / 3600
 
     def __str__(self) -> str:
-        """Lines for a person."""
         share, low, high = self.kept_share
         lines = [
             f"{self.sources} sources ({_size(self.gigabytes)}, {_time(3600 * self.video_hours)} of video), "
@@ -143,19 +113,15 @@ def _duration(seconds: float) -> str:
 
 
 def plan_curation(config: CurateConfig, cluster: Cluster, *, sources: int, seed: int = 0) -> Plan:
-    """Curate a sample in a scratch folder and scale what it took.
+    """Curate a sample in a scratch folder and scale what it took; raises what ``curate`` does.
 
     Args:
         config: Of the run that is planned; its dataset is not touched.
         cluster: That the run will have.
         sources: In the sample; drawn over all sizes, as long files take most.
         seed: Of the draw.
-
-    Raises:
-        UserError: as ``curate`` does.
-        JobError: likewise.
     """
-    with told_as_job_error():
+    with storage_errors_as(JobError, CONTINUE):
         listing, _ = prepare(config)
         chosen = _draw(listing, sources, seed)
         with _scratch_dataset(config) as folder:
@@ -163,16 +129,13 @@ def plan_curation(config: CurateConfig, cluster: Cluster, *, sources: int, seed:
             scratch = replace(config, dataset=folder, resources=replace(config.resources, max_failed_share=1.0))
             _, curation = prepare(scratch)
             workers = {name: _workers(stage, cluster) for name, stage in curation.stages.items()}
-            with (
-                connect(),
-                RunLog(folder).record() as log,
-                sampled_memory(_largest_process, _SAMPLE_SECONDS) as peaks,
-            ):
+            with connect(), RunLog(folder).record() as log, sampled_memory(_largest_process, _SAMPLE_SECONDS) as peaks:
                 done = curation.run(chosen, log)
                 snapshot = write_snapshot(folder, curation.content(done), config.publish)
             disk = sum(file.size for file in storage.list_files(folder))
             ledger = snapshot.read_ledger()
-    scale = _scale(listing, chosen)
+    sampled = _bytes(chosen)  # 0 where sizes are not known
+    scale = _bytes(listing) / sampled if sampled else listing.num_rows / chosen.num_rows
     judged = [row for row in ledger.to_pylist() if row["end_s"] is not None]
     kept = [row for row in judged if row["status"] == "kept"]
     totals = snapshot.manifest.totals.values()
@@ -209,12 +172,6 @@ def _bytes(table: pa.Table) -> float:
     return float(np.maximum(table["size"].to_numpy(), 0).sum())
 
 
-def _scale(listing: pa.Table, chosen: pa.Table) -> float:
-    """What of the sample there is in all: by bytes, or by number where sizes are not known."""
-    sampled = _bytes(chosen)
-    return _bytes(listing) / sampled if sampled else listing.num_rows / chosen.num_rows
-
-
 def _workers(stage: Stage, cluster: Cluster) -> int:
     """Processes of a stage that the cluster holds."""
     wants = stage.resources
@@ -244,14 +201,10 @@ def _scratch_dataset(config: CurateConfig) -> Iterator[str]:
 
 def _largest_process() -> float:
     """Bytes of the largest process of a stage, children included."""
-    return max(map(_family_bytes, psutil.Process().children(recursive=True)), default=0.0)
-
-
-def _family_bytes(process: psutil.Process) -> float:
-    try:
-        if "MapWorker" not in " ".join(process.cmdline()):
-            return 0.0
-        family = [process, *process.children(recursive=True)]
-        return float(sum(member.memory_info().rss for member in family))
-    except psutil.Error:
-        return 0.0
+    largest = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended
+            if "MapWorker" in " ".join(process.cmdline()):
+                family = [process, *process.children(recursive=True)]
+                largest = max(largest, float(sum(member.memory_info().rss for member in family)))
+    return largest

@@ -8,7 +8,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, product
+from itertools import chain, islice, product
 from typing import Any
 
 import pyarrow as pa
@@ -19,10 +19,10 @@ from pipelines import storage
 from pipelines.data.captions.choose import caption_fault, unique_captions
 from pipelines.data.captions.registry import captioner_named
 from pipelines.data.keys import source_of
-from pipelines.data.reasons import near_duplicate_of
+from pipelines.data.reasons import parse_duplicate
 from pipelines.data.settings import CaptionConfig
 from pipelines.data.snapshot.card import dataset_card
-from pipelines.data.snapshot.read import SNAPSHOTS, Bucket, Snapshot, open_snapshot
+from pipelines.data.snapshot.read import Bucket, Snapshot, open_snapshots
 from pipelines.data.snapshot.schemas import LEDGER
 from pipelines.data.snapshot.write import PUBLISHED_CLIPS, deal_shards, draw_split, shard_bytes
 from pipelines.data.stage.stage import Row
@@ -36,20 +36,14 @@ _TRIES = 64  # versions of a shard that are compared with its hash
 
 @dataclass(kw_only=True)
 class Repair:
-    """What was done.
+    """What was done."""
 
-    Attributes:
-        dropped: Stage files that could not be used; the next run computes what they held.
-        restored: Files of snapshots, written anew.
-        beyond: Files of snapshots that stay damaged, and why.
-    """
-
+    # stage files that could not be used; the next run computes what they held
     dropped: list[str] = field(default_factory=list)
-    restored: list[str] = field(default_factory=list)
-    beyond: dict[str, str] = field(default_factory=dict)
+    restored: list[str] = field(default_factory=list)  # files of snapshots, written anew
+    beyond: dict[str, str] = field(default_factory=dict)  # files of snapshots that stay damaged, and why
 
     def __str__(self) -> str:
-        """Lines for a person."""
         lines = [f"dropped {path}: the next `lumos curate` computes it again" for path in self.dropped]
         lines += [f"restored {path}" for path in self.restored]
         lines += [f"cannot restore {path}: {why}" for path, why in self.beyond.items()]
@@ -59,13 +53,11 @@ class Repair:
 def repair_dataset(dataset: str) -> Repair:
     """Drop unusable stage files and restore what is damaged or missing of all snapshots.
 
-    Raises:
-        UserError: if there is no such dataset, a run is using it, or a captioner of a plugin is not there.
+    A ``UserError`` if there is no such dataset, a run is using it, or a captioner of a plugin is not there.
     """
-    snapshots = snapshots_of(dataset)
-    for snapshot in snapshots:
-        for captioner in _captioners(open_snapshot(storage.join(dataset, SNAPSHOTS, snapshot))):
-            captioner_named(captioner)  # one of a plugin may not be there
+    snapshots = open_snapshots(dataset, snapshots_of(dataset))
+    for name in chain.from_iterable(map(_captioners, snapshots)):
+        captioner_named(name)  # one of a plugin may not be there
     done = Repair()
     with dataset_lock(dataset):
         for stage, name in list_tables(dataset):
@@ -75,7 +67,7 @@ def repair_dataset(dataset: str) -> Repair:
                     storage.remove(part)
                     done.dropped.append(part.removeprefix(dataset).lstrip("/"))
         for snapshot in snapshots:
-            _repair_snapshot(dataset, open_snapshot(storage.join(dataset, SNAPSHOTS, snapshot)), done)
+            _repair_snapshot(dataset, snapshot, done)
     return done
 
 
@@ -111,8 +103,8 @@ def _repair_snapshot(dataset: str, snapshot: Snapshot, done: Repair) -> None:
         return
     ledger = pq.read_table(pa.BufferReader(ledger_data), schema=LEDGER)
     if not storage.exists(storage.join(snapshot.uri, "README.md")):
-        card = dataset_card(manifest, ledger).encode()
-        storage.write_bytes_atomic(storage.join(snapshot.uri, "README.md"), card)
+        check_lock(dataset)
+        storage.write_bytes_atomic(storage.join(snapshot.uri, "README.md"), dataset_card(manifest, ledger).encode())
         done.restored.append(f"{name}/README.md")
     damaged: list[tuple[Bucket, int]] = []
     found: dict[str, list[str]] = {}  # clips of the intact shards, by path
@@ -138,7 +130,9 @@ class _Rebuild:
         self.created_from = snapshot.manifest.created_from
         elsewhere = {clip for clips in found.values() for clip in clips}
         rows = ledger.select(["key", "source_id", "status", "reason"]).to_pylist()
-        self.groups = linked_groups(_near_pairs(rows))
+        duplicates = ((row["source_id"], parse_duplicate(row["reason"])) for row in rows)
+        near = [(source_id, source_of(of[1])) for source_id, of in duplicates if of and of[0] == "near"]
+        self.groups = linked_groups(near)
         self.missing = {
             row["key"]: row["source_id"] for row in rows if row["status"] == "kept" and row["key"] not in elsewhere
         }
@@ -219,9 +213,3 @@ def _rules(recorded: dict[str, Any]) -> dict[str, Any]:
     """What decides which captions are used, of the config in a manifest; older ones lack some of it."""
     rules = {name: recorded[name] for name in ("min_words", "max_words", "language_certainty") if name in recorded}
     return rules | {"languages": tuple(recorded.get("languages", ()))}
-
-
-def _near_pairs(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Sources of near-duplicates and of what they duplicate, as the ledger tells it."""
-    originals = ((row["source_id"], near_duplicate_of(row["reason"])) for row in rows)
-    return [(source_id, source_of(key)) for source_id, key in originals if key is not None]

@@ -37,18 +37,12 @@ Histogram = tuple[str, Sequence[float], Markup]  # a score, its thresholds, the 
 
 @dataclass(frozen=True, kw_only=True)
 class WhatIf:
-    """How many clips one threshold would pass at other values, all others being as they are.
+    """How many clips one threshold would pass at other values, all others being as they are."""
 
-    Attributes:
-        name: A field of `Thresholds`.
-        value: What it is.
-        passing: Clips that pass all thresholds now.
-        others: (value, clips that would pass), by value; the last is None: without this threshold.
-    """
-
-    name: str
+    name: str  # a field of `Thresholds`
     value: float
-    passing: int
+    passing: int  # clips that pass all thresholds now
+    # (value, clips that would pass), by value; the last is None: without this threshold
     others: tuple[tuple[float | None, int], ...]
 
 
@@ -57,10 +51,7 @@ def what_if(
 ) -> list[WhatIf]:
     """Try other values of every threshold that is set; only scores are decided on, near-duplicates are not sought.
 
-    Args:
-        scores: As ``score_columns`` gives them.
-        thresholds: What they are now.
-        tokens: ``num_frames`` and ``fps`` of the clips that are encoded; one too short for them is not kept either.
+    Of ``tokens``, ``num_frames`` and ``fps`` say what is encoded; a clip too short for that is not kept either.
     """
     filled = fills(scores, tokens) if tokens else True
 
@@ -90,12 +81,9 @@ def score_columns(ledger: pa.Table) -> dict[str, Values]:
 
 
 def write_report(path: Path, snapshot: Snapshot, *, frames: bool = True) -> None:
-    """Write the page.
+    """Write the page about a snapshot; its folder is made.
 
-    Args:
-        path: The HTML file; its folder is made.
-        snapshot: What it is about.
-        frames: Whether to decode frames of some clips, for contact sheets. A bar on stderr tells how far that is.
+    With ``frames``, frames of some clips are decoded for contact sheets; a bar on stderr tells how far that is.
 
     Raises:
         UserError: if the file cannot be written; nothing was begun.

@@ -13,7 +13,7 @@ from pipelines.data.keys import sources_of
 from pipelines.data.reasons import CLASSES, Failure, parse_failure
 from pipelines.data.settings import stage_place
 from pipelines.data.snapshot.ledger import count_reasons
-from pipelines.data.snapshot.read import MANIFEST, SNAPSHOTS, open_snapshot
+from pipelines.data.snapshot.read import MANIFEST, SNAPSHOTS, Snapshot, open_snapshots
 from pipelines.data.snapshot.removals import read_removed
 from pipelines.data.stage.columns import parquet_bytes
 from pipelines.data.stage.log import RunRecord, last_run
@@ -29,47 +29,28 @@ _NOT_OF_SOURCES = ("sources", "texts")  # stages whose keys do not begin with a 
 
 @dataclass(frozen=True, kw_only=True)
 class TableStatus:
-    """One stage table.
-
-    Attributes:
-        stage: Its stage.
-        hash: Of the stage's configuration.
-        rows: Committed rows.
-        parts: Files they are in.
-        damaged: Of these, files that cannot be read; their rows are not counted.
-        failed: Rows that hold a failure, by its code and class, such as "decode_error (transient)".
-        used_by: Snapshots made from it, oldest first.
-    """
+    """One stage table."""
 
     stage: str
-    hash: str
-    rows: int
-    parts: int
-    damaged: int
-    failed: dict[str, int]
-    used_by: tuple[str, ...]
+    hash: str  # of the stage's configuration
+    rows: int  # committed rows
+    parts: int  # files they are in
+    damaged: int  # of these, files that cannot be read; their rows are not counted
+    failed: dict[str, int]  # rows that hold a failure, by its code and class, such as "decode_error (transient)"
+    used_by: tuple[str, ...]  # snapshots made from it, oldest first
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetStatus:
-    """A dataset at a glance.
+    """A dataset at a glance."""
 
-    Attributes:
-        snapshots: Ids, oldest first.
-        counts: Of the newest snapshot: ledger rows by status.
-        reasons: Likewise: rows not kept by "status: class of reason", most frequent first.
-        tables: Stage tables, in the order of the work.
-        run: What the last run does or did; None before the first.
-    """
-
-    snapshots: tuple[str, ...]
-    counts: dict[str, int]
-    reasons: dict[str, int]
-    tables: tuple[TableStatus, ...]
-    run: RunRecord | None
+    snapshots: tuple[str, ...]  # ids, oldest first
+    counts: dict[str, int]  # of the newest snapshot: ledger rows by status
+    reasons: dict[str, int]  # likewise: rows not kept by "status: class of reason", most frequent first
+    tables: tuple[TableStatus, ...]  # stage tables, in the order of the work
+    run: RunRecord | None  # what the last run does or did; None before the first
 
     def __str__(self) -> str:
-        """Lines for a person."""
         lines = [f"snapshots: {', '.join(self.snapshots) or 'none yet'}"]
         if self.snapshots:
             lines.append(f"newest: {'  '.join(f'{name} {count}' for name, count in self.counts.items())}")
@@ -87,25 +68,21 @@ class DatasetStatus:
 
 
 def dataset_status(dataset: str) -> DatasetStatus:
-    """What a dataset holds.
-
-    Raises:
-        UserError: if there is none.
-    """
-    snapshots = snapshots_of(dataset)
-    used = _users(dataset, snapshots)
+    """What a dataset holds; a ``UserError`` if there is none."""
+    ids = snapshots_of(dataset)
+    snapshots = open_snapshots(dataset, ids)
+    used = _users(snapshots)
     tables = sorted(list_tables(dataset), key=lambda table: (stage_place(table[0]), table))
-    newest = open_snapshot(storage.join(dataset, SNAPSHOTS, snapshots[-1])) if snapshots else None
     return DatasetStatus(
-        snapshots=snapshots,
-        counts=newest.manifest.ledger.counts if newest else {},
-        reasons=count_reasons(newest.read_ledger(["status", "reason"])) if newest else {},
-        tables=tuple(_table_status(dataset, stage, name, used.get(f"{stage}/{name}", ())) for stage, name in tables),
+        snapshots=tuple(ids),
+        counts=snapshots[-1].manifest.ledger.counts if snapshots else {},
+        reasons=count_reasons(snapshots[-1].read_ledger(["status", "reason"])) if snapshots else {},
+        tables=tuple(_table_status(dataset, stage, name, used.get(f"{stage}/{name}", [])) for stage, name in tables),
         run=last_run(dataset),
     )
 
 
-def _table_status(dataset: str, stage: str, name: str, used_by: Sequence[str]) -> TableStatus:
+def _table_status(dataset: str, stage: str, name: str, used_by: list[str]) -> TableStatus:
     parts = table_parts(storage.join(dataset, STAGES, stage, name))
     rows = damaged = 0
     failed: Counter[str] = Counter()
@@ -114,29 +91,21 @@ def _table_status(dataset: str, stage: str, name: str, used_by: Sequence[str]) -
             failures = _failures(part)
         except UnusablePartError:
             damaged += 1
-            continue
-        rows += len(failures)
-        failed.update(failure.kind for failure in failures if failure)
+        else:
+            rows += len(failures)
+            failed.update(failure.kind for failure in failures if failure)
+    by_count = dict(sorted(failed.items(), key=lambda item: (-item[1], item[0])))
     return TableStatus(
-        stage=stage,
-        hash=name,
-        rows=rows,
-        parts=len(parts),
-        damaged=damaged,
-        failed=dict(sorted(failed.items(), key=lambda item: (-item[1], item[0]))),
-        used_by=tuple(used_by),
+        stage=stage, hash=name, rows=rows, parts=len(parts), damaged=damaged, failed=by_count, used_by=tuple(used_by)
     )
 
 
 def retry(dataset: str, failure_class: str) -> dict[str, int]:
-    """Forget committed failures, so that the next run computes their inputs again.
+    """Forget committed failures, so that the next run computes their inputs again; tells how many, by stage.
 
     Args:
-        dataset: The dataset; no run may be using it.
+        dataset: The dataset.
         failure_class: "transient", "permanent", or the code of a failure such as "decode_error".
-
-    Returns:
-        Failures forgotten, by stage.
 
     Raises:
         UserError: if there is no such dataset, a run is using it, or there is no such code.
@@ -151,7 +120,10 @@ def retry(dataset: str, failure_class: str) -> dict[str, int]:
             for part in table_parts(uri):
                 failures = _failures(part)
                 seen.update(failure.kind for failure in failures if failure)
-                chosen = [failure is not None and failure.is_called(failure_class) for failure in failures]
+                chosen = [
+                    failure is not None and failure_class in (failure.code, failure.failure_class)
+                    for failure in failures
+                ]
                 if any(chosen):
                     check_lock(dataset)
                     forgotten[stage] += sum(chosen)
@@ -172,12 +144,9 @@ def collect_garbage(dataset: str, *, dry_run: bool, keep: int | None = None) -> 
     so do rows of a removed source that an older snapshot holds.
 
     Args:
-        dataset: The dataset; no run may be using it.
-        dry_run: Only say what would go.
+        dataset: The dataset.
+        dry_run: Only say what would go, relative to the dataset.
         keep: Snapshots that stay, the newest ones; the others go first. Default: all.
-
-    Returns:
-        What went, relative to the dataset.
 
     Raises:
         UserError: if there is no such dataset, a run is using it, or it has no snapshot yet (all would go).
@@ -188,7 +157,8 @@ def collect_garbage(dataset: str, *, dry_run: bool, keep: int | None = None) -> 
         if not snapshots:
             raise UserError(f"dataset {dataset} has no published snapshot yet: what its stages hold is all there is")
         snapshots = snapshots[-keep:] if keep else snapshots
-        used = _users(dataset, snapshots)
+        opened = open_snapshots(dataset, snapshots)
+        used = _users(opened)
         unused = [f"{STAGES}/{stage}/{name}" for stage, name in list_tables(dataset) if f"{stage}/{name}" not in used]
         folder = storage.join(dataset, SNAPSHOTS)
         unused += [f"{SNAPSHOTS}/{name}" for name in storage.list_names(folder) if name not in snapshots]
@@ -197,11 +167,11 @@ def collect_garbage(dataset: str, *, dry_run: bool, keep: int | None = None) -> 
             storage.remove(storage.join(dataset, path, MANIFEST))  # first, so that no half of a snapshot passes for one
             storage.remove(storage.join(dataset, path))
         tables = [table for table in list_tables(dataset) if "/".join(table) in used]
-        return unused + _drop_removed(dataset, tables, snapshots, dry_run=dry_run)
+        return unused + _drop_removed(dataset, tables, opened, dry_run=dry_run)
 
 
 def _drop_removed(
-    dataset: str, tables: Sequence[tuple[str, str]], snapshots: Sequence[str], *, dry_run: bool
+    dataset: str, tables: Sequence[tuple[str, str]], snapshots: Sequence[Snapshot], *, dry_run: bool
 ) -> list[str]:
     """Take the rows of removed sources that no snapshot holds out of stage tables; tells how many were where.
 
@@ -209,7 +179,7 @@ def _drop_removed(
     """
     gone = set(read_removed(dataset))
     for snapshot in snapshots if gone else ():
-        ledger = open_snapshot(storage.join(dataset, SNAPSHOTS, snapshot)).read_ledger(["source_id", "status"])
+        ledger = snapshot.read_ledger(["source_id", "status"])
         gone -= set(ledger.filter(pc.equal(ledger["status"], "kept"))["source_id"].to_pylist())
     told = []
     for stage, name in tables if gone else ():
@@ -229,13 +199,12 @@ def _drop_removed(
     return told
 
 
-def _users(dataset: str, snapshots: tuple[str, ...]) -> dict[str, list[str]]:
-    """Snapshots by "stage/hash" of the tables they were made from."""
+def _users(snapshots: Sequence[Snapshot]) -> dict[str, list[str]]:
+    """Ids of snapshots by "stage/hash" of the tables they were made from."""
     used: dict[str, list[str]] = {}
-    for snapshot in snapshots:
-        manifest = open_snapshot(storage.join(dataset, SNAPSHOTS, snapshot)).manifest
+    for manifest in (snapshot.manifest for snapshot in snapshots):
         for stage, name in manifest.created_from.get("stage_hashes", {}).items():
-            used.setdefault(f"{stage}/{name}", []).append(snapshot)
+            used.setdefault(f"{stage}/{name}", []).append(manifest.snapshot_id)
     return used
 
 
@@ -244,11 +213,7 @@ class UnusablePartError(UserError):
 
 
 def _failures(part: str) -> list[Failure | None]:
-    """The failure of each row, or None. Codes and scores are not read.
-
-    Raises:
-        UnusablePartError: the file is damaged.
-    """
+    """The failure of each row, or None. Codes and scores are not read."""
     try:
         with storage.open_ranges(part) as file:
             parquet = pq.ParquetFile(file)

@@ -8,7 +8,6 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from itertools import groupby
 from operator import itemgetter
 
@@ -23,37 +22,29 @@ from pipelines.data.settings import DecodeConfig
 from pipelines.data.snapshot.read import Snapshot
 from pipelines.data.stage.stage import Row
 from pipelines.data.steps.sources import hash_file
-from pipelines.data.steps.split import CLIPS
 from pipelines.data.upkeep.tables import snapshot_parts, snapshot_rows
 from pipelines.data.video.decode import CrashLog, DecodeChild, DecodeJob
-from pipelines.data.video.frames import Wanted
+from pipelines.data.video.frames import REQUEST_COLUMNS, Wanted, clip_job
 from pipelines.data.video.local_files import LocalFiles
 from pipelines.data.video.looks import decode_jpeg, encode_jpeg, read_rows
-from pipelines.data.video.reader import ClipRequest, VideoError, fit_picture
+from pipelines.data.video.reader import VideoError, fit_picture
 
-MOMENTS = (
-    "start",
-    "middle",
-    "end",
-)  # of a clip's span, that are shown; the last one of the looks may be before its end
+MOMENTS = ("start", "middle", "end")  # of a clip's span, that are shown; the last of the looks may be before its end
 FRAME_HEIGHT = 120  # px
 MAX_FETCHED = 24  # sources that are fetched from an object store; a film may have gigabytes
 _FRAME_WIDTHS = (16, 480)  # px; what is narrower or wider loses its ends
 _READERS = 8  # threads, as a store takes long to answer
 _JPEG_QUALITY = 80
 _STALL_SECONDS = 30.0  # without a frame before a decoder is killed
-_REQUEST = [item.name for item in fields(ClipRequest) if item.name in CLIPS.names]  # what decoding a clip takes
+_REQUEST = [*REQUEST_COLUMNS, "fingerprint"]  # what decoding a clip takes
 
 Shown = list[bytes] | VideoError  # a JPEG file per moment, or why there are none
 
 
 def decode_frames(snapshot: Snapshot, clips: Sequence[Row]) -> dict[str, Shown]:
-    """By key, JPEG files of the ``MOMENTS`` of each clip, or why they cannot be shown.
+    """By key, JPEG files of the ``MOMENTS`` of each clip (ledger rows with a span), or why they cannot be shown.
 
-    Args:
-        snapshot: Whose clips.
-        clips: Ledger rows with a span. Sources are decoded for those that have no looks. Should too many of them have
-            to be fetched, the first ones are.
+    Sources are decoded for those that have no looks. Should too many of them have to be fetched, the first ones are.
     """
     looks = _show_looks(snapshot, clips)
     decoded = decode_clips(snapshot, [clip for clip in clips if clip["key"] not in looks], _moments)
@@ -139,8 +130,7 @@ def _jobs(
             if isinstance(path, VideoError):
                 yield path
                 continue
-            what = ClipRequest(path=path, **vars(wanted(clip, request)), **{name: request[name] for name in _REQUEST})
-            yield DecodeJob(clip["key"], "clip", {"request": what}, after_crash={"use_decord": False})
+            yield clip_job(clip["key"], path, wanted(clip, request), request)
 
 
 def _moments(_: Row, request: Row) -> Wanted:
@@ -158,10 +148,8 @@ def _tile_size(aspect: float) -> tuple[int, int]:
 class _Sources:
     """Where sources are on this machine, by content; only files that still have it.
 
-    Args:
-        places: By source, keys of the sources stage.
-        source_ids: Sources in the order of their importance: of those that are not on this machine, the first ones may
-            be fetched.
+    ``places`` are keys of the sources stage by source. ``source_ids`` are in the order of their importance: of those
+    that are not on this machine, the first ones may be fetched.
     """
 
     def __init__(self, places: Mapping[str, Sequence[str]], source_ids: Sequence[str]) -> None:
@@ -207,11 +195,7 @@ class _Sources:
 
 
 def _check_content(path: str, source_id: str, key: str | None) -> None:
-    """See that a file is still what it was: untouched since it got its key, or else of the same hash.
-
-    Raises:
-        VideoError: if it is not, or is gone.
-    """
+    """Raise a ``VideoError`` unless a file is what it was: untouched since it got its key, or else of the same hash."""
     if key == file_key(storage.describe_file(path, "")):
         return
     hashed = hash_file(path)

@@ -11,13 +11,9 @@ from pipelines.data.stage.table import STAGES, read_parts, table_parts
 from pipelines.errors import UserError
 
 
-def snapshots_of(dataset: str) -> tuple[str, ...]:
-    """Ids of a dataset's published snapshots, oldest first.
-
-    Raises:
-        UserError: if there is no such dataset.
-    """
-    snapshots = tuple(list_snapshots(dataset))
+def snapshots_of(dataset: str) -> list[str]:
+    """Ids of a dataset's published snapshots, oldest first; raises a ``UserError`` if there is no such dataset."""
+    snapshots = list_snapshots(dataset)
     if not snapshots and not storage.is_dir(storage.join(dataset, STAGES)):
         raise UserError(f"{dataset} is no dataset; name the folder or s3:// prefix that `lumos curate` wrote to")
     return snapshots
@@ -36,12 +32,7 @@ def snapshot_rows(
 ) -> Iterator[pa.Table]:
     """Rows of a stage table that a snapshot was made from, file by file; none where it is not there any more.
 
-    Args:
-        snapshot: The snapshot, which must lie in its dataset.
-        stage: Of the table.
-        column: By which rows are chosen.
-        values: Of the chosen rows.
-        columns: Wanted; None for all.
+    Chosen are those whose ``column`` has one of the values; ``columns`` of them are read, all by default.
     """
     chosen = pc.field(column).isin(pa.array(sorted(set(values)), pa.string()))
     return read_parts(snapshot_parts(snapshot, stage), columns, rows=chosen)

@@ -27,11 +27,10 @@ class Prompt:
 
 
 def read_prompts(source: str | Sequence[str]) -> list[Prompt]:
-    """The prompts that a config names, in order.
+    """The prompts of a list of texts, or of a file, in order.
 
-    Args:
-        source: a list of texts, or the path or URI of a file. Files of rows have a column ``prompt``, and may have
-            ``seed`` and ``id``; other columns are ignored. Empty lines of a text file are skipped.
+    Files of rows have a column ``prompt``, and may have ``seed`` and ``id``; other columns are ignored. Empty lines of
+    a text file are skipped.
 
     Raises:
         UserError: if the file is missing, of another kind, without that column or without prompts, or a row is wrong;

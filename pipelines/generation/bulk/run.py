@@ -1,6 +1,8 @@
-"""The command: a bulk run over prompts."""
+"""The command: a bulk run over prompts, and the manifest of its folder: a JSON line per video, with what made it."""
 
 import asyncio
+import hashlib
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +17,6 @@ from pipelines import storage
 from pipelines.cluster import connect
 from pipelines.config import config_to_dict, provenance
 from pipelines.errors import JobError, UserError
-from pipelines.generation.bulk.manifest import Manifest
 from pipelines.generation.bulk.prompts import read_prompts
 from pipelines.generation.config import MAX_SEED, GenerateConfig
 from pipelines.generation.generator import ask, generator_application
@@ -24,6 +25,8 @@ from pipelines.generation.request import Refusal, VideoRequest, file_name
 from pipelines.media import MEDIA_TYPES
 
 RUN_FILE = "generate.json"
+MANIFEST_FILE = "manifest.jsonl"
+_SAVE_INTERVAL_S = 5.0
 
 Store = Callable[["_Job", bytes], None]
 
@@ -33,16 +36,61 @@ class GenerateResult:
     """What a bulk run did."""
 
     output: str
-    videos: int  # asked for
     generated: int
     skipped: int  # held already
     seconds: float
 
     def __str__(self) -> str:
-        """For the command's last line."""
         held = f", {self.skipped} there already" if self.skipped else ""
         made = "1 video" if self.generated == 1 else f"{self.generated} videos"
         return f"{self.output}: {made} made in {self.seconds:.1f} s{held}"
+
+
+class Manifest:
+    """The videos a folder holds, by file name; a ``UserError`` if what says so is damaged.
+
+    A video is written first and its row after it, so a row always stands for a whole file. Rows are saved every few
+    seconds, as whole manifests, which object stores can take too; a killed run loses the rows since then and makes
+    those videos again, to the same bytes.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.uri = folder, storage.join(folder, MANIFEST_FILE)
+        self.rows: dict[str, dict[str, Any]] = {}
+        self._saved_at = 0.0
+        try:
+            if storage.exists(self.uri):
+                lines = storage.read_bytes(self.uri).decode("utf-8").split("\n")  # splitlines() would cut prompts too
+                rows = [json.loads(line) for line in lines if line.strip()]
+                self.rows = {row["path"]: row for row in rows}
+        except (NotADirectoryError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"output: {self.uri} is no manifest of videos ({error}); name another folder, or remove it to make all "
+                "videos again"
+            ) from error
+
+    def holds(self, row: dict[str, Any]) -> bool:
+        """Whether the folder has the video that a row describes (prompt, seed, config), with its bytes intact."""
+        known = self.rows.get(row["path"])
+        if known is None or any(known.get(key) != value for key, value in row.items()):
+            return False
+        try:
+            return storage.sha256_file(storage.join(self.folder, row["path"])) == known.get("sha256")
+        except FileNotFoundError:
+            return False
+
+    def add(self, row: dict[str, Any], data: bytes) -> None:
+        """Write a video, then note its row with size and checksum."""
+        storage.write_bytes_atomic(storage.join(self.folder, row["path"]), data)
+        self.rows[row["path"]] = {**row, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        if time.monotonic() - self._saved_at > _SAVE_INTERVAL_S:
+            self.save()
+
+    def save(self) -> None:
+        """Write the manifest, sorted by file name, so that equal runs end with equal manifests."""
+        lines = [json.dumps(row, ensure_ascii=False) for _, row in sorted(self.rows.items())]
+        storage.write_bytes_atomic(self.uri, "".join(f"{line}\n" for line in lines).encode())
+        self._saved_at = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -63,18 +111,18 @@ def generate(config: GenerateConfig) -> GenerateResult:
     begin = time.monotonic()
     card = read_card(config)
     jobs = _plan(config, card)
-    manifest = None if _is_file(config.output) else Manifest.open(config.output)
+    manifest = None if _is_file(config.output) else Manifest(config.output)
     if manifest is None:
         _check_single(config, jobs)
         pending = jobs
     else:
         pending = [job for job in jobs if not manifest.holds(job.row)]
     if pending:
-        _prepare_output(config, card, is_folder=manifest is not None)
+        if manifest is not None:
+            _write_note(config, card)
         _make(config, card, pending, manifest, total=len(jobs))
     return GenerateResult(
         output=config.output,
-        videos=len(jobs),
         generated=len(pending),
         skipped=len(jobs) - len(pending),
         seconds=time.monotonic() - begin,
@@ -126,9 +174,9 @@ def _check_single(config: GenerateConfig, jobs: Sequence[_Job]) -> None:
         raise UserError(f"output: {config.output} does not end in .{config.format}: set format, or another name")
 
 
-def _prepare_output(config: GenerateConfig, card: ModelCard, *, is_folder: bool) -> None:
+def _write_note(config: GenerateConfig, card: ModelCard) -> None:
     """Note beside the videos what makes them; so a folder that cannot be written is found before Ray starts."""
-    uri = storage.join(config.output, RUN_FILE) if is_folder else config.output
+    uri = storage.join(config.output, RUN_FILE)
     note = {
         "config": config_to_dict(config),
         "sampling": asdict(card.sampling),
@@ -136,8 +184,7 @@ def _prepare_output(config: GenerateConfig, card: ModelCard, *, is_folder: bool)
         "provenance": provenance(),
     }
     try:
-        if is_folder:
-            storage.write_json_atomic(uri, note)
+        storage.write_json_atomic(uri, note)
     except OSError as error:
         raise UserError(f"output: cannot write {uri} ({error}); name another folder") from error
 

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 
 from lumos.compression import parse_size
 from lumos.encoder import RequestEncoder
-from pipelines.generation.config import MAX_SEED, ServeConfig
+from pipelines.generation.config import MAX_SEED, SamplingChoice, ServeConfig
 from pipelines.generation.model import ModelCard
 from pipelines.generation.request import Refusal, VideoRequest, file_name
 from pipelines.media import MEDIA_TYPES
@@ -68,14 +68,7 @@ class _BadRequestError(Exception):
 
 
 def build_api(card: ModelCard, config: ServeConfig, submit: Submit, status: Status) -> FastAPI:
-    """The application.
-
-    Args:
-        card: the model.
-        config: defaults and limits of requests, and the token.
-        submit: makes the file of a video, or says why not.
-        status: queue lengths; must answer quickly.
-    """
+    """The application. ``submit`` makes the file of a video, or says why not; ``status`` must answer quickly."""
     app = FastAPI(title="Lumos-1 video generation", version="1", redoc_url=None)
     app.state.token = config.token
     app.state.bodies = _BodyReader(config.body_timeout_s, config.max_open_bodies)
@@ -83,16 +76,16 @@ def build_api(card: ModelCard, config: ServeConfig, submit: Submit, status: Stat
     encoder = RequestEncoder(card.folder)
     bearer = HTTPBearer(auto_error=False, description="The service's token, where one is set.")
     v1 = APIRouter(prefix="/v1", route_class=_GuardedRoute, dependencies=[Depends(bearer)])
+    meanings = {
+        400: "The request cannot be met; the message says why.",
+        401: "The bearer token is missing or wrong.",
+        408: "The body did not arrive in time.",
+        413: "The body is too long.",
+        503: "Too many requests are here, or the model was lost; Retry-After says when to come again.",
+        504: "The video was not done in time.",
+    }
     errors: dict[int | str, dict[str, Any]] = {
-        400: {"model": ErrorBody, "description": "The request cannot be met; the message says why."},
-        401: {"model": ErrorBody, "description": "The bearer token is missing or wrong."},
-        408: {"model": ErrorBody, "description": "The body did not arrive in time."},
-        413: {"model": ErrorBody, "description": "The body is too long."},
-        503: {
-            "model": ErrorBody,
-            "description": "Too many requests are here, or the model was lost; Retry-After says when to come again.",
-        },
-        504: {"model": ErrorBody, "description": "The video was not done in time."},
+        code: {"model": ErrorBody, "description": meaning} for code, meaning in meanings.items()
     }
     media = {MEDIA_TYPES[config.format]: {"schema": {"type": "string", "format": "binary"}}}
     video: dict[int | str, dict[str, Any]] = {
@@ -143,8 +136,10 @@ class _GuardedRoute(APIRoute):
         async def guarded(request: Request) -> Response:
             state, headers = request.app.state, request.headers
             kind, _, given = headers.get("authorization", "").partition(" ")
-            if state.token is not None and not (kind.lower() == "bearer" and _is_token(given.strip(), state.token)):
-                raise HTTPException(401, _BAD_TOKEN, {"WWW-Authenticate": "Bearer"})
+            if state.token is not None:
+                same = hmac.compare_digest(given.strip().encode(), state.token.encode())  # in constant time
+                if kind.lower() != "bearer" or not same:
+                    raise HTTPException(401, _BAD_TOKEN, {"WWW-Authenticate": "Bearer"})
             length = headers.get("content-length", "0")
             if not length.isdecimal() or int(length) > _MAX_BODY or "transfer-encoding" in headers:
                 raise HTTPException(
@@ -194,10 +189,6 @@ class _BodyReader:
             self._deadlines.pop(deadline, None)
 
 
-def _is_token(given: str, token: str) -> bool:
-    return hmac.compare_digest(given.encode(), token.encode())  # in constant time
-
-
 def _to_request(body: VideoBody, card: ModelCard, config: ServeConfig, encoder: RequestEncoder) -> VideoRequest:
     width, height = config.video.width, config.video.height
     if body.size is not None:
@@ -207,18 +198,16 @@ def _to_request(body: VideoBody, card: ModelCard, config: ServeConfig, encoder: 
             raise _BadRequestError(str(error), "size") from error
     if body.steps is not None and body.steps > config.max_steps:
         raise _BadRequestError(f"steps is {body.steps}; this service allows at most {config.max_steps}", "steps")
-    given: dict[str, Any] = {
-        "num_steps": body.steps,
-        "guidance_scale": body.guidance_scale,
-        "history_ratio": body.history_ratio,
-    }
     try:
+        sampling = SamplingChoice(
+            num_steps=body.steps, guidance_scale=body.guidance_scale, history_ratio=body.history_ratio
+        )
         asked = replace(config.video, width=width, height=height, num_frames=body.frames or config.video.num_frames)
         request = VideoRequest(
             prompt=body.prompt.strip(),
             seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
             size=encoder.size(**asdict(asked)),
-            sampling=replace(card.sampling, **{key: value for key, value in given.items() if value is not None}),
+            sampling=sampling.over(card.sampling),
             format=config.format,
         )
         request.encode(encoder)

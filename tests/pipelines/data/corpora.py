@@ -4,11 +4,13 @@ import hashlib
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import storage
 from pipelines.config import load_config
 from pipelines.data.config import CurateConfig
+from pipelines.data.reasons import reason_classes
 from pipelines.data.snapshot.read import Snapshot
 from tests.pipelines.data.videos import moving_square, still, write_table, write_video
 
@@ -54,6 +56,11 @@ def curate_config(corpus: Path | str, dataset: Path | str, tokenizer: Path, *ove
     length = ["tokens.num_frames=[17]", "thresholds.min_duration=1.41"]
     means = ["progress=false", "resources.workers=1"]
     return load_config(CurateConfig, "demo", [*paths, *length, *means, *overrides])
+
+
+def reason_class(reason: str) -> str:
+    """What one reason is about."""
+    return reason_classes(pa.chunked_array([[reason]], pa.string()))[0].as_py()
 
 
 def published(snapshot: Snapshot) -> dict[str, str]:

@@ -9,13 +9,12 @@ import pytest
 
 from lumos.tokenizers.fsq import FsqAutoencoder, FsqConfig, save_weights
 from pipelines.data.curate import curate
-from pipelines.data.reasons import reason_class
 from pipelines.data.scores import scores_of
 from pipelines.data.snapshot.read import list_snapshots, open_snapshot
 from pipelines.data.steps.sources import hash_file
 from pipelines.errors import JobError, UserError
 from pipelines.storage.lock import dataset_lock
-from tests.pipelines.data.corpora import FATES, GOOD, curate_config, published
+from tests.pipelines.data.corpora import FATES, GOOD, curate_config, published, reason_class
 from tests.pipelines.data.videos import moving_square, write_table, write_video
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -4,13 +4,15 @@ import base64
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from pipelines import sample_corpus as corpus
 from pipelines.demo import judge
 from pipelines.demo.judge import Reading
-from pipelines.demo.report import LedgerRow, LossPoint, Report, Sample, write_report
+from pipelines.demo.run import Sample, write_report
 
 
 def make_samples(root: Path, count: int) -> list[Sample]:
@@ -30,16 +32,16 @@ def make_samples(root: Path, count: int) -> list[Sample]:
     return samples
 
 
-def make_report(root: Path, count: int) -> Report:
+def make_report(root: Path, count: int) -> dict[str, Any]:
     samples = make_samples(root, count)
     result = judge.score([sample.read for sample in samples], [sample.asked for sample in samples])
     generator = np.random.default_rng(0)
-    losses = []
+    records = []
     for step in range(1, 401):
         frames = tuple(
             float(2 + 0.2 * f + 6 * np.exp(-step / (60 + 15 * f)) + generator.normal(0, 0.1)) for f in range(5)
         )
-        losses.append(LossPoint(step=step, loss=float(np.mean(frames)), frames=frames))
+        records.append(SimpleNamespace(step=step, loss=float(np.mean(frames)), frame_losses=frames))
     seconds = {"corpus": 4.2, "curate": 64.0, "train": 301.5, "generate": 81.0, "judge": 2.4, "report": 0.6}
     summary = {
         "schema": 1,
@@ -48,19 +50,16 @@ def make_report(root: Path, count: int) -> Report:
         "peak_memory_gb": 5.31,
         "clips": {"sources": 809, "kept": 800, "rejected": 5, "failed": 3, "duplicate": 1},
         "train": {"steps": 400, "loss_first": 8.31, "loss_last": 2.4, "tokens_per_s": 11234.0},
-        "samples": len(samples),
-        "accuracy": result.accuracy,
-        "chance": result.chance,
-        "interval95": result.interval95,
+        **vars(result),
     }
-    not_kept = [LedgerRow(path=name, status="rejected", reason=why) for name, why in corpus.BAD_FILES.items()]
-    return Report(
-        summary=summary,
-        samples=samples,
-        losses=losses,
-        not_kept=[*not_kept, LedgerRow(path="a<b>.mp4", status="failed", reason="x & y")],
-        next_steps=[("One video of your own:", 'lumos generate --model demo/model --prompt "A large red bar"')],
-    )
+    not_kept = [{"path": name, "status": "rejected", "reason": why} for name, why in corpus.BAD_FILES.items()]
+    return {
+        "summary": summary,
+        "samples": samples,
+        "records": records,
+        "not_kept": [*not_kept, {"path": "a<b>.mp4", "status": "failed", "reason": "x & y"}],
+        "next_steps": [("One video of your own:", 'lumos generate --model demo/model --prompt "A large red bar"')],
+    }
 
 
 class Outline(HTMLParser):
@@ -84,7 +83,7 @@ class Outline(HTMLParser):
 
 def test_report_holds_every_video_and_is_well_formed(tmp_path: Path):
     report = make_report(tmp_path, 6)
-    write_report(tmp_path / "report.html", report)
+    write_report(tmp_path / "report.html", **report)
     page = (tmp_path / "report.html").read_text()
     outline = Outline()
     outline.feed(page)
@@ -92,11 +91,11 @@ def test_report_holds_every_video_and_is_well_formed(tmp_path: Path):
     assert outline.count["video"] == 12
     assert outline.count["article"] == 6
     videos = re.findall(r'src="data:video/mp4;base64,([^"]+)"', page)
-    assert base64.b64decode(videos[0]) == report.samples[0].video.read_bytes()
+    assert base64.b64decode(videos[0]) == report["samples"][0].video.read_bytes()
 
 
 def test_report_needs_no_other_file_and_no_network(tmp_path: Path):
-    write_report(tmp_path / "report.html", make_report(tmp_path, 2))
+    write_report(tmp_path / "report.html", **make_report(tmp_path, 2))
     page = (tmp_path / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
     assert "http" not in page
@@ -105,9 +104,9 @@ def test_report_needs_no_other_file_and_no_network(tmp_path: Path):
 
 def test_report_marks_what_is_wrong_and_escapes_text(tmp_path: Path):
     report = make_report(tmp_path, 6)
-    write_report(tmp_path / "report.html", report)
+    write_report(tmp_path / "report.html", **report)
     page = (tmp_path / "report.html").read_text()
-    wrong = [sample for sample in report.samples if sample.read != sample.asked]
+    wrong = [sample for sample in report["samples"] if sample.read != sample.asked]
     assert len(wrong) == 2
     assert page.count("has-error") == 2 + 1  # two prompts, and the style rule
     first = wrong[0]
@@ -118,5 +117,5 @@ def test_report_marks_what_is_wrong_and_escapes_text(tmp_path: Path):
 
 def test_report_works_without_losses_or_rejections(tmp_path: Path):
     full = make_report(tmp_path, 2)
-    write_report(tmp_path / "r.html", Report(summary=full.summary, samples=full.samples, losses=[], not_kept=[]))
+    write_report(tmp_path / "r.html", **(full | {"records": [], "not_kept": [], "next_steps": []}))
     assert "No figures were recorded." in (tmp_path / "r.html").read_text()

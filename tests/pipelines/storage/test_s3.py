@@ -16,7 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 import pytest
+from click.testing import CliRunner
 
+from jobs.data import command as data_command
 from pipelines import storage
 from pipelines.data.curate import curate
 from pipelines.data.snapshot.read import open_snapshot
@@ -27,6 +29,7 @@ from pipelines.data.upkeep.report import write_report
 from pipelines.errors import JobError, UserError
 from pipelines.storage import lock
 from pipelines.storage.lock import check_lock, dataset_lock
+from pipelines.storage.store import S3Store
 from pipelines.training import checkpoints
 from tests.pipelines.data.corpora import curate_config, published, write_corpus
 from tests.pipelines.data.small_models import COCA, write_open_clip, write_text_detector
@@ -352,6 +355,20 @@ def test_bad_access_ends_before_any_work(access, tmp_path, monkeypatch, trouble,
             curate(config)
     assert time.monotonic() - begin < 60
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("verb", ["status", "report", "verify", "repair", "retry", "remove", "unlock", "gc"])
+def test_upkeep_tells_in_one_line_what_is_wrong_with_its_store(proxy, bucket, monkeypatch, verb):
+    def told(uri):
+        options = ["a.mp4"] if verb == "remove" else []
+        error = CliRunner().invoke(data_command, [verb, uri, *options]).exception
+        assert isinstance(error, UserError)  # exit status 2
+        return str(error)
+
+    assert "create the bucket 'no-such-bucket'" in told("s3://no-such-bucket/d")
+    break_access(monkeypatch, proxy, "no credentials")
+    S3Store.clear_instance_cache()
+    assert "set AWS_ACCESS_KEY_ID" in told(f"{bucket}/d")
 
 
 # ------------------------------------------------------------------------------------------------------- one at a time

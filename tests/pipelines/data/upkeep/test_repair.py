@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -103,6 +104,18 @@ def test_unusable_stage_files_are_dropped_and_computed_again(dataset, corpus, to
     assert result.computed["split"] > 0
     assert result.computed["tokens"] > 0
     assert published(open_snapshot(str(dataset))) == before
+
+
+def test_captioners_are_checked_before_anything_is_repaired(dataset):
+    manifest = Path(open_snapshot(str(dataset)).uri) / "manifest.json"
+    value = json.loads(manifest.read_text())
+    value["created_from"]["config"]["captions"]["captioners"] = ["mute"]
+    manifest.write_text(json.dumps(value))
+    part = sorted(dataset.glob("stages/split/*/part-*.parquet"))[0]
+    part.write_bytes(b"PAR1 no more")
+    with pytest.raises(UserError, match="there is no captioner 'mute'"):
+        repair_dataset(str(dataset))
+    assert part.exists()
 
 
 def test_what_cannot_be_restored_is_told(dataset):

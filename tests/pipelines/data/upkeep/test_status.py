@@ -1,6 +1,7 @@
 """Looking after a dataset: what its status says, what verification finds, what is retried and deleted."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,13 +12,16 @@ from click.testing import CliRunner
 
 from jobs.data import command
 from pipelines.data.curate import curate
+from pipelines.data.snapshot import removals
 from pipelines.data.snapshot.read import list_snapshots, open_snapshot
 from pipelines.data.snapshot.removals import remove_sources
+from pipelines.data.upkeep import repair, status
+from pipelines.data.upkeep.repair import repair_dataset
 from pipelines.data.upkeep.report import score_columns, what_if, write_report
 from pipelines.data.upkeep.status import collect_garbage, dataset_status, retry
 from pipelines.data.upkeep.verify import verify_snapshot
 from pipelines.data.video.decode import CRASHES, CrashLog
-from pipelines.errors import UserError
+from pipelines.errors import JobError, UserError
 from pipelines.storage.lock import dataset_lock
 from tests.pipelines.data.corpora import GOOD, curate_config, published
 
@@ -234,10 +238,61 @@ def test_damaged_files_and_impossible_pages_are_told(dataset, tmp_path):
             write_report(out, open_snapshot(str(dataset)))
 
 
+def test_a_file_that_cannot_be_opened_is_told_in_one_line(dataset):
+    [part, *_] = sorted(dataset.glob("stages/split/*/part-*"))
+    part.unlink()
+    part.symlink_to("nowhere")
+    error = CliRunner().invoke(command, ["status", str(dataset)]).exception
+    assert isinstance(error, UserError)  # exit status 2
+    assert re.search(r"No such file .*part-.*check its address", str(error))
+
+
+@pytest.mark.parametrize("verb", ["retry", "remove", "gc", "repair"])
+def test_a_dataset_that_was_lost_to_another_run_is_not_written_to(dataset, monkeypatch, verb):
+    calls = {
+        "retry": lambda: retry(str(dataset), "permanent"),
+        "remove": lambda: remove_sources(str(dataset), ["good_001.mp4"]),
+        "gc": lambda: collect_garbage(str(dataset), dry_run=False),
+        "repair": lambda: repair_dataset(str(dataset)),
+    }
+    unused = dataset / "stages" / "split" / "0123456789abcdef" / "part-1.parquet"
+    if verb in ("gc", "repair"):
+        unused.parent.mkdir()
+        unused.write_bytes(b"damaged")
+
+    def lost(_):
+        raise JobError("another run took the dataset over")
+
+    def content():
+        return {path: path.read_bytes() for path in dataset.rglob("*") if path.is_file() and path.name != ".lock"}
+
+    for module in (status, removals, repair):
+        monkeypatch.setattr(module, "check_lock", lost)
+    before = content()
+    with pytest.raises(JobError, match="took the dataset over"):
+        calls[verb]()
+    assert content() == before
+
+
+def in_groups_of_one(dataset, stage):
+    """Write the files of a stage anew, each row a group of its own; returns what tells whether they still are so."""
+    parts = sorted(dataset.glob(f"stages/{stage}/*/part-*"))
+    for part in parts:
+        pq.write_table(pq.read_table(part), part, row_group_size=1)
+
+    def still() -> bool:
+        files = [pq.ParquetFile(part).metadata for part in parts if part.exists()]
+        return bool(files) and all(file.num_row_groups == file.num_rows for file in files)
+
+    return still
+
+
 def test_retry_tells_the_codes_there_are(dataset):
     with pytest.raises(UserError, match=r"no failure is bogus; there are 1 .*not_a_video \(permanent\)"):
         retry(str(dataset), "bogus")
+    still = in_groups_of_one(dataset, "split")
     assert retry(str(dataset), "not_a_video") == {"split": 1}
+    assert still()
 
 
 def test_gc_deletes_older_snapshots_and_what_removed_sources_left(dataset, corpus, tokenizer_file):
@@ -260,9 +315,11 @@ def test_gc_deletes_older_snapshots_and_what_removed_sources_left(dataset, corpu
     assert collect_garbage(str(dataset), dry_run=False) == []  # the older snapshot holds it
     would = collect_garbage(str(dataset), dry_run=True, keep=1)
     assert holding() == {"split", "captions", "tokens"}
+    still = in_groups_of_one(dataset, "tokens")
     assert collect_garbage(str(dataset), dry_run=False, keep=1) == would
     assert [name.partition("/stages/")[0].split()[0] for name in would] == [f"snapshots/{old}", "1", "1", "1"]
     assert holding() == set()
+    assert still()
     assert list_snapshots(str(dataset)) == [new]
     result = curate(curate_config(corpus, dataset, tokenizer_file))
     assert (result.snapshot_id, sum(result.computed.values())) == (new, 0)

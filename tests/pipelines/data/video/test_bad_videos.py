@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 
 from pipelines.data.curate import curate
-from pipelines.data.reasons import reason_class
 from pipelines.data.snapshot.read import open_snapshot
 from pipelines.data.steps.sources import hash_file
 from tests.pipelines.data.bad_videos import write_bad_videos
-from tests.pipelines.data.corpora import curate_config
+from tests.pipelines.data.corpora import curate_config, reason_class
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -10,7 +10,7 @@ import pytest
 from pipelines.data.curate import curate
 from pipelines.data.settings import SplitConfig
 from pipelines.data.snapshot.read import open_snapshot
-from pipelines.data.upkeep.recheck import recheck
+from pipelines.data.upkeep.verify import recheck
 from pipelines.data.video.fingerprint import LOOK_SECONDS, FingerprintCheck, make_fingerprint
 from pipelines.data.video.reader import MISMATCH, ClipRequest, VideoError, read_clip
 from pipelines.data.video.shots import split_source

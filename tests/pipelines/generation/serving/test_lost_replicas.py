@@ -14,7 +14,7 @@ import pytest
 from pipelines.cluster import connect
 from pipelines.generation.config import BatchConfig, ReplicaConfig, ServeConfig
 from pipelines.generation.model import read_card
-from pipelines.generation.serving.application import http_application
+from pipelines.generation.serving.run import http_application
 from tests.pipelines.generation.conftest import CAPTIONS, free_port
 
 BODIES = [{"prompt": CAPTIONS[seed % 2], "seed": seed, "steps": 100, "frames": 17} for seed in range(8)]

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from jobs.data import command
 from pipelines.data.curate import curate
 from pipelines.data.snapshot.read import open_snapshot
-from pipelines.data.upkeep.recheck import recheck
+from pipelines.data.upkeep.verify import recheck
 from pipelines.errors import UserError
 from tests.pipelines.data.corpora import GOOD, curate_config
 

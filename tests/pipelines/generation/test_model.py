@@ -6,8 +6,7 @@ import pytest
 import lumos
 from lumos.config import SamplingConfig
 from pipelines.generation.config import GenerateConfig
-from pipelines.generation.engine import AbandonedError, Engine
-from pipelines.generation.model import read_card
+from pipelines.generation.model import AbandonedError, Engine, read_card
 from pipelines.generation.request import VideoRequest
 from pipelines.media import encode_video
 
