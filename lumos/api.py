@@ -95,7 +95,6 @@ class Model:
         return self.folder.info
 
     def __repr__(self) -> str:
-        """Name, size and place."""
         weights = self.decoder.lm_head.weight
         parameters = f"{self.folder.config.num_parameters / 1e6:.1f} M parameters"
         size = self.folder.default_size or "of no known size"
