@@ -51,7 +51,7 @@ def open_folder(
 ) -> ModelFolder:
     """Inspect a folder that `lumos train` exported, or one of a released Lumos-1 checkpoint.
 
-    Args: as :func:`lumos.api.load`.
+    The arguments are those of :func:`lumos.api.load`.
 
     Raises:
         FileNotFoundError: if the folder or a tokenizer is missing.

@@ -107,8 +107,9 @@ class TrainStep:
             loss, sums, counts = self.engine(micro, num_frames)
             self.engine.backward(loss * scale)
             totals += torch.stack([sums, counts])
-            if self.engine.zero_optimization_stage() == 0:
-                own_norm = _gradient_norm(self.engine.module)  # DeepSpeed keeps none then
+            if self.engine.zero_optimization_stage() == 0:  # DeepSpeed keeps no norm then
+                gradients = [p.grad.float() for p in self.engine.module.parameters() if p.grad is not None]
+                own_norm = float(torch.nn.utils.get_total_norm(gradients))
             self.engine.step()
         norm = self.engine.get_global_grad_norm()
         return self._result(micro_batches, totals, data_wait, grad_norm=own_norm if norm is None else float(norm))
@@ -136,8 +137,3 @@ class TrainStep:
         values = values.to(self.device)
         dist.all_reduce(values)
         return values
-
-
-def _gradient_norm(module: nn.Module) -> float:
-    gradients = [p.grad.float() for p in module.parameters() if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
