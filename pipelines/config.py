@@ -53,7 +53,7 @@ def load_config(cls: type[ConfigT], source: str, overrides: Sequence[str] = ()) 
     """
     path = find_config(cls.KIND, source)
     try:
-        raw = _parse_yaml(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"config {path}: {error}") from error
     if raw is None:
@@ -178,10 +178,6 @@ for _tag, _pattern, _first in (
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
 
 
-def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_StrictLoader)
-
-
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     """Set one ``key.path=value`` in place."""
     dotted, equals, text = override.partition("=")
@@ -189,7 +185,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise UserError(f"override {override!r}: expected key.path=value, for example train.lr=1e-4")
     try:
-        value = _parse_yaml(text)
+        value = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r}: the value is not YAML ({error}); put text in quotes") from error
     holder: Any = raw
