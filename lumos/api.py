@@ -37,6 +37,16 @@ class SamplingOptions(TypedDict, total=False):
     release_given_frames: bool
 
 
+class VideoOptions(SamplingOptions, total=False):
+    """Keywords of :meth:`Model.generate` besides seed."""
+
+    size: str | tuple[int, int] | None
+    num_frames: int | None
+    fps: float | None
+    image: Any
+    clip: Any
+
+
 def load(
     path: str | os.PathLike[str],
     *,
@@ -95,38 +105,17 @@ class Model:
         return self.folder.info
 
     def __repr__(self) -> str:
-        """Name, size and place."""
         weights = self.decoder.lm_head.weight
         parameters = f"{self.folder.config.num_parameters / 1e6:.1f} M parameters"
         size = self.folder.default_size or "of no known size"
         return f"<lumos.Model {self.folder.name}: {parameters} on {weights.device}, videos {size}>"
 
     @overload
-    def generate(
-        self,
-        prompt: str,
-        *,
-        seed: int = 0,
-        size: str | tuple[int, int] | None = None,
-        num_frames: int | None = None,
-        fps: float | None = None,
-        image: Any = None,
-        clip: Any = None,
-        **sampling: Unpack[SamplingOptions],
-    ) -> NDArray[np.uint8]: ...
+    def generate(self, prompt: str, *, seed: int = 0, **options: Unpack[VideoOptions]) -> NDArray[np.uint8]: ...
 
     @overload
     def generate(
-        self,
-        prompt: list[str] | tuple[str, ...],
-        *,
-        seed: int | Sequence[int] = 0,
-        size: str | tuple[int, int] | None = None,
-        num_frames: int | None = None,
-        fps: float | None = None,
-        image: Any = None,
-        clip: Any = None,
-        **sampling: Unpack[SamplingOptions],
+        self, prompt: list[str] | tuple[str, ...], *, seed: int | Sequence[int] = 0, **options: Unpack[VideoOptions]
     ) -> list[NDArray[np.uint8]]: ...
 
     def generate(

@@ -6,8 +6,8 @@ mask exists anywhere. Documents are packed one after another and never attend to
 are attended together.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
@@ -60,7 +60,9 @@ def attend(
     if backend == "auto":
         backend = "fused_cpu" if query.device.type == "cpu" else "sdpa"
     outputs = []
-    for start, count, layout in _groups(layouts):
+    start = 0
+    for layout, run in groupby(layouts):
+        count = sum(1 for _ in run)
         stop = start + count * layout.length
         # [tokens, heads, head_dim] -> [documents, heads, length, head_dim], views without copies
         q, k, v = (
@@ -68,16 +70,8 @@ def attend(
         )
         k, v = _expand_heads(k, q.shape[1]), _expand_heads(v, q.shape[1])
         outputs.append(_attend_group(q, k, v, layout, backend).transpose(1, 2).flatten(0, 1))
+        start = stop
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-def _groups(layouts: Sequence[SequenceLayout]) -> Iterator[tuple[int, int, SequenceLayout]]:
-    """Runs of neighbours with one layout: first token, number of documents, layout."""
-    start = 0
-    for layout, run in groupby(layouts):
-        count = sum(1 for _ in run)
-        yield start, count, layout
-        start += count * layout.length
 
 
 def _expand_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -96,21 +90,24 @@ def _attend_group(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, backe
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _causal_tail_mask(segment: Segment, past: int, device: torch.device) -> Tensor:
-    """Mask of a causal stretch that begins after other tokens: everything before it, then a triangle."""
-    length = segment.stop - segment.start
-    return torch.ones(length, past + segment.stop, dtype=torch.bool, device=device).tril(past + segment.start)
+def _segment_mask(segment: Segment, past: int, like: Tensor) -> tuple[Tensor | None, bool]:
+    """``attn_mask`` and ``is_causal`` of a segment after ``past`` tokens.
+
+    A mask is needed only where causal tokens follow others: everything before them is seen, then a triangle.
+    """
+    length, before = segment.stop - segment.start, past + segment.start
+    if not segment.causal or length == 1:
+        return None, False
+    if before == 0:
+        return None, True
+    return like.new_full((length, before + length), float("-inf")).triu(before + 1), False
 
 
 def _attend_segment(q: Tensor, k: Tensor, v: Tensor, segment: Segment, past: int = 0) -> Tensor:
-    queries = q[:, :, segment.start : segment.stop]
+    mask, causal = _segment_mask(segment, past, q)
     stop = past + segment.stop
-    keys, values = k[:, :, :stop], v[:, :, :stop]
-    if not segment.causal or queries.shape[2] == 1:
-        return F.scaled_dot_product_attention(queries, keys, values)
-    if past + segment.start == 0:
-        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=_causal_tail_mask(segment, past, q.device))
+    queries, keys, values = q[:, :, segment.start : segment.stop], k[:, :, :stop], v[:, :, :stop]
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal)
 
 
 class _PrefixAttention(torch.autograd.Function):
@@ -129,7 +126,7 @@ class _PrefixAttention(torch.autograd.Function):
         query, key, value = q.float(), k.float(), v.float()
         for segment in segments:
             rows = slice(segment.start, segment.stop)
-            causal, mask = _cpu_mask(segment)
+            mask, causal = _segment_mask(segment, 0, query)
             part, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 query[:, :, rows], key[:, :, : segment.stop], value[:, :, : segment.stop], 0.0, causal, attn_mask=mask
             )
@@ -147,7 +144,7 @@ class _PrefixAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for segment, logsumexp in zip(ctx.segments, logsumexps, strict=True):  # type: ignore[attr-defined]
             rows = slice(segment.start, segment.stop)
-            causal, mask = _cpu_mask(segment)
+            mask, causal = _segment_mask(segment, 0, q)
             dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad_out[:, :, rows],
                 q[:, :, rows],
@@ -165,15 +162,6 @@ class _PrefixAttention(torch.autograd.Function):
         return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype), None
 
 
-def _cpu_mask(segment: Segment) -> tuple[bool, Tensor | None]:
-    if not segment.causal or segment.stop - segment.start == 1:
-        return False, None
-    if segment.start == 0:
-        return True, None
-    allowed = _causal_tail_mask(segment, 0, torch.device("cpu"))
-    return False, torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
-
-
 @dataclass
 class KVCache:
     """Preallocated keys and values of several documents, each with its own length.
@@ -181,14 +169,9 @@ class KVCache:
     ``lengths[i]`` tokens of row i are valid; :meth:`truncate` takes tokens back without touching memory.
     """
 
-    keys: list[Float[Tensor, "rows kv_heads capacity head_dim"]]  # one per layer
-    values: list[Float[Tensor, "rows kv_heads capacity head_dim"]]
-    lengths: list[int] = field(default_factory=list)
-
-    @property
-    def capacity(self) -> int:
-        """Most tokens a row can hold."""
-        return int(self.keys[0].shape[2])
+    keys: Float[Tensor, "layers rows kv_heads capacity head_dim"]
+    values: Float[Tensor, "layers rows kv_heads capacity head_dim"]
+    lengths: list[int]
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget tokens from the end so that row i holds ``lengths[i]``.
@@ -216,24 +199,16 @@ class KVCache:
         start = 0
         for row, layout in enumerate(layouts):
             past, stop = self.lengths[row], start + layout.length
-            if past + layout.length > self.capacity:
-                raise ValueError(f"row {row} needs {past + layout.length} tokens, the cache holds {self.capacity}")
-            keys, values = self.keys[layer][row], self.values[layer][row]
-            keys[:, past : past + layout.length] = key[start:stop].transpose(0, 1)
-            values[:, past : past + layout.length] = value[start:stop].transpose(0, 1)
+            end, capacity = past + layout.length, self.keys.shape[3]
+            if end > capacity:
+                raise ValueError(f"row {row} needs {end} tokens, the cache holds {capacity}")
+            keys, values = self.keys[layer, row], self.values[layer, row]
+            keys[:, past:end] = key[start:stop].transpose(0, 1)
+            values[:, past:end] = value[start:stop].transpose(0, 1)
             q = query[start:stop].transpose(0, 1)[None]
-            end = past + layout.length
             k, v = (_expand_heads(x[None, :, :end], q.shape[1]) for x in (keys, values))
             for segment in layout.segments:
                 part = _attend_segment(q, k, v, segment, past)
                 out[start + segment.start : start + segment.stop] = part[0].transpose(0, 1)
             start = stop
         return out
-
-
-def new_cache(*, num_layers: int, rows: int, num_kv_heads: int, capacity: int, head_dim: int, like: Tensor) -> KVCache:
-    """An empty cache on the device and in the dtype of ``like``."""
-    shape = (rows, num_kv_heads, capacity, head_dim)
-    keys = [like.new_zeros(shape) for _ in range(num_layers)]
-    values = [like.new_zeros(shape) for _ in range(num_layers)]
-    return KVCache(keys=keys, values=values, lengths=[0] * rows)

@@ -53,7 +53,6 @@ class ModelInfo:
     unknown: dict[str, Any] = field(default_factory=dict)  # keys that other programs added, kept as they are
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         if any(size < 1 for shape in self.shapes for size in shape):
             raise ValueError(f"shapes must be positive (t, h, w), got {list(self.shapes)}")
         if self.fps is not None and not 0 < self.fps < math.inf:
@@ -94,6 +93,7 @@ def save_checkpoint(
     model: Decoder,
     vocabulary: Vocabulary,
     *,
+    state: dict[str, Tensor] | None = None,
     info: ModelInfo | None = None,
     text_tokenizer: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
@@ -104,6 +104,7 @@ def save_checkpoint(
         path: the folder; replaced where it holds a checkpoint already.
         model: weights are written in their own dtype.
         vocabulary: stored with the model.
+        state: weights gathered elsewhere (ZeRO-3), in place of the model's own.
         info: how it was trained and is best sampled.
         text_tokenizer: text of the JSON file of the tokenizer that prompts need; kept beside the weights.
         max_shard_bytes: weights beyond this are split into several files with an index.
@@ -112,29 +113,7 @@ def save_checkpoint(
         ValueError: if vocabulary and model differ in size.
         FileExistsError: if ``path`` is a folder that holds something else.
     """
-    state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-    save_state(
-        path,
-        state,
-        model.config,
-        vocabulary,
-        info=info,
-        text_tokenizer=text_tokenizer,
-        max_shard_bytes=max_shard_bytes,
-    )
-
-
-def save_state(
-    path: str | os.PathLike[str],
-    state: dict[str, Tensor],
-    config: ModelConfig,
-    vocabulary: Vocabulary,
-    *,
-    info: ModelInfo | None = None,
-    text_tokenizer: str | None = None,
-    max_shard_bytes: int = 5_000_000_000,
-) -> None:
-    """As :func:`save_checkpoint`, from a state dict gathered elsewhere (ZeRO-3)."""
+    config = model.config
     if config.vocab_size != vocabulary.vocab_size:
         raise ValueError(f"the model has {config.vocab_size} token rows, the vocabulary {vocabulary.vocab_size} ids")
     target = Path(path)
@@ -143,7 +122,7 @@ def save_state(
     target.parent.mkdir(parents=True, exist_ok=True)
     section = {
         "format_version": FORMAT_VERSION,
-        "vocabulary": vocabulary.to_dict(),
+        "vocabulary": asdict(vocabulary),
         "rope": config.rope,
         "position_scale": list(config.position_scale),
         "info": (info or ModelInfo()).to_dict(),
@@ -152,23 +131,19 @@ def save_state(
     building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         building.chmod(0o755)
-        _write_weights(building, state, max_shard_bytes)
+        _write_weights(building, model.state_dict() if state is None else state, max_shard_bytes)
         (building / CONFIG_FILE).write_text(json.dumps(raw, indent=2) + "\n")
         if text_tokenizer is not None:
             (building / TEXT_TOKENIZER_FILE).write_text(text_tokenizer, encoding="utf-8")
-        _replace_folder(building, target)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+            target.rename(old / "old")
+            building.rename(target)
+            shutil.rmtree(old)
+        else:
+            building.rename(target)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-
-
-def _replace_folder(new: Path, target: Path) -> None:
-    if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-        target.rename(old / "old")
-        new.rename(target)
-        shutil.rmtree(old)
-    else:
-        new.rename(target)
 
 
 def _write_weights(folder: Path, state: dict[str, Tensor], max_shard_bytes: int) -> None:
@@ -178,7 +153,7 @@ def _write_weights(folder: Path, state: dict[str, Tensor], max_shard_bytes: int)
         if shards[-1] and size + tensor.nbytes > max_shard_bytes:
             shards.append({})
             size = 0
-        shards[-1][key] = tensor
+        shards[-1][key] = tensor.detach().cpu().contiguous()
         size += tensor.nbytes
     metadata = {"format": "pt"}
     if len(shards) == 1:
@@ -213,31 +188,22 @@ def read_config(path: str | os.PathLike[str]) -> tuple[ModelConfig, Vocabulary, 
         raise ValueError(f"{file} is not valid JSON ({error})") from error
     config = from_release_config(raw)
     try:
-        section = _read_section(raw.get("lumos"))
+        config, vocabulary, info = _read_section(raw.get("lumos"), config)
     except KeyError as error:
         raise ValueError(f"{file}: the section lumos lacks {error}; was it written by `lumos train`?") from error
     except ValueError as error:
         raise ValueError(f"{file}: lumos: {error}") from error
-    vocabulary = section.vocabulary
     if config.vocab_size != vocabulary.vocab_size:
         raise ValueError(f"{file}: vocab_size {config.vocab_size} does not fit a vocabulary of {vocabulary.vocab_size}")
-    return replace(config, **section.model), vocabulary, section.info
+    return config, vocabulary, info
 
 
-@dataclass(frozen=True)
-class _Section:
-    """The section ``lumos`` of a ``config.json``."""
-
-    vocabulary: Vocabulary
-    info: ModelInfo
-    model: dict[str, Any] = field(default_factory=dict)  # of the model config, what the release has no keys for
-
-
-def _read_section(raw: Any) -> _Section:
+def _read_section(raw: Any, config: ModelConfig) -> tuple[ModelConfig, Vocabulary, ModelInfo]:
+    """What the section ``lumos`` adds to the release's own keys."""
     # A released checkpoint brings no section of ours; it was trained with the question as its prompt.
     released = ModelInfo(prompt_template="lumos1")
     if raw is None:
-        return _Section(Vocabulary.lumos1(), released)
+        return config, Vocabulary.lumos1(), released
     version = raw["format_version"]
     if version > FORMAT_VERSION:
         raise ValueError(
@@ -248,8 +214,8 @@ def _read_section(raw: Any) -> _Section:
         info = ModelInfo.from_dict(raw["extra"]) if raw.get("extra") else released
     else:
         info = ModelInfo.from_dict(raw["info"])
-    model = {"rope": raw["rope"], "position_scale": tuple(raw["position_scale"])}
-    return _Section(Vocabulary.from_dict(raw["vocabulary"]), info, model)
+    config = replace(config, rope=raw["rope"], position_scale=tuple(raw["position_scale"]))
+    return config, Vocabulary(**raw["vocabulary"]), info
 
 
 def load_checkpoint(
@@ -274,8 +240,7 @@ def check_weights(path: str | os.PathLike[str]) -> None:
     """Read a checkpoint folder's weights and compare names and shapes with its config, keeping nothing.
 
     Raises:
-        FileNotFoundError: as :func:`load_checkpoint`.
-        ValueError: likewise.
+        FileNotFoundError, ValueError: as :func:`load_checkpoint`.
     """
     with torch.device("meta"):
         model = Decoder(read_config(path)[0])

@@ -51,7 +51,6 @@ class VideoSize:
         return num_latent_frames(self.num_frames), self.height // CELL, self.width // CELL
 
     def __str__(self) -> str:
-        """For messages."""
         return f"{self.width}x{self.height}, {self.num_frames} frames at {self.fps:g} fps"
 
 

@@ -1,6 +1,6 @@
 """Frozen configuration of the model, the training mask and the sampler, with the named sizes as functions."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 RopeKind = Literal["1d", "3d", "m", "mm"]
@@ -39,7 +39,6 @@ class ModelConfig:
     max_seq_len: int = 32768  # longest sequence, in tokens
 
     def __post_init__(self) -> None:
-        """Check that the sizes fit together."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         require(
@@ -78,7 +77,6 @@ class MaskConfig:
     min_ratio: float = 0.7  # lower clip of cos(pi * u / 2), in (0, 1]
 
     def __post_init__(self) -> None:
-        """Check the range of the ratio."""
         require(0.0 < self.min_ratio <= 1.0, f"min_ratio must be in (0, 1], got {self.min_ratio}")
 
 
@@ -104,7 +102,6 @@ class SamplingConfig:
     release_given_frames: bool = False  # show given frames unmasked in the history, as the release does
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         require(self.num_steps >= 1, f"num_steps must be at least 1, got {self.num_steps}")
         require(
             0.0 <= self.guidance_scale <= 1000.0,  # beyond, float32 logits would overflow
@@ -148,8 +145,8 @@ def from_release_config(raw: dict[str, Any]) -> ModelConfig:
     if "head_dim" not in known and {"hidden_size", "num_heads"} <= known.keys():
         known["head_dim"] = known["hidden_size"] // known["num_heads"]
     known.setdefault("num_kv_heads", known.get("num_heads"))
-    needed = {f.name for f in fields(ModelConfig)} & {"vocab_size", "hidden_size", "intermediate_size"}
-    missing = sorted(_HF_NAMES[name] for name in needed | {"num_layers", "num_heads"} if name not in known)
+    needed = {"vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"}
+    missing = sorted(_HF_NAMES[name] for name in needed - known.keys())
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}; is this a Lumos-1 checkpoint?")
     return ModelConfig(**known)
@@ -180,20 +177,13 @@ def lumos_3b() -> ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """Which video tokenizer to load.
+    """Which video tokenizer to load."""
 
-    Attributes:
-        kind: "fsq" (our own) or "cosmos" (JIT files of NVIDIA's Cosmos tokenizer).
-        path: The weights: an .safetensors file for fsq, None for those in the package; a folder with encoder.jit and
-            decoder.jit for cosmos.
-        device: Where it computes, as torch names devices.
-    """
-
-    kind: Literal["fsq", "cosmos"] = "fsq"
+    kind: Literal["fsq", "cosmos"] = "fsq"  # our own, or the JIT files of NVIDIA's Cosmos tokenizer
+    # Its weights: for fsq a .safetensors file, None for those in the package; for cosmos a folder with encoder.jit and
+    # decoder.jit.
     path: str | None = None
-    device: str = "cpu"
+    device: str = "cpu"  # where it computes, as torch names devices
 
     def __post_init__(self) -> None:
-        """Check that the kind is known and has its files named."""
-        if self.kind not in ("fsq", "cosmos"):
-            raise ValueError(f"kind is {self.kind!r}; known tokenizers: fsq, cosmos")
+        require(self.kind in ("fsq", "cosmos"), f"kind is {self.kind!r}; known tokenizers: fsq, cosmos")

@@ -14,10 +14,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lumos.attention import Backend, KVCache, attend, new_cache
+from lumos.attention import Backend, KVCache, attend
 from lumos.config import ModelConfig
 from lumos.layout import SequenceLayout
-from lumos.rope import batch_tables, rotary_tables, rotate
+from lumos.rope import position_ids, rotary_tables, rotate
 
 # On CPU a matrix product over 1, 2, 3, 5 or 7 rows takes another path than the same rows inside a larger one and
 # differs in the last bits; whole groups of 8 rows do not, so cached passes are padded to them.
@@ -170,8 +170,8 @@ class Decoder(nn.Module):
         longest = max(layout.length for layout in layouts)
         if longest > self.config.max_seq_len:
             raise ValueError(f"a document of {longest} tokens is longer than max_seq_len {self.config.max_seq_len}")
-        cos, sin = batch_tables(layouts, self.config, ids.device)
-        return self._run(ids, _Pass(cos, sin, layouts, None, self.attention_backend))
+        positions = torch.cat([position_ids(layout, self.config) for layout in layouts])
+        return self._run(ids, layouts, positions.to(ids.device), None)
 
     def forward_cached(
         self,
@@ -180,30 +180,21 @@ class Decoder(nn.Module):
         positions: Int64[Tensor, "tokens 3"],
         cache: KVCache,
     ) -> Float[Tensor, "tokens channels"]:
-        """Hidden states of tokens appended to the rows of a cache.
+        """Hidden states of tokens appended to the rows of a cache, which keeps their keys and values.
 
-        Args:
-            ids: packed new tokens of all rows.
-            layouts: layout of the new tokens alone, one per row of the cache.
-            positions: their positions in the whole document (``rope.position_ids``).
-            cache: keys and values of what came before; the new tokens are added to it.
+        There is one layout per row, of the new tokens alone; their positions are those in the whole document
+        (``rope.position_ids``).
         """
         self._check(ids, layouts)
-        cos, sin = rotary_tables(positions, self.config)
-        hidden = self._run(ids, _Pass(cos, sin, layouts, cache, self.attention_backend))
+        hidden = self._run(ids, layouts, positions, cache)
         cache.lengths = [past + layout.length for past, layout in zip(cache.lengths, layouts, strict=True)]
         return hidden
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty cache for ``rows`` documents of at most ``capacity`` tokens."""
-        return new_cache(
-            num_layers=self.config.num_layers,
-            rows=rows,
-            num_kv_heads=self.config.num_kv_heads,
-            capacity=capacity,
-            head_dim=self.config.head_dim,
-            like=self.lm_head.weight,
-        )
+        shape = (self.config.num_layers, rows, self.config.num_kv_heads, capacity, self.config.head_dim)
+        weight = self.lm_head.weight
+        return KVCache(weight.new_zeros(shape), weight.new_zeros(shape), lengths=[0] * rows)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw weights: normal, std 0.02, with residual outputs scaled down by the depth; norms at identity."""
@@ -221,8 +212,10 @@ class Decoder(nn.Module):
         if expected != len(ids) or not layouts:
             raise ValueError(f"{len(layouts)} layouts of {expected} tokens in all do not fit {len(ids)} token ids")
 
-    def _run(self, ids: Tensor, shared: _Pass) -> Tensor:
-        padding = -len(ids) % _ROW_MULTIPLE if shared.cache is not None else 0
+    def _run(self, ids: Tensor, layouts: Sequence[SequenceLayout], positions: Tensor, cache: KVCache | None) -> Tensor:
+        cos, sin = rotary_tables(positions, self.config)
+        shared = _Pass(cos, sin, layouts, cache, self.attention_backend)
+        padding = -len(ids) % _ROW_MULTIPLE if cache is not None else 0
         x = self.model.embed_tokens(F.pad(ids, (0, padding)) if padding else ids)
         for block in self.model.layers:
             if self.checkpoint_activations and torch.is_grad_enabled():

@@ -41,22 +41,20 @@ class RequestEncoder:
                         f"{name} is not given and the model {self.folder.path} names no size it was trained on"
                     )
                 values[name] = getattr(self.folder.default_size, name)
-        size = VideoSize(**values)
-        self._check_pixels("width", size.width)
-        self._check_pixels("height", size.height)
-        self._check_frames(size.num_frames, size.fps)
-        return size
+        self._check_pixels("width", values["width"])
+        self._check_pixels("height", values["height"])
+        self._check_frames(values["num_frames"], values["fps"])
+        return VideoSize(**values)
 
     def _check_pixels(self, name: str, value: int) -> None:
-        unit = self.folder.vocabulary.grid_unit
+        unit, limit = self.folder.vocabulary.grid_unit, self.folder.vocabulary.max_number
         if value < 1 or value % unit:
             below = max(unit, value - value % unit)
             raise ValueError(
                 f"{name} {value} is not a multiple of {unit} px, the model's grid unit: use {below} or {below + unit}"
             )
-        largest = unit * self.folder.vocabulary.max_number
-        if value > largest:
-            raise ValueError(f"{name} {value} is more than the {largest} px the model can write")
+        if value > unit * limit:
+            raise ValueError(f"{name} {value} is more than the {unit * limit} px the model can write")
 
     def _check_frames(self, num_frames: int, fps: float) -> None:
         num_latent_frames(num_frames)
@@ -71,37 +69,22 @@ class RequestEncoder:
     def encode(
         self, prompt: str, *, size: VideoSize, seed: int, sampling: SamplingConfig, given: np.ndarray | None = None
     ) -> GenerationRequest:
-        """The request as the sampler takes it.
+        """The request as the sampler takes it, with the template around the prompt that the model was trained with.
 
-        Args:
-            prompt: the caption; the template that the model was trained with is put around it.
-            size: of the whole video, given frames included.
-            seed: of the draws.
-            sampling: how to draw.
-            given: codes [t, h, w] of frames to continue.
+        ``size`` is that of the whole video, ``given`` codes [t, h, w] of the frames to continue, if any.
 
         Raises:
             ValueError: if the prompt is empty, or prompt and video are longer than the model's context.
         """
         if not prompt.strip():
             raise ValueError("the prompt is empty")
-        text = prompt_text(
-            self.folder.prompt_template,
-            prompt,
-            width=size.width,
-            height=size.height,
-            num_frames=size.num_frames,
-            fps=size.fps,
-        )
-        text_ids = self._text.encode(text)
-        t, h, w = size.latent_shape
-        header = header_tokens(self.folder.vocabulary, text_ids, num_latents=t, fps=size.fps)
-        length = video_layout(len(header), num_latents=t, rows=h, cols=w).length
+        text_ids = self._text.encode(prompt_text(self.folder.prompt_template, prompt, size))
+        shape = size.latent_shape
+        header = header_tokens(self.folder.vocabulary, text_ids, num_latents=shape[0], fps=size.fps)
+        length = video_layout(len(header), shape).length
         if length > self.folder.config.max_seq_len:
             raise ValueError(
                 f"{size} and a prompt of {len(text_ids)} tokens make {length} tokens, the model takes "
                 f"{self.folder.config.max_seq_len}: use a shorter prompt, fewer frames or a smaller size"
             )
-        return GenerationRequest(
-            text_ids=text_ids, shape=size.latent_shape, fps=size.fps, seed=seed, config=sampling, given=given
-        )
+        return GenerationRequest(text_ids=text_ids, shape=shape, fps=size.fps, seed=seed, config=sampling, given=given)

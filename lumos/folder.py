@@ -51,12 +51,7 @@ def open_folder(
 ) -> ModelFolder:
     """Inspect a folder that `lumos train` exported, or one of a released Lumos-1 checkpoint.
 
-    Args:
-        path: the folder.
-        prompt_template: None is the one the model was trained with.
-        text_tokenizer: a Hugging Face tokenizers JSON; None is text_tokenizer.json in the folder.
-        tokenizer: weights of the video tokenizer; None is the one in the package.
-        tokenizer_kind: None is the kind that the model was trained with; for a released one cosmos.
+    The arguments are those of :func:`lumos.api.load`.
 
     Raises:
         FileNotFoundError: if the folder or a tokenizer is missing.

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from lumos.compression import CELL, num_source_frames
+from lumos.compression import CELL, VideoSize, num_source_frames
 from lumos.vocabulary import Vocabulary
 
 FRAME_HEADER = 3  # frame start, height token, width token
+TAIL = 2  # tokens of a training sample after its last frame: video end, turn end
 PromptTemplate = Literal["caption", "lumos1"]
 
 
@@ -58,18 +59,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """Spans of one document of ``length`` tokens; hashable, so documents of one layout can be attended together."""
+    """Spans of one document of ``length`` tokens. Documents of equal layouts can be attended together."""
 
     length: int
     frames: tuple[FrameSpan, ...] = ()
-
-    def __hash__(self) -> int:
-        """Hash of the spans, computed once: layouts are dictionary keys in the inner loop."""
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash((self.length, self.frames))
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -94,57 +87,50 @@ class SequenceLayout:
         Raises:
             ValueError: if frames differ in size.
         """
-        return _grid_index(self.frames, visual_only=False)
+        if not self.frames:
+            return torch.zeros(0, 0, dtype=torch.int64)
+        sizes = {(frame.rows, frame.cols) for frame in self.frames}
+        if len(sizes) > 1:
+            raise ValueError(f"frames of one document must have one size, got {sorted(sizes)}")
+        starts = torch.tensor([frame.grid_start for frame in self.frames])
+        return starts[:, None] + torch.arange(self.frames[0].grid_size)
 
-    @cached_property
+    @property
     def visual_index(self) -> Int64[Tensor, "frames codes"]:
-        """Index of every visual token, row ends left out. All frames must have one size.
-
-        Raises:
-            ValueError: if frames differ in size.
-        """
-        return _grid_index(self.frames, visual_only=True)
-
-
-@lru_cache(maxsize=4096)
-def _grid_index(frames: tuple[FrameSpan, ...], *, visual_only: bool) -> Tensor:
-    if not frames:
-        return torch.zeros(0, 0, dtype=torch.int64)
-    if len({(f.rows, f.cols) for f in frames}) > 1:
-        raise ValueError(f"frames of one document must have one size, got {sorted({(f.rows, f.cols) for f in frames})}")
-    first = frames[0]
-    cells = torch.arange(first.grid_size).reshape(first.rows, first.cols + 1)
-    cells = cells[:, : first.cols] if visual_only else cells
-    starts = torch.tensor([f.grid_start for f in frames])
-    return starts[:, None] + cells.reshape(1, -1)
+        """Index of every visual token: :attr:`grid_index` without the row ends."""
+        if not self.frames:
+            return self.grid_index
+        cells = self.grid_index.reshape(len(self.frames), self.frames[0].rows, -1)
+        return cells[:, :, :-1].flatten(1)
 
 
-def prompt_text(template: PromptTemplate, caption: str, *, width: int, height: int, num_frames: int, fps: float) -> str:
+def prompt_text(template: PromptTemplate, caption: str, size: VideoSize) -> str:
     """The text in front of a video: the caption alone, or the question that the Lumos-1 release asks."""
     if template == "caption":
         return caption
     if template == "lumos1":
         return (
-            f"Generate a video with a resolution of {width}x{height}, consisting of {num_frames} frames at "
-            f"{round(fps)} frames per second, according to the following prompt:\n {caption}"
+            f"Generate a video with a resolution of {size.width}x{size.height}, consisting of {size.num_frames} frames "
+            f"at {round(size.fps)} frames per second, according to the following prompt:\n {caption}"
         )
     raise ValueError(f"unknown prompt template {template!r}; known: caption, lumos1")
 
 
-def frame_tokens(vocabulary: Vocabulary, codes: np.ndarray | None, rows: int, cols: int) -> Int64[Tensor, " length"]:
-    """Tokens of one frame: markup around codes [rows, cols], or around mask tokens where ``codes`` is None."""
-    grid = torch.full((rows, cols + 1), vocabulary.row_end, dtype=torch.int64)
-    if codes is None:
-        grid[:, :cols] = vocabulary.mask
-    else:
-        grid[:, :cols] = torch.from_numpy(codes.astype(np.int64)) + vocabulary.visual_start
+def frame_tokens(vocabulary: Vocabulary, cells: np.ndarray) -> Int64[Tensor, " length"]:
+    """Tokens of one frame: markup around the ids [rows, cols] of its cells.
+
+    Raises:
+        ValueError: if the frame is not a whole number of grid units, or larger than the vocabulary can write.
+    """
+    rows, cols = cells.shape
     unit = vocabulary.cells_per_unit
     if rows % unit or cols % unit:
         raise ValueError(
             f"a frame of {cols * CELL}x{rows * CELL} px is not a whole number of {vocabulary.grid_unit} px grid units"
         )
     header = [vocabulary.frame_start, vocabulary.number(rows // unit), vocabulary.number(cols // unit)]
-    return torch.cat([torch.tensor(header), grid.reshape(-1), torch.tensor([vocabulary.frame_end])])
+    grid = np.pad(cells, ((0, 0), (0, 1)), constant_values=vocabulary.row_end)
+    return torch.from_numpy(np.concatenate([header, grid.ravel(), [vocabulary.frame_end]]))
 
 
 def header_tokens(
@@ -181,23 +167,18 @@ def build_sequence(
     """
     if codes.ndim != 3:
         raise ValueError(f"codes must have the shape [t, h, w], got {list(codes.shape)}")
-    if codes.size and not (int(codes.min()) >= 0 and int(codes.max()) < vocabulary.codebook_size):
-        raise ValueError(
-            f"codes reach from {codes.min()} to {codes.max()}, outside 0..{vocabulary.codebook_size - 1}: "
-            "were they made by another visual tokenizer?"
-        )
     header = header_tokens(vocabulary, text_ids, num_latents=len(codes), fps=fps, drop_text=drop_text)
-    _, rows, cols = codes.shape
-    frames = [frame_tokens(vocabulary, frame, rows, cols) for frame in codes]
+    frames = [frame_tokens(vocabulary, cells) for cells in vocabulary.visual(codes)]
     ids = torch.cat([header, *frames, torch.tensor([vocabulary.video_end, vocabulary.turn_end])])
-    return ids, video_layout(len(header), num_latents=len(codes), rows=rows, cols=cols, tail=2)
+    return ids, video_layout(len(header), codes.shape, tail=TAIL)
 
 
-def video_layout(header: int, *, num_latents: int, rows: int, cols: int, tail: int = 0) -> SequenceLayout:
-    """Layout of ``header`` tokens, ``num_latents`` frames of rows x cols codes, and ``tail`` tokens."""
-    frame_length = rows * (cols + 1) + FRAME_HEADER + 1
-    frames = tuple(FrameSpan(header + i * frame_length, rows, cols) for i in range(num_latents))
-    return SequenceLayout(length=header + num_latents * frame_length + tail, frames=frames)
+def video_layout(header: int, shape: tuple[int, int, int], *, tail: int = 0) -> SequenceLayout:
+    """Layout of ``header`` tokens, frames of codes of the shape (t, h, w), and ``tail`` tokens."""
+    t, h, w = shape
+    length = FrameSpan(0, h, w).length
+    frames = tuple(FrameSpan(header + i * length, h, w) for i in range(t))
+    return SequenceLayout(length=header + t * length + tail, frames=frames)
 
 
 def parse(vocabulary: Vocabulary, ids: Sequence[int] | np.ndarray | Tensor) -> SequenceLayout:

@@ -28,7 +28,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         normalisers = torch.empty_like(losses)
-        for rows in _chunks(len(hidden), chunk_rows):
+        for start in range(0, len(hidden), chunk_rows):
+            rows = slice(start, start + chunk_rows)
             logits = F.linear(hidden[rows], weight).float()
             normalisers[rows] = logits.logsumexp(-1)
             losses[rows] = normalisers[rows] - logits.gather(-1, targets[rows, None]).squeeze(-1)
@@ -43,7 +44,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden, weight, targets, normalisers = ctx.saved_tensors  # type: ignore[attr-defined]
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for rows in _chunks(len(hidden), ctx.chunk_rows):  # type: ignore[attr-defined]
+        for start in range(0, len(hidden), ctx.chunk_rows):  # type: ignore[attr-defined]
+            rows = slice(start, start + ctx.chunk_rows)  # type: ignore[attr-defined]
             logits = F.linear(hidden[rows], weight).float()
             grad = (logits - normalisers[rows, None]).exp_()
             grad *= (grad_losses[rows] + grad_normalisers[rows])[:, None]
@@ -52,10 +54,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_hidden[rows] = grad @ weight
             grad_weight += grad.T @ hidden[rows]
         return grad_hidden, grad_weight.to(weight.dtype), None, None
-
-
-def _chunks(length: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def cross_entropy_rows(
@@ -109,13 +107,8 @@ def masked_visual_loss(
 ) -> VisualLoss:
     """Cross entropy over the codebook at masked visual positions; position i predicts its own token (no shift).
 
-    Args:
-        hidden: hidden states of the masked sequence.
-        head_weight: the whole head; only its visual rows are used.
-        ids: the *unmasked* tokens.
-        masked_positions: where the mask token was put.
-        layouts: one per document.
-        vocabulary: where visual ids begin.
+    ``hidden`` is of the masked sequence, ``ids`` are the *unmasked* tokens, and ``masked_positions`` is where the mask
+    token was put. Of the head only the visual rows are used.
 
     Raises:
         ValueError: if no visual token is masked.
@@ -126,15 +119,13 @@ def masked_visual_loss(
     rows = slice(vocabulary.visual_start, vocabulary.visual_start + vocabulary.codebook_size)
     targets = ids[selected] - vocabulary.visual_start
     losses, normalisers = cross_entropy_rows(hidden[selected], head_weight[rows], targets)
-    frames = torch.cat([_frame_of_token(layout) for layout in layouts]).to(ids.device)
-    return VisualLoss(losses, normalisers, frames[selected])
-
-
-def _frame_of_token(layout: SequenceLayout) -> Tensor:
-    frames = torch.zeros(layout.length, dtype=torch.int64)
-    for index, frame in enumerate(layout.frames):
-        frames[frame.start : frame.stop] = index
-    return frames
+    frame_index = torch.zeros_like(ids)
+    start = 0
+    for layout in layouts:
+        for index, frame in enumerate(layout.frames):
+            frame_index[start + frame.start : start + frame.stop] = index
+        start += layout.length
+    return VisualLoss(losses, normalisers, frame_index[selected])
 
 
 def text_loss(

@@ -60,12 +60,9 @@ def _uniform(generator: torch.Generator) -> float:
 def sample_masked_positions(
     layout: SequenceLayout, config: MaskConfig, generator: torch.Generator
 ) -> Bool[Tensor, " tokens"]:
-    """Draw which tokens of one document are masked.
+    """Draw which tokens of one document, whose frames have one size, are masked.
 
-    Args:
-        layout: the document; all its frames have one size.
-        config: kind and lowest ratio.
-        generator: the stream of this sample; timestep first, then cell scores.
+    From the generator, the stream of this sample, the timestep is drawn first, then cell scores.
     """
     index = layout.grid_index
     frames, cells = index.shape

@@ -5,8 +5,8 @@ token rotates by its index in the sequence. The variants differ in how frequenci
 whether positions are scaled per axis, and whether they start at the text's position or at zero.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int64
@@ -43,6 +43,7 @@ def frequency_axis(kind: RopeKind, num_frequencies: int) -> Int64[Tensor, " freq
     return groups if VARIANTS[kind].interleaved else groups.sort().values
 
 
+@lru_cache(maxsize=256)
 def position_ids(layout: SequenceLayout, config: ModelConfig) -> Int64[Tensor, "tokens 3"]:
     """Position of every token along (t, h, w). Tokens off the grid have their sequence index on all three axes.
 
@@ -72,14 +73,6 @@ def rotary_tables(
     axis = frequency_axis(config.rope, half).to(device)
     angles = positions.to(torch.float32)[:, axis] * inv_freq
     return angles.cos(), angles.sin()
-
-
-def batch_tables(
-    layouts: Sequence[SequenceLayout], config: ModelConfig, device: torch.device
-) -> tuple[Float[Tensor, "tokens half"], Float[Tensor, "tokens half"]]:
-    """Tables of packed documents, each starting at position 0; equal layouts are computed once."""
-    unique = {layout: position_ids(layout, config) for layout in set(layouts)}
-    return rotary_tables(torch.cat([unique[layout] for layout in layouts]).to(device), config)
 
 
 def rotate(

@@ -8,6 +8,7 @@ masked (paper, AR-DF inference). A request's tokens depend on its own prompt, se
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lumos.config import SamplingConfig
 from lumos.decoder import Decoder
-from lumos.layout import FRAME_HEADER, FrameSpan, SequenceLayout, frame_tokens, header_tokens, video_layout
+from lumos.layout import FRAME_HEADER, SequenceLayout, frame_tokens, header_tokens, video_layout
 from lumos.rope import position_ids
 from lumos.vocabulary import Vocabulary
 
@@ -43,7 +44,6 @@ class GenerationRequest:
     given: np.ndarray | None = None  # codes [g, h, w] of frames to continue from, 0 < g < t
 
     def __post_init__(self) -> None:
-        """Check the shapes."""
         if min(self.shape) < 1:
             raise ValueError(f"a video needs at least one cell in (t, h, w), got {self.shape}")
         if self.given is not None and (
@@ -79,21 +79,12 @@ def num_remasked(num_slots: int, num_unknown: int, step: int, num_steps: int) ->
     return max(1, min(num_unknown - 1, scheduled))
 
 
-def gumbel_noise(uniform: Float[Tensor, " slots"]) -> Float[Tensor, " slots"]:
-    """Gumbel noise from uniform draws."""
-    return -(-uniform.clamp_min(1e-20).log()).clamp_min(1e-20).log()
-
-
 def remask(
     probabilities: Float[Tensor, " unknown"], gumbel: Float[Tensor, " unknown"], temperature: float, count: int
 ) -> Bool[Tensor, " unknown"]:
     """Which of the slots drawn in this step are masked again: those strictly less confident than the count-th.
 
-    Args:
-        probabilities: of the drawn tokens, after guidance.
-        gumbel: noise of each slot.
-        temperature: scale of the noise.
-        count: of ``num_remasked``.
+    Confidence is the log of a drawn token's probability, after guidance, plus noise scaled by the temperature.
     """
     confidence = probabilities.clamp_min(1e-20).log() + temperature * gumbel
     return confidence < confidence.sort().values[min(count, len(confidence) - 1)]
@@ -122,68 +113,63 @@ class GuidedBranches:
 
     def __init__(self, model: Decoder, vocabulary: Vocabulary, requests: Sequence[GenerationRequest]) -> None:
         self.model, self.vocabulary, self.requests = model, vocabulary, list(requests)
-        _, rows, cols = requests[0].shape
-        if len({request.shape for request in requests}) > 1:
-            raise ValueError(f"requests of one batch must share a shape, got {sorted({r.shape for r in requests})}")
-        self.frame = SequenceLayout(length=(frame := FrameSpan(0, rows, cols)).length, frames=(frame,))
+        self.frame = video_layout(0, (1, *requests[0].shape[1:]))
         self.slots = self.frame.visual_index[0]
         visual = slice(vocabulary.visual_start, vocabulary.visual_start + vocabulary.codebook_size)
         self.device = model.lm_head.weight.device
         self.head = model.lm_head.weight[visual].float()
         guided = [i for i, request in enumerate(requests) if request.config.guidance_scale != 1.0]
-        self.rows = [(i, False) for i in range(len(requests))] + [(i, True) for i in guided]
-        self.unconditional_row = {i: len(requests) + k for k, i in enumerate(guided)}
+        self.rows = [*range(len(requests)), *guided]  # the request of each row of the cache
+        unconditional = {i: len(requests) + row for row, i in enumerate(guided)}
+        self.unconditional = torch.tensor([unconditional.get(i, i) for i in range(len(requests))], device=self.device)
         self._prefill()
 
     def _prefill(self) -> None:
-        contexts = [self.context(self.requests[i], drop_text=drop) for i, drop in self.rows]
-        num_latents = self.requests[0].shape[0]
-        whole = [
-            video_layout(
-                header, num_latents=num_latents, rows=self.frame.frames[0].rows, cols=self.frame.frames[0].cols
-            )
-            for _, header, _ in contexts
+        contexts = [
+            self.context(self.requests[i], drop_text=row >= len(self.requests)) for row, i in enumerate(self.rows)
         ]
+        whole = [video_layout(header, self.requests[0].shape) for _, header, _ in contexts]
         longest = max(layout.length for layout in whole)
         if longest > self.model.config.max_seq_len:
             raise ValueError(
                 f"prompt and video make {longest} tokens, the model takes {self.model.config.max_seq_len}: "
                 "shorten the prompt or ask for fewer frames or a smaller size"
             )
-        unique = {layout: position_ids(layout, self.model.config) for layout in set(whole)}
-        self.positions = [unique[layout].to(self.device) for layout in whole]
+        self.positions = [position_ids(layout, self.model.config).to(self.device) for layout in whole]
         self.cache = self.model.new_cache(len(self.rows), longest)
-        self._forward([ids for ids, _, _ in contexts], [layout for _, _, layout in contexts])
+        self._forward(torch.cat([ids for ids, _, _ in contexts]), [layout for _, _, layout in contexts])
 
     def context(self, request: GenerationRequest, *, drop_text: bool) -> tuple[Tensor, int, SequenceLayout]:
         """Tokens before the first frame to draw, length of their header, and their layout."""
         header = header_tokens(
             self.vocabulary, request.text_ids, num_latents=request.shape[0], fps=request.fps, drop_text=drop_text
         )
-        given = [] if request.given is None else [self._frame_of_codes(codes) for codes in request.given]
+        given: list[Tensor] = []
+        if request.given is not None:
+            given = [frame_tokens(self.vocabulary, cells) for cells in self.vocabulary.visual(request.given)]
         if not request.config.release_given_frames:
             given = [self.history(frame, request) for frame in given]
-        _, rows, cols = request.shape
-        layout = video_layout(len(header), num_latents=len(given), rows=rows, cols=cols)
+        layout = video_layout(len(header), (len(given), *request.shape[1:]))
         return torch.cat([header, *given]), len(header), layout
 
-    def _frame_of_codes(self, codes: np.ndarray) -> Tensor:
-        if codes.size and not (int(codes.min()) >= 0 and int(codes.max()) < self.vocabulary.codebook_size):
-            raise ValueError(f"given codes must be 0..{self.vocabulary.codebook_size - 1}, got up to {codes.max()}")
-        return frame_tokens(self.vocabulary, codes, *codes.shape)
-
-    def _forward(self, tokens: Sequence[Tensor], layouts: Sequence[SequenceLayout]) -> Tensor:
-        pasts = self.cache.lengths
+    def _forward(self, ids: Tensor, layouts: Sequence[SequenceLayout]) -> Tensor:
         positions = [
             table[past : past + layout.length]
-            for table, past, layout in zip(self.positions, pasts, layouts, strict=True)
+            for table, past, layout in zip(self.positions, self.cache.lengths, layouts, strict=True)
         ]
-        ids = torch.cat(list(tokens)).to(self.device)
-        return self.model.forward_cached(ids, layouts, torch.cat(positions), self.cache)
+        return self.model.forward_cached(ids.to(self.device), layouts, torch.cat(positions), self.cache)
 
     def _forward_frames(self, frames: Int64[Tensor, "requests length"]) -> Tensor:
-        tokens = [frames[i] for i, _ in self.rows]
-        return self._forward(tokens, [self.frame] * len(self.rows)).reshape(len(self.rows), self.frame.length, -1)
+        hidden = self._forward(frames[self.rows].flatten(), [self.frame] * len(self.rows))
+        return hidden.reshape(len(self.rows), self.frame.length, -1)
+
+    def frames(
+        self, codes: Int64[Tensor, "requests slots"], unknown: Bool[Tensor, "requests slots"]
+    ) -> Int64[Tensor, "requests length"]:
+        """Frame tokens of codes, with mask tokens in the unknown slots."""
+        cells = (codes + self.vocabulary.visual_start).masked_fill(unknown, self.vocabulary.mask)
+        grids = cells.reshape(-1, *self.requests[0].shape[1:]).numpy()
+        return torch.stack([frame_tokens(self.vocabulary, grid) for grid in grids])
 
     def hidden(
         self, frames: Int64[Tensor, "requests length"]
@@ -192,11 +178,10 @@ class GuidedBranches:
 
         Where a request has no guidance, the second is the first.
         """
-        lengths = list(self.cache.lengths)
+        lengths = self.cache.lengths
         hidden = self._forward_frames(frames)[:, self.slots.to(self.device)].float()
         self.cache.truncate(lengths)
-        other = torch.tensor([self.unconditional_row.get(i, i) for i in range(len(self.requests))], device=self.device)
-        return hidden[: len(self.requests)], hidden[other]
+        return hidden[: len(self.requests)], hidden[self.unconditional]
 
     def guided_logits(
         self, frames: Int64[Tensor, "requests length"], unknown: Bool[Tensor, "requests slots"]
@@ -214,8 +199,7 @@ class GuidedBranches:
 
     def history(self, frame: Int64[Tensor, " length"], request: GenerationRequest) -> Int64[Tensor, " length"]:
         """A finished frame as later frames see it: part of its grid masked, row ends included."""
-        span = self.frame.frames[0]
-        hidden_cells = history_mask_index(span.grid_size, request.config.history_ratio)
+        hidden_cells = history_mask_index(self.frame.frames[0].grid_size, request.config.history_ratio)
         frame = frame.clone()
         frame[FRAME_HEADER + hidden_cells] = self.vocabulary.mask
         return frame
@@ -251,10 +235,12 @@ def generate(
     """
     if not requests:
         return []
-    for what, values in {
-        "number of steps": {r.config.num_steps for r in requests},
-        "number of given frames": {r.num_given for r in requests},
-    }.items():
+    shared: dict[str, set[Any]] = {
+        "shape": {request.shape for request in requests},
+        "number of steps": {request.config.num_steps for request in requests},
+        "number of given frames": {request.num_given for request in requests},
+    }
+    for what, values in shared.items():
         if len(values) > 1:
             raise ValueError(f"requests of one batch must share the {what}, got {sorted(values)}")
     branches = GuidedBranches(model, vocabulary, requests)
@@ -268,7 +254,7 @@ def generate(
             if on_frame:
                 on_frame(request, index, video[-1])
         if index + 1 < num_latents:
-            branches.commit(_frames_of(branches, codes, torch.zeros_like(codes, dtype=torch.bool)))
+            branches.commit(branches.frames(codes, torch.zeros_like(codes, dtype=torch.bool)))
     return [np.stack(video) for video in videos]
 
 
@@ -282,7 +268,7 @@ class _Draws:
         self.temperature = self.config.temperature
 
     def begin_frame(self) -> None:
-        """Restore the temperature, which the release lets run down over the first frame and stay at 0."""
+        """Restore the temperature; the release lets it run down over the first frame and stay at 0."""
         if not self.config.release_temperature:
             self.temperature = self.config.temperature
 
@@ -294,21 +280,11 @@ class _Draws:
         """Which of the slots drawn in this step are masked again."""
         steps = self.config.num_steps
         self.temperature *= 1 - (step + 1) / steps
-        gumbel = gumbel_noise(self.uniform())[unknown]
+        gumbel = -(-self.uniform().clamp_min(1e-20).log()).clamp_min(1e-20).log()[unknown]
         if step + 1 == steps or not len(probabilities):
             return torch.zeros(len(probabilities), dtype=torch.bool)
         count = num_remasked(self.num_slots, len(probabilities), step, steps)
         return remask(probabilities, gumbel, self.temperature, count)
-
-
-def _frames_of(branches: GuidedBranches, codes: Tensor, unknown: Tensor) -> Tensor:
-    """Frame tokens [requests, length] of codes [requests, slots], with mask tokens in the unknown slots."""
-    span = branches.frame.frames[0]
-    frames = frame_tokens(branches.vocabulary, None, span.rows, span.cols).repeat(len(codes), 1)
-    frames[:, branches.slots] = (codes + branches.vocabulary.visual_start).masked_fill(
-        unknown, branches.vocabulary.mask
-    )
-    return frames
 
 
 def _draw_frame(branches: GuidedBranches, draws: Sequence[_Draws]) -> Int64[Tensor, "requests slots"]:
@@ -322,7 +298,7 @@ def _draw_frame(branches: GuidedBranches, draws: Sequence[_Draws]) -> Int64[Tens
         uniform = torch.cat([stream.uniform()[slots] for stream, slots in zip(draws, unknown, strict=True)])
         probabilities = uniform
         if len(uniform):
-            logits = branches.guided_logits(_frames_of(branches, codes, unknown), unknown)
+            logits = branches.guided_logits(branches.frames(codes, unknown), unknown)
             drawn, probabilities = (x.cpu() for x in draw_tokens(logits, uniform.to(logits.device)))
             codes[unknown] = drawn
         counts = unknown.sum(-1).tolist()

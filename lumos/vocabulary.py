@@ -1,7 +1,8 @@
 """The only home of token ids: the Lumos-1 layout, and compact layouts for small models and codebooks."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+
+import numpy as np
 
 from lumos.compression import CELL
 
@@ -35,7 +36,6 @@ class Vocabulary:
     text_vocab_size: int  # text ids are 0..text_vocab_size-1
 
     def __post_init__(self) -> None:
-        """Check that the ranges are disjoint and complete."""
         if self.visual_start + self.codebook_size > self.vocab_size:
             raise ValueError(
                 f"visual ids end at {self.visual_start + self.codebook_size}, beyond vocab_size {self.vocab_size}"
@@ -104,11 +104,15 @@ class Vocabulary:
             raise ValueError(f"number {value} is outside 0..{self.max_number}, the range this vocabulary can write")
         return self.number_base + value
 
-    def to_dict(self) -> dict[str, Any]:
-        """All ids as plain values for JSON."""
-        return asdict(self)
+    def visual(self, codes: np.ndarray) -> np.ndarray:
+        """Ids of visual codes.
 
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> "Vocabulary":
-        """Inverse of :meth:`to_dict`."""
-        return cls(**raw)
+        Raises:
+            ValueError: if a code is outside 0..codebook_size-1.
+        """
+        if codes.size and not (int(codes.min()) >= 0 and int(codes.max()) < self.codebook_size):
+            raise ValueError(
+                f"codes reach from {codes.min()} to {codes.max()}, outside 0..{self.codebook_size - 1}: "
+                "were they made by another visual tokenizer?"
+            )
+        return codes.astype(np.int64) + self.visual_start

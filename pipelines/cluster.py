@@ -4,8 +4,6 @@ import logging
 import os
 import re
 import socket
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +11,9 @@ from typing import Any
 # Ray reads these when it is imported or starts its processes, so they are set before.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its coming default; silences a warning per worker
+# Ray's core tells of every pool of actors, as an error, that what they are made with is in its store, as it always is
+# with Ray Data. What ends a job reaches the driver as an exception all the same. Ray says in one line that this is set.
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin starve the others on a busy machine
 
 import ray
@@ -26,8 +27,6 @@ _SPARE_CPUS = 4
 # What workers print would tear the progress bars apart (Ray Train's own helpers print every second where the dashboard
 # is off). Their errors reach the driver as exceptions; their output is in the logs of Ray's session folder.
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-
-_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 
 _ours = False  # whether the cluster was started by this process
 
@@ -62,47 +61,18 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
         yield
         return
     if is_joined():
-        with _quiet_core():
-            _join(os.environ["RAY_ADDRESS"])
+        _join(os.environ["RAY_ADDRESS"])
     else:
         # A token guards Ray's job API, which is off here: its warning would only puzzle.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         declared = num_cpus if num_cpus is not None else _cores() + _SPARE_CPUS
-        with _quiet_core():
-            ray.init(address="local", num_cpus=declared, include_dashboard=False, **_QUIET)
+        ray.init(address="local", num_cpus=declared, include_dashboard=False, **_QUIET)
         _ours = True
     try:
         yield
     finally:
         _ours = False
         ray.shutdown()
-
-
-@contextmanager
-def _quiet_core() -> Iterator[None]:
-    """Keep Ray's core from writing to the terminal, unless RAY_BACKEND_LOG_LEVEL says what is wanted.
-
-    It tells of every pool of actors, as an error, that what they are made with is in its store, as it always is with
-    Ray Data. Its level can be set when it starts alone, of which it tells as well: that line is left out of what is
-    written to stderr meanwhile. What ends a job still reaches the driver, as an exception.
-    """
-    if _LEVEL in os.environ:
-        yield
-        return
-    os.environ[_LEVEL] = "fatal"
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as written:
-        stderr = os.dup(2)
-        os.dup2(written.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            del os.environ[_LEVEL]
-            written.seek(0)
-            os.write(2, b"".join(line for line in written if _LEVEL.encode() not in line))
 
 
 def _join(address: str) -> None:
@@ -129,11 +99,8 @@ def cluster_cores() -> int:
 def lacking(processes: Sequence[Mapping[str, float]]) -> str:
     """What the cluster as it is now lacks to run processes side by side, each on one node.
 
-    Args:
-        processes: What each reserves: CPU, GPU, memory (bytes).
-
-    Returns:
-        For a person, as "36 CPU (there is 3)"; empty where nothing is lacking.
+    Each reserves CPU, GPU and memory (bytes). The answer is for a person, as "36 CPU (there is 3)", and empty where
+    nothing is lacking.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     found = []

@@ -53,15 +53,23 @@ def load_config(cls: type[ConfigT], source: str, overrides: Sequence[str] = ()) 
     """
     path = find_config(cls.KIND, source)
     try:
-        raw = _parse_yaml(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"config {path}: {error}") from error
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
         raise UserError(f"config {path}: expected a mapping of keys to values, found {_show(raw)}")
-    overridden = [_apply_override(raw, override) for override in overrides]
-    return _validate(cls, raw, str(path), overridden)
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        # JSON mode is strict about scalars yet reads lists into tuples and text into paths.
+        return TypeAdapter(cls).validate_json(json.dumps(raw), strict=True, extra="forbid")
+    except ValidationError as error:
+        lines = list(dict.fromkeys(_describe(cls, raw, detail) for detail in error.errors()))
+    changed = ", ".join(override.partition("=")[0].strip() for override in overrides)
+    where = f"config {path}" + (f" with overrides of {changed}" if changed else "")
+    raise UserError(f"{where}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{where}:", *lines]))
 
 
 def find_config(kind: str, source: str) -> Path:
@@ -170,53 +178,32 @@ for _tag, _pattern, _first in (
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
 
 
-def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_StrictLoader)
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> tuple[str, ...]:
-    """Set one ``key.path=value`` in place; returns the key path."""
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one ``key.path=value`` in place."""
     dotted, equals, text = override.partition("=")
-    keys = tuple(dotted.strip().split("."))
+    keys = dotted.strip().split(".")
     if not equals or not all(keys):
         raise UserError(f"override {override!r}: expected key.path=value, for example train.lr=1e-4")
     try:
-        value = _parse_yaml(text)
+        value = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r}: the value is not YAML ({error}); put text in quotes") from error
     holder: Any = raw
-    for depth, key in enumerate(keys):
-        where = ".".join(keys[:depth])
-        last = depth == len(keys) - 1
+    for depth, key in enumerate(keys, start=1):
+        where = ".".join(keys[: depth - 1])
+        index: Any = key
         if isinstance(holder, list):
             if not key.isdecimal() or int(key) >= len(holder):
                 raise UserError(f"override {override!r}: {where} has items 0 to {len(holder) - 1}, not {key!r}")
-            index: Any = int(key)
-        elif isinstance(holder, dict):
-            index = key
-            if not last and holder.get(key) is None:
-                holder[key] = {}
-        else:
+            index = int(key)
+        elif not isinstance(holder, dict):
             raise UserError(f"override {override!r}: {where} is {_show(holder)}, it has no keys of its own")
-        if last:
+        if depth == len(keys):
             holder[index] = value
-        else:
-            holder = holder[index]
-    return keys
-
-
-def _validate(cls: type[ConfigT], raw: dict[str, Any], path: str, overridden: list[tuple[str, ...]]) -> ConfigT:
-    try:
-        # JSON mode is strict about scalars yet reads lists into tuples and text into paths.
-        return TypeAdapter(cls).validate_json(json.dumps(raw), strict=True, extra="forbid")
-    except ValidationError as error:
-        lines = [_describe(cls, raw, detail) for detail in error.errors()]
-    changed = ", ".join(".".join(keys) for keys in overridden)
-    where = f"config {path}" + (f" with overrides of {changed}" if changed else "")
-    unique = list(dict.fromkeys(lines))
-    if len(unique) == 1:
-        raise UserError(f"{where}: {unique[0]}")
-    raise UserError(f"{where}:" + "".join(f"\n  {line}" for line in unique))
+            return
+        if isinstance(holder, dict) and holder.get(key) is None:
+            holder[key] = {}
+        holder = holder[index]
 
 
 def _describe(cls: type[Any], raw: Any, detail: ErrorDetails) -> str:

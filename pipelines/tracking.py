@@ -7,8 +7,8 @@ name, step, time and value.
 import logging
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,17 +61,14 @@ class TrackingStore:
             return self.uri
         return f"mlflow ui --backend-store-uri {shlex.quote(self.uri)}"
 
-    @contextmanager
-    def opening(self) -> Iterator[None]:
+    def opening(self) -> AbstractContextManager[Any]:
         """Within the block no other process makes the tables or experiments of a file: MLflow itself does not look.
 
         Later writes need no lock: SQLite has its own, for which MLflow waits 20 s.
         """
-        if not self.uri.startswith("sqlite:///"):
-            yield
-            return
-        with FileLock(f"{self.uri.removeprefix('sqlite:///')}.lock", timeout=_LOCK_SECONDS):
-            yield
+        if self.uri.startswith("sqlite:///"):
+            return FileLock(f"{self.uri.removeprefix('sqlite:///')}.lock", timeout=_LOCK_SECONDS)
+        return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -91,13 +88,9 @@ class Tracker:
     """
 
     def __init__(self, store: TrackingStore, *, experiment: str, key: str, run_name: str | None) -> None:
-        """Open the store and make or resume the run.
+        """Open the store, and make the run, or resume that of the key.
 
-        Args:
-            store: where it is.
-            experiment: name, made where it does not exist.
-            key: identifies the run among those of the experiment, whether or not its id was written down in time.
-            run_name: name of a new run.
+        The key identifies it among those of the experiment, whether or not its id was written down in time.
         """
         for noisy in ("alembic", "mlflow.store.db.utils"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -153,12 +146,9 @@ class Tracker:
         for first in range(0, len(metrics), _MAX_METRICS):
             self._client.log_batch(self.run_id, metrics=metrics[first : first + _MAX_METRICS])
 
-    def log_artifacts(self, path: Path, folder: str | None = None) -> None:
-        """Copy a file, or the files of a folder, to the run's artifacts."""
-        if path.is_dir():
-            self._client.log_artifacts(self.run_id, str(path), folder)
-        else:
-            self._client.log_artifact(self.run_id, str(path), folder)
+    def log_artifact(self, path: Path) -> None:
+        """Copy a file, or a folder with what is in it, to the run's artifacts under its own name."""
+        self._client.log_artifact(self.run_id, str(path))
 
     def finish(self) -> None:
         """End the run as finished."""

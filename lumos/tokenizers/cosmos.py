@@ -25,11 +25,7 @@ class CosmosTokenizer:
     """A `VideoTokenizer` over two TorchScript files; float32 on CPU, where they fail in bfloat16.
 
     Attributes:
-        kind: "cosmos".
-        codebook_size: 64,000.
-        compression: `lumos.compression.COMPRESSION`.
-        weights_hash: Hash of the two files' hashes.
-        file_hashes: "sha256:..." of each file.
+        file_hashes: "sha256:..." of each file; `weights_hash` is made of both.
     """
 
     kind = "cosmos"
@@ -37,12 +33,7 @@ class CosmosTokenizer:
     compression = COMPRESSION
 
     def __init__(self, folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
-        """Load both files.
-
-        Args:
-            folder: Holds encoder.jit and decoder.jit.
-            device: Where to compute.
-            dtype: Number format; None is bfloat16 on CUDA and float32 elsewhere.
+        """Load encoder.jit and decoder.jit of a folder; in bfloat16 on CUDA, else float32, if no dtype is given.
 
         Raises:
             FileNotFoundError: A file is absent.
@@ -59,7 +50,10 @@ class CosmosTokenizer:
         self._dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         if self.device.type == "cpu" and self._dtype != torch.float32:
             raise ValueError(f"dtype is {self._dtype}; the Cosmos files compute in float32 only on CPU")
-        self.file_hashes = {name: "sha256:" + _sha256(root / name) for name in FILES}
+        self.file_hashes = {}
+        for name in FILES:
+            with (root / name).open("rb") as file:
+                self.file_hashes[name] = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
         joined = " ".join(self.file_hashes[name] for name in FILES)
         self.weights_hash = "sha256:" + hashlib.sha256(joined.encode()).hexdigest()
         self._encoder, self._decoder = (self._load(root / name) for name in FILES)
@@ -74,11 +68,7 @@ class CosmosTokenizer:
 
     @torch.inference_mode()
     def encode(self, frames: UInt8[Tensor, "batch time height width 3"]) -> Int64[Tensor, "batch t h w"]:
-        """Codes of RGB frames.
-
-        Raises:
-            ValueError: T is not 1 + 4k, H or W is no multiple of 8, or the file gave something else than codes.
-        """
+        """As `VideoTokenizer.encode`; a ValueError too if the file gives something else than codes."""
         shape = (frames.shape[0], *check_frames(frames))
         video = rearrange(frames_to_unit(frames.to(self.device)), "b t h w c -> b c t h w")
         codes: Tensor = self._encoder(video.to(self._dtype))[0]
@@ -89,19 +79,10 @@ class CosmosTokenizer:
 
     @torch.inference_mode()
     def decode(self, codes: Int64[Tensor, "batch t h w"]) -> UInt8[Tensor, "batch time height width 3"]:
-        """RGB frames of codes.
-
-        Raises:
-            ValueError: A code is out of range.
-        """
+        """As `VideoTokenizer.decode`."""
         check_codes(codes, self.codebook_size)
         video: Tensor = self._decoder(codes.to(self.device, torch.int32))
         frames = num_source_frames(codes.shape[1])
         if video.shape[2] != frames:
             raise ValueError(f"decoder.jit gave {video.shape[2]} frames where {frames} were expected")
         return unit_to_frames(rearrange(video.float(), "b c t h w -> b t h w c")).cpu()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -35,30 +35,21 @@ _PATCH = CELL * CELL * 3  # values of one cell of one frame
 
 @dataclass(frozen=True, kw_only=True)
 class FsqConfig:
-    """Sizes of an FSQ autoencoder.
+    """Sizes of an FSQ autoencoder."""
 
-    Attributes:
-        levels: Values each latent dimension is rounded to; their product is the codebook size.
-        hidden_size: Channels of encoder and decoder.
-        encoder_blocks: Residual blocks before quantisation.
-        context_blocks: How many of those, from the last, see the neighbouring cells; with none, equal cells get equal
-            codes whatever is beside them.
-        decoder_blocks: Residual blocks after it; all see the neighbouring cells.
-        memory_blocks: How many of those, from the first, also see the previous group; the decoder's memory reaches as
-            many groups back. Train on clips of more groups than that, or longer videos decode badly.
-        expansion: Width of a block's inner layer in multiples of `hidden_size`.
-    """
-
-    levels: tuple[int, ...] = (8, 5, 5, 5)
-    hidden_size: int = 192
-    encoder_blocks: int = 2
+    levels: tuple[int, ...] = (8, 5, 5, 5)  # values each latent dimension is rounded to; their product: codebook size
+    hidden_size: int = 192  # channels of encoder and decoder
+    encoder_blocks: int = 2  # residual blocks before quantisation
+    # How many of those, from the last, see the neighbouring cells; with none, equal cells get equal codes whatever is
+    # beside them.
     context_blocks: int = 0
-    decoder_blocks: int = 4
+    decoder_blocks: int = 4  # residual blocks after it; all see the neighbouring cells
+    # How many of those, from the first, also see the previous group; the decoder's memory reaches as many groups back.
+    # Train on clips of more groups than that, or longer videos decode badly.
     memory_blocks: int = 2
-    expansion: int = 2
+    expansion: int = 2  # width of a block's inner layer in multiples of hidden_size
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         if not self.levels or min(self.levels) < 2:
             raise ValueError(f"levels is {list(self.levels)}; every latent dimension needs at least 2 levels")
         if self.codebook_size > MAX_CODEBOOK_SIZE:
@@ -177,11 +168,7 @@ class FsqTokenizer:
     """A `VideoTokenizer` over a trained FSQ autoencoder; it computes in float32.
 
     Attributes:
-        kind: "fsq".
-        codebook_size: Product of the levels.
-        compression: `lumos.compression.COMPRESSION`.
-        weights_hash: Hash of the weights file.
-        metadata: What else the file says of itself, among it the config that trained it.
+        metadata: What the file says of itself, among it the config that trained it.
     """
 
     kind = "fsq"
@@ -203,34 +190,23 @@ class FsqTokenizer:
 
     @torch.inference_mode()
     def encode(self, frames: UInt8[Tensor, "batch time height width 3"]) -> Int64[Tensor, "batch t h w"]:
-        """Codes of RGB frames.
-
-        Raises:
-            ValueError: T is not 1 + 4k, or H or W no multiple of 8.
-        """
+        """As `VideoTokenizer.encode`."""
         check_frames(frames)
         latents = self.model.encode_latents(frames_to_unit(frames.to(self.device)))
         return self.model.latents_to_codes(latents).cpu()
 
     @torch.inference_mode()
     def decode(self, codes: Int64[Tensor, "batch t h w"]) -> UInt8[Tensor, "batch time height width 3"]:
-        """RGB frames of codes.
-
-        Raises:
-            ValueError: A code is out of range.
-        """
+        """As `VideoTokenizer.decode`."""
         check_codes(codes, self.codebook_size)
         latents = self.model.codes_to_latents(codes.to(self.device).long())
         return unit_to_frames(self.model.decode_latents(latents)).cpu()
 
 
 def save_weights(path: str | Path, model: FsqAutoencoder, metadata: dict[str, Any]) -> None:
-    """Write an autoencoder as a .safetensors file of 16-bit floats that carries its config.
+    """Write an autoencoder as a .safetensors file of 16-bit floats that carries its config and JSON-able metadata.
 
-    Args:
-        path: File to write; it appears whole or not at all.
-        model: Its weights are rounded to float16 in the file, so load it back before measuring it.
-        metadata: JSON-able values to keep beside the config.
+    The file appears whole or not at all. Load it back before measuring it: weights are rounded to float16.
     """
     tensors = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
     # One entry: safetensors writes several in an order that changes from run to run, and the hash with it.

@@ -14,19 +14,12 @@ from lumos.compression import CELL, num_latent_frames
 
 @runtime_checkable
 class VideoTokenizer(Protocol):
-    """A pair of functions between frames and codes, and what identifies it.
+    """A pair of functions between frames and codes, and what identifies it."""
 
-    Attributes:
-        kind: Name of the family, "fsq" or "cosmos".
-        codebook_size: Codes are 0..codebook_size - 1.
-        compression: Frames per latent frame after the first, px per cell in height and in width.
-        weights_hash: "sha256:" and the hash of the weights file; equal hash, equal codes.
-    """
-
-    kind: str
-    codebook_size: int
-    compression: tuple[int, int, int]
-    weights_hash: str
+    kind: str  # name of the family, "fsq" or "cosmos"
+    codebook_size: int  # codes are 0..codebook_size - 1
+    compression: tuple[int, int, int]  # frames per latent frame after the first, px per cell in height and in width
+    weights_hash: str  # "sha256:" and the hash of the weights file; equal hash, equal codes
 
     def encode(self, frames: UInt8[Tensor, "batch time height width 3"]) -> Int64[Tensor, "batch t h w"]:
         """Codes of RGB frames.

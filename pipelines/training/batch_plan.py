@@ -18,6 +18,7 @@ import numpy as np
 from pipelines.data.snapshot.read import Manifest
 from pipelines.errors import UserError
 from pipelines.streams import numpy_stream
+from pipelines.training.config import TrainConfig
 
 # Rows shuffled together. Larger sets are shuffled shard by shard, then within windows of whole shards of about this
 # many rows, so that a reader needs only a few shards at a time.
@@ -74,16 +75,16 @@ class BatchPlan:
         self._shuffle = lru_cache(maxsize=2 * len(self.buckets))(self._make_shuffle)
 
     @classmethod
-    def from_manifest(cls, manifest: Manifest, *, split: str, seed: int, global_batch: int) -> "BatchPlan":
-        """The plan over one split of a snapshot."""
+    def from_manifest(cls, manifest: Manifest, config: TrainConfig) -> "BatchPlan":
+        """The plan of a run over its split of a snapshot."""
         buckets: list[PlanBucket] = []
         first_row = 0
         for index, bucket in enumerate(manifest.buckets):
-            if bucket.split == split:
+            if bucket.split == config.data.split:
                 rows = tuple(shard.rows for shard in bucket.shards)
                 buckets.append(PlanBucket(index, (bucket.t, bucket.h, bucket.w), rows, first_row))
                 first_row += sum(rows)
-        return cls(buckets, seed=seed, global_batch=global_batch)
+        return cls(buckets, seed=config.seed, global_batch=config.global_batch)
 
     def step(self, index: int) -> PlannedStep:
         """Step ``index`` (0, 1, 2, ... without end)."""
@@ -136,13 +137,7 @@ class BatchPlan:
 
 
 def rank_rows(rows: Sequence[int], *, rank: int, num_workers: int, micro_batch: int) -> list[tuple[int, ...]]:
-    """The part of a step's rows that one worker takes, cut into its micro-batches.
-
-    Raises:
-        ValueError: if the rows do not divide evenly (the config's check comes first).
-    """
-    if len(rows) % (num_workers * micro_batch):
-        raise ValueError(f"{len(rows)} rows do not divide by {num_workers} workers x {micro_batch} rows")
+    """The part of a step's rows that one worker takes, cut into its micro-batches; the config sees that they divide."""
     share = len(rows) // num_workers
     start = rank * share
     return [tuple(rows[i : i + micro_batch]) for i in range(start, start + share, micro_batch)]

@@ -15,7 +15,6 @@ of an upload leaves a folder whose files do not match those lists, and such a fo
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
@@ -57,23 +56,16 @@ class StoredCheckpoint:
     state: LoopState
 
 
-def save(engine: Engine, state: LoopState, history: Sequence[str], *, rank: int, export: Path | None = None) -> None:
+def save(engine: Engine, state: LoopState, history: Sequence[str], folder: Path, *, rank: int) -> None:
     """Write a checkpoint and report it to Ray Train. Every worker must call it; returns when it is in storage.
 
-    Args:
-        engine: the engine, whose workers each write their part.
-        state: where the run stands.
-        history: lines of the record up to ``state.step``; rank 0's are used.
-        rank: this worker.
-        export: rank 0: a folder to take along as ``export/``.
+    ``folder`` is this worker's own, and temporary; what is in it already goes along. ``history`` has the lines of the
+    record up to ``state.step``; rank 0's are used.
     """
-    folder = Path(tempfile.mkdtemp(prefix="lumos-checkpoint-"))
     engine.save_checkpoint(str(folder), tag=ENGINE_DIR)
     if rank == 0:
         (folder / STATE_FILE).write_text(json.dumps(asdict(state)))
         (folder / HISTORY_FILE).write_text("".join(line + "\n" for line in history))
-        if export is not None:
-            shutil.copytree(export, folder / EXPORT_DIR)
     files = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
     (folder / _list_name(rank)).write_text(json.dumps(files))
     ray.train.report(

@@ -37,7 +37,6 @@ class DataConfig:
     caption_drop: float = 0.1  # share of samples trained without their caption, for guidance
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         require(0.0 <= self.caption_drop <= 1.0, f"caption_drop must be in [0, 1], got {self.caption_drop}")
         require(
             self.grid_unit > 0 and self.grid_unit % CELL == 0,
@@ -62,7 +61,6 @@ class ModelShape:
     checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory, a third more work
 
     def __post_init__(self) -> None:
-        """Check that the sizes fit together."""
         self.resolve(1)
 
     def resolve(self, vocab_size: int) -> ModelConfig:
@@ -94,7 +92,6 @@ class OptimizerConfig:
     z_loss_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         for name in ("lr", "muon_lr", "eps"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         for name in ("warmup_steps", "weight_decay", "clip_norm", "z_loss_weight"):
@@ -106,6 +103,19 @@ class OptimizerConfig:
             f"clip_norm is {self.clip_norm:g}; it must be 0 with kind muon, whose updates need no clipping",
         )
         require(0 <= self.min_lr_ratio <= 1, f"min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
+
+    def learning_rate(self, step: int, steps: int) -> float:
+        """Learning rate at 0-based ``step`` of ``steps``: reaches ``lr`` at the end of the warm-up.
+
+        A function of these alone, so a resume needs no state.
+        """
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.lr
+        progress = (step - self.warmup_steps) / max(1, steps - 1 - self.warmup_steps)
+        low = self.lr * self.min_lr_ratio
+        return low + (self.lr - low) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +129,6 @@ class CheckpointConfig:
     # named lumos-HASH; none: in the output folder
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         for name in ("every", "keep"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         require(self.max_failures >= 0, f"max_failures must not be negative, got {self.max_failures}")
@@ -137,7 +146,6 @@ class ResourceConfig:
     prefetch_steps: int = 8  # steps ready in a worker before they are needed
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         for name in ("cpus_per_worker", "cpus_per_loader"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         for name in ("steps_per_block", "prefetch_steps"):
@@ -158,7 +166,6 @@ class TrackingConfig:
     flush_seconds: float = 5.0  # metrics are sent in batches this far apart
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         require(self.flush_seconds >= 0, f"flush_seconds must not be negative, got {self.flush_seconds}")
 
 
@@ -192,14 +199,15 @@ class TrainConfig:
     progress: bool = True  # a progress bar on standard error
 
     def __post_init__(self) -> None:
-        """Check that the sizes fit together."""
         for name in ("steps", "global_batch", "micro_batch", "num_workers"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         per_pass = self.num_workers * self.micro_batch
+        below = self.global_batch // per_pass * per_pass
+        nearest = f"{below} and {below + per_pass}" if below else f"{per_pass}"
         require(
             self.global_batch % per_pass == 0,
             f"global_batch = {self.global_batch} is not a multiple of num_workers x micro_batch = {self.num_workers} x "
-            f"{self.micro_batch} = {per_pass}; nearest that are: {_nearest_multiples(self.global_batch, per_pass)}",
+            f"{self.micro_batch} = {per_pass}; nearest that are: {nearest}",
         )
         require(
             self.optimizer.warmup_steps <= self.steps,
@@ -232,10 +240,6 @@ class TrainConfig:
             )
         return vocabulary
 
-    def learning_rate(self, step: int) -> float:
-        """Learning rate of step ``step`` (0-based): a function of the step alone, so a resume needs no state."""
-        return scheduled_lr(self.optimizer, step=step, steps=self.steps)
-
     def identity(self) -> dict[str, Any]:
         """The part of the config that decides what is computed, as plain values."""
         plain = config_to_dict(self)
@@ -248,19 +252,3 @@ class TrainConfig:
     def identity_hash(self) -> str:
         """16 hex digits that name what is computed."""
         return config_hash(self.identity())
-
-
-def scheduled_lr(optimizer: OptimizerConfig, *, step: int, steps: int) -> float:
-    """Learning rate at 0-based ``step`` of ``steps``: reaches ``lr`` at the end of the warm-up."""
-    if step < optimizer.warmup_steps:
-        return optimizer.lr * (step + 1) / optimizer.warmup_steps
-    if optimizer.schedule == "constant":
-        return optimizer.lr
-    progress = (step - optimizer.warmup_steps) / max(1, steps - 1 - optimizer.warmup_steps)
-    low = optimizer.lr * optimizer.min_lr_ratio
-    return low + (optimizer.lr - low) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-
-
-def _nearest_multiples(value: int, step: int) -> str:
-    below = value // step * step
-    return f"{below} and {below + step}" if below else f"{below + step}"

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -79,21 +78,13 @@ def prepare_process(device: torch.device, *, threads: int) -> None:
     torch.set_num_threads(threads)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if device.type == "cpu":
-        _disable_shm_comm()
+        import deepspeed.ops  # after DS_ACCELERATOR is set
+
+        # Its shared-memory all-reduce, for which gloo stands in. DeepSpeed believes it available on any CPU and raises
+        # where its build finds no compiler or ninja; where it finds them the build takes minutes, for no gain here.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # DeepSpeed's Muon compiles its update, which needs a C++ compiler and gains nothing at a CPU's sizes.
         torch.compiler.set_stance("force_eager")
-
-
-def _disable_shm_comm() -> None:
-    """Keep DeepSpeed from compiling its shared-memory all-reduce; gloo stands in.
-
-    DeepSpeed believes the op available on any CPU and raises where its build finds no compiler or ninja. Where it finds
-    them the build takes minutes on two busy cores and the op is no faster than gloo at these sizes, so it is off in any
-    case, which also makes runs the same wherever they are.
-    """
-    import deepspeed.ops  # after DS_ACCELERATOR is set
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def make_engine(module: nn.Module, config: TrainConfig) -> Engine:
@@ -104,71 +95,51 @@ def make_engine(module: nn.Module, config: TrainConfig) -> Engine:
     """
     import deepspeed
 
-    optimizer = _muon(module, config.optimizer) if config.optimizer.kind == "muon" else _adamw(module, config.optimizer)
-    settings = engine_settings(config)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=_make_optimizer(module, config.optimizer),
+        config=engine_settings(config),
+        dist_init_required=False,
+    )
     return engine
 
 
-def _adamw(module: nn.Module, options: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW: decay for matrices; none for norms, and none for the embedding, most of whose rows a batch never meets."""
-    groups = _groups(module, hidden_apart=False)
-    return torch.optim.AdamW(
-        [
-            {"params": groups.decayed, "weight_decay": options.weight_decay, "lr_factor": 1.0},
-            {"params": groups.plain, "weight_decay": 0.0, "lr_factor": 1.0},
-        ],
-        lr=options.lr,
-        betas=(options.beta1, options.beta2),
-        eps=options.eps,
-    )
+def _make_optimizer(module: nn.Module, options: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW; or Muon for the matrices of the decoder's blocks, and AdamW for the rest.
 
-
-def _muon(module: nn.Module, options: OptimizerConfig) -> torch.optim.Optimizer:
-    """Muon for the matrices of the decoder's blocks, AdamW as above for the rest."""
+    Matrices decay, norms do not, and neither does the embedding, most of whose rows a batch never meets.
+    """
+    use_muon = options.kind == "muon"
+    hidden, decayed, plain = [], [], []
+    for name, parameter in module.named_parameters():
+        parameter.use_muon = False  # type: ignore[attr-defined]
+        if parameter.ndim != 2 or "norm" in name or "embed" in name:
+            plain.append(parameter)
+        elif use_muon and "lm_head" not in name:
+            parameter.use_muon = True  # type: ignore[attr-defined]
+            hidden.append(parameter)
+        else:
+            decayed.append(parameter)
+    adam = {"lr": options.lr, "lr_factor": 1.0, "betas": (options.beta1, options.beta2), "eps": options.eps}
+    groups = [
+        {"params": decayed, "weight_decay": options.weight_decay, **adam},
+        {"params": plain, "weight_decay": 0.0, **adam},
+    ]
+    if not use_muon:
+        return torch.optim.AdamW(groups)
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-    groups = _groups(module, hidden_apart=True)
-    for parameter in module.parameters():
-        parameter.use_muon = False  # type: ignore[attr-defined]
-    for parameter in groups.hidden:
-        parameter.use_muon = True  # type: ignore[attr-defined]
-    adam = {"betas": (options.beta1, options.beta2), "eps": options.eps, "lr": options.lr, "lr_factor": 1.0}
-    made: torch.optim.Optimizer = MuonWithAuxAdam(
-        [
-            {
-                "params": groups.hidden,
-                "use_muon": True,
-                "lr": options.muon_lr,
-                "lr_factor": options.muon_lr / options.lr,
-                "momentum": options.muon_momentum,
-                "weight_decay": options.weight_decay,
-                "ns_method": "standard",
-            },
-            {"params": groups.decayed, "use_muon": False, "weight_decay": options.weight_decay, **adam},
-            {"params": groups.plain, "use_muon": False, "weight_decay": 0.0, **adam},
-        ]
-    )
-    return made
-
-
-@dataclass(frozen=True)
-class _Groups:
-    hidden: list[nn.Parameter]  # matrices of the blocks, if asked for apart
-    decayed: list[nn.Parameter]
-    plain: list[nn.Parameter]
-
-
-def _groups(module: nn.Module, *, hidden_apart: bool) -> _Groups:
-    groups = _Groups([], [], [])
-    for name, parameter in module.named_parameters():
-        if parameter.ndim != 2 or "norm" in name or "embed" in name:
-            groups.plain.append(parameter)
-        elif hidden_apart and "lm_head" not in name:
-            groups.hidden.append(parameter)
-        else:
-            groups.decayed.append(parameter)
-    return groups
+    muon = {
+        "params": hidden,
+        "use_muon": True,
+        "lr": options.muon_lr,
+        "lr_factor": options.muon_lr / options.lr,
+        "momentum": options.muon_momentum,
+        "weight_decay": options.weight_decay,
+        "ns_method": "standard",
+    }
+    optimizer: torch.optim.Optimizer = MuonWithAuxAdam([muon, *({"use_muon": False, **group} for group in groups)])
+    return optimizer
 
 
 def gather_weights(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:

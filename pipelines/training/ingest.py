@@ -6,8 +6,7 @@ number, a resume begins where it should on any number of workers, and nothing is
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,59 +16,30 @@ import torch
 from ray.data import ActorPoolStrategy, DataContext, Datasource, ExecutionResources, ReadTask
 from ray.data.block import BlockMetadata
 
-from lumos.compression import CELL, num_source_frames
-from lumos.config import MaskConfig
-from lumos.layout import (
-    SequenceLayout,
-    build_sequence,
-    header_tokens,
-    prompt_text,
-    video_layout,
-)
+from lumos.compression import VideoSize
+from lumos.layout import TAIL, build_sequence, header_tokens, prompt_text, video_layout
 from lumos.masking import sample_masked_positions
 from lumos.tokenizers.text import TextTokenizer
-from lumos.vocabulary import Vocabulary
 from pipelines.data.snapshot.read import Shard, Snapshot
 from pipelines.streams import numpy_stream, torch_stream
 from pipelines.training.batch_plan import BatchPlan, PlannedStep, rank_rows
-from pipelines.training.config import DataConfig
+from pipelines.training.prepare import PreparedRun
 from pipelines.training.step import PackedBatch, StepBatch
 
 _COLUMNS = ["clip_id", "captions", "fps", "codes"]
 _CACHED_BYTES = 512 << 20  # shard tables a loader keeps
 _STORE_BYTES = 256 << 20  # prepared batches a worker's dataset may keep ahead in the object store
-_TAIL = 2  # tokens after the last frame
-
-
-@dataclass(frozen=True)
-class IngestSpec:
-    """Everything a loader needs to know; the same for all workers."""
-
-    snapshot: Snapshot
-    data: DataConfig
-    mask: MaskConfig
-    vocabulary: Vocabulary
-    text_tokenizer: str  # text of the tokenizer's JSON file
-    max_seq_len: int  # tokens of a document; what of a caption exceeds them is cut off
-    seed: int
-    global_batch: int
-    micro_batch: int
-    num_workers: int
 
 
 class StepLoader:
     """Turns step numbers into one worker's packed batches; opened in the actor that runs it."""
 
-    def __init__(self, spec: IngestSpec, rank: int) -> None:
+    def __init__(self, run: PreparedRun, rank: int) -> None:
         torch.set_num_threads(1)
-        self.spec = spec
-        self.rank = rank
-        self.snapshot = spec.snapshot
-        self.plan = BatchPlan.from_manifest(
-            self.snapshot.manifest, split=spec.data.split, seed=spec.seed, global_batch=spec.global_batch
-        )
-        self.text_tokenizer = TextTokenizer(spec.text_tokenizer)
-        self.shards = ShardCache(self.snapshot)
+        self.run, self.rank = run, rank
+        self.plan = BatchPlan.from_manifest(run.snapshot.manifest, run.config)
+        self.text_tokenizer = TextTokenizer(run.text_tokenizer)
+        self.shards = ShardCache(run.snapshot)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """One output row per step number."""
@@ -77,16 +47,12 @@ class StepLoader:
 
     def load(self, index: int) -> dict[str, Any]:
         """This worker's share of one step as a row of the output table."""
-        step = self.plan.step(index)
-        micro_batches = rank_rows(
-            step.rows, rank=self.rank, num_workers=self.spec.num_workers, micro_batch=self.spec.micro_batch
-        )
-        # Documents of equal length have equal layouts, and neighbours of equal layout are attended together.
-        documents = [
-            document
-            for rows in micro_batches
-            for document in sorted(self._documents(step, rows), key=lambda d: len(d[0]))
-        ]
+        step, config = self.plan.step(index), self.run.config
+        share = rank_rows(step.rows, rank=self.rank, num_workers=config.num_workers, micro_batch=config.micro_batch)
+        documents = []
+        for rows in share:
+            # Documents of equal length have equal layouts, and neighbours of equal layout are attended together.
+            documents += sorted((self._document(step, row) for row in rows), key=lambda document: len(document[0]))
         return {
             "step": index,
             "epoch": step.epoch,
@@ -96,45 +62,30 @@ class StepLoader:
             "masked": np.concatenate([masked for _, masked in documents]),
         }
 
-    def _documents(self, step: PlannedStep, rows: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for row in rows:
-            ids, layout = self._sequence(step, row)
-            generator = torch_stream(self.spec.seed, "mask", step.index, step.row_id(row))
-            masked = sample_masked_positions(layout, self.spec.mask, generator)
-            yield ids.numpy().astype(np.int32), masked.numpy()
-
-    def _sequence(self, step: PlannedStep, row: int) -> tuple[torch.Tensor, SequenceLayout]:
-        bucket = step.bucket
-        record = self.shards.row(self.snapshot.manifest.buckets[bucket.index].shards, row)
+    def _document(self, step: PlannedStep, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of a row of the step, and where they are masked."""
+        config, bucket, row_id = self.run.config, step.bucket, step.row_id(row)
+        record = self.shards.row(self.run.snapshot.manifest.buckets[bucket.index].shards, row)
         codes = np.asarray(record["codes"], dtype=np.int64).reshape(bucket.shape)
-        stream = numpy_stream(self.spec.seed, "caption", step.index, step.row_id(row))
-        drop = stream.random() < self.spec.data.caption_drop or not record["captions"]
+        stream = numpy_stream(config.seed, "caption", step.index, row_id)
+        drop = stream.random() < config.data.caption_drop or not record["captions"]
         text_ids: list[int] = []
         if not drop:
             caption = record["captions"][stream.integers(len(record["captions"]))]["text"]
-            text_ids = self.text_tokenizer.encode(self._prompt(caption, bucket.shape, record["fps"]))
-            text_ids = text_ids[: self.spec.max_seq_len - self._body(bucket.shape)]  # the frames stay whole
+            text_ids = self._text_ids(caption, bucket.shape, record["fps"])
         try:
-            return build_sequence(self.spec.vocabulary, text_ids, codes, fps=record["fps"], drop_text=drop)
+            ids, layout = build_sequence(self.run.vocabulary, text_ids, codes, fps=record["fps"], drop_text=drop)
         except ValueError as error:
-            raise ValueError(f"clip {record['clip_id']} of {self.snapshot.uri}: {error}") from error
+            raise ValueError(f"clip {record['clip_id']} of {self.run.snapshot.uri}: {error}") from error
+        masked = sample_masked_positions(layout, config.mask, torch_stream(config.seed, "mask", step.index, row_id))
+        return ids.numpy().astype(np.int32), masked.numpy()
 
-    def _body(self, shape: tuple[int, int, int]) -> int:
-        """Tokens of a document besides its text."""
-        frames, rows, cols = shape
-        header = header_tokens(self.spec.vocabulary, [], num_latents=1, fps=1.0)
-        return video_layout(len(header), num_latents=frames, rows=rows, cols=cols, tail=_TAIL).length
-
-    def _prompt(self, caption: str, shape: tuple[int, int, int], fps: float) -> str:
-        frames, rows, cols = shape
-        return prompt_text(
-            self.spec.data.prompt_template,
-            caption,
-            width=cols * CELL,
-            height=rows * CELL,
-            num_frames=num_source_frames(frames),
-            fps=fps,
-        )
+    def _text_ids(self, caption: str, shape: tuple[int, int, int], fps: float) -> list[int]:
+        """The encoded prompt, cut to what the model can read beside the frames, which stay whole."""
+        text = prompt_text(self.run.config.data.prompt_template, caption, VideoSize.of_latents(shape, fps))
+        header = header_tokens(self.run.vocabulary, [], num_latents=1, fps=1.0)
+        room = self.run.model.max_seq_len - video_layout(len(header), shape, tail=TAIL).length
+        return self.text_tokenizer.encode(text)[:room]
 
 
 _SCHEMA = pa.schema(
@@ -202,40 +153,33 @@ def _read_task(first: int, stop: int) -> ReadTask:
     )
 
 
-def step_batches(
-    spec: IngestSpec, *, rank: int, start: int, stop: int, num_cpus: float, steps_per_block: int, prefetch_steps: int
-) -> Iterator[StepBatch]:
-    """One worker's batches of the steps ``start..stop-1``, in order.
-
-    Args:
-        spec: what to load.
-        rank: the worker.
-        start: first step.
-        stop: step after the last.
-        num_cpus: CPUs its loader reserves.
-        steps_per_block: steps a loader prepares in one call.
-        prefetch_steps: steps held ready in this process.
+def step_batches(run: PreparedRun, *, rank: int, start: int) -> Iterator[StepBatch]:
+    """One worker's batches of the steps from ``start`` on, in order; none where the run ends before.
 
     Raises:
         RuntimeError: if a step comes out of turn.
     """
+    resources, stop = run.config.resources, run.config.steps
+    if start >= stop:
+        return
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=_STORE_BYTES)
-    source = StepSource(start, stop, steps_per_block)
-    dataset = ray.data.read_datasource(source, num_cpus=num_cpus, concurrency=1).map_batches(
+    source = StepSource(start, stop, resources.steps_per_block)
+    dataset = ray.data.read_datasource(source, num_cpus=resources.cpus_per_loader, concurrency=1).map_batches(
         StepLoader,
         batch_size=None,
         batch_format="pyarrow",
-        fn_constructor_args=(spec, rank),
+        fn_constructor_args=(run, rank),
         compute=ActorPoolStrategy(size=1),
-        num_cpus=num_cpus,
+        num_cpus=resources.cpus_per_loader,
     )
+    tables = dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=resources.prefetch_steps)
     expected = start
-    for table in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=prefetch_steps):
-        batch = unpack(table, spec)
+    for table in tables:
+        batch = unpack(table, run.config.micro_batch)
         if batch.step != expected:
             raise RuntimeError(f"ingest delivered step {batch.step} where step {expected} was due")
         expected += 1
@@ -244,24 +188,18 @@ def step_batches(
         raise RuntimeError(f"ingest ended at step {expected}, {stop} were planned")
 
 
-def unpack(table: pa.Table, spec: IngestSpec) -> StepBatch:
-    """The batch in a one-row table of a loader."""
-    frames, rows, cols = table["shape"][0].as_py()
-    lengths = table["lengths"][0].as_py()
+def unpack(table: pa.Table, micro_batch: int) -> StepBatch:
+    """The batch in a one-row table of a loader, cut into micro-batches of so many documents."""
+    (row,) = table.select(["step", "epoch", "shape", "lengths"]).to_pylist()
     ids = torch.from_numpy(table["ids"][0].values.to_numpy().astype(np.int64))
     masked = torch.from_numpy(table["masked"][0].values.to_numpy(zero_copy_only=False))
-    body = video_layout(0, num_latents=frames, rows=rows, cols=cols, tail=_TAIL).length
-    layouts = {
-        length: video_layout(length - body, num_latents=frames, rows=rows, cols=cols, tail=_TAIL)
-        for length in set(lengths)
-    }
-    micro_batches, position = [], 0
-    for first in range(0, len(lengths), spec.micro_batch):
-        sizes = lengths[first : first + spec.micro_batch]
-        end = position + sum(sizes)
-        micro_batches.append(
-            PackedBatch(ids[position:end], masked[position:end], tuple(layouts[length] for length in sizes))
-        )
-        position = end
-    step, epoch = table["step"][0].as_py(), table["epoch"][0].as_py()
-    return StepBatch(step=step, epoch=epoch, micro_batches=tuple(micro_batches))
+    shape, lengths = tuple(row["shape"]), row["lengths"]
+    body = video_layout(0, shape, tail=TAIL).length
+    layouts = {length: video_layout(length - body, shape, tail=TAIL) for length in set(lengths)}
+    groups = [lengths[first : first + micro_batch] for first in range(0, len(lengths), micro_batch)]
+    sizes = [sum(group) for group in groups]
+    micro_batches = tuple(
+        PackedBatch(micro_ids, micro_masked, tuple(layouts[length] for length in group))
+        for group, micro_ids, micro_masked in zip(groups, ids.split(sizes), masked.split(sizes), strict=True)
+    )
+    return StepBatch(step=row["step"], epoch=row["epoch"], micro_batches=micro_batches)

@@ -1,8 +1,7 @@
 """The output folder of a run: what is in it, and whether a run may continue there."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -54,15 +53,12 @@ class Output:
         self._file = self.folder / "run.json"
         self.run = self._open(config, snapshot_digest)
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep other drivers from this folder within the block; the system lets go of it however this process ends.
+    def held(self) -> AbstractContextManager[None]:
+        """Keep other drivers from this folder within a block, which raises a UserError where another one trains here.
 
-        Raises:
-            UserError: if another driver trains here, or the folder cannot be written to.
+        The system lets go of it however this process ends.
         """
-        with local_lock(self.folder, f"output = {self.folder}"):
-            yield
+        return local_lock(self.folder, f"output = {self.folder}")
 
     def begin(self, config: TrainConfig) -> None:
         """Make the folder and write down what will run in it."""

@@ -21,20 +21,21 @@ from pipelines.storage import is_local
 from pipelines.training.batch_plan import BatchPlan
 from pipelines.training.config import TrainConfig
 from pipelines.training.engine import read_deepspeed_file
-from pipelines.training.export import ExportSpec
-from pipelines.training.ingest import IngestSpec
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A run that passed every check."""
+@dataclass(frozen=True, kw_only=True)
+class PreparedRun:
+    """A run that passed every check: all that its driver, workers and loaders need to know, the same for all."""
 
+    config: TrainConfig
     snapshot: Snapshot
-    ingest: IngestSpec
-    export: ExportSpec
+    vocabulary: Vocabulary
+    text_tokenizer: str  # text of the tokenizer's JSON file
+    model: ModelConfig
+    info: ModelInfo  # goes with the finished model
 
 
-def prepare(config: TrainConfig) -> Prepared:
+def prepare(config: TrainConfig) -> PreparedRun:
     """Check a run's config against the world.
 
     Raises:
@@ -44,9 +45,7 @@ def prepare(config: TrainConfig) -> Prepared:
     read_deepspeed_file(config.deepspeed)
     snapshot = _open_snapshot(config)
     manifest = snapshot.manifest
-    plan = BatchPlan.from_manifest(
-        manifest, split=config.data.split, seed=config.seed, global_batch=config.global_batch
-    )
+    plan = BatchPlan.from_manifest(manifest, config)
     text_file = Path(config.data.text_tokenizer or EMBEDDED_FILE)
     try:
         text = TextTokenizer.load(text_file)
@@ -58,19 +57,6 @@ def prepare(config: TrainConfig) -> Prepared:
     fps = _check_shapes(snapshot, plan, vocabulary, model)
     if config.init_from is not None:
         _check_init(config.init_from, model, vocabulary)
-    text_tokenizer = text_file.read_text(encoding="utf-8")
-    ingest = IngestSpec(
-        snapshot=snapshot,
-        data=config.data,
-        mask=config.mask,
-        vocabulary=vocabulary,
-        text_tokenizer=text_tokenizer,
-        max_seq_len=model.max_seq_len,
-        seed=config.seed,
-        global_batch=config.global_batch,
-        micro_batch=config.micro_batch,
-        num_workers=config.num_workers,
-    )
     info = ModelInfo(
         prompt_template=config.data.prompt_template,
         shapes=tuple(bucket.shape for bucket in plan.buckets),
@@ -81,7 +67,14 @@ def prepare(config: TrainConfig) -> Prepared:
         dataset_digest=snapshot.digest,
         train_config=config_to_dict(config),
     )
-    return Prepared(snapshot, ingest, ExportSpec(model, vocabulary, text_tokenizer, info))
+    return PreparedRun(
+        config=config,
+        snapshot=snapshot,
+        vocabulary=vocabulary,
+        text_tokenizer=text_file.read_text(encoding="utf-8"),
+        model=model,
+        info=info,
+    )
 
 
 def _open_snapshot(config: TrainConfig) -> Snapshot:

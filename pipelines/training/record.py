@@ -1,4 +1,4 @@
-"""The record of a run, step by step: from rank 0 through a relay to the driver, which alone writes it down.
+"""The record of a run, step by step: from rank 0 through a queue to the driver, which alone writes it down.
 
 ``metrics.jsonl`` in the output is the truth; MLflow receives what it says. A step is recorded once: what is replayed
 after a failure is ignored. Every checkpoint carries the record up to its step, so that a resume leaves no gap.
@@ -11,12 +11,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.errors import UserError
@@ -135,15 +136,10 @@ class History:
 
 
 def read_records(lines: Iterable[str | bytes], where: str, *, remedy: str) -> list[StepRecord]:
-    """The records of the steps 1, 2, 3, ... in as many lines.
-
-    Args:
-        lines: whole lines.
-        where: the file they are from, for the message.
-        remedy: what to do about a damaged one, for the message.
+    """The records of the steps 1, 2, 3, ... in as many whole lines.
 
     Raises:
-        UserError: if a line is not the record of its step.
+        UserError: if a line is not the record of its step; the message says where it is, and the remedy.
     """
     records = []
     for number, line in enumerate(lines, start=1):
@@ -165,45 +161,20 @@ def _is_json(text: bytes) -> bool:
     return True
 
 
-class Relay:
-    """An actor that holds records between rank 0 and the driver. It lives on the driver's node, and as long as it."""
-
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-        self._stopped: str | None = None
-
-    def push(self, lines: Sequence[str]) -> None:
-        """Take records, as lines, in order."""
-        self._lines += lines
-
-    def stop(self, reason: str) -> None:
-        """Say why training ended early on purpose."""
-        self._stopped = reason
-
-    def stopped(self) -> str | None:
-        """The reason of :meth:`stop`, if it was called."""
-        return self._stopped
-
-    def take(self) -> list[str]:
-        """Hand over what has come since the last call."""
-        lines, self._lines = self._lines, []
-        return lines
-
-
-def start_relay() -> Any:
-    """Handle of a relay on this node."""
+def open_queue() -> Queue:
+    """A queue for lines of the record, on this node, living as long as this process."""
     node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Relay).options(num_cpus=0, scheduling_strategy=node).remote()
+    return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": node})
 
 
 @dataclass(kw_only=True)
 class Recorder:
-    """Follows a relay in a thread of the driver: history, MLflow, progress.
+    """Follows a queue in a thread of the driver: history, MLflow, progress.
 
     MLflow being out of reach does not end a training: what could not be sent is sent later, at the latest on leaving.
     """
 
-    relay: Any  # handle of the actor
+    queue: Queue  # of lines, from rank 0
     history: History  # where records are written down
     tracker: Tracker  # where they are sent
     flush_seconds: float  # between two batches sent
@@ -217,12 +188,10 @@ class Recorder:
         self._thread = threading.Thread(target=self._follow, name="recorder", daemon=True)
 
     def __enter__(self) -> "Recorder":
-        """Begin to follow."""
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Take and send what is left, and stop."""
         self._done.set()
         self._thread.join()
         self._try_send()
@@ -240,20 +209,17 @@ class Recorder:
     def _follow(self) -> None:
         flushed = time.monotonic()
         try:
-            while True:
-                last_round = self._done.is_set()
+            while not self._done.wait(_POLL_SECONDS):
                 self._take()
-                if last_round:
-                    return
                 if time.monotonic() - flushed >= self.flush_seconds:
                     self._try_send()
                     flushed = time.monotonic()
-                self._done.wait(_POLL_SECONDS)
+            self._take()
         except Exception as error:  # noqa: BLE001 - raised again in the main thread by finish()
             self._failure = error
 
     def _take(self) -> None:
-        lines = ray.get(self.relay.take.remote())
+        lines = self.queue.get_nowait_batch(self.queue.qsize())  # nobody else takes from it
         for record in self.history.add(map(StepRecord.from_line, lines)):
             self.on_record(record)
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -32,8 +31,8 @@ from pipelines.training.checkpoints import (
 )
 from pipelines.training.config import TrainConfig
 from pipelines.training.output import Output
-from pipelines.training.prepare import Prepared, prepare
-from pipelines.training.record import History, Recorder, StepRecord, start_relay
+from pipelines.training.prepare import PreparedRun, prepare
+from pipelines.training.record import History, Recorder, StepRecord, open_queue
 from pipelines.training.worker import Job, train_worker
 
 
@@ -75,10 +74,11 @@ def train(config: TrainConfig) -> TrainResult:
         where = f"{output.folder} began with an MLflow store of its own and goes on in it"
         tqdm.write(f"{where}: {output.store.how_to_open}", file=sys.stderr)
     with output.held():
-        return _continue(config, prepared, output)
+        return _continue(prepared, output)
 
 
-def _continue(config: TrainConfig, prepared: Prepared, output: Output) -> TrainResult:
+def _continue(prepared: PreparedRun, output: Output) -> TrainResult:
+    config = prepared.config
     checkpoints = find_checkpoints(output.storage)
     latest = checkpoints[0] if checkpoints else None
     _check_continuation(config, latest)
@@ -87,15 +87,15 @@ def _continue(config: TrainConfig, prepared: Prepared, output: Output) -> TrainR
     if latest is not None:
         history.add(read_history(latest))
     if latest is not None and latest.state.exported and latest.state.step >= config.steps:
-        return _finish(output, history, latest, _open_tracker(config, output, prepared))
+        return _finish(output, history, latest, _open_tracker(prepared, output))
     with ThreadPoolExecutor(1) as background:
-        opening = background.submit(_open_tracker, config, output, prepared)  # takes seconds, and so does joining Ray
+        opening = background.submit(_open_tracker, prepared, output)  # takes seconds, and so does joining Ray
         try:
             with connect():
                 _check_cluster(config)
                 tracker = opening.result()
                 prune(output.storage, checkpoints[: config.checkpoint.keep])
-                _fit(config, output, prepared, history, latest=latest, tracker=tracker)
+                _fit(prepared, output, history, latest=latest, tracker=tracker)
         except BaseException as error:
             if opening.exception() is None:
                 opening.result().abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
@@ -133,13 +133,13 @@ def _worker_resources(config: TrainConfig) -> dict[str, float]:
     return {"CPU": config.resources.cpus_per_worker, **gpus}
 
 
-def _open_tracker(config: TrainConfig, output: Output, prepared: Prepared) -> Tracker:
-    tracking, snapshot = config.tracking, prepared.snapshot
+def _open_tracker(prepared: PreparedRun, output: Output) -> Tracker:
+    config, snapshot = prepared.config, prepared.snapshot
     tracker = Tracker(
         output.store,
-        experiment=tracking.experiment,
+        experiment=config.tracking.experiment,
         key=output.run.key,
-        run_name=tracking.run_name or output.folder.name,
+        run_name=config.tracking.run_name or output.folder.name,
     )
     if not tracker.resumed:
         tracker.log_params(config_to_dict(config))
@@ -147,35 +147,27 @@ def _open_tracker(config: TrainConfig, output: Output, prepared: Prepared) -> Tr
             {
                 "git_commit": output.run.provenance["git_commit"],
                 "dataset_digest": snapshot.digest,
-                "num_parameters": str(prepared.export.model.num_parameters),
+                "num_parameters": str(prepared.model.num_parameters),
             }
         )
         tracker.log_dataset(
             name=snapshot.manifest.snapshot_id, digest=snapshot.digest, source=snapshot.uri, context=config.data.split
         )
-        tracker.log_artifacts(output.config_file)
+        tracker.log_artifact(output.config_file)
         output.update(sent=0, finished=False)  # should another store have had them
     output.update(run_id=tracker.run_id)
     return tracker
 
 
 def _fit(
-    config: TrainConfig,
-    output: Output,
-    prepared: Prepared,
-    history: History,
-    *,
-    latest: StoredCheckpoint | None,
-    tracker: Tracker,
+    prepared: PreparedRun, output: Output, history: History, *, latest: StoredCheckpoint | None, tracker: Tracker
 ) -> None:
     """Run the workers to the last checkpoint, following them."""
+    config, records = prepared.config, open_queue()
     output.update(finished=False)  # of a run that is made longer
-    relay = start_relay()
     job = Job(
-        config=config,
-        ingest=prepared.ingest,
-        export=prepared.export,
-        relay=relay,
+        run=prepared,
+        records=records,
         resume_from=latest.checkpoint if latest else None,
         # Unless named, as if all workers shared this machine.
         threads=config.resources.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // config.num_workers),
@@ -190,7 +182,7 @@ def _fit(
         bar.update(1)
 
     recorder = Recorder(
-        relay=relay,
+        queue=records,
         history=history,
         tracker=tracker,
         flush_seconds=config.tracking.flush_seconds,
@@ -201,13 +193,12 @@ def _fit(
     with bar:
         try:
             with recorder, _interruptible():
-                _trainer(job, output).fit()
+                result: Any = _trainer(job, output).fit()  # its static type in Ray is that of Train V1
         except ray.train.TrainingFailedError as error:
             raise JobError(f"training failed: {_reason(error)}. {_kept(output, history)}") from error
-    stopped = ray.get(relay.stopped.remote())
-    if stopped:
+    if result.return_value:
         raise JobError(
-            f"training stopped at {stopped}, which is not a finite number. Lower optimizer.lr, lengthen "
+            f"training stopped at {result.return_value}, which is not a finite number. Lower optimizer.lr, lengthen "
             f"optimizer.warmup_steps or lower optimizer.clip_norm. {_kept(output, history)}"
         )
     recorder.finish()
@@ -227,7 +218,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def _trainer(job: Job, output: Output) -> TorchTrainer:
-    config = job.config
+    config = job.run.config
     resources = _worker_resources(config)
     use_gpu = "GPU" in resources
     filesystem, path = storage.arrow_filesystem(output.storage)
@@ -265,7 +256,7 @@ def _finish(output: Output, history: History, last: StoredCheckpoint, tracker: T
     copy_export(last, output.export)
     if not output.run.finished:
         tracker.log_metrics([record.metrics() for record in history.records[output.run.sent :]])
-        tracker.log_artifacts(output.export, "export")
+        tracker.log_artifact(output.export)
         output.update(finished=True, sent=history.last_step)
     tracker.finish()
     return TrainResult(

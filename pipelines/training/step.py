@@ -4,7 +4,6 @@ The loss of a step is the sum over the masked visual tokens of the whole global 
 does not depend on how the batch was divided.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,10 +56,6 @@ class StepResult:
     masked_share: float  # masked grid cells among all, row ends included
     data_wait: float  # seconds a worker stood waiting for its batch, mean over workers
 
-    def is_finite(self) -> bool:
-        """Whether loss and gradient are numbers."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
 
 class LossModule(nn.Module):
     """The decoder with its loss, in one module so that ZeRO-3 gathers the head's weight for it."""
@@ -94,16 +89,14 @@ class TrainStep:
         self.world_size = dist.get_world_size()
 
     def __call__(self, batch: StepBatch, *, lr: float, data_wait: float) -> StepResult:
-        """One update. All rows of a step have one latent shape.
+        """One update with this worker's micro-batches, whose rows have one latent shape.
 
-        Args:
-            batch: this worker's micro-batches.
-            lr: learning rate of this step.
-            data_wait: seconds this worker waited for the batch, for the record.
+        ``data_wait``, the seconds this worker waited for the batch, is for the record.
         """
         micro_batches = [micro.to(self.device) for micro in batch.micro_batches]
         num_frames = len(micro_batches[0].layouts[0].frames)
-        count = self._sum(torch.tensor([_count(micro, self.vocabulary) for micro in micro_batches]).sum())
+        predicted = [loss_mask(micro.ids, micro.masked_positions, self.vocabulary).sum() for micro in micro_batches]
+        count = self._sum(torch.stack(predicted).sum())
         # DeepSpeed averages over workers and micro-batches; multiplying undoes it.
         scale = self.world_size * len(micro_batches) / float(count)
         totals = torch.zeros(2, num_frames, dtype=torch.float64, device=self.device)
@@ -114,8 +107,9 @@ class TrainStep:
             loss, sums, counts = self.engine(micro, num_frames)
             self.engine.backward(loss * scale)
             totals += torch.stack([sums, counts])
-            if self.engine.zero_optimization_stage() == 0:
-                own_norm = _gradient_norm(self.engine.module)  # DeepSpeed keeps none then
+            if self.engine.zero_optimization_stage() == 0:  # DeepSpeed keeps no norm then
+                gradients = [p.grad.float() for p in self.engine.module.parameters() if p.grad is not None]
+                own_norm = float(torch.nn.utils.get_total_norm(gradients))
             self.engine.step()
         norm = self.engine.get_global_grad_norm()
         return self._result(micro_batches, totals, data_wait, grad_norm=own_norm if norm is None else float(norm))
@@ -143,12 +137,3 @@ class TrainStep:
         values = values.to(self.device)
         dist.all_reduce(values)
         return values
-
-
-def _count(batch: PackedBatch, vocabulary: Vocabulary) -> int:
-    return int(loss_mask(batch.ids, batch.masked_positions, vocabulary).sum())
-
-
-def _gradient_norm(module: nn.Module) -> float:
-    gradients = [p.grad.float() for p in module.parameters() if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0

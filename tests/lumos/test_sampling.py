@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from lumos.compression import VideoSize
 from lumos.config import SamplingConfig
 from lumos.layout import parse, prompt_text
 from lumos.sampling import GenerationRequest, GuidedBranches, generate, history_mask_index, num_remasked
@@ -194,9 +195,10 @@ def test_requests_that_cannot_share_a_batch_are_refused():
 
 
 def test_prompt_templates():
-    text = prompt_text("lumos1", "a cat", width=448, height=256, num_frames=25, fps=12)
+    size = VideoSize(width=448, height=256, num_frames=25, fps=12)
+    text = prompt_text("lumos1", "a cat", size)
     assert text == (
         "Generate a video with a resolution of 448x256, consisting of 25 frames at 12 frames per second, "
         "according to the following prompt:\n a cat"
     )
-    assert prompt_text("caption", "a cat", width=1, height=1, num_frames=1, fps=1) == "a cat"
+    assert prompt_text("caption", "a cat", size) == "a cat"

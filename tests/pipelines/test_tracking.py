@@ -32,7 +32,7 @@ def test_a_run_is_resumed_by_its_key_and_holds_each_step_once(folder, tmp_path):
     again.log_metrics(rows[300:])
     file = tmp_path / "config.yaml"
     file.write_text("a: 1\n")
-    again.log_artifacts(file)
+    again.log_artifact(file)
     again.set_tags({"git_commit": "abc"})
     again.finish()
 

@@ -52,7 +52,6 @@ class ClipSource:
     # curates them; the others are shifted, 0..1
 
     def __post_init__(self) -> None:
-        """Check ranges and that there is something to draw from."""
         for name in ("max_video_clips", "corpus_clips", "texture_clips"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
         for name in ("corpus_share", "aligned_share"):
@@ -78,10 +77,7 @@ class ClipSource:
         )
 
 
-# ------------------------------------------------------------------------------------------------------- reading
-
-
-def list_videos(source: str, key: str = "videos") -> list[Path]:
+def list_videos(source: str) -> list[Path]:
     """The video files of a folder, sorted, or the one file named.
 
     Raises:
@@ -91,10 +87,10 @@ def list_videos(source: str, key: str = "videos") -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"{key}: {source} is neither a file nor a folder; name a video or a folder of videos")
+        raise UserError(f"videos: {source} is neither a file nor a folder; name a video or a folder of videos")
     found = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
     if not found:
-        raise UserError(f"{key}: {source} holds no videos ({', '.join(VIDEO_SUFFIXES)}); name another folder")
+        raise UserError(f"videos: {source} holds no videos ({', '.join(VIDEO_SUFFIXES)}); name another folder")
     return found
 
 
@@ -103,13 +99,7 @@ def read_video(
 ) -> NDArray[np.uint8]:
     """Decode a video at a frame rate and size: frames nearest in time, centre crop to the aspect, resized.
 
-    Args:
-        path: The file.
-        height: Of the result, px.
-        width: Of the result, px.
-        fps: Frames per second of the result; frames repeat where the video has fewer.
-        max_frames: Stop after so many.
-        resize: How pixels are brought to the size.
+    Frames repeat where the video has fewer. ``max_frames`` ends the reading.
 
     Returns:
         uint8 [T, height, width, 3], RGB.
@@ -158,28 +148,14 @@ def fit(
     if (kept_rows, kept_columns) == (height, width):
         return cropped
     images = rearrange(cropped.float(), "t h w c -> t c h w")
-    if resize == "area":
-        images = F.interpolate(images, size=(height, width), mode="area")
-    else:
-        images = F.interpolate(images, size=(height, width), mode=resize, antialias=True)
+    images = F.interpolate(images, size=(height, width), mode=resize, antialias=resize != "area")
     return rearrange(images.round().clamp(0, 255).to(torch.uint8), "t c h w -> t h w c")
-
-
-# --------------------------------------------------------------------------------------------------------- pools
 
 
 def corpus_clips(
     specs: list[corpus.ClipSpec], *, size: int, num_frames: int, label: str, resizes: tuple[Resize, ...] = ("area",)
 ) -> UInt8[Tensor, "clips time size size 3"]:
-    """Clips of the sample corpus as a user has them: rendered, coded as H.264, decoded, resized.
-
-    Args:
-        specs: The clips.
-        size: Height and width, px.
-        num_frames: Frames of each.
-        label: Of the progress bar.
-        resizes: Ways to resize, taken in turn.
-    """
+    """Clips of the sample corpus as a user has them: rendered, coded as H.264, decoded, resized in each way in turn."""
     clips = []
     with TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
@@ -189,13 +165,6 @@ def corpus_clips(
             clip = read_video(path, height=size, width=size, fps=corpus.FPS, max_frames=num_frames, resize=resize)
             clips.append(torch.from_numpy(clip))
     return torch.stack(clips)
-
-
-def clean_corpus_clips(
-    specs: list[corpus.ClipSpec], *, size: int, num_frames: int
-) -> UInt8[Tensor, "clips time size size 3"]:
-    """The same clips as drawn, without the losses of H.264."""
-    return torch.stack([fit(torch.from_numpy(corpus.render_clip(spec)[:num_frames]), size, size) for spec in specs])
 
 
 def held_out_corpus_specs(seed: int, count: int) -> list[corpus.ClipSpec]:
@@ -236,8 +205,9 @@ class ClipPools:
                 label="render sample corpus",
                 resizes=("area", "bilinear", "area", "bicubic"),
             )
-            drawn_clips = clean_corpus_clips(specs, size=source.size, num_frames=frames)
-            self.corpus = torch.stack([clips, drawn_clips], dim=1)
+            pictures = [torch.from_numpy(corpus.render_clip(spec)[:frames]) for spec in specs]
+            without_losses = torch.stack([fit(clip, source.size, source.size) for clip in pictures])
+            self.corpus = torch.stack([clips, without_losses], dim=1)
 
     def batch(self, step: int, batch_size: int) -> tuple[Clips, Clips]:
         """What the tokenizer sees in one step, and what it should give back, uint8.
@@ -283,7 +253,7 @@ def _video_clips(source: ClipSource, side: int) -> Tensor:
     clips: list[NDArray[np.uint8]] = []
     for path in tqdm(list_videos(source.videos), desc="read videos", unit="file", leave=False, disable=None):
         frames = read_video(path, height=side, width=side, fps=source.fps)
-        clips += [frames[i : i + source.num_frames] for i in clip_starts(len(frames), source.num_frames)]
+        clips += list(cut_clips(frames, source.num_frames))
         if len(clips) >= source.max_video_clips:
             break
     if not clips:
@@ -294,6 +264,7 @@ def _video_clips(source: ClipSource, side: int) -> Tensor:
     return torch.from_numpy(np.stack(clips[: source.max_video_clips]))
 
 
-def clip_starts(num_frames: int, clip_frames: int) -> list[int]:
-    """First frames of the whole clips that a video of `num_frames` frames is cut into."""
-    return list(range(0, num_frames - clip_frames + 1, clip_frames))
+def cut_clips(frames: NDArray[np.uint8], num_frames: int) -> NDArray[np.uint8]:
+    """The whole clips [clips, num_frames, H, W, 3] that a video [T, H, W, 3] is cut into."""
+    count = len(frames) // num_frames
+    return frames[: count * num_frames].reshape(count, num_frames, *frames.shape[1:])

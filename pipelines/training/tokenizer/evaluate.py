@@ -17,8 +17,8 @@ from pipelines.errors import UserError
 from pipelines.media import psnr
 from pipelines.training.tokenizer.data import (
     SAMPLE_CORPUS,
-    clip_starts,
     corpus_clips,
+    cut_clips,
     held_out_corpus_specs,
     list_videos,
     read_video,
@@ -44,7 +44,6 @@ class TokenizerEvaluateConfig:
     output: str | None = None  # JSON file for the result
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         for name in ("height", "width"):
             size = getattr(self, name)
             require(size >= CELL and size % CELL == 0, f"{name} is {size}; it must be a positive multiple of {CELL} px")
@@ -77,7 +76,6 @@ class Measurement:
         )
 
     def __str__(self) -> str:
-        """One row of the table."""
         return f"{self.name}: {self.clips} clips, {self.summary()}"
 
 
@@ -89,7 +87,6 @@ class Evaluation:
     rows: tuple[Measurement, ...]
 
     def __str__(self) -> str:
-        """A table for people."""
         head = f"{'clips':>5} {'PSNR':>6} {'lowest':>6} {'codes':>11} {'bits':>5}  name"
         lines = [
             f"{row.clips:5d} {row.psnr:6.2f} {row.psnr_min:6.2f} {row.codes_used:5d}/{row.codebook_size:<5d} "
@@ -118,7 +115,12 @@ def evaluate_tokenizer(config: TokenizerEvaluateConfig) -> Evaluation:
         clips[name] = corpus_clips(specs, size=48, num_frames=config.clip_frames, label="render sample corpus")
     else:
         for path in tqdm(list_videos(config.videos), desc="read videos", unit="file", leave=False, disable=None):
-            clips |= _cut(path, _name(path, config.videos), config)
+            limit = config.max_clips * config.clip_frames
+            frames = read_video(path, height=config.height, width=config.width, fps=config.fps, max_frames=limit)
+            cut = cut_clips(frames, config.clip_frames)
+            if len(cut):
+                name = path.name if path == Path(config.videos) else str(path.relative_to(config.videos))
+                clips[name] = torch.from_numpy(cut)
         if not clips:
             raise UserError(f"videos: none of {config.videos} has {config.clip_frames} frames at {config.fps:g} fps")
     rows = [measure(tokenizer, value, name=name) for name, value in clips.items()]
@@ -129,20 +131,6 @@ def evaluate_tokenizer(config: TokenizerEvaluateConfig) -> Evaluation:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         Path(config.output).write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
     return result
-
-
-def _name(path: Path, root: str) -> str:
-    """A file's path below the folder that was named; its name, where it was named itself."""
-    return str(path.relative_to(root)) if path != Path(root) else path.name
-
-
-def _cut(path: Path, name: str, config: TokenizerEvaluateConfig) -> dict[str, Tensor]:
-    limit = config.max_clips * config.clip_frames
-    frames = read_video(path, height=config.height, width=config.width, fps=config.fps, max_frames=limit)
-    starts = clip_starts(len(frames), config.clip_frames)
-    if not starts:
-        return {}
-    return {name: torch.stack([torch.from_numpy(frames[i : i + config.clip_frames]) for i in starts])}
 
 
 def measure(tokenizer: VideoTokenizer, *groups: Tensor, name: str) -> Measurement:

@@ -20,16 +20,7 @@ _RGB_OF_YCC = np.array([[1, 0, 1.402], [1, -0.344, -0.714], [1, 1.772, 0]], dtyp
 
 
 def texture_clip(generator: Generator, *, num_frames: int, side: int) -> NDArray[np.uint8]:
-    """Draw one clip.
-
-    Args:
-        generator: Decides everything.
-        num_frames: Frames to draw.
-        side: Height and width, px.
-
-    Returns:
-        uint8 [num_frames, side, side, 3], RGB.
-    """
+    """Draw one clip, uint8 [num_frames, side, side, 3], RGB; the generator decides everything."""
     canvas = 2 * side
     image = _scene(generator, canvas)
     frames = _camera(generator, image, num_frames=num_frames, side=side)
@@ -41,9 +32,6 @@ def texture_clip(generator: Generator, *, num_frames: int, side: int) -> NDArray
     if generator.random() < 0.4:
         frames = frames + generator.normal(0, generator.uniform(0.002, 0.02), frames.shape).astype(np.float32)
     return np.rint(np.clip(frames, 0, 1) * 255).astype(np.uint8)
-
-
-# -------------------------------------------------------------------------------------------------------- scenes
 
 
 def _scene(generator: Generator, side: int) -> Image:
@@ -130,9 +118,6 @@ def _color(generator: Generator) -> Image:
 def _colorise(generator: Generator, luma: Image, chroma: Image) -> Image:
     ycc = np.stack([luma, chroma[0], chroma[1]], axis=-1)
     return np.asarray(_color(generator) + ycc @ _RGB_OF_YCC.T, dtype=np.float32)
-
-
-# -------------------------------------------------------------------------------------------------------- motion
 
 
 def _camera(generator: Generator, image: Image, *, num_frames: int, side: int) -> Image:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lumos.config import require
-from lumos.tokenizers.text import TextTokenizer
 from pipelines.config import PROJECT_DIR
 from pipelines.errors import UserError
 from pipelines.sample_corpus import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SIZES, WORDINGS
@@ -24,7 +23,6 @@ class TextCorpus:
     sample_corpus: bool = True  # whether the sample corpus's caption wordings count as captions too
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         require(
             257 <= self.vocab_size <= 65_536,
             f"vocab_size is {self.vocab_size}; it must be in 257..65536 (every byte has a token)",
@@ -59,18 +57,6 @@ def sample_captions() -> list[str]:
         for wording in WORDINGS
         for _ in range(max(map(len, values.values())))
     ]
-
-
-def train_text_tokenizer(corpus: TextCorpus, output: Path) -> TextTokenizer:
-    """Learn a tokenizer and write its JSON file; the same corpus gives the same bytes.
-
-    Raises:
-        UserError: A file is missing, not UTF-8 text, or empty.
-    """
-    tokenizer = TextTokenizer.train(read_corpus(corpus), vocab_size=corpus.vocab_size)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(output)
-    return tokenizer
 
 
 def _read_lines(key: str, name: str) -> list[str]:

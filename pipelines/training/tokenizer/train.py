@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from lumos.config import require
-from lumos.tokenizers import FsqTokenizer
+from lumos.tokenizers import FsqTokenizer, TextTokenizer
 from lumos.tokenizers.fsq import FsqAutoencoder, FsqConfig, save_weights
 from lumos.tokenizers.video import frames_to_unit
 from pipelines import sample_corpus as corpus
@@ -27,7 +27,7 @@ from pipelines.config import config_hash, config_to_dict, provenance
 from pipelines.errors import JobError, UserError
 from pipelines.training.tokenizer.data import ClipPools, ClipSource, corpus_clips, held_out_corpus_specs
 from pipelines.training.tokenizer.evaluate import Measurement, measure
-from pipelines.training.tokenizer.text import TextCorpus, train_text_tokenizer
+from pipelines.training.tokenizer.text import TextCorpus, read_corpus
 
 _CALIBRATION_BATCHES = 24
 _REPORT_SEED = 0
@@ -47,15 +47,13 @@ class FsqTraining:
     absolute_weight: float = 0.0  # of the mean absolute error beside the mean squared error; sharpens edges
     commitment: float = 0.0  # weight of the pull of latents to the middle of their level; makes codes robust to noise
     ema_decay: float = 0.998  # of the moving average of the weights, which is what is written
-    precision: Literal["float32", "bfloat16"] = (
-        "float32"  # of products; bfloat16 takes half the time on CPUs that have it
-    )
+    # Of products; bfloat16 takes half the time on CPUs that have it.
+    precision: Literal["float32", "bfloat16"] = "float32"
     threads: int = 1  # of the CPU
     save_every: int = 500  # steps between the writing of weights and state
     report_clips: int = 64  # held-out clips of the sample corpus that progress is measured on; they change no weight
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         for name in ("steps", "batch_size", "threads", "save_every", "report_clips"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("warmup_steps", "weight_decay", "absolute_weight", "commitment"):
@@ -76,7 +74,6 @@ class TokenizerTrainConfig:
     text: TextCorpus | None = None
 
     def __post_init__(self) -> None:
-        """Check that one kind is given and that the output's name fits it."""
         require((self.fsq is None) != (self.text is None), "fsq and text: give exactly one of them")
         require(self.seed >= 0, f"seed is {self.seed}; it must not be negative")
         suffix = ".safetensors" if self.fsq is not None else ".json"
@@ -96,7 +93,6 @@ class TokenizerTrainResult:
     measurement: Measurement | None = None  # on held-out clips of the sample corpus; of no text
 
     def __str__(self) -> str:
-        """A few lines for people."""
         lines = [f"{self.output}  {self.weights_hash}  vocabulary {self.size}  {self.seconds:.0f} s"]
         if self.measurement is not None:
             lines += [f"loss {self.loss_first:.5f} -> {self.loss_last:.5f}", str(self.measurement)]
@@ -116,7 +112,9 @@ def train_tokenizer(config: TokenizerTrainConfig) -> TokenizerTrainResult:
     if output.is_dir() or (output.parent.exists() and not output.parent.is_dir()):
         raise UserError(f"output: {config.output} is not a place for a file; name another")
     if config.text is not None:
-        tokenizer = train_text_tokenizer(config.text, output)
+        tokenizer = TextTokenizer.train(read_corpus(config.text), vocab_size=config.text.vocab_size)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(output)
         seconds = time.monotonic() - started
         return TokenizerTrainResult(
             output=config.output, weights_hash=tokenizer.hash, size=tokenizer.vocab_size, seconds=seconds

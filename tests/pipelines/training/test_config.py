@@ -6,7 +6,7 @@ import pytest
 from lumos.vocabulary import Vocabulary
 from pipelines.config import load_config, shipped_configs
 from pipelines.errors import UserError
-from pipelines.training.config import OptimizerConfig, ResourceConfig, TrainConfig, scheduled_lr
+from pipelines.training.config import OptimizerConfig, ResourceConfig, TrainConfig
 from pipelines.training.engine import engine_settings, read_deepspeed_file
 from tests.pipelines.training.runs import tiny_config
 
@@ -41,12 +41,12 @@ def test_bad_values_are_errors_that_name_them(override, message):
 
 def test_learning_rate_warms_up_and_falls_along_a_cosine():
     options = OptimizerConfig(lr=1.0, warmup_steps=4, schedule="cosine", min_lr_ratio=0.1)
-    rates = [scheduled_lr(options, step=step, steps=20) for step in range(20)]
+    rates = [options.learning_rate(step, 20) for step in range(20)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[-1] == pytest.approx(0.1)
     assert rates[4:] == sorted(rates[4:], reverse=True)
     constant = replace(options, schedule="constant")
-    assert scheduled_lr(constant, step=19, steps=20) == 1.0
+    assert constant.learning_rate(19, 20) == 1.0
 
 
 def test_identity_leaves_out_what_does_not_change_the_result():

@@ -33,11 +33,11 @@ def save_model(path: Path, vocabulary: Vocabulary, **changes: int) -> Path:
 
 def test_a_good_config_is_prepared(config):
     prepared = prepare(config)
-    info = prepared.export.info
+    info = prepared.info
     assert (info.shapes, info.fps) == (((2, 4, 4), (3, 4, 6)), 12.0)
     assert info.dataset_digest == prepared.snapshot.digest
     assert info.text_tokenizer_hash == TextTokenizer.load().hash
-    assert prepared.ingest.vocabulary.codebook_size == CODEBOOK
+    assert prepared.vocabulary.codebook_size == CODEBOOK
     assert ModelInfo.from_dict(json.loads(json.dumps(info.to_dict()))) == info
 
 
@@ -142,6 +142,6 @@ def test_an_output_of_another_run_is_an_error(config, tmp_path):
 def test_the_model_recommends_what_its_run_says(config):
     sampling = SamplingConfig(num_steps=12, guidance_scale=2.0)
     recommending = replace(config, recommended_sampling=sampling)
-    assert prepare(recommending).export.info.sampling == sampling
-    assert prepare(config).export.info.sampling == SamplingConfig()
+    assert prepare(recommending).info.sampling == sampling
+    assert prepare(config).info.sampling == SamplingConfig()
     assert recommending.identity_hash() == config.identity_hash()  # it computes the same: an older run continues

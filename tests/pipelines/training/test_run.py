@@ -33,13 +33,13 @@ def test_another_store_gets_all_steps(tmp_path):
     prepared = prepare(config)
     output = Output(config, snapshot_digest=prepared.snapshot.digest)
     output.begin(config)
-    first = _open_tracker(config, output, prepared)
+    first = _open_tracker(prepared, output)
     output.update(sent=10, finished=True)
-    assert _open_tracker(config, output, prepared).run_id == first.run_id
+    assert _open_tracker(prepared, output).run_id == first.run_id
     assert (output.run.sent, output.run.finished) == (10, True)
     elsewhere = replace(config, tracking=replace(config.tracking, uri=f"sqlite:///{tmp_path / 'other.db'}"))
     moved = Output(elsewhere, snapshot_digest=prepared.snapshot.digest)
-    assert _open_tracker(elsewhere, moved, prepared).run_id != first.run_id
+    assert _open_tracker(replace(prepared, config=elsewhere), moved).run_id != first.run_id
     assert (moved.run.sent, moved.run.finished) == (0, False)
 
 
@@ -51,7 +51,7 @@ def test_two_runs_of_one_folder_stand_in_one_experiment(tmp_path):
         prepared = prepare(config)
         output = Output(config, snapshot_digest=prepared.snapshot.digest)
         output.begin(config)
-        ids.add(_open_tracker(config, output, prepared).run_id)
+        ids.add(_open_tracker(prepared, output).run_id)
     client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlruns.db'}")
     runs = client.search_runs([client.get_experiment_by_name("lumos").experiment_id])
     assert {run.info.run_id for run in runs} == ids
@@ -72,7 +72,7 @@ def test_a_run_with_a_store_in_its_output_goes_on_in_it(tmp_path, monkeypatch, c
     )
     begun = Tracker(older, experiment="lumos", key=output.run.key, run_name="out")
     resumed = Output(config, snapshot_digest=prepared.snapshot.digest)
-    tracker = _open_tracker(config, resumed, prepared)
+    tracker = _open_tracker(prepared, resumed)
     assert (tracker.resumed, tracker.run_id) == (True, begun.run_id)
     assert not (tmp_path / "mlruns.db").exists()
 

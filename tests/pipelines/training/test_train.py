@@ -109,11 +109,11 @@ def test_training_of_two_workers_on_two_cpus(uninterrupted, folder):
 def test_loss_of_the_first_step_is_that_of_the_whole_batch_at_once(uninterrupted, dataset, folder):
     config = tiny_config(dataset, folder / "none", num_workers=1, micro_batch=8)
     prepared = prepare(config)
-    model = Decoder(prepared.export.model)
+    model = Decoder(prepared.model)
     model.init_weights(torch_stream(config.seed, "init"))
-    batch = unpack(StepLoader(prepared.ingest, 0)(pa.table({"step": [0]})), prepared.ingest).micro_batches[0]
+    batch = unpack(StepLoader(prepared, 0)(pa.table({"step": [0]})), 8).micro_batches[0]
     first = uninterrupted.records[0]
-    total, sums, counts = LossModule(model, prepared.ingest.vocabulary, 0.0)(batch, len(first.frame_losses))
+    total, sums, counts = LossModule(model, prepared.vocabulary, 0.0)(batch, len(first.frame_losses))
     loss = total / counts.sum()
     assert first.masked_tokens == counts.sum()
     assert first.loss == pytest.approx(loss.item(), abs=2e-6)
