@@ -57,7 +57,7 @@ class Caption(Step):
         made = {}
         for captioner in self.captioners:
             inputs = captioner.inputs(rows, given)
-            table = run.compute_clips(captioner.stage_name, inputs)
+            table = run.compute(captioner.stage_name, inputs)
             made[captioner.name] = read_in_order(table, columns, inputs["work_key"])
         run.captions = self.gather(kept, made)
         clips.verdicts.mark("captions", kept)

@@ -208,7 +208,7 @@ class Features(Step):
         kept = clips.verdicts.kept
         rows = clips.of(kept)
         inputs = look_inputs(rows)
-        table = run.compute_clips("features", inputs)
+        table = run.compute("features", inputs)
         clips.verdicts.mark("features", kept)
         for places, piece in table.pieces(["clip", "text_area", "error"], inputs["work_key"]):
             for index, row in zip(kept[places].tolist(), piece.to_pylist(), strict=True):
@@ -244,7 +244,7 @@ class Similarity(Step):
         hashes = pa.array((text_key(text) for text in iterate(said)), pa.string())
         keys = pc.unique(hashes)
         texts = take(said, pc.index_in(keys, hashes).to_numpy())
-        table = run.compute_clips("texts", pa.table([keys, texts], schema=TEXT_INPUTS))
+        table = run.compute("texts", pa.table([keys, texts], schema=TEXT_INPUTS))
         vectors = read_in_order(table, ["clip"], pa.chunked_array([keys]))["clip"]
         spoken = pc.index_in(hashes, keys).to_numpy()  # numbers of the captions' texts, clip after clip
         bounds = np.concatenate([[0], np.cumsum(pc.list_value_length(captions).to_numpy())])

@@ -53,4 +53,4 @@ class Look(Step):
         """Make those that are missing, and note where they are."""
         kept = run.clips.verdicts.kept
         rows = run.clips.of(kept)
-        run.clips.add_looks(run.compute_clips("looks", clip_inputs(rows, picture_keys(rows))), kept)
+        run.clips.add_looks(run.compute("looks", clip_inputs(rows, picture_keys(rows))), kept)

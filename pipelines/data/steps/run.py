@@ -1,6 +1,5 @@
 """A curation under way: what its steps share, and what each leaves for those after it."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,14 +75,16 @@ class Run:
         """The table of a stage."""
         return StageTable(self.config.dataset, self.stages[name])
 
-    def compute(self, name: str, inputs: pa.Table, max_failed: float = math.inf) -> StageTable:
-        """Bring a stage's table up to date with its inputs.
+    def compute(self, name: str, inputs: pa.Table, max_failed: float | None = None) -> StageTable:
+        """Bring a stage's table up to date with its inputs, of which the share may fail that the run bears.
 
         Raises:
             UserError: what it needs is not there, and there is work left.
             JobError: a worker failed, or more inputs than the run bears.
         """
         table, config = self.table(name), self.config
+        if max_failed is None:
+            max_failed = config.resources.max_failed_share * inputs.num_rows
         if name in self.unready and anti_join(inputs, table.keys()).num_rows:
             raise self.unready[name]
         try:
@@ -98,10 +99,6 @@ class Run:
         except TooManyFailuresError as error:
             raise self.too_many(error, inputs.num_rows, name) from error
         return table
-
-    def compute_clips(self, name: str, inputs: pa.Table) -> StageTable:
-        """As ``compute``, of a stage over clips."""
-        return self.compute(name, inputs, self.config.resources.max_failed_share * inputs.num_rows)
 
     def too_many(self, error: TooManyFailuresError, total: int, where: str) -> JobError:
         """What ends a run in which too much failed."""

@@ -1,6 +1,7 @@
 """Sources: what a folder, a glob or a table of paths names, and the content hash of each file; tables of users."""
 
 import glob
+import math
 import os
 import stat
 from collections.abc import Sequence
@@ -225,7 +226,8 @@ class HashSources(Step):
         keys = pc.unique(listing["work_key"])  # a file may be listed under several names
         files = listing.take(pc.index_in(keys, listing["work_key"].combine_chunks()))
         work = pc.max_element_wise(files["size"], 0).cast(pa.float64())
-        table = run.compute("sources", files.append_column(WORK, work))
+        # What cannot be read counts in the split stage.
+        table = run.compute("sources", files.append_column(WORK, work), math.inf)
         hashed = read_in_order(table, ["source_id", "error"], files["work_key"])
         places = pc.index_in(listing["work_key"], keys)
         for name in ("source_id", "error"):

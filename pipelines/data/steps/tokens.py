@@ -162,7 +162,7 @@ class Tokenize(Step):
         clips, kept = run.clips, run.clips.verdicts.kept
         inputs = token_inputs(clips.of(kept), clips.shapes[kept], run.config.tokens.decode_back_share)
         columns = ["fps", "t", "h", "w", "codes_sha256", "psnr", "error"]
-        made = read_in_order(run.compute_clips("tokens", inputs), columns, inputs["work_key"])
+        made = read_in_order(run.compute("tokens", inputs), columns, inputs["work_key"])
         clips.verdicts.mark("tokens", kept)
         clips.scores["psnr"][kept] = made["psnr"].to_numpy()
         for place in np.flatnonzero(made["error"].is_valid().to_numpy()).tolist():

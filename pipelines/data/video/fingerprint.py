@@ -95,7 +95,6 @@ class FingerprintCheck:
     """
 
     def __init__(self, start_s: float, fingerprint: bytes) -> None:
-        self.is_wanted = False  # the frame that was last asked about
         self._prints = np.frombuffer(fingerprint, np.uint8).reshape(-1, THUMBNAIL, THUMBNAIL, 3).astype(np.float32)
         self._instants = start_s + STEP_SECONDS * np.arange(len(self._prints))
         self._least = np.full(len(self._prints), np.inf)  # difference of the likest frame around
@@ -105,8 +104,7 @@ class FingerprintCheck:
     def wants(self, time: float) -> bool:
         """Whether the next frame, of that time, is one to compare. To be asked of every frame, in order."""
         self._times.append(time)
-        self.is_wanted = bool(len(self._prints)) and (self._is_rare() or bool(self._near(time).any()))
-        return self.is_wanted
+        return bool(len(self._prints)) and (self._is_rare() or bool(self._near(time).any()))
 
     def add(self, picture: NDArray[np.uint8]) -> None:
         """Compare with the thumbnail of the last frame that was asked about."""

@@ -345,10 +345,11 @@ def _read_with_decord(request: ClipRequest, beat: Callable[[], None]) -> _Readin
         for index in range(chosen[0], chosen[-1] + 1):
             beat()
             copies = chosen.count(index)
-            if check.wants(float(times[index])) or copies:
+            is_checked = check.wants(float(times[index]))
+            if is_checked or copies:
                 picture = reader.get_batch([index]).asnumpy()[0]
                 frames += [fit_frame(picture, request)] * copies
-                if check.is_wanted:
+                if is_checked:
                     check.add(rgb_thumbnail(picture))
     except (decord.DECORDError, RuntimeError, IndexError, UnicodeEncodeError):  # it takes names in UTF-8 only
         return None
