@@ -155,7 +155,7 @@ def test_workers_of_stages_that_compute_nothing_with_torch_do_not_load_it():
         "steps.looks",
         "steps.duplicates",
         "captions.given",
-        "captions.endpoint_stage",
+        "captions.endpoint",
     )
     modules = ", ".join(f"pipelines.data.{module}" for module in (*stages, "video.decode_child"))
     assert run_python(f"import sys, {modules}\nprint('torch' in sys.modules)").strip() == "False"

@@ -52,7 +52,7 @@ class Curation:
         look = Look(config) if reads_looks else None
         self.steps: list[Step] = [
             HashSources(config),
-            SplitSources(config, look.while_split if look else None),
+            SplitSources(config, look.stages[0] if look else None),
             Decide(),
             NearDuplicates(),
             *([look] if look else []),

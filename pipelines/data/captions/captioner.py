@@ -1,6 +1,5 @@
 """What a captioner is; each is one file beside this one and a line in registry.py (or in a plugin)."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +22,6 @@ CAPTIONED = pa.schema(
         pa.field("error", pa.string()),  # why a captioner has none
     ]
 )
-_SPACE = re.compile(r"\s+")
 
 
 @dataclass(frozen=True)
@@ -34,34 +32,21 @@ class CaptionSource:
     texts: dict[str, tuple[str, ...]]
 
 
-def _shown(clips: pa.Table, given: CaptionSource) -> pa.Table:
-    del given  # a captioner that sees the clips needs no words
-    return look_inputs(clips)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Captioner:
-    """One way to get captions.
+    """One way to get captions."""
 
-    Attributes:
-        name: In ``captions.captioners``.
-        stage_name: Of its stage, whose table has the columns ``CAPTIONED``.
-        stage: Makes the stage for a run's config. Raises a UserError if a file is missing.
-        checks: Of what the stage needs.
-        reads_looks: Whether it is shown looks of the clips, which are made then.
-        inputs: Of the stage, from clips (rows of the split stage with ``uri`` and ``looks_part``) and the captions that
-            the user brought; by default the clips, whose looks it is to read (``video.looks.read_looks``).
-    """
-
-    name: str
-    stage_name: str
-    stage: Callable[[CurateConfig], Stage]
-    checks: Callable[[CurateConfig], Sequence[Check]] = lambda config: ()
-    reads_looks: bool = True
-    inputs: Callable[[pa.Table, CaptionSource], pa.Table] = _shown
+    name: str  # in ``captions.captioners``
+    stage_name: str  # of its stage, whose table has the columns ``CAPTIONED``
+    stage: Callable[[CurateConfig], Stage]  # makes the stage for a run's config; a UserError if a file is missing
+    checks: Callable[[CurateConfig], Sequence[Check]] = lambda config: ()  # of what the stage needs
+    reads_looks: bool = True  # whether it is shown looks of the clips, which are made then
+    # Inputs of the stage, from clips (rows of the split stage with ``uri`` and ``looks_part``) and captions that the
+    # user brought; by default the clips, whose looks it is to read (``video.looks.read_looks``).
+    inputs: Callable[[pa.Table, CaptionSource], pa.Table] = lambda clips, given: look_inputs(clips)
 
 
 def clean_captions(texts: Sequence[str], captioner: str) -> list[dict[str, str]]:
     """Captions without stray white space, empty ones and repetitions."""
-    cleaned = dict.fromkeys(_SPACE.sub(" ", text).strip() for text in texts)
+    cleaned = dict.fromkeys(" ".join(text.split()) for text in texts)
     return [{"text": text, "captioner": captioner} for text in cleaned if text]

@@ -24,11 +24,7 @@ _PIECE = 1 << 14  # clips at a time, as Python's objects weigh several times mor
 
 
 class Caption(Step):
-    """Captions the clips kept so far, by all captioners that the config names.
-
-    Args:
-        config: Of the run.
-        given: The captions that the user brought.
+    """Captions the clips kept so far, by all captioners that the config names; some get what the user brought.
 
     Raises:
         UserError: a captioner is unknown, or a file of its model is missing.
@@ -57,11 +53,11 @@ class Caption(Step):
         clips, kept = run.clips, run.clips.verdicts.kept
         rows = clips.of(kept)
         given = share_captions(self.given, run.sources)
+        columns = ["captions", "input_tokens", "output_tokens", "error"]
         made = {}
         for captioner in self.captioners:
             inputs = captioner.inputs(rows, given)
-            table = run.compute_clips(captioner.stage_name, inputs)
-            columns = ["captions", "input_tokens", "output_tokens", "error"]
+            table = run.compute(captioner.stage_name, inputs)
             made[captioner.name] = read_in_order(table, columns, inputs["work_key"])
         run.captions = self.gather(kept, made)
         clips.verdicts.mark("captions", kept)
@@ -70,12 +66,7 @@ class Caption(Step):
                 clips.verdicts.set(index, status, reason)
 
     def gather(self, clips: NDArray[np.int64], made: Mapping[str, pa.Table]) -> Captions:
-        """Put together what the captioners made of clips, leave out what is not fit and what is said twice.
-
-        Args:
-            clips: By which the captions are told, ascending.
-            made: By captioner, its row for each clip.
-        """
+        """Put together what each captioner made of clips (ascending), without what is not fit or is said twice."""
         of = [pa.array([], CAPTIONS)]
         faults: dict[int, tuple[str, str]] = {}
         left_out: Counter[str] = Counter()
@@ -92,17 +83,12 @@ class Caption(Step):
                     errors = [row["error"] for row in rows if row["error"]]
                     faults[clip] = ("failed", errors[0]) if errors else ("rejected", no_caption(unfit))
             of.append(pa.array(chosen, CAPTIONS))
-        tokens = [
-            sum(pc.sum(table[name]).as_py() or 0 for table in made.values())
+        tokens = {
+            name: sum(pc.sum(table[name]).as_py() or 0 for table in made.values())
             for name in ("input_tokens", "output_tokens")
-        ]
+        }
         return Captions(
-            clips=clips,
-            of=pa.chunked_array(of, CAPTIONS),
-            faults=faults,
-            left_out=dict(left_out),
-            input_tokens=tokens[0],
-            output_tokens=tokens[1],
+            clips=clips, of=pa.chunked_array(of, CAPTIONS), faults=faults, left_out=dict(left_out), **tokens
         )
 
 

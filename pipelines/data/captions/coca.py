@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipelines.data.captions.captioner import CAPTIONED, Captioner, clean_captions
 from pipelines.data.config import CurateConfig
-from pipelines.data.models.open_clip import OpenClip, check_open_clip, fixed_batches, load_open_clip, open_clip_hash
+from pipelines.data.models.open_clip import OpenClip, check_open_clip, in_batches, load_open_clip, open_clip_hash
 from pipelines.data.settings import CocaConfig
 from pipelines.data.stage.stage import Row, Stage
 from pipelines.data.steps.run import Check, check_device
@@ -39,32 +39,30 @@ class CocaFunction:
             if not looks.error:
                 images.append((made, self.model.images([decode_jpeg(looks.middle)])))
         if images:
-            batches = fixed_batches(torch.cat([image for _, image in images]), self.config.batch_size)
-            texts = [
-                text for batch, count in batches for text in caption_images(self.model, batch, self.config)[:count]
-            ]
-            for (made, _), text in zip(images, texts, strict=True):
-                made["captions"] = clean_captions([text], self.captioner)
+            caption = partial(caption_images, coca=self.model, max_tokens=self.config.max_tokens)
+            tokens = in_batches(caption, torch.cat([image for _, image in images]), self.config.batch_size)
+            for (made, _), row in zip(images, tokens.tolist(), strict=True):
+                made["captions"] = clean_captions([_text(self.model, row)], self.captioner)
         return done
 
 
 @torch.inference_mode()
-def caption_images(coca: OpenClip, images: Tensor, config: CocaConfig) -> list[str]:
-    """The likeliest next token, again and again, from each image [batch, 3, size, size].
+def caption_images(images: Tensor, *, coca: OpenClip, max_tokens: int) -> Tensor:
+    """The likeliest next token, again and again, from each image [batch, 3, size, size]: [batch, 1 + max_tokens].
 
     open_clip's own search needs the package transformers, draws at random, or both.
     """
     latent, embeddings = coca.model._encode_image(images)
-    tokens = torch.full((len(images), 1), _START, device=coca.device)
+    tokens = torch.full((len(images), 1 + max_tokens), _END, device=coca.device)
+    tokens[:, 0] = _START
     over = torch.zeros(len(images), dtype=torch.bool, device=coca.device)
-    for _ in range(config.max_tokens):
-        seen = coca.model(images, tokens, image_latent=latent, image_embs=embeddings, output_labels=False)
-        chosen = seen["logits"][:, -1].argmax(dim=-1).masked_fill(over, _END)
-        over |= chosen == _END
-        tokens = torch.cat([tokens, chosen[:, None]], dim=1)
+    for place in range(1, 1 + max_tokens):
+        seen = coca.model(images, tokens[:, :place], image_latent=latent, image_embs=embeddings, output_labels=False)
+        tokens[:, place] = seen["logits"][:, -1].argmax(dim=-1).masked_fill(over, _END)
+        over |= tokens[:, place] == _END
         if over.all():
             break
-    return [_text(coca, row) for row in tokens.tolist()]
+    return tokens
 
 
 def _text(coca: OpenClip, tokens: Sequence[int]) -> str:
@@ -80,23 +78,21 @@ def coca_stage(curate: CurateConfig) -> Stage:
         UserError: the weights are not there.
     """
     config, resources = curate.captions.coca, curate.resources.of(STAGE)
-    threads = max(1, int(resources.num_cpus))
     digest = open_clip_hash(config.open_clip, _KEY)
     name = "coca" if os.path.isdir(config.weights or "") else config.model
     captioner = f"{name}@{digest[-64:][:8]}"
-    settings = {
-        "version": 2,
-        "looks": looks_settings(curate.looks),
-        "captioner": captioner,
-        "model": digest,
-        "max_tokens": config.max_tokens,
-        "batch_size": config.batch_size,
-    }
     return Stage(
         name=STAGE,
-        settings=settings,
+        settings={
+            "version": 2,
+            "looks": looks_settings(curate.looks),
+            "captioner": captioner,
+            "model": digest,
+            "max_tokens": config.max_tokens,
+            "batch_size": config.batch_size,
+        },
         schema=CAPTIONED,
-        function=partial(CocaFunction, config=config, captioner=captioner, threads=threads),
+        function=partial(CocaFunction, config=config, captioner=captioner, threads=resources.threads),
         rows_per_part=64,
         resources=resources,
     )

@@ -6,18 +6,31 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any
 
 import httpx
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exception, wait_random_exponential
 
+from pipelines.config import config_hash
+from pipelines.data.captions.captioner import CAPTIONED, Captioner, clean_captions
+from pipelines.data.config import CurateConfig
+from pipelines.data.reasons import Failure
 from pipelines.data.settings import EndpointConfig
+from pipelines.data.stage.stage import Row, Stage
+from pipelines.data.steps.run import Check
+from pipelines.data.video.looks import decode_jpeg, encode_jpeg, looks_settings, read_looks
+from pipelines.data.video.reader import fit_picture
 from pipelines.errors import JobError, UserError
 
+STAGE = "captions-endpoint"
+_QUALITY = 90  # of JPEG files that are made smaller to be sent, 0..100
+# What decides a caption; where the model is served and how fast it may be asked does not.
+_DECISIVE = ("model", "prompt", "num_frames", "max_side", "max_tokens", "temperature")
 _BACKOFF = wait_random_exponential(multiplier=0.5, max=30)  # seconds, with full jitter
 _CONNECT_SECONDS = 30.0
 _PROBE_SECONDS = 5.0  # without any answer, before a request that was answered once is sent ahead of others
@@ -31,6 +44,14 @@ _SCHEMA = {
     "additionalProperties": False,
 }
 _RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "caption", "strict": True, "schema": _SCHEMA}}
+# Why a clip has no caption, as a ledger tells it, and whether it may do better another time.
+_FAILURES = {
+    "caption_refused": ("the endpoint does not take this clip", False),
+    "caption_truncated": ("longer than captions.endpoint.max_tokens", False),
+    "caption_malformed": ("no answer was such JSON as was asked for", True),
+    "caption_mismatch": ("every answer was to another request", True),
+    "caption_unanswered": ("others were answered, this was not", True),
+}
 
 
 class EndpointDownError(JobError):
@@ -56,21 +77,17 @@ class CaptionRequest:
 
 @dataclass
 class CaptionAnswer:
-    """What came of a request: a caption on one line, or one word that says why there is none.
-
-    Failures are ``caption_refused`` (the endpoint rejects this clip), ``caption_truncated``, ``caption_malformed``,
-    ``caption_mismatch`` (answers to other requests) and ``caption_unanswered`` (it answers others, not this).
-    """
+    """What came of a request: a caption on one line, or one word that says why there is none."""
 
     key: str
     caption: str = ""
-    failure: str = ""
+    failure: str = ""  # a key of ``_FAILURES``
     input_tokens: int = 0  # of all tries, as the endpoint counts them
     output_tokens: int = 0
 
 
 class _FailureError(Exception):
-    """No caption, for a reason as in ``CaptionAnswer``; another try would bring the same."""
+    """No caption, for a reason of ``_FAILURES``; another try would bring the same."""
 
 
 class _TryAgainError(_FailureError):
@@ -86,8 +103,7 @@ class CaptionEndpoint:
     """A client of one endpoint. Not for use by several threads at once."""
 
     def __init__(self, config: EndpointConfig, api_key: str | None) -> None:
-        if config.url is None:
-            raise ValueError("captions.endpoint.url is none; name an endpoint, such as http://127.0.0.1:8000/v1")
+        assert config.url is not None  # as CaptionConfig has checked
         if api_key and not (api_key.isascii() and api_key.isprintable()):
             raise EndpointConfigError(f"the key in {config.api_key_env} holds characters that no key has; set it anew")
         self.config = config
@@ -228,11 +244,7 @@ class CaptionEndpoint:
         raise self._config_error(response)
 
     def _unanswered(self, problem: str, started: float, wait: float = 0.0) -> _TryAgainError:
-        """Note a try without an answer; all requests wait as long as the endpoint asks one of them to.
-
-        Raises:
-            EndpointDownError: patience is at an end.
-        """
+        """Note a try without an answer; all requests wait as long as the endpoint asks one of them to."""
         in_silence = self._silent_since is not None
         self._silent_since = self._silent_since or max(started, self._last_answer)
         if not self._patience_left():
@@ -330,3 +342,71 @@ def _read_caption(body: Any, id: str) -> str:
     if not caption:
         raise _TryAgainError("caption_malformed")
     return caption.encode(errors="replace").decode()  # escaped surrogates have no UTF-8
+
+
+class EndpointFunction:
+    """Sends frames of clips and takes captions; several requests are under way while the next clips are read."""
+
+    def __init__(self, uri: str, *, config: EndpointConfig, captioner: str) -> None:
+        del uri  # nothing is recorded beside the table
+        self.config = config
+        self.captioner = captioner
+        self.endpoint = CaptionEndpoint(config, config.read_api_key())
+
+    def __call__(self, rows: Sequence[Row]) -> list[Row]:
+        """Captions of each clip, or why there are none; raises what ``CaptionEndpoint.run`` does."""
+        results: dict[str, Row] = {
+            row["work_key"]: {"work_key": row["work_key"], "key": row["key"], "captions": []} for row in rows
+        }
+        for answer in self.endpoint.run(self._requests(rows, results)):
+            result = results[answer.key]
+            result |= {"input_tokens": answer.input_tokens, "output_tokens": answer.output_tokens}
+            if answer.failure:
+                detail, transient = _FAILURES[answer.failure]
+                result["error"] = str(Failure(answer.failure, detail, transient=transient))
+            else:
+                result["captions"] = clean_captions([answer.caption], self.captioner)
+        return list(results.values())
+
+    def _requests(self, rows: Sequence[Row], results: dict[str, Row]) -> Iterator[CaptionRequest]:
+        for row, looks in read_looks(rows):
+            if looks.error:
+                results[row["work_key"]]["error"] = looks.error
+            else:
+                images = (_no_larger(image, self.config.max_side) for image in looks.evenly(self.config.num_frames))
+                yield CaptionRequest(row["work_key"], tuple(images))
+
+
+def _no_larger(image: bytes, side: int) -> bytes:
+    """A JPEG file whose longer side has that many px at most: as it is, or made smaller."""
+    frame = decode_jpeg(image)
+    height, width = frame.shape[:2]
+    scale = side / max(height, width)
+    if scale >= 1:
+        return image
+    size = (max(8, round(width * scale)), max(8, round(height * scale)))
+    return encode_jpeg(fit_picture(frame, size), _QUALITY)
+
+
+def endpoint_stage(curate: CurateConfig) -> Stage:
+    """The stage, in one process: its requests overlap, and its limits hold for all of them."""
+    config, resources = curate.captions.endpoint, curate.resources.of(STAGE)
+    settings: dict[str, Any] = {"version": 2, "looks": looks_settings(curate.looks), "captioner": "endpoint"}
+    settings |= {name: getattr(config, name) for name in _DECISIVE}
+    captioner = f"{config.model}@{config_hash(settings)[:8]}"
+    return Stage(
+        name=STAGE,
+        settings=settings,
+        schema=CAPTIONED,
+        function=partial(EndpointFunction, config=config, captioner=captioner),
+        rows_per_part=max(64, 8 * config.concurrency),
+        resources=replace(resources, min_workers=1, max_workers=1),
+    )
+
+
+def _checks(curate: CurateConfig) -> Sequence[Check]:
+    config = curate.captions.endpoint
+    return (Check(STAGE, lambda: CaptionEndpoint(config, config.read_api_key()).check()),)
+
+
+ENDPOINT = Captioner(name="endpoint", stage_name=STAGE, stage=endpoint_stage, checks=_checks)

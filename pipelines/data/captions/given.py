@@ -1,4 +1,4 @@
-"""Captions that users bring, in a table or in .txt files beside the videos; and which captions are fit to be used."""
+"""Captions that users bring, in a table or in .txt files beside the videos."""
 
 import os
 from collections import defaultdict
@@ -16,8 +16,7 @@ from pipelines.data.config import CurateConfig
 from pipelines.data.keys import caption_key
 from pipelines.data.settings import CaptionConfig, SourceConfig
 from pipelines.data.stage.stage import Row, Stage
-from pipelines.data.steps.sources import source_folder
-from pipelines.data.steps.user_tables import TABLE_SUFFIXES, is_table, read_table, resolve_paths
+from pipelines.data.steps.sources import TABLE_SUFFIXES, is_table, read_table, resolve_paths, source_folder
 from pipelines.errors import UserError
 
 CAPTION_INPUTS = pa.schema(
@@ -90,9 +89,7 @@ def _sidecars(listing: pa.Table) -> dict[str, tuple[str, ...]]:
 def share_captions(source: CaptionSource, files: pa.Table) -> CaptionSource:
     """Give files without captions those of a file with the same content, of several the one with the lowest path.
 
-    Args:
-        source: What each file's own are.
-        files: Of all, ``uri``, ``path`` and ``source_id``.
+    Files are ``uri``, ``path`` and ``source_id`` of all.
     """
     counts = pc.value_counts(files["source_id"].drop_null())
     several = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
@@ -106,22 +103,12 @@ def share_captions(source: CaptionSource, files: pa.Table) -> CaptionSource:
     return CaptionSource(source.captioner, texts)
 
 
-class CaptionFunction:
-    """Cleans the captions of clips."""
-
-    def __init__(self, uri: str) -> None:
-        del uri  # nothing is recorded beside the table
-
-    def __call__(self, rows: Sequence[Row]) -> list[Row]:
-        """Captions of each clip."""
-        return [
-            {
-                "work_key": row["work_key"],
-                "key": row["key"],
-                "captions": clean_captions(row["texts"], row["captioner"]),
-            }
-            for row in rows
-        ]
+def attach_captions(rows: Sequence[Row]) -> list[Row]:
+    """Captions of each clip, cleaned."""
+    return [
+        {"work_key": row["work_key"], "key": row["key"], "captions": clean_captions(row["texts"], row["captioner"])}
+        for row in rows
+    ]
 
 
 def given_inputs(clips: pa.Table, source: CaptionSource) -> pa.Table:
@@ -146,7 +133,7 @@ def captions_stage(config: CurateConfig) -> Stage:
         name="captions",
         settings={"version": 2, "captioner": "given"},
         schema=CAPTIONED,
-        function=CaptionFunction,
+        function=lambda _: attach_captions,
         rows_per_part=8192,
         min_rows_per_part=4096,
         resources=config.resources.of("captions"),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from pipelines.data.captions.captioner import Captioner
 from pipelines.data.captions.coca import COCA
-from pipelines.data.captions.endpoint_stage import ENDPOINT
+from pipelines.data.captions.endpoint import ENDPOINT
 from pipelines.data.captions.given import GIVEN
 from pipelines.data.plugins import offered
 from pipelines.errors import UserError

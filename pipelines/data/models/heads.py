@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -24,12 +23,8 @@ _HEAD_WHERE = (
 class Head:
     """A stack of linear layers over CLIP features that gives one number.
 
-    Takes the state dicts of LAION's predictors: one `nn.Linear`, or several in an `nn.Sequential`.
-
-    Args:
-        path: A .pth, .pt or .safetensors file.
-        key: Config key that named it.
-        rectified: Whether there is a ReLU between layers, where their numbers leave room for one.
+    Takes the state dicts of LAION's predictors (.pth, .pt or .safetensors): one `nn.Linear`, or several in an
+    `nn.Sequential`, if ``rectified`` with a ReLU between those whose numbers leave room for one.
 
     Raises:
         UserError: the file is missing or is no such stack.
@@ -44,47 +39,40 @@ class Head:
                 state = torch.load(path, weights_only=True, map_location="cpu")
             self._layers = _linear_layers(state, rectified=rectified)
         except Exception as error:
-            raise UserError(
-                f"{key} {path} is no state dict of linear layers that end in one number: {error}"
-            ) from error
+            message = f"{key} {path} is no state dict of linear layers that end in one number: {error}"
+            raise UserError(message) from error
 
     @property
     def width(self) -> int:
         """Features that it takes."""
-        return int(self._layers[0].weight.shape[1])
+        return int(self._layers[0][0].shape[1])
 
     def __call__(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
         """Scores [n] of features [n, width]."""
         values = features.astype(np.float64)
-        for layer in self._layers:
-            if layer.rectify:
-                values = np.maximum(values, 0)
-            values = values @ layer.weight.T + layer.bias
+        for weight, bias, rectify in self._layers:
+            values = (np.maximum(values, 0) if rectify else values) @ weight.T + bias
         return values[:, 0]
 
 
-@dataclass(frozen=True)
-class _Layer:
-    weight: NDArray[np.float64]
-    bias: NDArray[np.float64]
-    rectify: bool  # its input
-
-
-def _linear_layers(state: Mapping[str, Any], *, rectified: bool) -> list[_Layer]:
+def _linear_layers(
+    state: Mapping[str, Any], *, rectified: bool
+) -> list[tuple[NDArray[np.float64], NDArray[np.float64], bool]]:
+    """Weight and bias of each layer, and whether its input is rectified."""
     numbers = {name: [int(number) for number in re.findall(r"\d+", name)] for name in state}
     names = sorted((name for name, value in state.items() if value.ndim == 2), key=numbers.__getitem__)
     used = {*names, *(name.removesuffix("weight") + "bias" for name in names)}
     if odd := sorted(state.keys() - used):
         raise ValueError(f"{odd[0]} belongs to no linear layer")
-    layers: list[_Layer] = []
-    last: list[int] | None = None
+    layers = []
+    last: list[int] = []
     for name in names:
         weight, bias = state[name].double().numpy(), state.get(name.removesuffix("weight") + "bias")
-        gap = last is not None and bool(last) and numbers[name][-1] - last[-1] > 1
+        gap = bool(last) and numbers[name][-1] - last[-1] > 1
         offset = bias.double().numpy() if bias is not None else np.zeros(len(weight))
-        layers.append(_Layer(weight, offset, rectified and gap))
+        layers.append((weight, offset, rectified and gap))
         last = numbers[name]
-    shapes = [layer.weight.shape for layer in layers]
+    shapes = [weight.shape for weight, _, _ in layers]
     if not layers or shapes[-1][0] != 1 or any(after[1] != before[0] for before, after in pairwise(shapes)):
         raise ValueError(f"layers of shapes {shapes}")
     return layers

@@ -3,7 +3,7 @@
 import hashlib
 import importlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,12 +27,9 @@ _WHERE = (
 
 
 def file_hash(path: str, key: str, *, where: str) -> str:
-    """SHA-256 of a file (or, of a folder, over the names and hashes of its config, tokenizer and weights).
+    """SHA-256 of a local file (or, of a folder, over the names and hashes of its config, tokenizer and weights).
 
-    Args:
-        path: What the user named; local.
-        key: The config key that named it.
-        where: Where such a file is to be had.
+    Messages tell the config key that named it, and where such a file is to be had.
 
     Raises:
         UserError: if it is not there.
@@ -61,17 +58,11 @@ def open_clip_hash(config: OpenClipConfig, key: str) -> str:
 
 @dataclass(frozen=True)
 class OpenClip:
-    """A loaded model.
+    """A loaded model."""
 
-    Attributes:
-        model: In eval mode, on its device, float32.
-        tokenizer: Texts to token ids, [batch, context].
-        size: px, both ways, of the images it takes.
-    """
-
-    model: Any
-    tokenizer: Callable[[list[str]], Tensor]
-    size: int
+    model: Any  # in eval mode, on its device, float32
+    tokenizer: Callable[[list[str]], Tensor]  # texts to token ids, [batch, context]
+    size: int  # px, both ways, of the images it takes
     device: str
 
     def images(self, frames: Sequence[NDArray[np.uint8]]) -> Tensor:
@@ -136,11 +127,13 @@ def scale_shorter_side(frame: NDArray[np.uint8], size: int) -> NDArray[np.uint8]
     return np.asarray(cv2.resize(frame, scaled_size, interpolation=method), np.uint8)
 
 
-def fixed_batches(values: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, int]]:
-    """Batches of just ``size`` rows, the last filled up with zeros, and how many rows of each are meant.
+def in_batches(function: Callable[[Tensor], Tensor], rows: Tensor, size: int) -> Tensor:
+    """A function of many rows, called with just ``size`` of them at a time: zeros fill up the last batch.
 
     A product over another number of rows may round otherwise.
     """
-    for batch in values.split(size):
+    done = []
+    for batch in rows.split(size):
         fill = batch.new_zeros(size - len(batch), *batch.shape[1:])
-        yield torch.cat([batch, fill]), len(batch)
+        done.append(function(torch.cat([batch, fill]))[: len(batch)])
+    return torch.cat(done)

@@ -36,12 +36,9 @@ class TextDetector:
 
 
 def text_share(likely: NDArray[np.float32]) -> float:
-    """Share of a picture inside boxes of text.
+    """Share of a picture inside boxes of text, by the probability of (the inner part of) text, [height, width].
 
     The network marks shrunk boxes; each is grown again by area * 1.5 / perimeter on every side, as it was trained.
-
-    Args:
-        likely: Probability of (the inner part of) text, [height, width].
     """
     covered = np.zeros(likely.shape, np.uint8)
     marks = (likely > _PIXEL_THRESHOLD).astype(np.uint8)

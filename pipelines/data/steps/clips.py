@@ -18,13 +18,7 @@ from pipelines.data.steps.decide import decide, keeps
 
 
 class Clips:
-    """The clips.
-
-    Args:
-        table: Rows of the split stage, with ``stage.table.PART``.
-        uris: Of their files.
-        parts: URIs of the files of the split stage's table.
-    """
+    """The clips: rows of the split stage (with ``PART``), URIs of their files and of the files of the stage's table."""
 
     def __init__(self, table: pa.Table, uris: pa.ChunkedArray, parts: Sequence[str]) -> None:
         count = table.num_rows
@@ -60,7 +54,8 @@ class Clips:
         kept = self.verdicts.kept
         wrong = ~keeps({name: values[kept] for name, values in self.scores.items()}, thresholds)
         for index in kept[wrong].tolist():
-            self.verdicts.set(index, *decide(self._scores_of(index), thresholds))
+            scores = {name: float(values[index]) for name, values in self.scores.items()}
+            self.verdicts.set(index, *decide(scores, thresholds))
 
     def plan_shapes(self, config: TokenConfig) -> None:
         """Settle what of each kept clip is to be encoded; reject those that are too short."""
@@ -87,7 +82,3 @@ class Clips:
         return pa.StructArray.from_arrays(
             [pa.array(self.scores[name], from_pandas=True) for name in SCORES], names=list(SCORES)
         )
-
-    def _scores_of(self, index: int) -> dict[str, float | None]:
-        values = {name: float(column[index]) for name, column in self.scores.items()}
-        return {name: None if np.isnan(value) else value for name, value in values.items()}

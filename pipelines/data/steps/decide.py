@@ -14,11 +14,8 @@ from pipelines.data.scores import DECISIVE, Score, Thresholds
 def bounds(thresholds: Thresholds) -> Iterator[tuple[Score, float | None, float | None]]:
     """Each score that is decided on, in the order of reasons, with the least and the most it may be."""
     for score in DECISIVE:
-        yield (
-            score,
-            getattr(thresholds, f"min_{score.name}", None),
-            getattr(thresholds, f"max_{score.name}", None),
-        )
+        low, high = (getattr(thresholds, f"{which}_{score.name}", None) for which in ("min", "max"))
+        yield score, low, high
 
 
 def decide(scores: Mapping[str, float | None], thresholds: Thresholds) -> tuple[str, str]:
@@ -40,12 +37,7 @@ def decide(scores: Mapping[str, float | None], thresholds: Thresholds) -> tuple[
 
 
 def keeps(scores: Mapping[str, NDArray[np.float64]], thresholds: Thresholds) -> NDArray[np.bool_]:
-    """For many clips at once, whether ``decide`` would keep each.
-
-    Args:
-        scores: One array per score, all of one length, a row being a clip; nan where a score is null.
-        thresholds: What to decide by.
-    """
+    """For many clips at once, whether ``decide`` would keep each: an array per score, nan where a score is null."""
     kept = np.ones(len(next(iter(scores.values()), ())), dtype=bool)
     for score, low, high in bounds(thresholds):
         values = scores.get(score.name)
@@ -61,11 +53,9 @@ def keeps(scores: Mapping[str, NDArray[np.float64]], thresholds: Thresholds) -> 
 
 
 def fills(scores: Mapping[str, NDArray[np.float64]], tokens: Mapping[str, Any]) -> NDArray[np.bool_]:
-    """For many clips at once, whether each has the frames of the shortest length that is encoded (``plan_shape``).
+    """Likewise, whether each has the frames of the shortest length that is encoded (``plan_shape``).
 
-    Args:
-        scores: As for ``keeps``; of them ``duration`` and ``image``.
-        tokens: ``num_frames``, allowed lengths, and ``fps``.
+    Of a config of tokens, ``num_frames`` and ``fps`` count.
     """
     lengths = tokens["num_frames"]
     shortest = min((count for count in lengths if count > 1), default=math.inf)

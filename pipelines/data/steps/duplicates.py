@@ -77,21 +77,15 @@ def similarity(first: Print, second: Print) -> float:
 def find_near_duplicates(
     keys: pa.Array | pa.ChunkedArray, read: Callable[[], Fingerprints], threshold: float
 ) -> dict[int, NearDuplicate]:
-    """The clips that need not be kept, and what they are near-duplicates of.
+    """By index, the clips that need not be kept, and what they are near-duplicates of.
 
-    Args:
-        keys: Of the clips.
-        read: Tells their fingerprints, of each place in ``keys`` once; called twice.
-        threshold: Cosine from which two clips are near-duplicates.
-
-    Returns:
-        By index; of every group of clips linked by similarity, all but the one with the lowest key.
+    Of every group of clips linked by similarity, all but the one with the lowest key. ``read`` is called twice and
+    tells the fingerprint of each place in ``keys`` once; from ``threshold`` (a cosine) on two are near-duplicates.
     """
     order = pc.sort_indices(keys).to_numpy().astype(np.int64)
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
     # From here on clips are numbered among those with a like, in the order of their keys.
-    ranks, pairs = np.unique(_candidates(*_signatures(rank, read()), threshold), return_inverse=True)
+    signatures = _signatures(np.argsort(order), read())
+    ranks, pairs = np.unique(_candidates(*signatures, threshold), return_inverse=True)
     places = order[ranks]
     wanted = dict(zip(places.tolist(), range(len(places)), strict=True))
     packed = {
@@ -173,17 +167,11 @@ def linked_groups(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
 
 
 def _lowest_linked(links: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """For each of the numbers below ``count``, the lowest one that it is linked to, directly or through others.
-
-    Args:
-        links: Pairs of numbers, [n, 2].
-        count: Of the numbers.
-    """
+    """For each number below ``count``, the lowest one that pairs of them, [n, 2], link it to, directly or not."""
     graph = coo_array((np.ones(len(links), bool), (links[:, 0], links[:, 1])), shape=(count, count))
     _, groups = connected_components(graph, directed=False)
     _, first = np.unique(groups, return_index=True)
-    lowest: NDArray[np.int64] = first[groups]
-    return lowest
+    return np.asarray(first[groups])
 
 
 class NearDuplicates(Step):

@@ -20,15 +20,15 @@ from pipelines.data.models.heads import Head
 from pipelines.data.models.open_clip import (
     check_open_clip,
     file_hash,
-    fixed_batches,
+    in_batches,
     load_open_clip,
     open_clip_hash,
     scale_shorter_side,
 )
 from pipelines.data.models.text_detector import TextDetector
-from pipelines.data.settings import FeatureConfig, LooksConfig, OpenClipConfig
+from pipelines.data.settings import FeatureConfig, OpenClipConfig
 from pipelines.data.stage.columns import iterate, take
-from pipelines.data.stage.stage import Row, Stage, StageResources
+from pipelines.data.stage.stage import Row, Stage
 from pipelines.data.steps.run import Check, Run, Step, check_device, read_in_order
 from pipelines.data.video.looks import decode_jpeg, look_inputs, looks_settings, read_looks
 from pipelines.errors import UserError
@@ -43,12 +43,7 @@ FEATURES = pa.schema(
     ]
 )
 TEXT_INPUTS = pa.schema([("work_key", pa.string()), ("text", pa.string())])
-TEXT_FEATURES = pa.schema(
-    [
-        pa.field("work_key", pa.string(), nullable=False),
-        pa.field("clip", pa.binary()),  # float16, unit length
-    ]
-)
+TEXT_FEATURES = pa.schema([pa.field("work_key", pa.string(), nullable=False), ("clip", pa.binary())])  # likewise, one
 _TEXT_SIDE = 480  # px of the shorter side of what the text detector reads
 _KEY = "features.clip.weights"
 
@@ -60,10 +55,10 @@ class FeatureFunction:
         del uri  # nothing is recorded beside the table
         torch.set_num_threads(threads)
         self.config = config
-        on = config.clip.weights is not None
-        self.clip = load_open_clip(config.clip, _KEY) if on else None
+        self.clip = load_open_clip(config.clip, _KEY) if config.clip.weights is not None else None
         self.text = TextDetector(config.text_detector) if config.text_detector is not None else None
 
+    @torch.inference_mode()
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         """Features of each clip, or why there are none."""
         done, seen = [], []
@@ -78,22 +73,12 @@ class FeatureFunction:
                 made["text_area"] = round(float(np.mean(areas)), 6)
             if self.clip is not None:
                 seen.append((made, self.clip.images(frames)))
-        self._embed(seen)
+        if self.clip is not None and seen:
+            encode = partial(self.clip.model.encode_image, normalize=True)
+            features = in_batches(encode, torch.cat([images for _, images in seen]), self.config.clip.batch_size)
+            for (made, _), own in zip(seen, features.split([len(images) for _, images in seen]), strict=True):
+                made["clip"] = pack_features(own)
         return done
-
-    @torch.inference_mode()
-    def _embed(self, seen: Sequence[tuple[Row, torch.Tensor]]) -> None:
-        if self.clip is None or not seen:
-            return
-        images = torch.cat([images for _, images in seen])
-        features = torch.cat(
-            [
-                self.clip.model.encode_image(batch, normalize=True)[:count]
-                for batch, count in fixed_batches(images, self.config.clip.batch_size)
-            ]
-        )
-        for (made, _), own in zip(seen, features.split([len(images) for _, images in seen]), strict=True):
-            made["clip"] = pack_features(own)
 
 
 def pack_features(features: torch.Tensor) -> bytes:
@@ -118,13 +103,8 @@ class TextFunction:
     @torch.inference_mode()
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         """Features of each text; the model reads its first 77 tokens or so."""
-        tokens = self.clip.tokenizer([row["text"] for row in rows])
-        features = torch.cat(
-            [
-                self.clip.model.encode_text(batch.to(self.clip.device), normalize=True)[:count]
-                for batch, count in fixed_batches(tokens, self.size)
-            ]
-        )
+        tokens = self.clip.tokenizer([row["text"] for row in rows]).to(self.clip.device)
+        features = in_batches(partial(self.clip.model.encode_text, normalize=True), tokens, self.size)
         return [
             {"work_key": row["work_key"], "clip": pack_features(own[None])}
             for row, own in zip(rows, features, strict=True)
@@ -140,12 +120,11 @@ class FeatureScores:
 
     def __init__(self, config: FeatureConfig) -> None:
         self.config = config
-        heads = (("aesthetic", config.aesthetic_head, False), ("nsfw", config.nsfw_head, True))
-        self.heads = {
-            name: Head(path, f"features.{name}_head", rectified=rectified)
-            for name, path, rectified in heads
-            if path is not None
-        }
+        self.heads: dict[str, Head] = {}
+        if config.aesthetic_head is not None:
+            self.heads["aesthetic"] = Head(config.aesthetic_head, "features.aesthetic_head", rectified=False)
+        if config.nsfw_head is not None:
+            self.heads["nsfw"] = Head(config.nsfw_head, "features.nsfw_head", rectified=True)
 
     def of_clip(self, row: Row) -> dict[str, float]:
         """Scores of a clip by its frames: aesthetic is their mean, nsfw their highest.
@@ -155,7 +134,8 @@ class FeatureScores:
         """
         scores = {"text_area": row["text_area"]} if row["text_area"] is not None else {}
         for name, head in self.heads.items():
-            values = head(self._frames(row, name, head))
+            self._check_width(name, head, len(row["clip"]) // 2 // self.config.num_frames)
+            values = head(unpack_features(row["clip"], head.width))
             scores[name] = round(float(values.max() if name == "nsfw" else values.mean()), 6)
         return scores
 
@@ -171,10 +151,6 @@ class FeatureScores:
             width = check_open_clip(self.config.clip, _KEY)
             for name, head in self.heads.items():
                 self._check_width(name, head, width)
-
-    def _frames(self, row: Row, name: str, head: Head) -> NDArray[np.float32]:
-        self._check_width(name, head, len(row["clip"]) // 2 // self.config.num_frames)
-        return unpack_features(row["clip"], head.width)
 
     def _check_width(self, name: str, head: Head, width: int) -> None:
         if width != head.width:
@@ -192,58 +168,35 @@ def similarity(frames: bytes, texts: Sequence[bytes]) -> float:
     return round(float(max(unpack_features(text, width)[0] @ mean for text in texts)), 6)
 
 
-def features_stage(config: FeatureConfig, looks: LooksConfig, resources: StageResources) -> Stage:
-    """The stage that looks at clips.
-
-    Args:
-        config: The models.
-        looks: That it reads.
-        resources: Of its processes.
+class Features(Step):
+    """What models see in the clips kept so far.
 
     Raises:
         UserError: a model's file is not there.
     """
-    settings: dict[str, Any] = {"version": 2, "looks": looks_settings(looks), "num_frames": config.num_frames}
-    if config.clip.weights is not None:
-        settings["clip"] = open_clip_hash(config.clip, _KEY)
-        settings["batch_size"] = config.clip.batch_size
-    if config.text_detector is not None:
-        settings["text"] = file_hash(config.text_detector, "features.text_detector", where=text_detector.WHERE)
-    threads = max(1, int(resources.num_cpus))
-    return Stage(
-        name="features",
-        settings=settings,
-        schema=FEATURES,
-        function=partial(FeatureFunction, config=config, threads=threads),
-        rows_per_part=64,
-        resources=resources,
-    )
-
-
-def texts_stage(config: OpenClipConfig, resources: StageResources) -> Stage:
-    """The stage that reads captions.
-
-    Raises:
-        UserError: the model's file is not there.
-    """
-    threads = max(1, int(resources.num_cpus))
-    return Stage(
-        name="texts",
-        settings={"version": 1, "clip": open_clip_hash(config, _KEY), "batch_size": config.batch_size},
-        schema=TEXT_FEATURES,
-        function=partial(TextFunction, config=config, threads=threads),
-        rows_per_part=4096,
-        resources=resources,
-    )
-
-
-class Features(Step):
-    """What models see in the clips kept so far."""
 
     def __init__(self, config: CurateConfig) -> None:
-        features = config.features
+        features, resources = config.features, config.resources.of("features")
+        settings: dict[str, Any] = {
+            "version": 2,
+            "looks": looks_settings(config.looks),
+            "num_frames": features.num_frames,
+        }
+        if features.clip.weights is not None:
+            settings["clip"] = open_clip_hash(features.clip, _KEY)
+            settings["batch_size"] = features.clip.batch_size
+        if features.text_detector is not None:
+            settings["text"] = file_hash(features.text_detector, "features.text_detector", where=text_detector.WHERE)
+        stage = Stage(
+            name="features",
+            settings=settings,
+            schema=FEATURES,
+            function=partial(FeatureFunction, config=features, threads=resources.threads),
+            rows_per_part=64,
+            resources=resources,
+        )
         self.scores = FeatureScores(features)
-        self.stages = (features_stage(features, config.looks, config.resources.of("features")),)
+        self.stages = (stage,)
         self.checks = (
             Check("features", self.scores.check, costly=True),
             Check("features", partial(check_device, "features.clip.device", features.clip.device)),
@@ -255,7 +208,7 @@ class Features(Step):
         kept = clips.verdicts.kept
         rows = clips.of(kept)
         inputs = look_inputs(rows)
-        table = run.compute_clips("features", inputs)
+        table = run.compute("features", inputs)
         clips.verdicts.mark("features", kept)
         for places, piece in table.pieces(["clip", "text_area", "error"], inputs["work_key"]):
             for index, row in zip(kept[places].tolist(), piece.to_pylist(), strict=True):
@@ -271,7 +224,16 @@ class Similarity(Step):
     """How well clips and their captions go together."""
 
     def __init__(self, config: CurateConfig) -> None:
-        self.stages = (texts_stage(config.features.clip, config.resources.of("texts")),)
+        clip, resources = config.features.clip, config.resources.of("texts")
+        stage = Stage(
+            name="texts",
+            settings={"version": 1, "clip": open_clip_hash(clip, _KEY), "batch_size": clip.batch_size},
+            schema=TEXT_FEATURES,
+            function=partial(TextFunction, config=clip, threads=resources.threads),
+            rows_per_part=4096,
+            resources=resources,
+        )
+        self.stages = (stage,)
 
     def apply(self, run: Run) -> None:
         """Read the captions, compare, and decide."""
@@ -282,7 +244,7 @@ class Similarity(Step):
         hashes = pa.array((text_key(text) for text in iterate(said)), pa.string())
         keys = pc.unique(hashes)
         texts = take(said, pc.index_in(keys, hashes).to_numpy())
-        table = run.compute_clips("texts", pa.table([keys, texts], schema=TEXT_INPUTS))
+        table = run.compute("texts", pa.table([keys, texts], schema=TEXT_INPUTS))
         vectors = read_in_order(table, ["clip"], pa.chunked_array([keys]))["clip"]
         spoken = pc.index_in(hashes, keys).to_numpy()  # numbers of the captions' texts, clip after clip
         bounds = np.concatenate([[0], np.cumsum(pc.list_value_length(captions).to_numpy())])

@@ -1,9 +1,8 @@
 """A curation under way: what its steps share, and what each leaves for those after it."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -23,37 +22,22 @@ from pipelines.errors import JobError, UserError
 
 @dataclass(frozen=True)
 class Check:
-    """Whether what a stage needs is there, found out before any work.
+    """Whether what a stage needs is there, found out before any work."""
 
-    Attributes:
-        stage: Name of the stage.
-        test: Raises a UserError if it is not. That counts only while the stage has work left.
-        costly: Whether the test is left out once the stage has done something, as it loads a model.
-    """
-
-    stage: str
-    test: Callable[[], object]
-    costly: bool = False
+    stage: str  # its name
+    test: Callable[[], object]  # raises a UserError if it is not; that counts only while the stage has work left
+    costly: bool = False  # whether the test is left out once the stage has done something, as it loads a model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Captions:
-    """The captions of clips.
+    """The captions of clips."""
 
-    Attributes:
-        clips: Their numbers, ascending.
-        of: Of each, captions fit to be used, in the order of the captioners, as ``schemas.CAPTIONS``.
-        faults: By clip without any: status and reason, as the ledger tells it.
-        left_out: Captions not used, by why.
-        input_tokens: That endpoints counted for these clips.
-        output_tokens: Likewise.
-    """
-
-    clips: NDArray[np.int64]
-    of: pa.ChunkedArray
-    faults: dict[int, tuple[str, str]]
-    left_out: dict[str, int]
-    input_tokens: int
+    clips: NDArray[np.int64]  # their numbers, ascending
+    of: pa.ChunkedArray  # of each, captions fit to be used, in the order of the captioners, as ``schemas.CAPTIONS``
+    faults: dict[int, tuple[str, str]]  # by clip without any: status and reason, as the ledger tells it
+    left_out: dict[str, int]  # captions not used, by why
+    input_tokens: int  # that endpoints counted for these clips
     output_tokens: int
 
     def take(self, clips: NDArray[np.int64]) -> pa.ChunkedArray:
@@ -65,64 +49,43 @@ class Captions:
         return (self.input_tokens * prices.input_price + self.output_tokens * prices.output_price) / 1e6
 
 
+@dataclass
 class Run:
-    """What the steps of a curation work on.
+    """What the steps of a curation work on, and what each leaves for those after it."""
 
-    Args:
-        config: Of the run.
-        stages: By name, all stages of all steps.
-        unready: By stage, why it could do no work.
-        log: Where to note how far it is.
-
-    Attributes:
-        computed: By stage, inputs that this run computed.
-        listing: Every file that was named.
-        sources: Those that may be used, with ``source_id`` or ``error``.
-        removed: Those that were taken out of the dataset.
-        first: One row per content.
-        failed: The split stage's rows of sources without clips.
-        clips: All clips.
-        groups: The duplicate group of each source that has one, by which its split is drawn.
-        captions: Of the clips that got so far.
-        tokens: What the token stage made of the kept clips, without codes; ``clip`` numbers them.
-    """
-
-    sources: pa.Table
-    removed: pa.Table
-    first: pa.Table
-    failed: pa.Table
-    clips: Clips
-    captions: Captions
-    tokens: pa.Table
-
-    def __init__(
-        self,
-        config: CurateConfig,
-        stages: Mapping[str, Stage],
-        unready: Mapping[str, UserError],
-        listing: pa.Table,
-        log: RunLog,
-    ) -> None:
-        self.config, self.stages, self.log = config, stages, log
-        self.listing = listing
-        self.groups: dict[str, str] = {}
-        self.computed: dict[str, int] = {}
-        self._unready = unready
+    config: CurateConfig
+    stages: Mapping[str, Stage]  # by name, all stages of all steps
+    unready: Mapping[str, UserError]  # by stage, why it could do no work
+    listing: pa.Table  # every file that was named
+    log: RunLog  # where to note how far it is
+    computed: dict[str, int] = field(init=False, default_factory=dict)  # by stage, inputs that this run computed
+    sources: pa.Table = field(init=False)  # files that may be used, with ``source_id`` or ``error``
+    removed: pa.Table = field(init=False)  # those that were taken out of the dataset
+    first: pa.Table = field(init=False)  # one row per content
+    failed: pa.Table = field(init=False)  # the split stage's rows of sources without clips
+    clips: Clips = field(init=False)  # all of them
+    # Of each source that has one, its duplicate group, by which its split is drawn.
+    groups: dict[str, str] = field(init=False, default_factory=dict)
+    captions: Captions = field(init=False)  # of the clips that got so far
+    # What the token stage made of the kept clips, without codes; ``clip`` numbers them.
+    tokens: pa.Table = field(init=False)
 
     def table(self, name: str) -> StageTable:
         """The table of a stage."""
         return StageTable(self.config.dataset, self.stages[name])
 
-    def compute(self, name: str, inputs: pa.Table, max_failed: float = math.inf) -> StageTable:
-        """Bring a stage's table up to date with its inputs.
+    def compute(self, name: str, inputs: pa.Table, max_failed: float | None = None) -> StageTable:
+        """Bring a stage's table up to date with its inputs, of which the share may fail that the run bears.
 
         Raises:
             UserError: what it needs is not there, and there is work left.
             JobError: a worker failed, or more inputs than the run bears.
         """
         table, config = self.table(name), self.config
-        if name in self._unready and anti_join(inputs, table.keys()).num_rows:
-            raise self._unready[name]
+        if max_failed is None:
+            max_failed = config.resources.max_failed_share * inputs.num_rows
+        if name in self.unready and anti_join(inputs, table.keys()).num_rows:
+            raise self.unready[name]
         try:
             self.computed[name] = run_stage(
                 self.stages[name],
@@ -136,10 +99,6 @@ class Run:
             raise self.too_many(error, inputs.num_rows, name) from error
         return table
 
-    def compute_clips(self, name: str, inputs: pa.Table) -> StageTable:
-        """As ``compute``, of a stage over clips."""
-        return self.compute(name, inputs, self.config.resources.max_failed_share * inputs.num_rows)
-
     def too_many(self, error: TooManyFailuresError, total: int, where: str) -> JobError:
         """What ends a run in which too much failed."""
         return JobError(
@@ -151,15 +110,10 @@ class Run:
 
 
 class Step(ABC):
-    """One step of a curation: a stage or more, what they need, and what follows from what they make.
+    """One step of a curation: a stage or more, what they need, and what follows from what they make."""
 
-    Attributes:
-        stages: That it runs.
-        checks: Of what they need.
-    """
-
-    stages: Sequence[Stage] = ()
-    checks: Sequence[Check] = ()
+    stages: Sequence[Stage] = ()  # that it runs
+    checks: Sequence[Check] = ()  # of what they need
 
     @abstractmethod
     def apply(self, run: Run) -> None:

@@ -1,22 +1,25 @@
-"""Sources: what a folder, a glob or a table of paths names, and the content hash of each file."""
+"""Sources: what a folder, a glob or a table of paths names, and the content hash of each file; tables of users."""
 
 import glob
+import math
 import os
 import stat
 from collections.abc import Sequence
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
 
 from pipelines import storage
 from pipelines.data.config import CurateConfig
 from pipelines.data.keys import file_key
 from pipelines.data.settings import SourceConfig
 from pipelines.data.snapshot.removals import read_removed
-from pipelines.data.stage.stage import WORK, Row, Stage, StageResources
+from pipelines.data.stage.columns import sort, take
+from pipelines.data.stage.stage import WORK, Row, Stage
 from pipelines.data.steps.run import Run, Step, read_in_order
-from pipelines.data.steps.user_tables import TABLE_SUFFIXES, is_table, read_table, resolve_paths
 from pipelines.data.video.reader import VideoError, unreadable_error
 from pipelines.errors import UserError
 from pipelines.storage import s3
@@ -30,13 +33,8 @@ LISTING = pa.schema(
         pa.field("size", pa.int64(), nullable=False),
     ]
 )
-HASHED = pa.schema(
-    [
-        pa.field("work_key", pa.string(), nullable=False),
-        pa.field("source_id", pa.string()),
-        pa.field("error", pa.string()),
-    ]
-)
+HASHED = pa.schema([LISTING.field("work_key"), ("source_id", pa.string()), ("error", pa.string())])
+TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")  # of tables that users bring
 _PIECE = 1 << 16  # rows of a table that are described at a time
 
 
@@ -55,7 +53,8 @@ def list_sources(config: SourceConfig) -> pa.Table:
         found = _list_table(path)
         missing = f"source.path {path} has no rows"
     elif storage.exists(path):
-        found = _table([storage.describe_file(_absolute(path), os.path.basename(path))])
+        absolute = os.path.abspath(path) if storage.is_local(path) else path
+        found = _table([storage.describe_file(absolute, os.path.basename(path))])
         missing = ""
     elif glob.has_magic(path):
         found = _table(_list_glob(path))
@@ -75,13 +74,14 @@ def source_folder(path: str) -> str:
     if storage.is_dir(path):
         return path
     if glob.has_magic(path) and not storage.exists(path):
-        return _above_wildcard(path) or ("/" if path.startswith("/") else ".")
+        return _above_wildcard(path)
     return path.rpartition("/")[0] or ("/" if path.startswith("/") else ".")
 
 
 def _above_wildcard(pattern: str) -> str:
     parts = pattern.split("/")
-    return "/".join(parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
+    fixed = parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))]
+    return "/".join(fixed) or ("/" if pattern.startswith("/") else ".")
 
 
 def _table(files: Sequence[storage.FileInfo]) -> pa.Table:
@@ -92,10 +92,6 @@ def _table(files: Sequence[storage.FileInfo]) -> pa.Table:
         "size": [file.size for file in files],
     }
     return pa.table(rows, schema=LISTING)
-
-
-def _absolute(path: str) -> str:
-    return os.path.abspath(path) if storage.is_local(path) else path
 
 
 def _list_table(path: str) -> pa.Table:
@@ -114,33 +110,79 @@ def _list_glob(pattern: str) -> list[storage.FileInfo]:
     """Paths are relative to the folder above the pattern's first wildcard."""
     fixed = _above_wildcard(pattern)
     if storage.is_local(pattern):
-        base = os.path.abspath(fixed or ("/" if pattern.startswith("/") else "."))
+        base = os.path.abspath(fixed)
         names = {os.path.abspath(name) for name in glob.glob(pattern, recursive=True) if not os.path.isdir(name)}
         return [storage.describe_file(name, os.path.relpath(name, base)) for name in sorted(names)]
     fs, remote = storage.filesystem(pattern)
     _, base = storage.filesystem(fixed)
-    matches = fs.glob(remote, detail=True)
-    found = [(name, detail) for name, detail in sorted(matches.items()) if detail["type"] == "file"]
-    relative = [name.removeprefix(base).lstrip("/") for name, _ in found]
-    return [
-        storage.FileInfo(path=name, uri=storage.join(fixed, name), size=int(detail["size"] or 0), version=_tag(detail))
-        for name, (_, detail) in zip(relative, found, strict=True)
-    ]
+    found = []
+    for full, detail in sorted(fs.glob(remote, detail=True).items()):
+        if detail["type"] == "file":
+            path = full.removeprefix(base).lstrip("/")
+            size, version = int(detail["size"] or 0), str(detail.get("ETag") or detail.get("LastModified") or "")
+            found.append(storage.FileInfo(path=path, uri=storage.join(fixed, path), size=size, version=version))
+    return found
 
 
-def _tag(detail: dict[str, Any]) -> str:
-    return str(detail.get("ETag") or detail.get("LastModified") or "")
+def is_table(uri: str) -> bool:
+    """Whether a file is taken for a table, by its name."""
+    return uri.lower().endswith(TABLE_SUFFIXES)
 
 
-class HashFunction:
-    """Content hashes of files."""
+def read_table(uri: str, columns: Sequence[str], key: str) -> pa.Table:
+    """Some columns of a table, as text; messages tell the config key that named the file.
 
-    def __init__(self, uri: str) -> None:
-        del uri  # nothing is recorded beside the table
+    Raises:
+        UserError: if it is missing, unreadable, of another kind, or lacks a column.
+    """
+    if not is_table(uri):
+        raise UserError(f"{key} {uri} is no table; name a file that ends in {', '.join(TABLE_SUFFIXES)}")
+    try:
+        with storage.open_file(uri) as file:
+            if uri.lower().endswith(".csv"):
+                parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
+                texts = dict.fromkeys(columns, pa.string())
+                types = pyarrow.csv.ConvertOptions(column_types=texts, strings_can_be_null=False)
+                table = pyarrow.csv.read_csv(file, parse_options=parse, convert_options=types)
+            elif uri.lower().endswith(".jsonl"):
+                table = pyarrow.json.read_json(file)
+            else:
+                table = pyarrow.parquet.read_table(file)
+    except FileNotFoundError as error:
+        raise UserError(f"{key} {uri} does not exist; check the path") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{key} {uri} cannot be read as a table: {error}") from error
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise UserError(
+            f"{key} {uri} has no column {', '.join(map(repr, missing))}; "
+            f"it has {', '.join(map(repr, table.column_names))}: "
+            "rename its columns, or name them in the config (captions.path_column, captions.caption_column)"
+        )
+    try:
+        return table.select(list(columns)).cast(pa.schema([(name, pa.string()) for name in columns]))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise UserError(f"{key} {uri}: columns {', '.join(columns)} must hold text ({error})") from error
 
-    def __call__(self, rows: Sequence[Row]) -> list[Row]:
-        """The content hash of each file, or why it cannot be read."""
-        return [{"work_key": row["work_key"], **hash_file(row["uri"])} for row in rows]
+
+def resolve_paths(table_uri: str, paths: Sequence[str]) -> list[str]:
+    """URIs of the paths in a table: absolute ones as they are, others relative to the table's folder."""
+    local = storage.is_local(table_uri)
+    folder = os.path.dirname(storage.filesystem(table_uri)[1]) if local else table_uri.rpartition("/")[0]
+    resolved = []
+    for path in paths:
+        if "://" in path:
+            resolved.append(path)
+        elif os.path.isabs(path):
+            resolved.append(os.path.normpath(path))
+        else:
+            resolved.append(os.path.normpath(os.path.join(folder, path)) if local else storage.join(folder, path))
+    return resolved
+
+
+def hash_files(rows: Sequence[Row]) -> list[Row]:
+    """The content hash of each file, or why it cannot be read."""
+    return [{"work_key": row["work_key"], **hash_file(row["uri"])} for row in rows]
 
 
 def hash_file(uri: str) -> dict[str, str | None]:
@@ -155,41 +197,28 @@ def hash_file(uri: str) -> dict[str, str | None]:
         return {"source_id": None, "error": unreadable_error(error).reason}
 
 
-def sources_stage(resources: StageResources) -> Stage:
-    """The stage that hashes files."""
-    return Stage(
-        name="sources",
-        settings={"version": 1, "hash": "sha256"},
-        schema=HASHED,
-        function=HashFunction,
-        rows_per_part=2048,
-        min_rows_per_part=256,
-        resources=resources,
-        stateful=False,
-    )
-
-
 def first_paths(sources: pa.Table) -> pa.Table:
-    """One row per content: of the files with equal content the one with the lowest path.
-
-    Args:
-        sources: The listing joined with its hashes.
-    """
-    readable = sources.filter(pc.is_valid(sources["source_id"])).sort_by(
-        [("source_id", "ascending"), ("path", "ascending")]
-    )
+    """One row per content of the listing joined with its hashes: of equal files the one with the lowest path."""
+    readable = sort(sources.filter(pc.is_valid(sources["source_id"])), ["source_id", "path"])
     ids = readable["source_id"].combine_chunks()
-    if len(ids) < 2:
-        return readable
-    new = pc.fill_null(pc.not_equal(ids[1:], ids[:-1]), True)
-    return readable.filter(pa.concat_arrays([pa.array([True]), new]))
+    return take(readable, pc.index_in(pc.unique(ids), ids).to_numpy())
 
 
 class HashSources(Step):
     """Gives each file its content hash, or why it has none; leaves out what was removed from the dataset."""
 
     def __init__(self, config: CurateConfig) -> None:
-        self.stages = (sources_stage(config.resources.of("sources")),)
+        stage = Stage(
+            name="sources",
+            settings={"version": 1, "hash": "sha256"},
+            schema=HASHED,
+            function=lambda _: hash_files,
+            rows_per_part=2048,
+            min_rows_per_part=256,
+            resources=config.resources.of("sources"),
+            stateful=False,
+        )
+        self.stages = (stage,)
 
     def apply(self, run: Run) -> None:
         """Hash what is new, and find what stands for each content."""
@@ -197,7 +226,8 @@ class HashSources(Step):
         keys = pc.unique(listing["work_key"])  # a file may be listed under several names
         files = listing.take(pc.index_in(keys, listing["work_key"].combine_chunks()))
         work = pc.max_element_wise(files["size"], 0).cast(pa.float64())
-        table = run.compute("sources", files.append_column(WORK, work))
+        # What cannot be read counts in the split stage.
+        table = run.compute("sources", files.append_column(WORK, work), math.inf)
         hashed = read_in_order(table, ["source_id", "error"], files["work_key"])
         places = pc.index_in(listing["work_key"], keys)
         for name in ("source_id", "error"):

@@ -1,27 +1,29 @@
 """The split stage: from a source to its measured clips, the one fan-out."""
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import storage
 from pipelines.data.config import CurateConfig
-from pipelines.data.keys import clip_key
-from pipelines.data.scores import scores_of
-from pipelines.data.settings import DecodeConfig, SplitConfig
+from pipelines.data.keys import clip_key, picture_key, sources_of
+from pipelines.data.scores import Thresholds, scores_of
+from pipelines.data.settings import DecodeConfig, LooksConfig, SplitConfig
 from pipelines.data.stage.columns import sort
 from pipelines.data.stage.run import TooManyFailuresError
 from pipelines.data.stage.stage import WORK, Row, Stage, StageResources
-from pipelines.data.stage.table import PART
+from pipelines.data.stage.table import PART, StageTable, anti_join, commit_part
 from pipelines.data.steps.clips import Clips
+from pipelines.data.steps.decide import decide
 from pipelines.data.steps.run import Run, Step
 from pipelines.data.video.decode import CRASHES, CrashLog, DecodeChild, DecodeJob
-from pipelines.data.video.local_files import LocalFiles
+from pipelines.data.video.frames import LocalFiles, clip_job
+from pipelines.data.video.looks import look_row, wanted_looks
 from pipelines.data.video.reader import DecodedSource, VideoError
 
 # ``key`` is null in the one row of a source that yields no clip; ``error`` says why then.
@@ -37,9 +39,7 @@ CLIPS = pa.schema(
         pa.field("pixel_format", pa.string()),
         pa.field("pixel_aspect", pa.float64()),
         pa.field("rotation", pa.int16()),
-        pa.field(
-            "picture", pa.list_(pa.int32())
-        ),  # left, top, width, height between black bars, px of the upright frame
+        pa.field("picture", pa.list_(pa.int32())),  # left, top, width, height between bars, px of the upright frame
         pa.field("origin_s", pa.float64()),
         pa.field("clean_clock", pa.bool_()),
         pa.field("source_frames", pa.int64()),
@@ -47,64 +47,60 @@ CLIPS = pa.schema(
     ]
 )
 
+LOOKED = "looked"  # column of the stage's inputs: work keys of the looks that there are of a source, if any
 
-class ClipWork(Protocol):
-    """Work on the clips of a source that is done while its file is at hand; what comes of it is committed elsewhere."""
 
-    def choose(self, clips: Sequence[Row]) -> list[Row]:
-        """Those of a source's clips that it is about."""
+@dataclass(frozen=True)
+class EarlyLooks:
+    """Has looks made of the clips that thresholds keep while their file is at hand, in place of the looks stage."""
 
-    def job(self, clip: Row, path: str) -> DecodeJob:
-        """What the decode child is to do for a clip of a local file."""
+    stage: Stage  # the looks stage
+    uri: str  # of its table
+    config: LooksConfig
+    thresholds: Thresholds
 
-    def add(self, clip: Row, result: Any) -> None:
-        """Take the result of a clip's job."""
-
-    def commit(self) -> None:
-        """Commit what has not been committed yet."""
+    def choose(self, source: Row, clips: Sequence[Row]) -> list[Row]:
+        """Those clips of a source that want looks and have none, by the work keys that the looks stage gives them."""
+        return [
+            clip | {"work_key": key}
+            for clip in clips
+            if clip.get("key") and decide(clip["scores"], self.thresholds)[0] == "kept"
+            if (key := picture_key(clip["key"], clip["picture"])) not in (source.get(LOOKED) or ())
+        ]
 
 
 class SplitFunction:
-    """Decodes sources in a child process and turns each into the rows of its clips.
+    """Decodes sources in a child process and turns each into rows of its clips; looks are committed before these."""
 
-    Args:
-        uri: Of the folder beside whose parts crashes are recorded.
-        config: How to cut.
-        decode: Bounds of the child.
-        clip_work: Begins further work on the clips of a batch; None: there is none.
-    """
-
-    def __init__(
-        self, uri: str, *, config: SplitConfig, decode: DecodeConfig, clip_work: Callable[[], ClipWork] | None = None
-    ) -> None:
+    def __init__(self, uri: str, *, config: SplitConfig, decode: DecodeConfig, looks: EarlyLooks | None = None) -> None:
         self.config = config
-        self.clip_work = clip_work
+        self.looks = looks
         self.child = DecodeChild(decode, CrashLog(storage.join(uri, CRASHES)), weights=config.weights)
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
-        """Clips of each source; when they are returned, what the further work made is committed."""
-        batch = _Batch(self.config, self.clip_work() if self.clip_work is not None else None)
+        """Clips of each source."""
+        batch = _Batch(self.config, self.looks)
         for result in self.child.run(batch.jobs(rows)):
             batch.take(result)
-        if batch.work is not None:
-            batch.work.commit()
+        batch.commit_looks()
         return batch.clips
 
 
 class _Batch:
-    """Sources that are being split. Further work on the clips of one is asked for as soon as they are known."""
+    """Sources that are being split. Looks of the clips of one are asked for as soon as they are known."""
 
-    def __init__(self, config: SplitConfig, work: ClipWork | None) -> None:
+    def __init__(self, config: SplitConfig, looks: EarlyLooks | None) -> None:
         self.config = config
-        self.work = work
+        self.looks = looks
         self.clips: list[Row] = []
+        self._look_rows: list[Row] = []  # not committed yet
         self._files = LocalFiles()
-        self._waiting: deque[tuple[Row, Row]] = deque()  # source and clip, for further work
+        self._waiting: deque[tuple[Row, Row]] = deque()  # source and clip, for looks
         self._asked: deque[tuple[Row, Row | None]] = deque()  # what the jobs under way are about, likewise
-        self._left: Counter[str] = Counter()  # further work on the clips of a file
+        self._left: Counter[str] = Counter()  # looks to be made of a file
 
     def jobs(self, rows: Sequence[Row]) -> Iterator[DecodeJob | VideoError | None]:
-        """To split each source and work on its clips; while the last source is split, there may be nothing to do."""
+        """To split each source and look at its clips; while the last source is split, there may be nothing to do."""
         for row in rows:
             self._asked.append((row, None))
             try:
@@ -113,16 +109,16 @@ class _Batch:
                 yield error
             else:
                 yield DecodeJob(row["work_key"], "split", {"path": path, "config": self.config})
-            yield from self._further()
+            yield from self._look_jobs()
         while True:
             yield None
-            yield from self._further()
+            yield from self._look_jobs()
 
-    def _further(self) -> Iterator[DecodeJob]:
-        while self._waiting and self.work is not None:
+    def _look_jobs(self) -> Iterator[DecodeJob]:
+        while self._waiting and self.looks is not None:
             source, clip = self._waiting.popleft()
             self._asked.append((source, clip))
-            yield self.work.job(clip, self._files.path(source["uri"]))
+            yield clip_job(clip, self._files.path(source["uri"]), wanted_looks(clip, self.looks.config))
 
     def take(self, result: Any) -> None:
         """The result of the job that has been under way for longest."""
@@ -131,31 +127,29 @@ class _Batch:
         if clip is None:
             clips = clip_rows(source["work_key"], result)
             self.clips += clips
-            chosen = self.work.choose(clips) if self.work is not None else []
+            chosen = self.looks.choose(source, clips) if self.looks is not None else []
             self._waiting += [(source, clip) for clip in chosen]
             self._left[uri] = len(chosen)
-        elif self.work is not None:
-            self.work.add(clip, result)
+        elif self.looks is not None:
+            self._look_rows.append(look_row(clip, result, self.looks.config.quality))
             self._left[uri] -= 1
+            if len(self._look_rows) == self.looks.stage.rows_per_part:
+                self.commit_looks()
         if not self._left[uri]:
             self._files.release(uri)
+
+    def commit_looks(self) -> None:
+        """Commit those that have been made since the last time."""
+        if self.looks is not None and self._look_rows:
+            commit_part(self.looks.stage, self.looks.uri, self._look_rows)
+            self._look_rows = []
 
 
 def clip_rows(source_id: str, result: DecodedSource | VideoError) -> list[Row]:
     """The rows that a source leaves in the table."""
     if isinstance(result, VideoError):
         return [{"work_key": source_id, "error": result.reason}]
-    shared: dict[str, Any] = {
-        "work_key": source_id,
-        "codec": result.info.codec,
-        "pixel_format": result.info.pixel_format,
-        "pixel_aspect": result.info.pixel_aspect,
-        "rotation": result.rotation,
-        "picture": list(result.picture),
-        "origin_s": result.origin_s,
-        "clean_clock": result.clean_clock,
-        "source_frames": result.decoded_frames,
-    }
+    shared = {name: value for name, value in vars(result).items() if name != "clips"} | {"work_key": source_id}
     return [shared | clip | {"key": clip_key(source_id, clip["start_s"], clip["end_s"])} for clip in result.clips]
 
 
@@ -171,20 +165,9 @@ def split_identity(config: SplitConfig) -> dict[str, Any]:
 
 
 def split_stage(
-    config: SplitConfig,
-    decode: DecodeConfig,
-    resources: StageResources,
-    *,
-    clip_work: Callable[[], ClipWork] | None = None,
+    config: SplitConfig, decode: DecodeConfig, resources: StageResources, *, looks: EarlyLooks | None = None
 ) -> Stage:
-    """The stage that probes, splits and scores.
-
-    Args:
-        config: How to cut.
-        decode: Bounds of its decode children.
-        resources: Of its processes.
-        clip_work: Begins further work on the clips of a batch, while the files are at hand. It changes nothing of
-            what the stage makes of them.
+    """The stage that probes, splits and scores; looks that are made besides change nothing of what it makes.
 
     Raises:
         OSError: the weights of its detector cannot be read.
@@ -194,18 +177,21 @@ def split_stage(
         name="split",
         settings={"version": 6, **split_identity(config), **({"measures": added} if added else {})},
         schema=CLIPS,
-        function=partial(SplitFunction, config=config, decode=decode, clip_work=clip_work),
+        function=partial(SplitFunction, config=config, decode=decode, looks=looks),
         rows_per_part=32,
         resources=resources,
     )
 
 
 class SplitSources(Step):
-    """Cuts the sources into measured clips."""
+    """Cuts the sources into measured clips; if there is a looks stage, has looks of them made meanwhile."""
 
-    def __init__(self, config: CurateConfig, clip_work: Callable[[], ClipWork] | None = None) -> None:
-        resources = config.resources.of("split")
-        self.stages = (split_stage(config.split, config.decode, resources, clip_work=clip_work),)
+    def __init__(self, config: CurateConfig, looks: Stage | None = None) -> None:
+        self.looks = looks
+        early = None
+        if looks is not None:
+            early = EarlyLooks(looks, StageTable(config.dataset, looks).uri, config.looks, config.thresholds)
+        self.stages = (split_stage(config.split, config.decode, config.resources.of("split"), looks=early),)
 
     def apply(self, run: Run) -> None:
         """Split what is new.
@@ -220,6 +206,8 @@ class SplitSources(Step):
         share, total = run.config.resources.max_failed_share, run.sources.num_rows
         if len(unreadable) > share * total:
             raise run.too_many(TooManyFailuresError(unreadable[0].as_py(), len(unreadable)), total, "sources")
+        if self.looks is not None and anti_join(inputs, run.table("split").keys()).num_rows:
+            inputs = inputs.append_column(LOOKED, _looked(first["source_id"], run.table(self.looks.name).keys()))
         table = run.compute("split", inputs, max_failed=share * total - len(unreadable))
         # Fingerprints are most of the table, and read where they are needed.
         columns = [*(name for name in CLIPS.names if name != "fingerprint"), PART]
@@ -229,3 +217,10 @@ class SplitSources(Step):
         clips = sort(rows.filter(pc.is_valid(rows["key"])), ["work_key", "start_s"])
         places = pc.index_in(clips["work_key"], first["source_id"].combine_chunks())
         run.clips = Clips(clips, first["uri"].take(places), parts)
+
+
+def _looked(sources: pa.ChunkedArray, looks: pa.Array) -> pa.ChunkedArray:
+    """Of each source, the keys of the looks that there are of its clips, as after a change of split settings."""
+    keys = pa.chunked_array([looks], pa.string())
+    found = pa.table({"source": sources_of(keys), "key": keys}).group_by("source").aggregate([("key", "list")])
+    return found["key_list"].take(pc.index_in(sources, found["source"].combine_chunks()))

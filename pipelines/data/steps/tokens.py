@@ -3,6 +3,7 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from lumos.tokenizers import TokenizerConfig, VideoTokenizer, load_video_tokenizer
+from lumos.tokenizers import TokenizerConfig, load_video_tokenizer
 from pipelines.data.config import CurateConfig, TokenConfig
 from pipelines.data.keys import token_keys
 from pipelines.data.settings import DecodeConfig
@@ -49,28 +50,15 @@ TOKENIZED = pa.schema(
 
 
 def token_inputs(clips: pa.Table, shapes: NDArray[np.int32], decode_back_share: float) -> pa.Table:
-    """The inputs of the token stage, as ``TOKEN_INPUTS``; a work key names the clip, what of it counts and its shape.
+    """``TOKEN_INPUTS`` of clips (rows of the split stage, with ``uri`` and ``split_part``) and of a shape for each.
 
-    Args:
-        clips: Rows of the split stage, with ``uri`` and ``split_part``.
-        shapes: Frames, width and height of each, [n, 3].
-        decode_back_share: Of the clips, whose codes are decoded again.
+    Shapes are frames, width and height, [n, 3]; the codes of a share of the clips are decoded again.
     """
     sampled = pa.array([is_sampled(key, decode_back_share) for key in iterate(clips["key"])], pa.bool_())
     inputs = clip_inputs(clips, token_keys(clips, shapes, sampled))
     for name, column in zip(("num_frames", "width", "height"), shapes.T, strict=True):
         inputs = inputs.append_column(name, pa.array(column))
     return inputs.append_column("decode_back", sampled)
-
-
-def tokenizer_info(tokenizer: VideoTokenizer) -> TokenizerInfo:
-    """What identifies a tokenizer."""
-    return TokenizerInfo(
-        kind=tokenizer.kind,
-        codebook_size=tokenizer.codebook_size,
-        compression=tokenizer.compression,
-        weights_hash=tokenizer.weights_hash,
-    )
 
 
 class TokenFunction:
@@ -115,11 +103,11 @@ class TokenFunction:
             raise ValueError(f"the tokenizer gave codes outside 0..65535: {grid.min()}..{grid.max()}")
         t, h, w = grid.shape
         digest = hashlib.sha256(flat.tobytes()).hexdigest()
-        made = {"t": t, "h": h, "w": w, "fps": self.config.fps, "codes": flat, "codes_sha256": digest}
+        made: Row = {"work_key": row["work_key"], "key": row["key"], "fps": self.config.fps, "t": t, "h": h, "w": w}
         if row["decode_back"]:
             decoded = self.tokenizer.decode(torch.from_numpy(grid)[None])[0].numpy()
             made["psnr"] = round(psnr(frames, decoded), 3)
-        return {"work_key": row["work_key"], "key": row["key"], **made}
+        return made | {"codes": flat, "codes_sha256": digest}
 
 
 def is_sampled(key: str, share: float) -> bool:
@@ -133,19 +121,17 @@ def tokens_stage(config: CurateConfig, tokenizer: TokenizerInfo) -> Stage:
     Its table is not named by where the weights lie and which device computes, nor by the allowed shapes: the shape
     chosen for a clip is in its key, so that other buckets redo only the clips that change theirs.
     """
-    tokens = config.tokens
-    settings = {
-        "version": 2,
-        "fps": tokens.fps,
-        "batch_size": tokens.batch_size,
-        "tokenizer": [tokenizer.kind, tokenizer.weights_hash],
-    }
-    resources = config.resources.of("tokens")
+    tokens, resources = config.tokens, config.resources.of("tokens")
     return Stage(
         name="tokens",
-        settings=settings,
+        settings={
+            "version": 2,
+            "fps": tokens.fps,
+            "batch_size": tokens.batch_size,
+            "tokenizer": [tokenizer.kind, tokenizer.weights_hash],
+        },
         schema=TOKENIZED,
-        function=partial(TokenFunction, config=tokens, decode=config.decode, threads=max(1, int(resources.num_cpus))),
+        function=partial(TokenFunction, config=tokens, decode=config.decode, threads=resources.threads),
         rows_per_part=64,
         file_column="uri",
         resources=resources,
@@ -159,7 +145,8 @@ def load_tokenizer_info(config: TokenizerConfig) -> TokenizerInfo:
         FileNotFoundError: a file is missing.
         ValueError: a file is not what it should be.
     """
-    return tokenizer_info(load_video_tokenizer(TokenizerConfig(kind=config.kind, path=config.path, device="cpu")))
+    made = load_video_tokenizer(replace(config, device="cpu"))
+    return TokenizerInfo(made.kind, made.codebook_size, made.compression, made.weights_hash)
 
 
 class Tokenize(Step):
@@ -167,16 +154,15 @@ class Tokenize(Step):
 
     def __init__(self, config: CurateConfig, tokenizer: TokenizerInfo) -> None:
         self.stages = (tokens_stage(config, tokenizer),)
-        self.checks = (
-            Check("tokens", partial(check_device, "tokens.tokenizer.device", config.tokens.tokenizer.device)),
-        )
+        device = config.tokens.tokenizer.device
+        self.checks = (Check("tokens", partial(check_device, "tokens.tokenizer.device", device)),)
 
     def apply(self, run: Run) -> None:
         """Encode what is new; of codes, only their hashes are read."""
         clips, kept = run.clips, run.clips.verdicts.kept
         inputs = token_inputs(clips.of(kept), clips.shapes[kept], run.config.tokens.decode_back_share)
         columns = ["fps", "t", "h", "w", "codes_sha256", "psnr", "error"]
-        made = read_in_order(run.compute_clips("tokens", inputs), columns, inputs["work_key"])
+        made = read_in_order(run.compute("tokens", inputs), columns, inputs["work_key"])
         clips.verdicts.mark("tokens", kept)
         clips.scores["psnr"][kept] = made["psnr"].to_numpy()
         for place in np.flatnonzero(made["error"].is_valid().to_numpy()).tolist():

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipelines import storage
-from pipelines.data.keys import file_key, uri_of_file
+from pipelines.data.keys import file_key, picture_key, uri_of_file
 from pipelines.data.reasons import parse_failure
 from pipelines.data.settings import DecodeConfig
 from pipelines.data.snapshot.read import Snapshot
@@ -24,8 +24,7 @@ from pipelines.data.stage.stage import Row
 from pipelines.data.steps.sources import hash_file
 from pipelines.data.upkeep.tables import snapshot_parts, snapshot_rows
 from pipelines.data.video.decode import CrashLog, DecodeChild, DecodeJob
-from pipelines.data.video.frames import REQUEST_COLUMNS, Wanted, clip_job
-from pipelines.data.video.local_files import LocalFiles
+from pipelines.data.video.frames import REQUEST_COLUMNS, LocalFiles, Wanted, clip_job
 from pipelines.data.video.looks import decode_jpeg, encode_jpeg, read_rows
 from pipelines.data.video.reader import VideoError, fit_picture
 
@@ -57,11 +56,18 @@ def decode_frames(snapshot: Snapshot, clips: Sequence[Row]) -> dict[str, Shown]:
 
 
 def _show_looks(snapshot: Snapshot, clips: Sequence[Row]) -> dict[str, Shown]:
-    """The clips that have looks in the table that the snapshot was made from, if it was made with looks."""
+    """The clips that have looks in the table that the snapshot was made from, if it was made with looks.
+
+    A clip's looks are known by its picture too: the table may hold others of it, of another crop.
+    """
     shown: dict[str, Shown] = {}
-    keys = [clip["key"] for clip in clips]
+    if not (parts := snapshot_parts(snapshot, "looks")):
+        return shown
+    keys = [
+        picture_key(row["key"], row["picture"]) for row in _stage_rows(snapshot, "split", "key", clips, ["picture"])
+    ]
     with ThreadPoolExecutor(_READERS) as pool:
-        for rows in pool.map(lambda part: list(read_rows(part, "key", keys)), snapshot_parts(snapshot, "looks")):
+        for rows in pool.map(lambda part: list(read_rows(part, keys)), parts):
             for row in rows:
                 if images := row["images"]:
                     chosen = dict.fromkeys((0, len(images) // 2, len(images) - 1))
@@ -130,7 +136,7 @@ def _jobs(
             if isinstance(path, VideoError):
                 yield path
                 continue
-            yield clip_job(clip["key"], path, wanted(clip, request), request)
+            yield clip_job(request | {"work_key": clip["key"]}, path, wanted(clip, request))
 
 
 def _moments(_: Row, request: Row) -> Wanted:

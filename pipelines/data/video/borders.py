@@ -23,8 +23,7 @@ class BorderMeter:
     """
 
     def __init__(self) -> None:
-        self._rows: NDArray[np.float32] | None = None
-        self._columns: NDArray[np.float32] | None = None
+        self._brightest: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None  # rows and columns
         self._next = 0.0
 
     def wants(self, time: float) -> bool:
@@ -36,20 +35,17 @@ class BorderMeter:
         self._next = time + LOOK_SECONDS
         rows = cv2.reduce(luma, 1, cv2.REDUCE_AVG, dtype=cv2.CV_32F).ravel().astype(np.float32)
         columns = cv2.reduce(luma, 0, cv2.REDUCE_AVG, dtype=cv2.CV_32F).ravel().astype(np.float32)
-        if self._rows is None or self._columns is None:
-            self._rows, self._columns = rows, columns
-        elif rows.shape == self._rows.shape and columns.shape == self._columns.shape:
-            self._rows, self._columns = np.maximum(self._rows, rows), np.maximum(self._columns, columns)
+        if self._brightest is None:
+            self._brightest = rows, columns
+        elif (len(rows), len(columns)) == tuple(map(len, self._brightest)):
+            self._brightest = np.maximum(self._brightest[0], rows), np.maximum(self._brightest[1], columns)
 
     def box(self) -> Box | None:
-        """The picture, or None where it fills the frame (or nothing was seen)."""
-        if self._rows is None or self._columns is None:
+        """The picture; None if nothing was seen."""
+        if self._brightest is None:
             return None
-        height, width = len(self._rows), len(self._columns)
-        top, bottom = _bars(self._rows)
-        left, right = _bars(self._columns)
-        if not (top or bottom or left or right):
-            return None
+        (top, bottom), (left, right) = map(_bars, self._brightest)
+        height, width = map(len, self._brightest)
         return left, top, width - left - right, height - top - bottom
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -30,18 +30,12 @@ _START_SECONDS = 120.0  # a child imports its libraries from a disk that may be 
 
 @dataclass(frozen=True)
 class DecodeJob:
-    """Work for a child.
+    """Work for a child."""
 
-    Attributes:
-        key: Names the work in the record of crashes.
-        name: A key of ``decode_child.JOBS``.
-        arguments: Of that function.
-        after_crash: Arguments that replace others once the work itself (not somebody's SIGKILL) has ended a child.
-    """
-
-    key: str
-    name: str
-    arguments: dict[str, Any]
+    key: str  # names the work in the record of crashes
+    name: str  # a key of ``decode_child.JOBS``
+    arguments: dict[str, Any]  # of that function
+    # Arguments that replace others once the work itself (not somebody's SIGKILL) has ended a child.
     after_crash: dict[str, Any] = field(default_factory=dict)
 
 
@@ -55,23 +49,19 @@ class CrashLog:
     def causes(self, key: str) -> list[str]:
         """What ended the child, once per crash: "stalled" or the name of a signal."""
         name = self._name(key)
-        if name not in self._known:
-            return []
-        causes: list[str] = storage.read_json(storage.join(self.uri, name))["causes"]
-        return causes
+        return list(storage.read_json(storage.join(self.uri, name))["causes"]) if name in self._known else []
 
-    def add(self, key: str, cause: str) -> list[str]:
-        """Record one more crash; returns all."""
-        causes = [*self.causes(key), cause]
-        storage.write_json_atomic(storage.join(self.uri, self._name(key)), {"key": key, "causes": causes})
-        self._known.add(self._name(key))
-        return causes
+    def add(self, key: str, cause: str) -> None:
+        """Record one more crash."""
+        name, causes = self._name(key), [*self.causes(key), cause]
+        storage.write_json_atomic(storage.join(self.uri, name), {"key": key, "causes": causes})
+        self._known.add(name)
 
     def forget(self, key: str) -> None:
         """Start anew with a piece of work."""
-        if self._name(key) in self._known:
-            storage.remove(storage.join(self.uri, self._name(key)))
-            self._known.discard(self._name(key))
+        if (name := self._name(key)) in self._known:
+            storage.remove(storage.join(self.uri, name))
+            self._known.remove(name)
 
     @staticmethod
     def _name(key: str) -> str:
@@ -79,18 +69,12 @@ class CrashLog:
 
 
 class DecodeChild:
-    """One child process at a time, started when first needed. Not for use by several threads at once.
-
-    Args:
-        config: Bounds of the child.
-        crashes: Where its deaths are recorded.
-        weights: File of the shot detector's network, which a child loads as it starts.
-    """
+    """One child process at a time, started when first needed. Not for use by several threads at once."""
 
     def __init__(self, config: DecodeConfig, crashes: CrashLog, *, weights: str | None = None) -> None:
-        self.config = config
-        self._weights = weights
-        self.crashes = crashes
+        self.config = config  # bounds of the child
+        self.crashes = crashes  # where its deaths are recorded
+        self._weights = weights  # file of the shot detector's network, which a child loads as it starts
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this object
@@ -128,7 +112,15 @@ class DecodeChild:
         self._sent = 0
 
     def _refusal(self, job: DecodeJob | VideoError) -> VideoError | None:
-        return job if isinstance(job, VideoError) else _given_up(self.crashes.causes(job.key))
+        """Why a job is not done (any more), if so: it is an error, or has ended too many children."""
+        if isinstance(job, VideoError):
+            return job
+        causes = self.crashes.causes(job.key)
+        if len(causes) < MAX_CRASHES:
+            return None
+        if set(causes) <= {"stalled"}:
+            return VideoError("decoder_hangs", f"no progress, {len(causes)} times", transient=True)
+        return VideoError("decoder_crashes", f"ended its process {len(causes)} times", transient="SIGKILL" in causes)
 
     def _try(self, queue: deque[DecodeJob | VideoError]) -> Any:
         """The result of the first job; None if it ended the child and may be tried again."""
@@ -226,12 +218,3 @@ class _CrashError(Exception):
     def __init__(self, cause: str) -> None:
         super().__init__(cause)
         self.cause = cause
-
-
-def _given_up(causes: Sequence[str]) -> VideoError | None:
-    """The error of work that has ended too many children."""
-    if len(causes) < MAX_CRASHES:
-        return None
-    if set(causes) <= {"stalled"}:
-        return VideoError("decoder_hangs", f"no progress, {len(causes)} times", transient=True)
-    return VideoError("decoder_crashes", f"ended its process {len(causes)} times", transient="SIGKILL" in causes)

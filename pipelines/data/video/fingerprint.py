@@ -20,13 +20,13 @@ DIMENSIONS = THUMBNAIL * THUMBNAIL * 3
 STEP_SECONDS = 0.5  # between the thumbnails of a fingerprint
 LOOK_SECONDS = 1 / 8  # between those that it is chosen from
 
-_TOLERANCE = (
-    2.0  # mean difference, 0..255, of two decoders' thumbnails of a frame; at most 1.3 was seen, smear has 3-100
-)
-_WRONG = 10.0  # likewise, above which it is no question of how pictures are scaled; 6.7 was seen of fine stripes
+# Mean difference, 0..255, of two decoders' thumbnails of a frame, at most; 1.3 was seen, smear has 3-100.
+TOLERANCE = 2.0
+WRONG = 10.0  # likewise, above which it is no question of how pictures are scaled; 6.7 was seen of fine stripes
 _UNLIKE = 16.0  # likewise, above which a clip's first frame has nothing of a frame shortly after
 _REACH = 0.13  # seconds from a fingerprint's instant to the frame it shows, at a steady rate of 8 or more a second
 _FIRST_REACH = 0.26  # likewise of the first one, before which there is none to choose
+_CHECK_WIDTH = 256  # px of the small picture that is compared; as split.width is by default
 _SLACK = 1.5e-3  # seconds by which frames may be nearer or farther apart than they should
 
 
@@ -51,6 +51,11 @@ def thumbnail(planes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return _pale(np.stack([cv2.resize(plane, size, interpolation=cv2.INTER_AREA) for plane in planes]))
 
 
+def frame_thumbnail(frame: av.VideoFrame, scaler: VideoReformatter) -> NDArray[np.uint8]:
+    """The same of a frame, as the split pass takes it where ``split.width`` is what it is by default."""
+    return thumbnail(small_planes(frame, small_size(frame.width, frame.height, _CHECK_WIDTH), scaler))
+
+
 def rgb_thumbnail(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The same of an RGB frame [height, width, 3], a level or so off."""
     tiny = cv2.resize(picture, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
@@ -66,12 +71,9 @@ def _pale(planes: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def make_fingerprint(thumbnails: Sequence[tuple[float, bytes]], start: float, end: float) -> bytes:
-    """The thumbnails nearest to each half second of a span, one after another.
+    """The thumbnails nearest to each half second of a span of seconds, one after another.
 
-    Args:
-        thumbnails: Of the source, (seconds, bytes), ``LOOK_SECONDS`` or more apart.
-        start: Of the span, seconds.
-        end: Of the span.
+    Those of the source are (seconds, bytes), ``LOOK_SECONDS`` or more apart.
     """
     first = bisect_left(thumbnails, start - 1e-6, key=itemgetter(0))
     inside = thumbnails[first : bisect_left(thumbnails, end - 1e-6, key=itemgetter(0))]
@@ -86,18 +88,13 @@ def make_fingerprint(thumbnails: Sequence[tuple[float, bytes]], start: float, en
 
 
 class FingerprintCheck:
-    """Whether the frames of a clip, decoded again, are those of its fingerprint.
+    """Whether the frames of a clip, decoded again, are those of its fingerprint; if that is empty, nothing is checked.
 
     Which frame a thumbnail shows is known to an eighth of a second only, so it is looked for among those around.
     Where frames come at an uneven rate it cannot be said where to look, and such an instant is not judged.
-
-    Args:
-        start_s: Begin of the clip's span, seconds.
-        fingerprint: Of the clip; nothing is checked if it is empty.
     """
 
     def __init__(self, start_s: float, fingerprint: bytes) -> None:
-        self.is_wanted = False  # the frame that was last asked about
         self._prints = np.frombuffer(fingerprint, np.uint8).reshape(-1, THUMBNAIL, THUMBNAIL, 3).astype(np.float32)
         self._instants = start_s + STEP_SECONDS * np.arange(len(self._prints))
         self._least = np.full(len(self._prints), np.inf)  # difference of the likest frame around
@@ -107,8 +104,7 @@ class FingerprintCheck:
     def wants(self, time: float) -> bool:
         """Whether the next frame, of that time, is one to compare. To be asked of every frame, in order."""
         self._times.append(time)
-        self.is_wanted = bool(len(self._prints)) and (self._is_rare() or bool(self._near(time).any()))
-        return self.is_wanted
+        return bool(len(self._prints)) and (self._is_rare() or bool(self._near(time).any()))
 
     def add(self, picture: NDArray[np.uint8]) -> None:
         """Compare with the thumbnail of the last frame that was asked about."""
@@ -126,13 +122,13 @@ class FingerprintCheck:
         distance = np.abs(self._instants - time)
         near = distance <= _REACH
         near[:1] |= distance[:1] <= _FIRST_REACH
-        return np.asarray(near & (self._least > _TOLERANCE))
+        return np.asarray(near & (self._least > TOLERANCE))
 
     def difference(self, *, whole: bool) -> float:
         """The largest difference of a thumbnail from the likest frame seen, 0..255; 0 where none can be judged.
 
-        Args:
-            whole: Whether all frames of the span were seen, so that the last instants are judged too.
+        Above ``TOLERANCE`` something is not as it was, or of another size of the small picture; above ``WRONG`` surely
+        the former. If the ``whole`` span was seen, its last instants are judged too.
         """
         times, found = np.array(self._times), 0.0
         for place, instant in enumerate(self._instants.tolist()):
@@ -146,22 +142,6 @@ class FingerprintCheck:
                 nearest = sorted(self._rare, key=lambda frame: abs(frame[0] - instant))[:2]
                 found = max(found, min(float(differences[place]) for _, differences in nearest))
         return found
-
-    def is_right(self, *, whole: bool) -> bool:
-        """Whether all that can be judged is as it was.
-
-        Args:
-            whole: Whether all frames of the span were seen.
-        """
-        return self.difference(whole=whole) <= _TOLERANCE
-
-    def is_wrong(self, *, whole: bool) -> bool:
-        """Whether something is surely not as it was; what lies between may come of another size of the small picture.
-
-        Args:
-            whole: Whether all frames of the span were seen.
-        """
-        return self.difference(whole=whole) > _WRONG
 
     def begins_alike(self) -> bool:
         """Whether the first frame resembles the one that the first thumbnail shows, which may come a little later.

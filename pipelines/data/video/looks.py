@@ -1,4 +1,4 @@
-"""Looks: a few frames of each clip as small JPEG files, made once for all that look at clips. How they are read."""
+"""Looks: a few frames of each clip as small JPEG files, made once for all that look at clips."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +15,8 @@ from pipelines import storage
 from pipelines.data.keys import picture_keys
 from pipelines.data.settings import LooksConfig
 from pipelines.data.stage.stage import WORK_KEY, Row
-from pipelines.data.video.frames import CLIP_INPUTS, clip_inputs
+from pipelines.data.video.frames import CLIP_INPUTS, Wanted, clip_inputs
+from pipelines.data.video.reader import VideoError
 from pipelines.errors import JobError
 
 LOOKS = pa.schema(
@@ -32,15 +33,10 @@ LOOK_INPUTS = pa.schema([*CLIP_INPUTS, ("looks_part", pa.dictionary(pa.int32(), 
 
 @dataclass(frozen=True)
 class Looks:
-    """The looks of a clip.
+    """The looks of a clip."""
 
-    Attributes:
-        images: JPEG files, evenly spaced; none where there is an error.
-        error: Why there are none, as the ledger tells it.
-    """
-
-    images: Sequence[bytes]
-    error: str | None
+    images: Sequence[bytes]  # JPEG files, evenly spaced; none where there is an error
+    error: str | None  # why there are none, as the ledger tells it
 
     def evenly(self, count: int) -> list[bytes]:
         """So many of them, evenly spaced from the first on."""
@@ -59,12 +55,26 @@ def looks_settings(config: LooksConfig) -> dict[str, Any]:
     return {"version": 1, **settings}
 
 
-def look_inputs(clips: pa.Table) -> pa.Table:
-    """The inputs of a stage that looks at clips, as ``LOOK_INPUTS``.
+def wanted_looks(clip: Row, config: LooksConfig) -> Wanted:
+    """Which frames of a clip, and how large: no larger than its picture, in square pixels and its aspect ratio."""
+    _, _, width, height = clip["picture"]
+    aspect = width * clip["pixel_aspect"] / height
+    side = min(config.shorter_side, max(1, int(min(width * clip["pixel_aspect"], height))))
+    size = (round(side * max(aspect, 1)), round(side * max(1 / aspect, 1)))
+    seconds = max(clip["end_s"] - clip["start_s"], 1e-3)
+    return Wanted(config.num_frames / seconds, config.num_frames, *size)
 
-    Args:
-        clips: Rows of the split stage, with ``uri``, ``split_part`` and ``looks_part``.
-    """
+
+def look_row(clip: Row, frames: NDArray[np.uint8] | VideoError, quality: int) -> Row:
+    """The row of ``LOOKS`` that comes of what was decoded of a clip."""
+    row: Row = {"work_key": clip["work_key"], "key": clip["key"]}
+    if isinstance(frames, VideoError):
+        return row | {"error": frames.reason}
+    return row | {"images": [encode_jpeg(frame, quality) for frame in frames]}
+
+
+def look_inputs(clips: pa.Table) -> pa.Table:
+    """``LOOK_INPUTS`` of a stage that looks at clips (rows of the split stage, with ``uri`` and both parts)."""
     inputs = clip_inputs(clips, picture_keys(clips))
     return inputs.append_column(LOOK_INPUTS.field("looks_part"), clips["looks_part"])
 
@@ -77,7 +87,7 @@ def read_looks(rows: Sequence[Row]) -> Iterator[tuple[Row, Looks]]:
     """
     for part in dict.fromkeys(row["looks_part"] for row in rows):
         waiting = {row["work_key"]: row for row in rows if row["looks_part"] == part}
-        for found in read_rows(part, WORK_KEY, list(waiting)):
+        for found in read_rows(part, list(waiting)):
             yield waiting.pop(found["work_key"]), Looks(found["images"] or (), found["error"])
         if waiting:
             raise JobError(
@@ -86,11 +96,11 @@ def read_looks(rows: Sequence[Row]) -> Iterator[tuple[Row, Looks]]:
             )
 
 
-def read_rows(part: str, column: str, names: Sequence[str]) -> Iterator[Row]:
-    """The rows of a file of looks whose column has one of some values; little more than they is fetched."""
+def read_rows(part: str, work_keys: Sequence[str]) -> Iterator[Row]:
+    """The rows of a file of looks with some work keys; little more than they is fetched."""
     with storage.open_ranges(part) as file:
         parquet = pq.ParquetFile(file)
-        wanted = pc.is_in(parquet.read(columns=[column])[column], pa.array(names, pa.string())).to_numpy()
+        wanted = pc.is_in(parquet.read(columns=[WORK_KEY])[WORK_KEY], pa.array(work_keys, pa.string())).to_numpy()
         first = 0
         for group in range(parquet.num_row_groups):
             own = wanted[first : first + parquet.metadata.row_group(group).num_rows]

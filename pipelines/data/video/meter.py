@@ -13,10 +13,9 @@ before, as a stalled recording does.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import cast
 
 import cv2
 import numpy as np
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 from pipelines.data.scores import scores_of
 from pipelines.data.video.fingerprint import LOOK_SECONDS
 
-_MEASURED = tuple(score for score in scores_of("split") if score.measure is not None)
+_MEASURED = {score.name: score.measure for score in scores_of("split") if score.measure is not None}
 BLOCK = 8  # px
 BLOCK_CHANGE = 4.0  # mean absolute difference of a block's luma, 0..255; grain and usual compression stay below
 CHROMA_CHANGE = 12.0  # likewise of Cb or Cr, in which codecs save most
@@ -47,28 +46,22 @@ class FrameMeter:
     looks: list[tuple[float, float, float]] = field(default_factory=list)  # from, to (seconds), share of changed blocks
     repeats: list[bool] = field(default_factory=list)
     sharpness: list[tuple[float, float]] = field(default_factory=list)  # seconds, variance of the Laplacian
-    measured: dict[str, list[float]] = field(default_factory=lambda: {score.name: [] for score in _MEASURED})
+    measured: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in _MEASURED})
     _last: NDArray[np.uint8] | None = None
     _last_look: tuple[float, list[NDArray[np.uint8]]] | None = None
 
     def add(self, time: float, planes: NDArray[np.uint8]) -> None:
-        """Measure the next frame.
-
-        Args:
-            time: Seconds since the first frame.
-            planes: Y, Cb and Cr, [3, height, width], luma 0 black to 255 white; of the same size as all before.
-        """
+        """Measure the next frame: Y, Cb and Cr, [3, height, width], luma 0 black to 255 white; all of one size."""
         luma = planes[0]
         self.times.append(time)
         self.brightness.append(cv2.mean(luma)[0] / 255)
-        self.dark.append(
-            cv2.countNonZero(cv2.threshold(luma, DARK_PIXEL, 1, cv2.THRESH_BINARY)[1]) <= DARK_FRAME * luma.size
-        )
+        bright_pixels = cv2.countNonZero(cv2.threshold(luma, DARK_PIXEL, 1, cv2.THRESH_BINARY)[1])
+        self.dark.append(bright_pixels <= DARK_FRAME * luma.size)
         same = self._last is not None and cv2.norm(self._last, luma, cv2.NORM_L1) <= REPEAT * luma.size
         self.repeats.append(same)
         self._last = luma
-        for score in _MEASURED:
-            self.measured[score.name].append(cast(Callable[[NDArray[np.uint8]], float], score.measure)(planes))
+        for name, measure in _MEASURED.items():
+            self.measured[name].append(measure(planes))
         if self._last_look is None:
             self._last_look = (time, smooth(planes))
         elif time - self._last_look[0] >= LOOK_SECONDS - 1e-3:
@@ -83,13 +76,7 @@ class FrameMeter:
         self.sharpness.append((time, cv2.norm(edges, cv2.NORM_L2SQR) / edges.size - cv2.mean(edges)[0] ** 2))
 
     def clip_scores(self, first: int, end: int, picture_share: float = 1.0) -> dict[str, float]:
-        """Scores of the frames ``first`` up to but not including ``end``.
-
-        Args:
-            first: Frame number.
-            end: Frame number.
-            picture_share: Of the frame, that lies between black bars; what is measured is told of the picture alone.
-        """
+        """Scores of frames ``first`` up to but not including ``end``, told of the share between black bars alone."""
         start_time, last_time = self.times[first], self.times[end - 1]
         # Looks follow one another, so those of a span are a stretch of them; a film may have a million.
         begin = bisect_left(self.looks, start_time, key=itemgetter(0))

@@ -7,13 +7,14 @@ from fractions import Fraction
 from typing import Any
 
 import av
+import cv2
 import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from pipelines.data.reasons import Failure
-from pipelines.data.video.fingerprint import FingerprintCheck, rgb_thumbnail, small_planes, small_size, thumbnail
+from pipelines.data.video.fingerprint import TOLERANCE, WRONG, FingerprintCheck, frame_thumbnail, rgb_thumbnail
 
 # How common containers begin: (offset, bytes).
 _MAGIC = {
@@ -41,27 +42,17 @@ _IMAGES = {
 MISMATCH = "decode_mismatch"  # code of a clip whose frames are not those that were scored
 _SAME_TIME = 5e-4  # seconds; spans are stored in milliseconds
 _FALLBACK_FPS = 25.0  # of a file that names no rate
-_CHECK_WIDTH = 256  # px of the picture whose thumbnail is compared with the fingerprint's; as split.width is by default
 _SEEK_FROM = 4.0  # seconds into the file; decoding up to there costs less than a seek can go wrong
 
 
 class VideoError(Exception):
-    """A file that yields no usable video.
-
-    Attributes:
-        code: Class of the failure, one word.
-        transient: Whether the same file may do better another time.
-    """
+    """A file that yields no usable video: class of the failure in one word, and whether it may do better again."""
 
     def __init__(self, code: str, detail: str, *, transient: bool = False) -> None:
         super().__init__(code, detail, transient)
         self.code = code
         self.detail = detail
         self.transient = transient
-
-    def as_transient(self) -> "VideoError":
-        """The same, of a file that may do better another time."""
-        return VideoError(self.code, self.detail, transient=True)
 
     @property
     def reason(self) -> str:
@@ -86,25 +77,17 @@ class VideoInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedSource:
-    """A source whose frames have all been looked at.
+    """A source whose frames have all been looked at; all but ``clips`` are columns of the split stage."""
 
-    Attributes:
-        info: What the file says of itself, as the upright picture has it.
-        rotation: Degrees counter-clockwise that stand its picture upright.
-        picture: (left, top, width, height) of what lies between black bars, px of the upright frame.
-        origin_s: Time of its first frame, as the file counts.
-        clean_clock: Whether every frame had a time, later than the one before.
-        decoded_frames: Frames in the whole file.
-        clips: start_s, end_s, scores and fingerprint of each clip, in order.
-    """
-
-    info: VideoInfo
-    rotation: int
-    picture: tuple[int, int, int, int]
-    origin_s: float
-    clean_clock: bool
-    decoded_frames: int
-    clips: list[dict[str, Any]]
+    codec: str
+    pixel_format: str
+    pixel_aspect: float  # width / height of a pixel of the upright picture
+    rotation: int  # degrees counter-clockwise that stand its picture upright
+    picture: tuple[int, int, int, int]  # left, top, width, height of what lies between black bars, px of the upright
+    origin_s: float  # time of its first frame, as the file counts
+    clean_clock: bool  # whether every frame had a time, later than the one before
+    source_frames: int  # that could be decoded
+    clips: list[dict[str, Any]]  # start_s, end_s, scores and fingerprint of each, in order
 
 
 @dataclass(frozen=True)
@@ -186,14 +169,11 @@ class VideoFile:
         rate = float(self.stream.average_rate or 0) or _FALLBACK_FPS
         for frame in self._decoded():
             base = float(frame.time_base or self.stream.time_base or 0)
-            if frame.pts is not None and base:
-                time = frame.pts * base
-            else:
+            pts = frame.pts if base else None
+            time = 0.0 if pts is None else pts * base
+            if pts is None or (last is not None and time <= last):
                 self.clean_clock = False
                 time = 0.0 if last is None else last + 1 / rate
-            if last is not None and time <= last:
-                self.clean_clock = False
-                time = last + 1 / rate
             last = time
             yield TimedFrame(frame, time, (frame.duration or 0) * base)
 
@@ -213,11 +193,10 @@ class VideoFile:
                 return
             except (av.error.MemoryError, MemoryError):
                 raise
-            except av.error.FFmpegError as error:
-                if isinstance(error, av.error.PatchWelcomeError | av.error.DecoderNotFoundError):
-                    raise VideoError(
-                        "unsupported_codec", f"{self.stream.codec_context.name}: {error.strerror}"
-                    ) from error
+            except (av.error.PatchWelcomeError, av.error.DecoderNotFoundError) as error:
+                codec = self.stream.codec_context.name
+                raise VideoError("unsupported_codec", f"{codec}: {error.strerror}") from error
+            except av.error.FFmpegError:
                 self.errors += 1
                 continue
             yield from frames
@@ -244,7 +223,7 @@ def _open_error(path: str, error: Exception) -> VideoError:
     try:
         head = _read_head(path)
     except OSError as unreadable:  # it could be read when it was hashed
-        return unreadable_error(unreadable).as_transient()
+        return unreadable_error(unreadable, transient=True)
     if not head:
         return VideoError("empty_file", "0 bytes")
     for container, marks in _MAGIC.items():
@@ -252,71 +231,52 @@ def _open_error(path: str, error: Exception) -> VideoError:
             return VideoError("damaged_container", f"begins as {container} but cannot be opened: truncated or corrupt")
     if not any(head):
         return VideoError("not_a_video", "begins with zero bytes")
-    name = type(error).__name__
-    return VideoError("not_a_video", f"no known container ({name})")
+    return VideoError("not_a_video", f"no known container ({type(error).__name__})")
 
 
-def unreadable_error(error: OSError) -> VideoError:
-    """The failure of a file that the system does not let us read."""
+def unreadable_error(error: OSError, *, transient: bool = False) -> VideoError:
+    """The failure of a file that the system does not let us read; transient if it could be read before."""
     if isinstance(error, FileNotFoundError):
-        return VideoError("missing_file", "no such file, or a broken link")
+        return VideoError("missing_file", "no such file, or a broken link", transient=transient)
     if isinstance(error, PermissionError):
-        return VideoError("unreadable_file", "no permission to read it")
+        return VideoError("unreadable_file", "no permission to read it", transient=transient)
     if isinstance(error, IsADirectoryError):
-        return VideoError("not_a_video", "a folder")
+        return VideoError("not_a_video", "a folder", transient=transient)
     return VideoError("unreadable_file", error.strerror or type(error).__name__, transient=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipRequest:
-    """Frames of one clip, wanted at one size.
+    """Frames of one clip, wanted at one size."""
 
-    Attributes:
-        path: Local file.
-        start_s: Begin of the clip's span, seconds since the source's first frame.
-        end_s: End of it; frames at or after it belong to another shot.
-        fps: Frames per second wanted.
-        num_frames: How many.
-        width: px wanted.
-        height: px wanted.
-        picture: (left, top, width, height), px of the upright source that hold the picture, or None for all of it.
-        rotation: Degrees that the coded picture is turned counter-clockwise to stand upright.
-        pixel_aspect: Width / height of a pixel of the upright picture.
-        source_frames: Frames that a full decode of the source gave; a decoder that sees another number is not trusted.
-        origin_s: Time of the source's first frame, as the file counts.
-        clean_clock: Whether every frame of the source had a time, later than the one before.
-        fingerprint: Of the clip, with which its frames are compared; empty if nothing is known of them.
-    """
-
-    path: str
-    start_s: float
-    end_s: float
-    fps: float
-    num_frames: int
-    width: int
+    path: str  # local file
+    start_s: float  # begin of the clip's span, seconds since the source's first frame
+    end_s: float  # end of it; frames at or after it belong to another shot
+    fps: float  # frames per second wanted
+    num_frames: int  # how many
+    width: int  # px wanted
     height: int
-    picture: Sequence[int] | None = None
-    rotation: int = 0
-    pixel_aspect: float = 1.0
-    source_frames: int = 0
-    origin_s: float = 0.0
-    clean_clock: bool = True
-    fingerprint: bytes = b""
+    picture: Sequence[int] | None = None  # left, top, width, height, px of the upright source; None for all of it
+    rotation: int = 0  # degrees that the coded picture is turned counter-clockwise to stand upright
+    pixel_aspect: float = 1.0  # width / height of a pixel of the upright picture
+    source_frames: int = 0  # that a full decode gave; a decoder that sees another number is not trusted
+    origin_s: float = 0.0  # time of the source's first frame, as the file counts
+    clean_clock: bool = True  # whether every frame of the source had a time, later than the one before
+    fingerprint: bytes = b""  # with which its frames are compared; empty if nothing is known of them
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """What one way of decoding gave.
+    """What one way of decoding gave."""
 
-    Attributes:
-        frames: Those wanted.
-        check: How they compare with the fingerprint.
-        whole: Whether all frames of the clip were looked at.
-    """
+    frames: list[NDArray[np.uint8]]  # those wanted
+    difference: float  # from the fingerprint, 0..255
+    begins_alike: bool
 
-    frames: list[NDArray[np.uint8]]
-    check: FingerprintCheck
-    whole: bool
+    @property
+    def is_trusted(self) -> bool:
+        """Whether what was reached by a seek is what was scored."""
+        return self.difference <= TOLERANCE and self.begins_alike
 
 
 def read_clip(request: ClipRequest, *, beat: Callable[[], None], use_decord: bool = True) -> NDArray[np.uint8]:
@@ -325,11 +285,7 @@ def read_clip(request: ClipRequest, *, beat: Callable[[], None], use_decord: boo
     Both give the same pixels, so it does not show which it was. What they show is compared with the clip's
     fingerprint, as a file's index may lead a seek to where nothing can be decoded rightly; where it differs, the file
     is read on from its start. (A seek in the midst of a clip could smear frames between two that are compared.)
-
-    Args:
-        request: What is wanted.
-        beat: Called as work goes on.
-        use_decord: False after decord has hung or crashed on this clip.
+    ``beat`` is called as work goes on; ``use_decord`` is false after decord has hung or crashed on this clip.
 
     Raises:
         VideoError: the clip's frames cannot be decoded, or are not those that were scored.
@@ -338,31 +294,22 @@ def read_clip(request: ClipRequest, *, beat: Callable[[], None], use_decord: boo
     # decord knows nothing of turned pictures, and takes the times in the file for granted.
     if use_decord and request.clean_clock and request.rotation == 0:
         reading = _read_with_decord(request, beat)
-    if not _is_trusted(reading) and request.clean_clock and request.start_s > _SEEK_FROM:
+    if not (reading and reading.is_trusted) and request.clean_clock and request.start_s > _SEEK_FROM:
         reading = _read_with_pyav(request, beat, seek=True)
-    if not _is_trusted(reading):
+    if not (reading and reading.is_trusted):
         reading = _read_with_pyav(request, beat, seek=False)
-        if reading is not None and reading.check.is_wrong(whole=reading.whole):
-            difference = reading.check.difference(whole=reading.whole)
-            raise VideoError(
-                MISMATCH, f"its frames are not those that were scored (they differ by {difference:.1f} of 255)"
-            )
+        if reading and reading.difference > WRONG:
+            differ = f"they differ by {reading.difference:.1f} of 255"
+            raise VideoError(MISMATCH, f"its frames are not those that were scored ({differ})")
     if reading is None:
         raise VideoError("decode_error", "no frames in the clip's span on second decode", transient=True)
     return np.stack(reading.frames)
 
 
-def _is_trusted(reading: _Reading | None) -> bool:
-    """Whether what was reached by a seek is what was scored."""
-    return reading is not None and reading.check.is_right(whole=reading.whole) and reading.check.begins_alike()
-
-
 def pick_frames(times: NDArray[np.float64], request: ClipRequest) -> list[int]:
     """Indices of the frames nearest to the wanted instants, of those within the clip's span; ties go to the earlier.
 
-    Args:
-        times: Of frames in ascending order, seconds since the source's first frame.
-        request: What is wanted.
+    Times are those of all frames in ascending order, seconds since the source's first frame.
     """
     first, end = np.searchsorted(times, np.array([request.start_s, request.end_s]) - _SAME_TIME).tolist()
     if first >= end:
@@ -398,14 +345,15 @@ def _read_with_decord(request: ClipRequest, beat: Callable[[], None]) -> _Readin
         for index in range(chosen[0], chosen[-1] + 1):
             beat()
             copies = chosen.count(index)
-            if check.wants(float(times[index])) or copies:
+            is_checked = check.wants(float(times[index]))
+            if is_checked or copies:
                 picture = reader.get_batch([index]).asnumpy()[0]
                 frames += [fit_frame(picture, request)] * copies
-                if check.is_wanted:
+                if is_checked:
                     check.add(rgb_thumbnail(picture))
     except (decord.DECORDError, RuntimeError, IndexError, UnicodeEncodeError):  # it takes names in UTF-8 only
         return None
-    return _Reading(frames, check, whole=False) if frames else None
+    return _Reading(frames, check.difference(whole=False), check.begins_alike()) if frames else None
 
 
 def _read_with_pyav(request: ClipRequest, beat: Callable[[], None], *, seek: bool) -> _Reading | None:
@@ -422,7 +370,7 @@ def _read_with_pyav(request: ClipRequest, beat: Callable[[], None], *, seek: boo
 
     for time, frame in _decode_span(request, beat, seek=seek):
         if check.wants(time):
-            check.add(thumbnail(small_planes(frame, small_size(frame.width, frame.height, _CHECK_WIDTH), scaler)))
+            check.add(frame_thumbnail(frame, scaler))
         first = time if first is None else first
         while len(chosen) < request.num_frames:
             wanted = first + len(chosen) / request.fps
@@ -434,10 +382,10 @@ def _read_with_pyav(request: ClipRequest, beat: Callable[[], None], *, seek: boo
                 break
         before = (time, frame)
         if len(chosen) == request.num_frames:
-            return _Reading(chosen, check, whole=False)
+            return _Reading(chosen, check.difference(whole=False), check.begins_alike())
     while before is not None and len(chosen) < request.num_frames:
         take(before[1])
-    return _Reading(chosen, check, whole=True) if chosen else None
+    return _Reading(chosen, check.difference(whole=True), check.begins_alike()) if chosen else None
 
 
 def _decode_span(
@@ -465,15 +413,9 @@ def fit_frame(frame: NDArray[np.uint8], request: ClipRequest) -> NDArray[np.uint
 
 
 def fit_picture(
-    frame: NDArray[np.uint8],
-    size: tuple[int, int],
-    *,
-    picture: Sequence[int] | None = None,
-    pixel_aspect: float = 1.0,
+    frame: NDArray[np.uint8], size: tuple[int, int], *, picture: Sequence[int] | None = None, pixel_aspect: float = 1.0
 ) -> NDArray[np.uint8]:
     """As ``fit_frame``, to a size (width, height) in px."""
-    import cv2
-
     height, width = frame.shape[:2]
     left, top, box_width, box_height = picture or (0, 0, width, height)
     target = size[0] / size[1] / pixel_aspect  # width / height of the cut, in source pixels

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import av
 import cv2
@@ -24,6 +24,9 @@ from pipelines.data.video.fingerprint import LOOK_SECONDS, make_fingerprint, sma
 from pipelines.data.video.meter import FrameMeter
 from pipelines.data.video.reader import DecodedSource, TimedFrame, VideoError, VideoFile, VideoInfo
 
+if TYPE_CHECKING:
+    from pipelines.data.models.transnet import TransNetDetector
+
 _BEAT_FRAMES = 16
 _PLANAR = frozenset(f"yuv{j}{kind}p" for j in ("", "j") for kind in ("420", "422", "444"))
 # From the range that video leaves at both ends (luma 16..235, chroma 16..240) to all of 0..255.
@@ -32,12 +35,7 @@ _STRETCH_CHROMA = ((np.arange(256) - 128) * 255 / 224 + 128).clip(0, 255).round(
 
 
 def split_source(path: str, config: SplitConfig, *, beat: Callable[[], None]) -> DecodedSource:
-    """Decode a file once and cut it into measured clips.
-
-    Args:
-        path: A local file.
-        config: How to cut.
-        beat: Called as work goes on.
+    """Decode a local file once and cut it into measured clips; ``beat`` is called as work goes on.
 
     Raises:
         VideoError: the file is no video, or nothing of it can be decoded.
@@ -54,14 +52,19 @@ def split_source(path: str, config: SplitConfig, *, beat: Callable[[], None]) ->
     if count == 0:
         code = "decode_error" if errors else "no_frames"
         raise VideoError(code, f"{errors} damaged packets and no frame" if errors else "a video stream without frames")
-    info = _upright(replace(info, width=seen.frame_size[0], height=seen.frame_size[1]), seen.rotation)
+    (width, height), aspect = seen.frame_size, info.pixel_aspect
+    if seen.rotation % 180:
+        width, height, aspect = height, width, 1 / aspect
+    info = replace(info, width=width, height=height, pixel_aspect=aspect)
     return DecodedSource(
-        info=info,
+        codec=info.codec,
+        pixel_format=info.pixel_format,
+        pixel_aspect=info.pixel_aspect,
         rotation=seen.rotation,
         picture=seen.picture(),
         origin_s=seen.origin,
         clean_clock=clean_clock,
-        decoded_frames=count,
+        source_frames=count,
         clips=_clips(seen, info, config, beat),
     )
 
@@ -94,8 +97,8 @@ class _Pass:
         # makes its own, by interpolation: on an averaged one, hues in the dark differ and it sees other cuts.
         planes = small_planes(frame, self._small, self._scaler)
         self.meter.add(time, planes)
-        small = interpolate(frame, self._small, self._converter)
-        self.shots.add(small)
+        if self.shots is not None:
+            self.shots.add(interpolate(frame, self._small, self._converter))
         if not self.thumbnails or time - self.thumbnails[-1][0] >= LOOK_SECONDS - 1e-3:
             self.thumbnails.append((time, thumbnail(planes).tobytes()))
         if self.borders.wants(time):
@@ -112,7 +115,8 @@ def _clips(seen: _Pass, info: VideoInfo, config: SplitConfig, beat: Callable[[],
     """Span and scores of each clip."""
     meter, (_, _, width, height) = seen.meter, seen.picture()
     count = len(meter.times)
-    end = meter.times[-1] + (seen.last_duration or _mean_step(meter.times, info.declared_fps))
+    mean_step = (meter.times[-1] - meter.times[0]) / (count - 1) if count > 1 else 1 / (info.declared_fps or 25)
+    end = meter.times[-1] + (seen.last_duration or mean_step)
     picture_share = width * height / (info.width * info.height)
     of_the_source = {
         "image": info.is_image,
@@ -125,7 +129,7 @@ def _clips(seen: _Pass, info: VideoInfo, config: SplitConfig, beat: Callable[[],
         "decoded_share": _decoded_share(info, count, end),
     }
     clips = []
-    for first, stop in _spans(meter.times, seen.shots.finish(), end, meter.dark, config):
+    for first, stop in _spans(meter.times, seen.shots.finish() if seen.shots else [], end, meter.dark, config):
         beat()
         start_s, end_s = meter.times[first], meter.times[stop] if stop < count else end
         span = {"duration": end_s - start_s, "fps": (stop - first) / (end_s - start_s)}
@@ -138,17 +142,8 @@ def _clips(seen: _Pass, info: VideoInfo, config: SplitConfig, beat: Callable[[],
     return clips
 
 
-class _ShotDetector(Protocol):
-    """Collects the frame numbers at which a new shot begins."""
-
-    def add(self, frame: NDArray[np.uint8]) -> None:
-        """See the next frame (BGR)."""
-
-    def finish(self) -> list[int]:
-        """All cuts, once the last frame has been seen."""
-
-
-def _shot_detector(config: SplitConfig, fps: float) -> _ShotDetector:
+def _shot_detector(config: SplitConfig, fps: float) -> "_SceneDetect | TransNetDetector | None":
+    """What collects the frame numbers at which a new shot begins; None: a source is taken for one shot."""
     if config.detector == "adaptive":
         return _SceneDetect(FastAdaptiveDetector(adaptive_threshold=config.threshold or 3.0, min_scene_len=2), fps)
     if config.detector == "content":
@@ -157,21 +152,9 @@ def _shot_detector(config: SplitConfig, fps: float) -> _ShotDetector:
         from pipelines.data.models import transnet  # brings torch, which the other detectors do without
 
         assert config.weights is not None
-        return transnet.TransNetDetector(
-            transnet.shared_transnet(config.weights), config.threshold or transnet.THRESHOLD
-        )
-    return _NoShots()
-
-
-class _NoShots:
-    """Takes a source for one shot."""
-
-    def add(self, frame: NDArray[np.uint8]) -> None:
-        """Look at nothing."""
-
-    def finish(self) -> list[int]:
-        """No cuts."""
-        return []
+        network = transnet.shared_transnet(config.weights)
+        return transnet.TransNetDetector(network, config.threshold or transnet.THRESHOLD)
+    return None
 
 
 class FastContentDetector(ContentDetector):  # type: ignore[misc]
@@ -202,21 +185,18 @@ class _SceneDetect:
         self._detector = detector
         self._rate = fps or 25.0
         self._index = -1
-        self._cuts: list[int] = []
+        self._cuts: list[FrameTimecode] = []
 
     def add(self, frame: NDArray[np.uint8]) -> None:
         """See the next frame (BGR)."""
         self._index += 1
-        self._note(self._detector.process_frame(FrameTimecode(self._index, self._rate), frame))
+        self._cuts += self._detector.process_frame(FrameTimecode(self._index, self._rate), frame)
 
     def finish(self) -> list[int]:
         """All cuts, once the last frame has been seen."""
         if self._index >= 0:
-            self._note(self._detector.post_process(FrameTimecode(self._index, self._rate)))
-        return sorted(set(self._cuts))
-
-    def _note(self, cuts: Sequence[FrameTimecode]) -> None:
-        self._cuts += [int(cut.frame_num) for cut in cuts]
+            self._cuts += self._detector.post_process(FrameTimecode(self._index, self._rate))
+        return sorted({int(cut.frame_num) for cut in self._cuts})
 
 
 def _spans(
@@ -292,18 +272,6 @@ def _has_full_range(frame: av.VideoFrame) -> bool:
 def _plane(plane: av.video.plane.VideoPlane) -> NDArray[np.uint8]:
     rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
     return np.asarray(rows[: plane.height, : plane.width])
-
-
-def _mean_step(times: Sequence[float], declared_fps: float) -> float:
-    if len(times) > 1:
-        return (times[-1] - times[0]) / (len(times) - 1)
-    return 1 / declared_fps if declared_fps else 1 / 25
-
-
-def _upright(info: VideoInfo, rotation: int) -> VideoInfo:
-    if rotation % 180 == 0:
-        return info
-    return replace(info, width=info.height, height=info.width, pixel_aspect=1 / info.pixel_aspect)
 
 
 def _decoded_share(info: VideoInfo, frames: int, seconds: float) -> float:

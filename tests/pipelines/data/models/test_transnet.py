@@ -16,10 +16,9 @@ from pipelines.data.models.transnet import (
     STEP,
     WIDTH,
     WINDOW,
-    CutPicker,
     TransNetDetector,
     TransNetV2,
-    WindowedScores,
+    cuts_of,
     load_transnet,
 )
 from pipelines.data.settings import DecodeConfig, ResourceConfig, SplitConfig
@@ -99,39 +98,36 @@ def test_a_wrong_file_is_named(weights, tmp_path):
 # ------------------------------------------------------------------------------------------------- windows and cuts
 
 
-@pytest.mark.parametrize("count", [1, 24, 25, 49, 50, 51, 74, 75, 76, 100, 137])
-def test_windows_are_those_of_the_paper(count):
+@pytest.mark.parametrize("count", [0, 1, 24, 25, 49, 50, 51, 74, 75, 76, 100, 137])
+def test_windows_are_those_of_the_paper(count, weights):
     windows = []
 
-    def number(window):
-        windows.append(window[:, 0, 0, 0].tolist())
-        return [float(value) for value in windows[-1]]
+    class Numbering(TransNetDetector):
+        def score(self, frames):
+            windows.append(frames[:, 0, 0, 0].tolist())
+            return [float(value) for value in windows[-1]]
 
-    stream, scores = WindowedScores(number), []
+    detector = Numbering(load_transnet(weights))
     for index in range(count):
-        scores += stream.add(np.full((HEIGHT, WIDTH, 3), index, np.uint8))
-        assert len(stream._window) <= WINDOW
-    scores += stream.finish()
-    assert scores == list(range(count))
+        detector.add(np.full((HEIGHT, WIDTH, 3), index, np.uint8))
+        assert len(detector._window) <= WINDOW
+    detector.finish()
+    assert detector.scores == list(range(count))
     expected = [np.arange(begin - CONTEXT, begin - CONTEXT + WINDOW) for begin in range(0, count, STEP)]
     assert windows == [np.clip(window, 0, count - 1).tolist() for window in expected]
 
 
-def test_no_frames_have_no_scores():
-    assert WindowedScores(lambda _: []).finish() == []
-
-
 def test_a_stream_is_scored_as_the_whole(weights):
     network, frames = load_transnet(weights), random_frames(77)
-    stream, scores = WindowedScores(TransNetDetector(network).score), []
+    detector = TransNetDetector(network)
     for frame in frames:
-        scores += stream.add(frame)
-    scores += stream.finish()
+        detector.add(frame[..., ::-1])
+    detector.finish()
     padded = np.concatenate([frames[:1].repeat(25, 0), frames, frames[-1:].repeat(25 + 23, 0)])
     with torch.inference_mode():
         single, _ = network(torch.from_numpy(np.stack([padded[:100], padded[50:]])))
-    assert scores == pytest.approx(single[:, 25:75].flatten()[:77].tolist(), abs=1e-6)
-    assert np.ptp(scores) > 1e-4, "scores that are all alike would prove nothing"
+    assert detector.scores == pytest.approx(single[:, 25:75].flatten()[:77].tolist(), abs=1e-6)
+    assert np.ptp(detector.scores) > 1e-4, "scores that are all alike would prove nothing"
 
 
 @pytest.mark.parametrize(
@@ -149,11 +145,7 @@ def test_a_stream_is_scored_as_the_whole(weights):
     ],
 )
 def test_a_cut_follows_the_peak_of_each_run_above_the_threshold(scores, cuts):
-    whole, stream = CutPicker(0.4), CutPicker(0.4)
-    whole.add(scores)
-    for score in scores:
-        stream.add([score])
-    assert whole.finish() == stream.finish() == cuts
+    assert cuts_of(scores, 0.4) == cuts
 
 
 def test_frames_reach_the_network_as_small_rgb(weights):

@@ -11,10 +11,18 @@ from PIL import Image
 from pipelines.data.curate import curate
 from pipelines.data.models.heads import Head
 from pipelines.data.models.text_detector import TextDetector
-from pipelines.data.settings import CaptionConfig, CocaConfig, DecodeConfig, FeatureConfig, OpenClipConfig
+from pipelines.data.settings import (
+    CaptionConfig,
+    CocaConfig,
+    DecodeConfig,
+    FeatureConfig,
+    LooksConfig,
+    OpenClipConfig,
+)
 from pipelines.data.snapshot.read import open_snapshot
 from pipelines.data.steps.features import FeatureFunction, FeatureScores, TextFunction, similarity
-from pipelines.data.video.frames import ClipReader, evenly
+from pipelines.data.video.frames import ClipReader
+from pipelines.data.video.looks import wanted_looks
 from pipelines.errors import UserError
 from tests.pipelines.data.corpora import GOOD, curate_config
 from tests.pipelines.data.look_rows import clips_with_looks
@@ -277,7 +285,7 @@ def test_frames_are_evenly_spaced_and_the_second_of_two_is_the_middle(tmp_path):
     [clip] = clips_with_looks(write_video(tmp_path / "a.mp4", numbered(24)), tmp_path)
     reader = ClipReader(str(tmp_path), DecodeConfig())
     for count, expected in ((2, [0, 12]), (4, [0, 6, 12, 18])):
-        [(_, frames)] = reader.read([clip], lambda row, count=count: evenly(row, count, 48))
+        [(_, frames)] = reader.read([clip], lambda row, count=count: wanted_looks(row, LooksConfig(num_frames=count)))
         assert frames.shape[1:] == (48, 64, 3)
         assert read_numbers(frames) == expected
-    reader.close()
+    reader.child.close()

@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -10,17 +9,18 @@ import pytest
 
 from pipelines import storage
 from pipelines.data.curate import curate
+from pipelines.data.keys import picture_key
 from pipelines.data.scores import Thresholds
 from pipelines.data.settings import DecodeConfig, LooksConfig, SplitConfig
 from pipelines.data.snapshot.read import open_snapshot
 from pipelines.data.stage.run import StageWorker
 from pipelines.data.stage.stage import StageResources
-from pipelines.data.stage.table import StageTable, table_parts
-from pipelines.data.steps.looks import SourceLooks, looks_stage
-from pipelines.data.steps.split import split_stage
+from pipelines.data.stage.table import StageTable, commit_part, table_parts
+from pipelines.data.steps.looks import looks_stage
+from pipelines.data.steps.split import LOOKED, EarlyLooks, split_stage
 from pipelines.data.upkeep import stills
 from pipelines.data.upkeep.status import collect_garbage, dataset_status
-from pipelines.data.video.looks import Looks, decode_jpeg, read_looks
+from pipelines.data.video.looks import Looks, decode_jpeg, encode_jpeg, read_looks
 from pipelines.errors import JobError, UserError
 from tests.pipelines.data.corpora import GOOD, curate_config
 from tests.pipelines.data.look_rows import clip_inputs_of, clips_with_looks
@@ -88,10 +88,10 @@ def stages(tmp_path, rows_per_part=64):
     """The split stage without and with looks, and the looks stage."""
     resources, decode, thresholds = StageResources(), DecodeConfig(), Thresholds(min_duration=1.5)
     looks = replace(looks_stage(LooksConfig(), decode, resources), rows_per_part=rows_per_part)
-    work = partial(SourceLooks, looks, StageTable(str(tmp_path), looks).uri, LooksConfig(), thresholds)
+    early = EarlyLooks(looks, StageTable(str(tmp_path), looks).uri, LooksConfig(), thresholds)
     return (
         split_stage(SplitConfig(), decode, resources),
-        split_stage(SplitConfig(), decode, resources, clip_work=work),
+        split_stage(SplitConfig(), decode, resources, looks=early),
         looks,
     )
 
@@ -137,6 +137,23 @@ def test_looks_are_committed_before_the_clips_that_they_are_of(files, tmp_path, 
     StageWorker(split, table.uri)(batch)
     assert StageTable(str(tmp_path), looks).parts() == [part]  # the same clips, so the same file
     assert len(table.parts()) == 1
+
+
+def test_split_workers_make_no_looks_that_there_are(files, tmp_path):
+    _, split, looks = stages(tmp_path)
+    table = StageTable(str(tmp_path), looks)
+    rows = [{"work_key": path.stem, "uri": str(path)} for path in files[:3]]
+    split.function(str(tmp_path / "a"))(rows[:1])
+    there = table.read(["work_key"])["work_key"].to_pylist()
+    assert len(there) == 2
+    shutil.rmtree(table.uri)
+    again = [rows[0] | {LOOKED: there[:1]}, rows[1] | {LOOKED: None}]
+    split.function(str(tmp_path / "b"))(again)
+    made = table.read(["work_key"])["work_key"].to_pylist()
+    assert {key[0] for key in made} == {"0", "1"}
+    assert len(made) == 3
+    assert there[0] not in made
+    assert there[1] in made
 
 
 # --------------------------------------------------------------------------------------------------- whole curations
@@ -186,6 +203,31 @@ def test_loosened_thresholds_and_another_config_compute_what_is_missing(made, co
     dropped = collect_garbage(str(dataset), dry_run=False, keep=1)
     assert before.removeprefix(f"{dataset}/") in dropped
     assert table_parts(before) == []
+
+
+def test_other_split_settings_make_no_looks_twice(made, corpus, tokenizer_file, tmp_path):
+    dataset = shutil.copytree(made[0] / "on", tmp_path / "d")
+    parts = look_table(dataset).parts()
+    # At this threshold the clips are the same; other workers, as a part of the same keys would only be written again.
+    other = ["looks.always=true", "split.threshold=3.5", "resources.workers=3"]
+    result = curate(curate_config(corpus, dataset, tokenizer_file, *other))
+    assert result.computed["split"] > 0
+    assert result.computed["looks"] == 0
+    assert look_table(dataset).parts() == parts
+
+
+def test_the_report_takes_no_looks_of_another_crop(made, tmp_path):
+    dataset = shutil.copytree(made[0] / "on", tmp_path / "d")
+    snapshot = open_snapshot(str(dataset))
+    kept = [row for row in snapshot.read_ledger().to_pylist() if row["status"] == "kept"]
+    before = stills.decode_frames(snapshot, kept)
+    black = [encode_jpeg(np.zeros((48, 64, 3), np.uint8), 90)] * 4
+    looks = look_table(dataset)
+    stage = looks_stage(LooksConfig(), DecodeConfig(), StageResources())
+    for row in kept:
+        other = {"work_key": picture_key(row["key"], (8, 8, 16, 12)), "key": row["key"], "images": black}
+        commit_part(stage, looks.uri, [other])
+    assert stills.decode_frames(snapshot, kept) == before
 
 
 def test_a_run_that_was_killed_between_looks_and_split_goes_on(made, corpus, tokenizer_file, tmp_path):

@@ -32,7 +32,7 @@ def encode(rows, tmp_path, tokenizer_file, batch_size=1):
     try:
         return {row["key"]: row for row in function(rows)}
     finally:
-        function.reader.close()
+        function.reader.child.close()
 
 
 def test_codes_are_the_tokenizers_of_the_clips_own_frames(rows, tmp_path, tokenizer_file):

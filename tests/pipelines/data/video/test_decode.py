@@ -78,9 +78,9 @@ def test_a_run_left_half_way_hands_none_of_its_results_to_the_next(tmp_path, sta
     videos = [write_video(tmp_path / f"{frames}.mp4", moving_square(frames)) for frames in lengths]
     child = start()
     first = child.run([job(path) for path in videos[:3]])
-    assert next(first).decoded_frames == 12  # the next is in the child's pipe already
+    assert next(first).source_frames == 12  # the next is in the child's pipe already
     [last] = child.run([job(videos[3])])
-    assert last.decoded_frames == 24
+    assert last.source_frames == 24
 
 
 def test_a_hanging_decoder_is_given_up_after_three_tries_and_others_go_on(tmp_path, start, hanging, video):

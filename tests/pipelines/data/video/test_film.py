@@ -42,7 +42,7 @@ def test_what_is_encoded_has_no_bars():
         width=448,
         height=192,
         picture=found.picture,
-        source_frames=found.decoded_frames,
+        source_frames=found.source_frames,
         origin_s=found.origin_s,
         clean_clock=found.clean_clock,
     )

@@ -11,7 +11,7 @@ from pipelines.data.curate import curate
 from pipelines.data.settings import SplitConfig
 from pipelines.data.snapshot.read import open_snapshot
 from pipelines.data.upkeep.verify import recheck
-from pipelines.data.video.fingerprint import LOOK_SECONDS, FingerprintCheck, make_fingerprint
+from pipelines.data.video.fingerprint import LOOK_SECONDS, TOLERANCE, FingerprintCheck, make_fingerprint
 from pipelines.data.video.reader import MISMATCH, ClipRequest, VideoError, read_clip
 from pipelines.data.video.shots import split_source
 from tests.pipelines.data.corpora import curate_config
@@ -40,7 +40,7 @@ def checked(times, pictures, start, fingerprint, whole=True):
     for time, picture in zip(times, pictures, strict=True):
         if check.wants(float(time)):
             check.add(picture)
-    return check, check.is_right(whole=whole)
+    return check, check.difference(whole=whole) <= TOLERANCE
 
 
 @pytest.mark.parametrize("fps", [1, 3, 8, 12, 23.976, 25, 30, 50, 120])
@@ -76,7 +76,7 @@ def test_frames_at_an_uneven_rate_are_not_judged_where_it_cannot_be_said_which_w
 
 def test_nothing_known_and_nothing_seen_say_nothing():
     assert checked([0.0, 0.1], np.zeros((2, 8, 8, 3), np.uint8), 0.0, b"")[1]
-    assert FingerprintCheck(0.0, bytes(192)).is_right(whole=False)
+    assert FingerprintCheck(0.0, bytes(192)).difference(whole=False) == 0
 
 
 @pytest.mark.parametrize("codec", ONE_KEY_FRAME)

@@ -52,7 +52,7 @@ def test_what_a_file_is_gets_measured(tmp_path):
     path = write_video(tmp_path / "a.mp4", moving_square(30, size=(96, 64)), fps=20)
     source = split(path)
     [clip] = source.clips
-    assert (source.decoded_frames, source.info.codec, source.rotation) == (30, "h264", 0)
+    assert (source.source_frames, source.codec, source.rotation) == (30, "h264", 0)
     found = clip["scores"]
     assert (found["width"], found["height"], found["aspect"]) == (96, 64, 1.5)
     assert (found["duration"], found["fps"]) == (1.5, 20.0)
@@ -126,7 +126,7 @@ def test_damage_in_the_middle_does_not_end_the_pass(tmp_path):
     data[middle : middle + len(data) // 20] = bytes(len(data) // 20)
     path.write_bytes(data)
     source = split(path)
-    assert source.decoded_frames > 40
+    assert source.source_frames > 40
     assert source.clips[-1]["end_s"] == pytest.approx(5.0, abs=0.3)
 
 
