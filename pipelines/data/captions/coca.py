@@ -52,13 +52,14 @@ def caption_images(images: Tensor, *, coca: OpenClip, max_tokens: int) -> Tensor
 
     open_clip's own search needs the package transformers, draws at random, or both.
     """
-    latent, embeddings = coca.model._encode_image(images)
+    image = coca.model(images)
+    known = {"image_latent": image["image_features"], "image_embs": image["image_embs"], "output_labels": False}
     tokens = torch.full((len(images), 1 + max_tokens), _END, device=coca.device)
     tokens[:, 0] = _START
     over = torch.zeros(len(images), dtype=torch.bool, device=coca.device)
     for place in range(1, 1 + max_tokens):
-        seen = coca.model(images, tokens[:, :place], image_latent=latent, image_embs=embeddings, output_labels=False)
-        tokens[:, place] = seen["logits"][:, -1].argmax(dim=-1).masked_fill(over, _END)
+        logits = coca.model(images, tokens[:, :place], **known)["logits"]
+        tokens[:, place] = logits[:, -1].argmax(dim=-1).masked_fill(over, _END)
         over |= tokens[:, place] == _END
         if over.all():
             break
