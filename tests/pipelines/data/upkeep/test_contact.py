@@ -25,7 +25,6 @@ from pipelines.data.snapshot.schemas import LEDGER
 from pipelines.data.upkeep import stills
 from pipelines.data.upkeep.contact import CLIPS_EACH, choose_clips, contact_sheets, hash_strings
 from pipelines.data.upkeep.report import write_report
-from pipelines.data.video.looks import LOOKS, encode_jpeg
 from pipelines.data.video.reader import VideoError
 from tests.pipelines.data.corpora import curate_config
 from tests.pipelines.data.snapshots import make_snapshot
@@ -121,24 +120,6 @@ def square_left(image: np.ndarray) -> float:
     """Left edge of the bright square, px of the source."""
     bright = (image[..., 2] > 200).sum(axis=0) > 10  # red of BGR; the background stays below 120
     return float(np.flatnonzero(bright)[0]) * SIZE / image.shape[1]
-
-
-def test_of_looks_only_the_row_groups_of_the_clips_shown_are_read(tmp_path, monkeypatch):
-    image = encode_jpeg(np.zeros((90, 160, 3), np.uint8), 80)
-    rows = [{"work_key": f"w{number}", "key": f"k{number}", "images": [image]} for number in range(10)]
-    part, read = tmp_path / "part-1.parquet", []
-    pq.write_table(pa.Table.from_pylist(rows, LOOKS), part, row_group_size=2)
-    read_group = pq.ParquetFile.read_row_group
-
-    def counted(self, group, **options):
-        read.append(group)
-        return read_group(self, group, **options)
-
-    monkeypatch.setattr(stills, "snapshot_parts", lambda *_: [str(part)])
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
-    shown = stills.decode_frames(None, [{"key": "k3"}, {"key": "k9"}])
-    assert shown.keys() == {"k3", "k9"}
-    assert read == [1, 4]
 
 
 def test_a_tile_shows_start_middle_and_end_of_the_clip(dataset, tmp_path):
