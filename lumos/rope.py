@@ -43,18 +43,23 @@ def frequency_axis(kind: RopeKind, num_frequencies: int) -> Int64[Tensor, " freq
     return groups if VARIANTS[kind].interleaved else groups.sort().values
 
 
-@lru_cache(maxsize=256)
 def position_ids(layout: SequenceLayout, config: ModelConfig) -> Int64[Tensor, "tokens 3"]:
     """Position of every token along (t, h, w). Tokens off the grid have their sequence index on all three axes.
 
     The offset of all grid tokens is the index of the first grid token of the document; it is not advanced from frame
     to frame, and the row-end column counts as a column (model.md, section 3).
     """
-    variant = VARIANTS[config.rope]
+    with torch.device("cpu"):  # whatever the caller's default is, as the table is kept
+        return _position_ids(layout, config.rope, tuple(config.position_scale))
+
+
+@lru_cache(maxsize=256)
+def _position_ids(layout: SequenceLayout, rope: RopeKind, position_scale: tuple[int, ...]) -> Tensor:
+    variant = VARIANTS[rope]
     positions = torch.arange(layout.length)[:, None].repeat(1, 3)
     if not variant.spatial or not layout.frames:
         return positions
-    scale = torch.tensor(config.position_scale if variant.scaled else (1, 1, 1))
+    scale = torch.tensor(position_scale if variant.scaled else (1, 1, 1))
     offset = layout.frames[0].grid_start if variant.offset else 0
     for t, frame in enumerate(layout.frames):
         grid = torch.cartesian_prod(torch.tensor([t]), torch.arange(frame.rows), torch.arange(frame.cols + 1))

@@ -3,9 +3,10 @@ import operator
 
 import numpy as np
 import pytest
+import torch
 
 from lumos.compression import num_latent_frames, num_source_frames
-from lumos.layout import build_sequence, parse
+from lumos.layout import build_sequence, parse, video_layout
 from lumos.rope import position_ids
 from lumos.vocabulary import Vocabulary
 
@@ -62,3 +63,9 @@ def test_what_cannot_be_written_is_refused():
         build_sequence(VOCABULARY, [1], good[0], fps=12)
     with pytest.raises(ValueError, match="cut off"):
         parse(VOCABULARY, build_sequence(VOCABULARY, [1], good, fps=12)[0][:-8])
+
+
+def test_positions_are_kept_whatever_the_default_device_was_when_they_were_asked_for():
+    layout = video_layout(11, (2, 3, 5))
+    with torch.device("meta"):
+        assert position_ids(layout, tiny_config()).device.type == "cpu"

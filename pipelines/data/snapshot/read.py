@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from lumos.config import TokenizerInfo as TokenizerInfo  # part of the manifest
 from pipelines import storage
@@ -141,6 +141,8 @@ class Snapshot:
             raise UserError(
                 f"{uri} is missing from its snapshot; copy it back, or publish the dataset again"
             ) from error
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{uri} is damaged ({error}); copy it back, or publish the dataset again") from error
 
 
 def open_snapshot(uri: str, *, expected_tokenizer: TokenizerIdentity | None = None) -> Snapshot:
@@ -157,15 +159,19 @@ def open_snapshot(uri: str, *, expected_tokenizer: TokenizerIdentity | None = No
         found = storage.join(uri, SNAPSHOTS, published[-1])
     data = storage.read_bytes(storage.join(found, MANIFEST))
     try:
-        version = json.loads(data)["schema_version"]
+        value = json.loads(data)
+        version = value["schema_version"]
         if version > SCHEMA_VERSION:
             raise UserError(
                 f"snapshot {found} has schema version {version}, newer than {SCHEMA_VERSION}, the newest this lumos "
                 "reads: update lumos, or publish the dataset with this one"
             )
-        manifest = _MANIFEST.validate_json(data)  # keys that this version does not know are left aside
+        manifest = _MANIFEST.validate_python(value)  # keys that this version does not know are left aside
     except (ValueError, KeyError, TypeError) as error:
-        problem = " ".join(repr(error).split())[:200]
+        problem = repr(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise UserError(
             f"{storage.join(found, MANIFEST)} is no manifest of a snapshot ({problem}): copy it back; or delete "
             f"{found}, and give the `lumos curate` that made it again"

@@ -115,7 +115,8 @@ class StageProgress:
         if self.seconds and self.source_s:
             parts.append(f"{self.source_s / self.seconds:.3g} s of video a second")
         if self.pending and self.seconds_left is not None:
-            parts.append(f"{timedelta(seconds=round(self.seconds_left))} left")
+            left = str(timedelta(seconds=round(self.seconds_left))).replace(",", "")  # beyond a day it has a comma
+            parts.append(f"{left} left")
         return ", ".join(parts)
 
 

@@ -60,18 +60,21 @@ def _show_looks(snapshot: Snapshot, clips: Sequence[Row]) -> dict[str, Shown]:
 
     A clip's looks are known by its picture too: the table may hold others of it, of another crop.
     """
-    shown: dict[str, Shown] = {}
-    if not (parts := snapshot_parts(snapshot, "looks")):
-        return shown
-    keys = [
-        picture_key(row["key"], row["picture"]) for row in _stage_rows(snapshot, "split", "key", clips, ["picture"])
-    ]
+    found: dict[str, dict[str, list[bytes]]] = defaultdict(dict)  # by key and work key
+    keys = [clip["key"] for clip in clips]
     with ThreadPoolExecutor(_READERS) as pool:
-        for rows in pool.map(lambda part: list(read_rows(part, keys)), parts):
+        for rows in pool.map(lambda part: list(read_rows(part, "key", keys)), snapshot_parts(snapshot, "looks")):
             for row in rows:
-                if images := row["images"]:
-                    chosen = dict.fromkeys((0, len(images) // 2, len(images) - 1))
-                    shown[row["key"]] = [_tile(images[index]) for index in chosen]
+                if row["images"]:
+                    found[row["key"]][row["work_key"]] = row["images"]
+    several = [clip for clip in clips if len(found.get(clip["key"], ())) > 1]
+    pictures = list(_stage_rows(snapshot, "split", "key", several, ["picture"])) if several else []
+    own = {row["key"]: picture_key(row["key"], row["picture"]) for row in pictures}
+    shown: dict[str, Shown] = {}
+    for key, looks in found.items():
+        if images := looks.get(own[key]) if key in own else next(iter(looks.values())):
+            chosen = dict.fromkeys((0, len(images) // 2, len(images) - 1))
+            shown[key] = [_tile(images[index]) for index in chosen]
     return shown
 
 

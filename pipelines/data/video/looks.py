@@ -87,7 +87,7 @@ def read_looks(rows: Sequence[Row]) -> Iterator[tuple[Row, Looks]]:
     """
     for part in dict.fromkeys(row["looks_part"] for row in rows):
         waiting = {row["work_key"]: row for row in rows if row["looks_part"] == part}
-        for found in read_rows(part, list(waiting)):
+        for found in read_rows(part, WORK_KEY, list(waiting)):
             yield waiting.pop(found["work_key"]), Looks(found["images"] or (), found["error"])
         if waiting:
             raise JobError(
@@ -96,11 +96,11 @@ def read_looks(rows: Sequence[Row]) -> Iterator[tuple[Row, Looks]]:
             )
 
 
-def read_rows(part: str, work_keys: Sequence[str]) -> Iterator[Row]:
-    """The rows of a file of looks with some work keys; little more than they is fetched."""
+def read_rows(part: str, column: str, names: Sequence[str]) -> Iterator[Row]:
+    """The rows of a file of looks whose column has one of some values; little more than they is fetched."""
     with storage.open_ranges(part) as file:
         parquet = pq.ParquetFile(file)
-        wanted = pc.is_in(parquet.read(columns=[WORK_KEY])[WORK_KEY], pa.array(work_keys, pa.string())).to_numpy()
+        wanted = pc.is_in(parquet.read(columns=[column])[column], pa.array(names, pa.string())).to_numpy()
         first = 0
         for group in range(parquet.num_row_groups):
             own = wanted[first : first + parquet.metadata.row_group(group).num_rows]

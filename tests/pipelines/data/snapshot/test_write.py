@@ -158,5 +158,12 @@ def test_a_damaged_manifest_or_shard_is_named(tmp_path):
     with pytest.raises(UserError, match="has 1 rows"):
         snapshot.read_shard(second)
     (Path(snapshot.uri) / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match="no manifest"):
+    with pytest.raises(UserError, match=r"no manifest of a snapshot \(KeyError\('schema_version'\)\): copy it back"):
         open_snapshot(snapshot.uri)
+    (Path(snapshot.uri) / "manifest.json").write_text('{"schema_version": 1}')
+    with pytest.raises(UserError, match=r"no manifest of a snapshot \(snapshot_id: Field required\): copy it back"):
+        open_snapshot(snapshot.uri)
+    ledger = Path(snapshot.uri) / snapshot.manifest.ledger.path
+    ledger.write_bytes(ledger.read_bytes()[:-9])
+    with pytest.raises(UserError, match=rf"{ledger.name} is damaged .*copy it back"):
+        snapshot.read_ledger()

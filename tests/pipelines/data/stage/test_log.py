@@ -91,18 +91,21 @@ def test_the_time_left_goes_by_work_where_inputs_name_it():
     assert progress.seconds_left == pytest.approx(180.0)
     assert str(progress) == "60 of 100 done, 0.667 a second, 0:03:00 left"
     assert StageProgress(total=10, before=0).seconds_left is None
+    long = StageProgress(total=100, before=0, computed=1, seconds=1000.0)
+    assert str(long) == "1 of 100 done, 0.001 a second, 1 day 3:30:00 left"
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_stage_stops_as_soon_as_too_many_inputs_failed(tmp_path):
     with pytest.raises(TooManyFailuresError, match="such as: broken"):
         run_stage(stage(2), inputs(1000), dataset=str(tmp_path), max_failed=10)
-    parts = list(tmp_path.glob("stages/fail/*/part-*"))
+    time.sleep(2.0)  # a batch that was being computed may still be committed
+    parts = set(tmp_path.glob("stages/fail/*/part-*"))
     assert 4 <= len(parts) < 150  # of 200: it did not go on to the end
     # What failed before counts too, and what was done stays done.
     with pytest.raises(TooManyFailuresError):
         run_stage(stage(2), inputs(1000), dataset=str(tmp_path), max_failed=10)
-    assert list(tmp_path.glob("stages/fail/*/part-*")) == parts  # not one more
+    assert set(tmp_path.glob("stages/fail/*/part-*")) == parts  # not one more
     with pytest.raises(TooManyFailuresError):  # also where nothing is pending
         run_stage(stage(2), inputs(10), dataset=str(tmp_path), max_failed=3)
     assert run_stage(stage(2), inputs(10), dataset=str(tmp_path), max_failed=10) <= 10

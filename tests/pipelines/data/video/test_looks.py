@@ -19,5 +19,5 @@ def test_only_the_row_groups_of_the_clips_shown_are_read(tmp_path, monkeypatch):
         return read_group(self, group, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
-    assert [row["key"] for row in read_rows(str(part), ["w9", "w3"])] == ["k3", "k9"]
+    assert [row["key"] for row in read_rows(str(part), "work_key", ["w9", "w3"])] == ["k3", "k9"]
     assert read == [1, 4]
