@@ -54,7 +54,7 @@ def config_arguments(required: bool = True) -> Callable[[CommandT], CommandT]:
 def curate_arguments(config: str, overrides: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     """CONFIG and overrides of a curation; what names a source stands for the default config with that source."""
     names_config = config.endswith((".yaml", ".yml")) or not (
-        Path(config).exists() or Path(config).suffix or "://" in config or glob.has_magic(config)
+        Path(config).exists() or Path(config).suffix or "/" in config or glob.has_magic(config)
     )
     if names_config:
         return config, overrides

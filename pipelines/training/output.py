@@ -9,6 +9,7 @@ from uuid import uuid4
 
 from pipelines import storage
 from pipelines.config import config_hash, config_to_yaml, provenance
+from pipelines.data.snapshot.read import MANIFEST, SNAPSHOTS, list_snapshots
 from pipelines.errors import UserError
 from pipelines.storage import s3
 from pipelines.storage.lock import local_lock
@@ -94,13 +95,22 @@ class Output:
             raise UserError(f"{self._file} cannot be read ({error}): name another output") from error
         differences = _differences(found.identity, config.identity())
         if found.snapshot_digest != snapshot_digest:
-            differences.append(f"snapshot: {found.snapshot_digest[:16]} there, {snapshot_digest[:16]} here")
+            differences.append(_other_snapshot(config.data.dataset, found.snapshot_digest))
         if differences:
             raise UserError(
                 f"output = {self.folder} holds another run ({'; '.join(differences[:_SHOWN_DIFFERENCES])}): "
                 "name another output, or ask for the same run to continue it"
             )
         return found
+
+
+def _other_snapshot(dataset: str, digest: str) -> str:
+    """That a run was on another snapshot of a dataset, and how to name that one, if it is there."""
+    for name in list_snapshots(dataset):
+        uri = storage.join(dataset, SNAPSHOTS, name)
+        if storage.sha256_file(storage.join(uri, MANIFEST)) == digest:
+            return f"snapshot: it is on {name}, which data.dataset={uri} names"
+    return f"snapshot: it is on one with the digest {digest[:16]}, which {dataset} does not have"
 
 
 def _storage(config: TrainConfig, snapshot_digest: str) -> str | None:

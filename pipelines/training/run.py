@@ -99,6 +99,8 @@ def _continue(prepared: PreparedRun, output: Output) -> TrainResult:
         except BaseException as error:
             if opening.exception() is None:
                 opening.result().abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            if isinstance(error, KeyboardInterrupt):
+                tqdm.write(f"stopped: {_kept(output, history)}", file=sys.stderr)
             raise
     checkpoints = find_checkpoints(output.storage)
     prune(output.storage, checkpoints[: config.checkpoint.keep])
@@ -165,6 +167,10 @@ def _fit(
     """Run the workers to the last checkpoint, following them."""
     config, records = prepared.config, open_queue()
     output.update(finished=False)  # of a run that is made longer
+    if latest is not None and config.progress:
+        step, last = latest.state.step, history.last_step
+        again = f"; steps up to {last}, which are recorded, are computed once more" if last > step else ""
+        tqdm.write(f"continuing from the checkpoint of step {step}{again}", file=sys.stderr)
     job = Job(
         run=prepared,
         records=records,

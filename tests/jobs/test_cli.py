@@ -88,6 +88,7 @@ def test_every_shipped_config_loads_and_prints_itself(path, tmp_path):
         (["curate"], "Missing argument 'CONFIG'"),
         (["curate", "nosuch"], "error: config 'nosuch' is neither a file nor a shipped curate config"),
         (["curate", "nosuch.mp4"], "error: source.path nosuch.mp4 does not exist"),
+        (["curate", "no/such"], "error: source.path no/such does not exist"),
         (["curate", "no/such/*.webm"], "error: no file matches source.path no/such/*.webm"),
         (["curate", "nosuch.yaml"], "error: config 'nosuch.yaml' is neither a file nor a shipped curate config"),
         (["train", "nosuch.yaml"], "error: config 'nosuch.yaml' is neither a file nor a shipped train config"),

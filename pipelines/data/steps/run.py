@@ -1,5 +1,6 @@
 """A curation under way: what its steps share, and what each leaves for those after it."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,16 +75,19 @@ class Run:
         """The table of a stage."""
         return StageTable(self.config.dataset, self.stages[name])
 
-    def compute(self, name: str, inputs: pa.Table, max_failed: float | None = None) -> StageTable:
+    def compute(self, name: str, inputs: pa.Table, *, total: float | None = None, failed: int = 0) -> StageTable:
         """Bring a stage's table up to date with its inputs, of which the share may fail that the run bears.
+
+        The share is one of ``total`` if that is told, of which ``failed`` have failed before this stage; if it is
+        infinite, all may fail.
 
         Raises:
             UserError: what it needs is not there, and there is work left.
             JobError: a worker failed, or more inputs than the run bears.
         """
         table, config = self.table(name), self.config
-        if max_failed is None:
-            max_failed = config.resources.max_failed_share * inputs.num_rows
+        total = inputs.num_rows if total is None else total
+        max_failed = config.resources.max_failed_share * total - failed if math.isfinite(total) else total
         if name in self.unready and anti_join(inputs, table.keys()).num_rows:
             raise self.unready[name]
         try:
@@ -96,15 +100,15 @@ class Run:
                 max_failed=max_failed,
             )
         except TooManyFailuresError as error:
-            raise self.too_many(error, inputs.num_rows, name) from error
+            raise self.too_many(error.reason, failed + error.count, int(total), name) from error
         return table
 
-    def too_many(self, error: TooManyFailuresError, total: int, where: str) -> JobError:
+    def too_many(self, reason: str, count: int, total: int, where: str) -> JobError:
         """What ends a run in which too much failed."""
         return JobError(
-            f"{error.count} of {total} sources or clips failed in the stage {where}, more than "
+            f"{count} of {total} sources or clips have failed by the stage {where}, more than "
             f"resources.max_failed_share = {self.config.resources.max_failed_share} allows; one of them: "
-            f"{error.reason}. Something else than the videos may be wrong; if not, raise the share and give the same "
+            f"{reason}. Something else than the videos may be wrong; if not, raise the share and give the same "
             "command again"
         )
 

@@ -227,7 +227,7 @@ class HashSources(Step):
         files = listing.take(pc.index_in(keys, listing["work_key"].combine_chunks()))
         work = pc.max_element_wise(files["size"], 0).cast(pa.float64())
         # What cannot be read counts in the split stage.
-        table = run.compute("sources", files.append_column(WORK, work), math.inf)
+        table = run.compute("sources", files.append_column(WORK, work), total=math.inf)
         hashed = read_in_order(table, ["source_id", "error"], files["work_key"])
         places = pc.index_in(listing["work_key"], keys)
         for name in ("source_id", "error"):

@@ -15,7 +15,6 @@ from pipelines.data.keys import clip_key, picture_key, sources_of
 from pipelines.data.scores import Thresholds, scores_of
 from pipelines.data.settings import DecodeConfig, LooksConfig, SplitConfig
 from pipelines.data.stage.columns import sort
-from pipelines.data.stage.run import TooManyFailuresError
 from pipelines.data.stage.stage import WORK, Row, Stage, StageResources
 from pipelines.data.stage.table import PART, StageTable, anti_join, commit_part
 from pipelines.data.steps.clips import Clips
@@ -205,10 +204,10 @@ class SplitSources(Step):
         unreadable = pc.drop_null(run.sources["error"])
         share, total = run.config.resources.max_failed_share, run.sources.num_rows
         if len(unreadable) > share * total:
-            raise run.too_many(TooManyFailuresError(unreadable[0].as_py(), len(unreadable)), total, "sources")
+            raise run.too_many(unreadable[0].as_py(), len(unreadable), total, "sources")
         if self.looks is not None and anti_join(inputs, run.table("split").keys()).num_rows:
             inputs = inputs.append_column(LOOKED, _looked(first["source_id"], run.table(self.looks.name).keys()))
-        table = run.compute("split", inputs, max_failed=share * total - len(unreadable))
+        table = run.compute("split", inputs, total=total, failed=len(unreadable))
         # Fingerprints are most of the table, and read where they are needed.
         columns = [*(name for name in CLIPS.names if name != "fingerprint"), PART]
         parts = table.parts()

@@ -241,9 +241,11 @@ def test_too_many_failures_stop_the_run_and_a_larger_budget_continues(tmp_path, 
     folder = tmp_path / "videos"
     folder.mkdir()
     write_video(folder / "a.mp4", moving_square(18))
-    for name in ("b", "c"):
-        (folder / f"{name}.mp4").write_text(f"no video {name}")
-    with pytest.raises(JobError, match=r"2 of 3 sources .* more than resources\.max_failed_share = 0\.5"):
+    (folder / "b.mp4").write_text("no video")
+    (folder / "c.mp4").symlink_to("nowhere")  # fails in the stage before, and counts too
+    with pytest.raises(
+        JobError, match=r"2 of 3 sources .* by the stage split, more than resources\.max_failed_share = 0\.5"
+    ):
         curate(curate_config(folder, tmp_path / "d", tokenizer_file, "captions.require=false"))
     options = ["captions.require=false", "resources.max_failed_share=0.7"]
     result = curate(curate_config(folder, tmp_path / "d", tokenizer_file, *options))

@@ -9,6 +9,7 @@ from lumos.config import SamplingConfig, TokenizerConfig
 from lumos.decoder import Decoder
 from lumos.tokenizers.text import TextTokenizer
 from lumos.vocabulary import Vocabulary
+from pipelines.data.snapshot.read import open_snapshot
 from pipelines.errors import UserError
 from pipelines.training.output import Output
 from pipelines.training.prepare import prepare
@@ -129,8 +130,17 @@ def test_an_output_of_another_run_is_an_error(config, tmp_path):
     assert Output(replace(config, progress=True), snapshot_digest="a" * 64).run.key
     with pytest.raises(UserError, match=r"holds another run \(seed: 0 there, 1 asked for\): name another output"):
         Output(replace(config, seed=1), snapshot_digest="a" * 64)
-    with pytest.raises(UserError, match=r"holds another run \(snapshot: aaaaaaaaaaaaaaaa there, bbbbbbbbbbbbbbbb here"):
+    with pytest.raises(
+        UserError, match=r"holds another run \(snapshot: it is on one with the digest aaaaaaaaaaaaaaaa, w"
+    ):
         Output(config, snapshot_digest="b" * 64)
+    snapshot = open_snapshot(config.data.dataset)
+    earlier = replace(config, output=str(tmp_path / "earlier"))
+    Output(earlier, snapshot_digest=snapshot.digest).begin(earlier)
+    with pytest.raises(
+        UserError, match=rf"snapshot: it is on v0001-\w+, which data.dataset={snapshot.uri} names\): name"
+    ):
+        Output(earlier, snapshot_digest="b" * 64)
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "one.txt").touch()
     with pytest.raises(UserError, match="is not empty and holds no training run"):
