@@ -137,7 +137,13 @@ class BatchPlan:
 
 
 def rank_rows(rows: Sequence[int], *, rank: int, num_workers: int, micro_batch: int) -> list[tuple[int, ...]]:
-    """The part of a step's rows that one worker takes, cut into its micro-batches; the config sees that they divide."""
+    """The part of a step's rows that one worker takes, cut into its micro-batches.
+
+    Raises:
+        ValueError: if the rows do not divide evenly (the config's check comes first).
+    """
+    if len(rows) % (num_workers * micro_batch):
+        raise ValueError(f"{len(rows)} rows do not divide by {num_workers} workers x {micro_batch} rows")
     share = len(rows) // num_workers
     start = rank * share
     return [tuple(rows[i : i + micro_batch]) for i in range(start, start + share, micro_batch)]

@@ -56,13 +56,14 @@ CAPTIONERS = (Captioner(name="toy", stage_name="captions-toy", stage=stage),)
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """Two clips of like motion, one of them blue."""
+    """Three clips of like motion, one of them blue."""
     folder = tmp_path_factory.mktemp("plugins") / "videos"
     folder.mkdir()
     gray = moving_square(18, seed=1)
     blue = moving_square(18, seed=2)
     blue[..., :2] //= 3
     write_video(folder / "gray.mp4", gray)
+    write_video(folder / "other.mp4", moving_square(18, seed=3))
     write_video(folder / "blue.mp4", blue)
     return folder
 
@@ -122,8 +123,8 @@ def curated(tmp_path_factory, videos, tokenizer_file) -> Curated:
 
 
 def test_a_new_score_is_one_line_of_the_table_and_its_function(curated):
-    gray, blue = curated.ledger["gray.mp4"], curated.ledger["blue.mp4"]
-    assert gray["status"] == "kept"
+    gray, blue, other = (curated.ledger[f"{name}.mp4"] for name in ("gray", "blue", "other"))
+    assert gray["status"] == other["status"] == "kept"
     assert gray["scores"]["blueness"] == pytest.approx(0.5, abs=0.05)
     assert blue["status"] == "rejected"
     assert blue["reason"].startswith("blueness 0.")
@@ -134,9 +135,9 @@ def test_a_new_score_is_one_line_of_the_table_and_its_function(curated):
 def test_a_new_captioner_is_one_file_and_its_line_in_the_registry(curated):
     assert curated.manifest["captioners"] == ["toy"]
     assert curated.manifest["created_from"]["stage_hashes"]["captions-toy"]
-    [caption] = curated.captions
-    assert caption.startswith("a clip whose mean is ")
-    assert caption in curated.page
+    assert len(curated.captions) == 2
+    assert all(caption.startswith("a clip whose mean is ") for caption in curated.captions)
+    assert all(caption in curated.page for caption in curated.captions)
     assert "captions-toy" in curated.page
 
 

@@ -2,9 +2,9 @@
 
 import base64
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from pipelines import sample_corpus as corpus
 from pipelines.demo import judge
 from pipelines.demo.judge import Reading
 from pipelines.demo.run import Sample, write_report
+from tests.pipelines.training.runs import step_record
 
 
 def make_samples(root: Path, count: int) -> list[Sample]:
@@ -41,7 +42,7 @@ def make_report(root: Path, count: int) -> dict[str, Any]:
         frames = tuple(
             float(2 + 0.2 * f + 6 * np.exp(-step / (60 + 15 * f)) + generator.normal(0, 0.1)) for f in range(5)
         )
-        records.append(SimpleNamespace(step=step, loss=float(np.mean(frames)), frame_losses=frames))
+        records.append(replace(step_record(step, float(np.mean(frames))), frame_losses=frames))
     seconds = {"corpus": 4.2, "curate": 64.0, "train": 301.5, "generate": 81.0, "judge": 2.4, "report": 0.6}
     summary = {
         "schema": 1,

@@ -68,3 +68,8 @@ def test_rank_rows_divide_a_step_for_any_number_of_workers(workers, micro_batch)
     shares = [rank_rows(rows, rank=rank, num_workers=workers, micro_batch=micro_batch) for rank in range(workers)]
     assert [row for share in shares for micro in share for row in micro] == list(rows)
     assert {len(micro) for share in shares for micro in share} == {micro_batch}
+
+
+def test_rank_rows_refuses_an_uneven_division():
+    with pytest.raises(ValueError, match="8 rows do not divide by 3 workers x 1 rows"):
+        rank_rows(range(8), rank=0, num_workers=3, micro_batch=1)
