@@ -22,6 +22,10 @@ _OPERATIONAL = (
     "progress",
 )
 
+# Keys added later, dotted, with the value under which a run computes what it did before they were there. At that value
+# they are no part of a run's identity, so runs and checkpoints of older programs go on.
+_ADDED: dict[str, Any] = {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -247,6 +251,13 @@ class TrainConfig:
         del kept["data"]["dataset"]  # the digest of the snapshot stands for it, wherever it is kept
         if self.optimizer.schedule == "constant":
             del kept["steps"]  # nothing before the end depends on where it is: the run may be made longer
+        for dotted, neutral in _ADDED.items():
+            *sections, key = dotted.split(".")
+            section = kept
+            for name in sections:
+                section = section[name]
+            if section[key] == neutral:
+                del section[key]
         return kept
 
     def identity_hash(self) -> str:
