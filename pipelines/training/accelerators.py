@@ -1,0 +1,85 @@
+"""Accelerators by name: what MFU and a plan divide by. Figures are the makers' own, dense (without sparsity)."""
+
+import re
+from dataclasses import dataclass
+
+from pipelines.errors import UserError
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One device."""
+
+    name: str
+    tflops: float  # 1e12 bf16 FLOP/s of the matrix units, float32 sums, dense
+    memory_gb: float  # 1e9 bytes
+    bandwidth_gb_s: float  # of its memory
+    link_gb_s: float  # to the other devices of its node, one direction
+
+    @property
+    def flops(self) -> float:
+        """Peak FLOP/s in bf16."""
+        return self.tflops * 1e12
+
+
+# NVIDIA's data sheets: A100 (2021-06), A800, H100 (2023-04), H200 (2024-11), B200 (DGX B200, 2024-12), L40S (2023-08),
+# L20, GeForce RTX 4090 (Ada whitepaper, table 2, with float32 sums). H20's sheet is not public; its figures are those
+# that resellers print alike and that papers which used it quote (Lumos-1's among them, without figures of its own).
+_TABLE = (
+    Accelerator("A100-40GB", 312.0, 40.0, 1555.0, 300.0),
+    Accelerator("A100-80GB", 312.0, 80.0, 2039.0, 300.0),
+    Accelerator("A800-80GB", 312.0, 80.0, 2039.0, 200.0),
+    Accelerator("H20", 148.0, 96.0, 4000.0, 450.0),
+    Accelerator("H100-80GB", 989.4, 80.0, 3350.0, 450.0),
+    Accelerator("H800-80GB", 989.4, 80.0, 3350.0, 200.0),
+    Accelerator("H200", 989.4, 141.0, 4800.0, 450.0),
+    Accelerator("B200", 2250.0, 180.0, 7700.0, 900.0),
+    Accelerator("L20", 119.5, 48.0, 864.0, 32.0),
+    Accelerator("L40S", 362.1, 48.0, 864.0, 32.0),
+    Accelerator("RTX-4090", 165.2, 24.0, 1008.0, 32.0),
+)
+
+
+def find_accelerator(name: str) -> Accelerator | None:
+    """The device of a name: ours (``H100-80GB``, ``h100``), or as CUDA tells it (``NVIDIA H100 80GB HBM3``).
+
+    Of several sizes of memory the name says which; without, the largest is meant.
+    """
+    words = _words(name)
+    # The memory is no part of a device's name: "H100-80GB" is found as h100, "RTX-4090" as rtx and 4090.
+    matches = [each for each in _TABLE if {word for word in _words(each.name) if not word.endswith("gb")} <= words]
+    sized = [each for each in matches if f"{each.memory_gb:.0f}gb" in words]
+    best = sized or matches
+    return max(best, key=lambda each: each.memory_gb) if best else None
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", name.lower()))
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """So many equal devices."""
+
+    count: int
+    device: Accelerator
+
+    def __str__(self) -> str:
+        return f"{self.count} x {self.device.name}"
+
+
+def parse_cluster(text: str) -> Cluster:
+    """A cluster such as ``48xH20`` or ``8xH100-80GB``.
+
+    Raises:
+        UserError: if it is no such text, or names no device of the table.
+    """
+    match = re.fullmatch(r"\s*(\d+)\s*[xX*]\s*(.+?)\s*", text)
+    device = find_accelerator(match.group(2)) if match else None
+    if match is None or device is None or int(match.group(1)) < 1:
+        known = ", ".join(each.name for each in _TABLE)
+        raise UserError(
+            f"--cluster {text!r}: give a number and a device, such as 48xH20 or 8xH100-80GB; known: {known}. For another "
+            "one give --cluster NUMBER with --tflops and --memory-gb"
+        )
+    return Cluster(int(match.group(1)), device)
