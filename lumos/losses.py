@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
+from lumos.decoder import Decoder
 from lumos.layout import SequenceLayout
-from lumos.masking import loss_mask
+from lumos.masking import apply_mask, loss_mask
 from lumos.vocabulary import Vocabulary
 
 CHUNK_ROWS = 1024  # rows of logits held at a time: 64,000 columns of float32 are 262 MB
@@ -152,3 +153,40 @@ def text_loss(
     index = torch.cat(positions)
     losses, _ = cross_entropy_rows(hidden[index], head_weight[: vocabulary.visual_start], ids[index + 1])
     return losses
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Documents of one forward pass, one after another."""
+
+    ids: Int64[Tensor, " tokens"]  # unmasked
+    masked_positions: Bool[Tensor, " tokens"]
+    layouts: tuple[SequenceLayout, ...]
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The batch on a device."""
+        return PackedBatch(
+            self.ids.to(device, non_blocking=True), self.masked_positions.to(device, non_blocking=True), self.layouts
+        )
+
+
+class LossModule(nn.Module):
+    """The decoder with its loss, in one module so that ZeRO-3 gathers the head's weight for it."""
+
+    def __init__(self, decoder: Decoder, vocabulary: Vocabulary, z_loss_weight: float) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.vocabulary = vocabulary
+        self.z_loss_weight = z_loss_weight
+
+    def forward(
+        self, batch: PackedBatch, num_frames: int
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " frames"], Float[Tensor, " frames"]]:
+        """Sum of token losses with z-loss (differentiable); sum and number of token losses by latent frame."""
+        masked_ids = apply_mask(batch.ids, batch.masked_positions, self.vocabulary)
+        hidden = self.decoder(masked_ids, batch.layouts)
+        loss = masked_visual_loss(
+            hidden, self.decoder.lm_head.weight, batch.ids, batch.masked_positions, batch.layouts, self.vocabulary
+        )
+        sums, counts = loss.per_frame(num_frames)
+        return loss.total(self.z_loss_weight), sums, counts

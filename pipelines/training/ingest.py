@@ -18,13 +18,14 @@ from ray.data.block import BlockMetadata
 
 from lumos.compression import VideoSize
 from lumos.layout import TAIL, build_sequence, header_tokens, prompt_text, video_layout
+from lumos.losses import PackedBatch
 from lumos.masking import sample_masked_positions
 from lumos.tokenizers.text import TextTokenizer
 from pipelines.data.snapshot.read import Shard, Snapshot
 from pipelines.streams import numpy_stream, torch_stream
 from pipelines.training.batch_plan import BatchPlan, PlannedStep, rank_rows
 from pipelines.training.prepare import PreparedRun
-from pipelines.training.step import PackedBatch, StepBatch
+from pipelines.training.step import StepBatch
 
 _COLUMNS = ["clip_id", "captions", "fps", "codes"]
 _CACHED_BYTES = 512 << 20  # shard tables a loader keeps

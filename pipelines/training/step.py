@@ -9,30 +9,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
-from lumos.decoder import Decoder
-from lumos.layout import SequenceLayout
-from lumos.losses import masked_visual_loss
-from lumos.masking import apply_mask, loss_mask
+from lumos.losses import PackedBatch
+from lumos.masking import loss_mask
 from lumos.vocabulary import Vocabulary
 from pipelines.training.engine import Engine
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """Documents of one forward pass, one after another."""
-
-    ids: Int64[Tensor, " tokens"]  # unmasked
-    masked_positions: Bool[Tensor, " tokens"]
-    layouts: tuple[SequenceLayout, ...]
-
-    def to(self, device: torch.device) -> "PackedBatch":
-        """The batch on a device."""
-        return PackedBatch(
-            self.ids.to(device, non_blocking=True), self.masked_positions.to(device, non_blocking=True), self.layouts
-        )
 
 
 @dataclass(frozen=True)
@@ -55,28 +37,6 @@ class StepResult:
     masked_tokens: int  # visual tokens the loss was taken over
     masked_share: float  # masked grid cells among all, row ends included
     data_wait: float  # seconds a worker stood waiting for its batch, mean over workers
-
-
-class LossModule(nn.Module):
-    """The decoder with its loss, in one module so that ZeRO-3 gathers the head's weight for it."""
-
-    def __init__(self, decoder: Decoder, vocabulary: Vocabulary, z_loss_weight: float) -> None:
-        super().__init__()
-        self.decoder = decoder
-        self.vocabulary = vocabulary
-        self.z_loss_weight = z_loss_weight
-
-    def forward(
-        self, batch: PackedBatch, num_frames: int
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, " frames"], Float[Tensor, " frames"]]:
-        """Sum of token losses with z-loss (differentiable); sum and number of token losses by latent frame."""
-        masked_ids = apply_mask(batch.ids, batch.masked_positions, self.vocabulary)
-        hidden = self.decoder(masked_ids, batch.layouts)
-        loss = masked_visual_loss(
-            hidden, self.decoder.lm_head.weight, batch.ids, batch.masked_positions, batch.layouts, self.vocabulary
-        )
-        sums, counts = loss.per_frame(num_frames)
-        return loss.total(self.z_loss_weight), sums, counts
 
 
 class TrainStep:

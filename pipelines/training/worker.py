@@ -16,13 +16,14 @@ from torch import Tensor
 
 from lumos.checkpoint import load_weights, save_checkpoint
 from lumos.decoder import Decoder
+from lumos.losses import LossModule
 from pipelines.streams import torch_stream
 from pipelines.training.checkpoints import EXPORT_DIR, LoopState, restore, save
 from pipelines.training.engine import Engine, gather_weights, make_engine, prepare_process
 from pipelines.training.ingest import step_batches
 from pipelines.training.prepare import PreparedRun
 from pipelines.training.record import StepRecord
-from pipelines.training.step import LossModule, StepBatch, StepResult, TrainStep
+from pipelines.training.step import StepBatch, StepResult, TrainStep
 
 _PUSH_SECONDS = 0.5
 

@@ -12,11 +12,12 @@ import torch.distributed as dist
 from lumos.config import MaskConfig
 from lumos.decoder import Decoder
 from lumos.layout import build_sequence
+from lumos.losses import LossModule, PackedBatch
 from lumos.masking import sample_masked_positions
 from lumos.vocabulary import Vocabulary
 from pipelines.training.config import OptimizerConfig, TrainConfig
 from pipelines.training.engine import Engine, make_engine, prepare_process
-from pipelines.training.step import LossModule, PackedBatch, StepBatch, TrainStep
+from pipelines.training.step import StepBatch, TrainStep
 from tests.pipelines.training.runs import tiny_config
 
 VOCABULARY = Vocabulary.compact(32, 16)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from lumos.checkpoint import load_checkpoint
 from lumos.decoder import Decoder
+from lumos.losses import LossModule
 from lumos.tokenizers.text import TextTokenizer
 from pipelines.cluster import connect
 from pipelines.config import config_to_yaml
@@ -31,7 +32,6 @@ from pipelines.training.ingest import StepLoader, unpack
 from pipelines.training.prepare import prepare
 from pipelines.training.record import StepRecord
 from pipelines.training.run import TrainResult, train
-from pipelines.training.step import LossModule
 from tests.pipelines.training.runs import tiny_config
 from tests.pipelines.training.snapshots import write_snapshot
 
