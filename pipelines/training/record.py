@@ -1,7 +1,8 @@
 """The record of a run, step by step: from rank 0 through a queue to the driver, which alone writes it down.
 
-``metrics.jsonl`` in the output is the truth; MLflow receives what it says. A step is recorded once: what is replayed
-after a failure is ignored. Every checkpoint carries the record up to its step, so that a resume leaves no gap.
+``metrics.jsonl`` in the output is the truth, with every step; MLflow receives what it says (``sender``). A step is
+recorded once: what is replayed after a failure is ignored. The checkpoints carry the record up to their step, so that a
+resume leaves no gap. The driver keeps no records in memory, and reads the file as a stream.
 
 Programs older and newer than this one may have written a record: see :class:`StepRecord`.
 """
@@ -10,9 +11,10 @@ import json
 import logging
 import os
 import threading
-import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,12 @@ from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.errors import UserError
-from pipelines.tracking import MetricRow, Tracker
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25
-_NO_METRICS = {"step", "time", "frame_losses", "tokens", "masked_tokens", "unknown"}  # all other fields are sent
+_CHUNK = 1000  # records held at a time
+_EVENT = "event"  # the key that tells an event from a record
 _REMEDY = (
     "Mend the line, or move the file away: the same command then takes the record from the last checkpoint and goes on "
     "from there"
@@ -37,8 +39,8 @@ _REMEDY = (
 class StepRecord:
     """One line of ``metrics.jsonl``.
 
-    A field that is added needs a default, which stands for it in the lines of older programs. Keys of newer programs
-    are kept in ``unknown`` and written back.
+    A field that is added needs a default, which stands for it in the lines of older programs and where it is left out.
+    Keys of newer programs are kept in ``unknown`` and written back.
     """
 
     step: int  # 1-based: updates made so far
@@ -54,13 +56,27 @@ class StepRecord:
     masked_share: float
     masked_tokens: int
     epoch: int
+    clips: int = 0  # rows of the global batch
+    bucket: str = ""  # their latent shape, TxHxW
+    datasets: Mapping[str, int] = field(default_factory=dict, hash=False)  # rows by dataset, where there are several
+    cut_captions: int = 0  # captions that did not fit
+    skipped: int = 0  # 1: the update was left out, since loss or gradients were not finite
+    workers: int = 0  # that took part
+    phases: Mapping[str, float] = field(default_factory=dict, hash=False)  # seconds of rank 0, by part of the step
+    memory_gb: float = 0.0  # peak of rank 0's device since its start; absent on CPU
+    rss_gb: float = 0.0  # peak resident memory of rank 0's process
+    checkpoint_seconds: float = 0.0  # spent on saving since the record before
+    val_loss: float | None = None  # of the held-out rows, in steps that end with a validation
+    val_frame_losses: tuple[float, ...] = ()
+    val_tokens: int = 0  # over which it was taken
+    val_seconds: float = 0.0
     unknown: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def to_line(self) -> str:
         """The record as a line of JSON."""
-        known = asdict(self)
-        unknown = known.pop("unknown")
-        return json.dumps(known | unknown)
+        values = vars(self)
+        known = {name: values[name] for name, default in _defaults(type(self)).items() if values[name] != default}
+        return json.dumps(known | dict(self.unknown))
 
     @classmethod
     def from_line(cls, line: str | bytes) -> "StepRecord":
@@ -69,24 +85,34 @@ class StepRecord:
         Raises:
             ValueError: if the line is cut off or of another kind.
         """
-        names = {each.name for each in fields(cls)} - {"unknown"}
         try:
-            raw = json.loads(line)
-            known = {name: value for name, value in raw.items() if name in names}
-            known["frame_losses"] = tuple(raw["frame_losses"])
-            return cls(**known, unknown={name: value for name, value in raw.items() if name not in names})
+            return cls._of(json.loads(line))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not the record of a step: {line[:80]!r}") from error
 
-    def metrics(self) -> MetricRow:
-        """The record as MLflow metrics."""
-        values = {name: float(value) for name, value in vars(self).items() if name not in _NO_METRICS}
-        values |= {f"loss_frame_{index}": loss for index, loss in enumerate(self.frame_losses)}
-        return MetricRow(step=self.step, time=self.time, values=values)
+    @classmethod
+    def _of(cls, raw: dict[str, Any]) -> "StepRecord":
+        names = _defaults(cls)
+        known = {name: value for name, value in raw.items() if name in names}
+        for name in ("frame_losses", "val_frame_losses"):
+            if name in known:
+                known[name] = tuple(known[name])
+        unknown = {name: value for name, value in raw.items() if name not in names}
+        return cls(**known, unknown=unknown)
+
+
+@cache
+def _defaults(cls: type[StepRecord]) -> dict[str, Any]:
+    """The fields that are written down, with the value at which each is left out."""
+    return {
+        each.name: each.default_factory() if each.default_factory is not MISSING else each.default
+        for each in fields(cls)
+        if each.name != "unknown"
+    }
 
 
 class History:
-    """``metrics.jsonl``: steps 1, 2, 3, ... each once.
+    """``metrics.jsonl``: steps 1, 2, 3, ... each once, read as a stream.
 
     A last line that a kill cut off is dropped when the file is opened; every other line stays as it is.
 
@@ -96,28 +122,39 @@ class History:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.records: list[StepRecord] = []
+        self.last_step = 0  # recorded; 0 before the first
+        self._size = 0  # bytes of whole lines
+        self._mark = (0, 0)  # a step, and where its line ends: where reading went to last
         if path.exists():
-            *lines, tail = path.read_bytes().split(b"\n")
-            tail_is_whole = _is_json(tail)
-            lines += [tail] if tail_is_whole else []
-            self.records = read_records(lines, str(path), remedy=_REMEDY)
-            if tail_is_whole:
-                with path.open("ab") as file:
-                    file.write(b"\n")
-            else:
-                os.truncate(path, path.stat().st_size - len(tail))
+            self._open()
 
-    @property
-    def last_step(self) -> int:
-        """The last step recorded, 0 before the first."""
-        return self.records[-1].step if self.records else 0
+    def _open(self) -> None:
+        tail = b""
+        with self.path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    tail = line
+                    break
+                self._accept(line)
+        if _is_json(tail):
+            self._accept(tail)
+            with self.path.open("ab") as file:
+                file.write(b"\n")
+            self._size += 1
+        elif tail:
+            os.truncate(self.path, self._size)
+
+    def _accept(self, line: bytes) -> None:
+        check_record(line, self.last_step + 1, str(self.path), remedy=_REMEDY)
+        self.last_step += 1
+        self._size += len(line)
 
     def add(self, records: Iterable[StepRecord]) -> list[StepRecord]:
         """Append the records that are new and return them; replayed steps are left out.
 
         Raises:
             ValueError: if steps are missing before a record.
+            OSError: if they cannot be written. The file is as before, and they may be added again.
         """
         new: list[StepRecord] = []
         for record in records:
@@ -127,30 +164,70 @@ class History:
             if record.step == last + 1:
                 new.append(record)
         if new:
-            with self.path.open("a") as file:
-                file.writelines(record.to_line() + "\n" for record in new)
-                file.flush()
-                os.fsync(file.fileno())
-            self.records += new
+            self._append("".join(record.to_line() + "\n" for record in new).encode())
+            self.last_step = new[-1].step
         return new
 
+    def take_over(self, records: Iterable[StepRecord]) -> None:
+        """As :meth:`add`, for any number of records, of which few are held at a time."""
+        remaining = iter(records)
+        while chunk := list(islice(remaining, _CHUNK)):
+            self.add(chunk)
 
-def read_records(lines: Iterable[str | bytes], where: str, *, remedy: str) -> list[StepRecord]:
+    def read(self, after: int = 0) -> Iterator[StepRecord]:
+        """The records after a step, in order, up to the last at the time of the call.
+
+        To go on where the reading before ended costs nothing. One thread may read.
+        """
+        step, offset = self._mark if self._mark[0] <= after else (0, 0)
+        last = self.last_step
+        if last <= after:
+            return
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            while step < last:
+                line = file.readline()
+                step, offset = step + 1, offset + len(line)
+                if step > after:
+                    self._mark = (step, offset)
+                    yield StepRecord.from_line(line)
+
+    def _append(self, data: bytes) -> None:
+        try:
+            with self.path.open("ab") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            if self.path.exists():
+                os.truncate(self.path, self._size)
+            raise
+        self._size += len(data)
+
+
+def read_records(lines: Iterable[str | bytes], where: str, *, remedy: str) -> Iterator[StepRecord]:
     """The records of the steps 1, 2, 3, ... in as many whole lines.
 
     Raises:
         UserError: if a line is not the record of its step; the message says where it is, and the remedy.
     """
-    records = []
     for number, line in enumerate(lines, start=1):
-        try:
-            record = StepRecord.from_line(line)
-            if record.step != number:
-                raise ValueError(f"the record of step {record.step}, not of step {number}")
-        except ValueError as error:
-            raise UserError(f"{where}, line {number}: {error}. {remedy}") from error
-        records.append(record)
-    return records
+        yield check_record(line, number, where, remedy=remedy)
+
+
+def check_record(line: str | bytes, step: int, where: str, *, remedy: str) -> StepRecord:
+    """The record in a line, which must be that of a step.
+
+    Raises:
+        UserError: if it is not; the message says where it is, and the remedy.
+    """
+    try:
+        record = StepRecord.from_line(line)
+        if record.step != step:
+            raise ValueError(f"the record of step {record.step}, not of step {step}")
+    except ValueError as error:
+        raise UserError(f"{where}, line {step}: {error}. {remedy}") from error
+    return record
 
 
 def _is_json(text: bytes) -> bool:
@@ -161,6 +238,11 @@ def _is_json(text: bytes) -> bool:
     return True
 
 
+def event(kind: str, **values: Any) -> str:
+    """A line for the queue that is no record: something that the driver is to know."""
+    return json.dumps({_EVENT: kind, **values})
+
+
 def open_queue() -> Queue:
     """A queue for lines of the record, on this node, living as long as this process."""
     node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -169,21 +251,23 @@ def open_queue() -> Queue:
 
 @dataclass(kw_only=True)
 class Recorder:
-    """Follows a queue in a thread of the driver: history, MLflow, progress.
+    """Follows a queue in a thread of the driver and writes down what comes, within a block.
 
-    MLflow being out of reach does not end a training: what could not be sent is sent later, at the latest on leaving.
+    What cannot be written for want of space or the like is kept, and tried again with a warning. Whatever else goes
+    wrong, a broken queue or a line that is no record, leaves a gap that only a resume from a checkpoint closes: then
+    ``on_failure`` is called at once, in the thread, and ``failure`` says why.
     """
 
-    queue: Queue  # of lines, from rank 0
+    queue: Queue  # of lines, from the workers
     history: History  # where records are written down
-    tracker: Tracker  # where they are sent
-    flush_seconds: float  # between two batches sent
-    sent: int  # steps sent so far, at first by an earlier driver
-    on_record: Callable[[StepRecord], None]  # called with each new record
-    on_sent: Callable[[int], None]  # called with the number of steps sent so far
+    on_record: Callable[[StepRecord], None]  # called with each new record; if it fails, it is told once and goes on
+    on_event: Callable[[dict[str, Any]], None]  # called with each event; likewise
+    on_failure: Callable[[], None]  # ends the training
 
     def __post_init__(self) -> None:
-        self._failure: Exception | None = None
+        self.failure: BaseException | None = None
+        self._waiting: list[StepRecord] = []  # records that could not be written yet
+        self._warned: set[str] = set()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="recorder", daemon=True)
 
@@ -194,44 +278,42 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        self._try_send()
-
-    def finish(self) -> None:
-        """After leaving: make sure that nothing was lost.
-
-        Raises:
-            Exception: whatever made following or sending fail.
-        """
-        if self._failure is not None:
-            raise self._failure
-        self._send()
 
     def _follow(self) -> None:
-        flushed = time.monotonic()
         try:
             while not self._done.wait(_POLL_SECONDS):
                 self._take()
-                if time.monotonic() - flushed >= self.flush_seconds:
-                    self._try_send()
-                    flushed = time.monotonic()
             self._take()
-        except Exception as error:  # noqa: BLE001 - raised again in the main thread by finish()
-            self._failure = error
+            if self._waiting:
+                self.history.add(self._waiting)
+        except BaseException as error:  # noqa: BLE001 - it is raised again in the main thread
+            self.failure = error
+            if not self._done.is_set():
+                self.on_failure()
 
     def _take(self) -> None:
-        lines = self.queue.get_nowait_batch(self.queue.qsize())  # nobody else takes from it
-        for record in self.history.add(map(StepRecord.from_line, lines)):
-            self.on_record(record)
-
-    def _try_send(self) -> None:
+        for line in self.queue.get_nowait_batch(self.queue.qsize()):  # nobody else takes from it
+            raw = json.loads(line)
+            if _EVENT in raw:
+                self._call("what a worker said", self.on_event, raw)
+            else:
+                self._waiting.append(StepRecord.from_line(line))
         try:
-            self._send()
-        except Exception as error:  # noqa: BLE001 - an unreachable server has many kinds; it is tried again
-            logger.warning("MLflow could not be written, which is tried again: %s", error)
+            new = self.history.add(self._waiting)
+        except OSError as error:
+            self._warn(f"{self.history.path} cannot be written, which is tried again; training goes on: {error}")
+            return
+        self._waiting = []
+        for record in new:
+            self._call("the progress", self.on_record, record)
 
-    def _send(self) -> None:
-        pending = self.history.records[self.sent :]
-        if pending:
-            self.tracker.log_metrics([record.metrics() for record in pending])
-            self.sent = pending[-1].step
-            self.on_sent(self.sent)
+    def _call(self, what: str, callback: Callable[[Any], None], value: Any) -> None:
+        try:
+            callback(value)
+        except Exception as error:  # noqa: BLE001 - it only shows; the record is complete without
+            self._warn(f"{what} could not be shown or kept ({type(error).__name__}: {error}); training goes on")
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
