@@ -105,7 +105,7 @@ class Model:
         return self.folder.info
 
     def __repr__(self) -> str:
-        weights = self.decoder.lm_head.weight
+        weights = self.decoder.lm_head.visual
         parameters = f"{self.folder.config.num_parameters / 1e6:.1f} M parameters"
         size = self.folder.default_size or "of no known size"
         return f"<lumos.Model {self.folder.name}: {parameters} on {weights.device}, videos {size}>"

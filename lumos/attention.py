@@ -9,7 +9,7 @@ are attended together.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lumos.kernels import KERNELS, Kernel
 from lumos.layout import Segment, SequenceLayout
 
-Backend = Literal["auto", "sdpa", "fused_cpu", "dense"]
+Backend = Literal["auto", "sdpa", "fused_cpu", "fused_flash", "fused_cudnn", "dense"]
 
 _CUDA_PRIORITY = [
     SDPBackend.CUDNN_ATTENTION,
@@ -54,8 +55,9 @@ def attend(
         key: rotated keys; query head i uses key head ``i // (heads / kv_heads)``.
         value: values.
         layouts: one layout per document, in order; their lengths sum to ``tokens``.
-        backend: ``sdpa`` slices through ``scaled_dot_product_attention``; ``fused_cpu`` accumulates the gradients of
-            keys and values in one buffer; ``dense`` forms the mask (for comparison); ``auto`` picks by device.
+        backend: ``sdpa`` slices through ``scaled_dot_product_attention``; ``fused_*`` call a kernel of torch and
+            accumulate the gradients of keys and values in one buffer; ``dense`` forms the mask (for comparison);
+            ``auto`` is fused_cpu on a CPU and sdpa elsewhere.
     """
     if backend == "auto":
         backend = "fused_cpu" if query.device.type == "cpu" else "sdpa"
@@ -68,22 +70,17 @@ def attend(
         q, k, v = (
             x[start:stop].reshape(count, layout.length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value)
         )
-        k, v = _expand_heads(k, q.shape[1]), _expand_heads(v, q.shape[1])
         outputs.append(_attend_group(q, k, v, layout, backend).transpose(1, 2).flatten(0, 1))
         start = stop
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _expand_heads(x: Tensor, num_heads: int) -> Tensor:
-    groups = num_heads // x.shape[1]
-    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
-
-
 def _attend_group(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, backend: Backend) -> Tensor:
     if backend == "dense":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask(layout).to(q.device))
-    if backend == "fused_cpu":
-        out: Tensor = _PrefixAttention.apply(q, k, v, layout.segments)
+        mask = attention_mask(layout).to(q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    if backend != "sdpa":
+        out: Tensor = _PrefixAttention.apply(q, k, v, layout.segments, KERNELS[backend])
         return out
     with sdpa_kernel(_CUDA_PRIORITY, set_priority=True):
         parts = [_attend_segment(q, k, v, segment) for segment in layout.segments]
@@ -107,59 +104,49 @@ def _attend_segment(q: Tensor, k: Tensor, v: Tensor, segment: Segment, past: int
     mask, causal = _segment_mask(segment, past, q)
     stop = past + segment.stop
     queries, keys, values = q[:, :, segment.start : segment.stop], k[:, :, :stop], v[:, :, :stop]
-    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal)
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.is_cuda and q.dtype == torch.float32:  # whose only kernel without an L x L matrix takes no groups
+        keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (keys, values))
+        grouped = False
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
 class _PrefixAttention(torch.autograd.Function):
     """All segments of a group in one node, so that dK and dV are summed in place, not padded and added.
 
-    Built on the CPU flash kernels of torch; nothing of size L x L is kept for the backward pass. The kernels run in
-    float32 whatever the inputs: their bfloat16 backward is three times slower.
+    Nothing of size L x L is kept for the backward pass.
     """
 
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, ...]
-    ) -> Tensor:
-        out = torch.empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype).transpose(1, 2)
-        logsumexps = []
-        query, key, value = q.float(), k.float(), v.float()
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, ...], kernel: Kernel) -> Tensor:
+        out = torch.empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype, device=q.device)
+        out = out.transpose(1, 2)
+        ctx.kernel, ctx.segments, ctx.states = kernel, segments, []
+        query, key, value = (x.to(kernel.dtype or x.dtype) for x in (q, k, v))
         for segment in segments:
-            rows = slice(segment.start, segment.stop)
+            rows, seen = slice(segment.start, segment.stop), slice(segment.stop)
             mask, causal = _segment_mask(segment, 0, query)
-            part, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query[:, :, rows], key[:, :, : segment.stop], value[:, :, : segment.stop], 0.0, causal, attn_mask=mask
-            )
+            part, state = kernel.forward(query[:, :, rows], key[:, :, seen], value[:, :, seen], mask, causal)
             out[:, :, rows] = part
-            logsumexps.append(logsumexp)
-        ctx.save_for_backward(q, k, v, out, *logsumexps)
-        ctx.segments = segments  # type: ignore[attr-defined]
+            ctx.states.append(state)
+        ctx.save_for_backward(q, k, v, out)
         return out
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        dtype = grad_out.dtype
-        q, k, v, out, *logsumexps = (x.float() for x in ctx.saved_tensors)  # type: ignore[attr-defined]
-        grad_out = grad_out.float()
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for segment, logsumexp in zip(ctx.segments, logsumexps, strict=True):  # type: ignore[attr-defined]
-            rows = slice(segment.start, segment.stop)
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        dtype, kernel = grad_out.dtype, ctx.kernel
+        q, k, v, out, grad_out = (x.to(kernel.dtype or x.dtype) for x in (*ctx.saved_tensors, grad_out))
+        grad_q = torch.empty_like(q)
+        grad_k, grad_v = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
+        for segment, state in zip(ctx.segments, ctx.states, strict=True):
+            rows, seen = slice(segment.start, segment.stop), slice(segment.stop)
             mask, causal = _segment_mask(segment, 0, q)
-            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad_out[:, :, rows],
-                q[:, :, rows],
-                k[:, :, : segment.stop],
-                v[:, :, : segment.stop],
-                out[:, :, rows],
-                logsumexp,
-                0.0,
-                causal,
-                attn_mask=mask,
-            )
+            inputs = q[:, :, rows], k[:, :, seen], v[:, :, seen], out[:, :, rows]
+            dq, dk, dv = kernel.backward(grad_out[:, :, rows], *inputs, state, mask, causal)
             grad_q[:, :, rows] = dq
-            grad_k[:, :, : segment.stop] += dk
-            grad_v[:, :, : segment.stop] += dv
-        return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype), None
+            grad_k[:, :, seen] += dk
+            grad_v[:, :, seen] += dv
+        return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype), None, None
 
 
 @dataclass
@@ -206,7 +193,7 @@ class KVCache:
             keys[:, past:end] = key[start:stop].transpose(0, 1)
             values[:, past:end] = value[start:stop].transpose(0, 1)
             q = query[start:stop].transpose(0, 1)[None]
-            k, v = (_expand_heads(x[None, :, :end], q.shape[1]) for x in (keys, values))
+            k, v = keys[None, :, :end], values[None, :, :end]
             for segment in layout.segments:
                 part = _attend_segment(q, k, v, segment, past)
                 out[start + segment.start : start + segment.stop] = part[0].transpose(0, 1)

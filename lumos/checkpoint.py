@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lumos.config import ModelConfig, SamplingConfig, TokenizerInfo, from_release_config, to_release_config
 from lumos.decoder import Decoder
+from lumos.head import join_weights
 from lumos.json_values import merge, read_dataclass
 from lumos.layout import PromptTemplate
 from lumos.vocabulary import Vocabulary
@@ -104,7 +105,7 @@ def save_checkpoint(
         path: the folder; replaced where it holds a checkpoint already.
         model: weights are written in their own dtype.
         vocabulary: stored with the model.
-        state: weights gathered elsewhere (ZeRO-3), in place of the model's own.
+        state: weights gathered elsewhere (ZeRO-3), in place of the model's own, named as its parameters.
         info: how it was trained and is best sampled.
         text_tokenizer: text of the JSON file of the tokenizer that prompts need; kept beside the weights.
         max_shard_bytes: weights beyond this are split into several files with an index.
@@ -131,7 +132,8 @@ def save_checkpoint(
     building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         building.chmod(0o755)
-        _write_weights(building, model.state_dict() if state is None else state, max_shard_bytes)
+        weights = dict(model.named_parameters()) if state is None else state
+        _write_weights(building, join_weights(weights, model.lm_head), max_shard_bytes)
         (building / CONFIG_FILE).write_text(json.dumps(raw, indent=2) + "\n")
         if text_tokenizer is not None:
             (building / TEXT_TOKENIZER_FILE).write_text(text_tokenizer, encoding="utf-8")
@@ -195,7 +197,7 @@ def read_config(path: str | os.PathLike[str]) -> tuple[ModelConfig, Vocabulary, 
         raise ValueError(f"{file}: lumos: {error}") from error
     if config.vocab_size != vocabulary.vocab_size:
         raise ValueError(f"{file}: vocab_size {config.vocab_size} does not fit a vocabulary of {vocabulary.vocab_size}")
-    return config, vocabulary, info
+    return replace(config, visual_start=vocabulary.visual_start), vocabulary, info
 
 
 def _read_section(raw: Any, config: ModelConfig) -> tuple[ModelConfig, Vocabulary, ModelInfo]:
@@ -230,8 +232,7 @@ def load_checkpoint(
     config, vocabulary, info = read_config(path)
     with torch.device("meta"):
         model = Decoder(config)
-    model.to_empty(device=device)
-    model.to(dtype)
+    model.to(dtype).to_empty(device=device)
     load_weights(model, path)
     return Checkpoint(model=model.eval(), vocabulary=vocabulary, info=info)
 
@@ -254,7 +255,9 @@ def load_weights(model: Decoder, path: str | os.PathLike[str]) -> None:
         FileNotFoundError: if a weights file is missing.
         ValueError: if weights are missing, unexpected, of another shape, or a file is damaged.
     """
-    missing = dict(model.state_dict())
+    missing: dict[str, list[Tensor]] = {}
+    for part, key, _ in model.weight_parts():
+        missing.setdefault(key, []).append(part.detach())
     problems = []
     for key, tensor in _read_weights(Path(path)):
         if key.startswith(_IGNORED_PREFIX):
@@ -262,10 +265,13 @@ def load_weights(model: Decoder, path: str | os.PathLike[str]) -> None:
         ours = missing.pop(key, None)
         if ours is None:
             problems.append(f"{key} is not in the model")
-        elif ours.shape != tensor.shape:
-            problems.append(f"{key} has shape {list(tensor.shape)}, the model {list(ours.shape)}")
-        else:
-            ours.copy_(tensor)
+            continue
+        shape = [sum(len(part) for part in ours), *ours[-1].shape[1:]]
+        if shape != list(tensor.shape):
+            problems.append(f"{key} has shape {list(tensor.shape)}, the model {shape}")
+            continue
+        for part, rows in zip(ours, tensor.split([len(part) for part in ours]), strict=True):
+            part.copy_(rows)
     problems += [f"{key} is missing" for key in missing]
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""

@@ -37,6 +37,9 @@ class ModelConfig:
     qk_norm_eps: float = 1e-5  # LayerNorm of queries and keys
     model_parallel_size: int = 1  # rows of the q/k norm parameters; each serves a block of heads
     max_seq_len: int = 32768  # longest sequence, in tokens
+    # The head's row of the first visual code. Rows before it are those of text, kept apart: no loss of the codes gives
+    # them a gradient. 0: the head is one matrix, all of which is trained.
+    visual_start: int = 0
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
@@ -53,6 +56,10 @@ class ModelConfig:
                 getattr(self, name) % self.model_parallel_size == 0,
                 f"{name} {getattr(self, name)} must be a multiple of model_parallel_size {self.model_parallel_size}",
             )
+        require(
+            0 <= self.visual_start < self.vocab_size,
+            f"visual_start must be in [0, vocab_size = {self.vocab_size}), got {self.visual_start}",
+        )
         require(self.max_seq_len > 0, f"max_seq_len must be positive, got {self.max_seq_len}")
         require(self.rope_theta > 0, f"rope_theta must be positive, got {self.rope_theta}")
 
@@ -161,6 +168,7 @@ def lumos_1b() -> ModelConfig:
     """The paper's 1B model (1.5 B parameters with both vocabulary matrices)."""
     return ModelConfig(
         vocab_size=129536,
+        visual_start=65536,
         hidden_size=2048,
         intermediate_size=8192,
         num_layers=16,

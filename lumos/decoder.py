@@ -4,20 +4,27 @@ Module names give the state-dict keys of the authors' release. Batches are packe
 another in one dimension, and a list of layouts says where each begins.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lumos.attention import Backend, KVCache, attend
 from lumos.config import ModelConfig
+from lumos.head import Head
+from lumos.kernels import ATTENTION_OPS
 from lumos.layout import SequenceLayout
-from lumos.rope import position_ids, rotary_tables, rotate
+from lumos.rope import packed_tables, rotary_tables, rotate
+
+# What a block keeps for its backward pass: all, nothing but its input, or that and what attention gave.
+Recompute = Literal["none", "selective", "full"]
 
 # On CPU a matrix product over 1, 2, 3, 5 or 7 rows takes another path than the same rows inside a larger one and
 # differs in the last bits; whole groups of 8 rows do not, so cached passes are padded to them.
@@ -45,7 +52,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch channels"]:
         """Normalise the last dimension, cast back, then scale."""
-        return self.weight * F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype)
+        return self.weight * F.rms_norm(x, (x.shape[-1],), eps=self.eps)  # in float32 within, without copies kept
 
 
 class HeadNorm(nn.Module):
@@ -81,21 +88,18 @@ class SelfAttention(nn.Module):
         self.q_norm = HeadNorm(config.model_parallel_size, config.head_dim, config.qk_norm_eps)
         self.k_norm = HeadNorm(config.model_parallel_size, config.head_dim, config.qk_norm_eps)
 
-    def forward(self, x: Float[Tensor, "rows channels"], shared: _Pass, layer: int) -> Float[Tensor, "rows channels"]:
-        """Attend; rows beyond the documents' tokens are padding and come back as zeros."""
-        tokens = len(shared.cos)
+    def project(self, x: Float[Tensor, "rows channels"], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values, of the rows that hold tokens; rows beyond are padding."""
         q, k, v = (
-            rearrange(proj(x)[:tokens], "tokens (heads dim) -> tokens heads dim", dim=self.head_dim)
+            rearrange(proj(x)[: len(cos)], "tokens (heads dim) -> tokens heads dim", dim=self.head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q = rotate(self.q_norm(q), shared.cos, shared.sin)
-        k = rotate(self.k_norm(k), shared.cos, shared.sin)
-        if shared.cache is None:
-            out = attend(q, k, v, shared.layouts, backend=shared.backend)
-        else:
-            out = shared.cache.attend(layer, q, k, v, shared.layouts)
-        out = rearrange(out, "tokens heads dim -> tokens (heads dim)")
-        padding = len(x) - tokens
+        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
+
+    def output(self, attended: Float[Tensor, "tokens heads head_dim"], rows: int) -> Float[Tensor, "rows channels"]:
+        """Back to channels; rows beyond the tokens are zeros."""
+        out = rearrange(attended, "tokens heads dim -> tokens (heads dim)")
+        padding = rows - len(out)
         projected: Tensor = self.o_proj(F.pad(out, (0, 0, 0, padding)) if padding else out)
         return projected
 
@@ -128,7 +132,20 @@ class Block(nn.Module):
 
     def forward(self, x: Float[Tensor, "rows channels"], shared: _Pass) -> Float[Tensor, "rows channels"]:
         """One layer."""
-        x = x + self.self_attn(self.input_layernorm(x), shared, self.layer)
+        q, k, v = self.before(x, shared.cos, shared.sin)
+        if shared.cache is None:
+            attended = attend(q, k, v, shared.layouts, backend=shared.backend)
+        else:
+            attended = shared.cache.attend(self.layer, q, k, v, shared.layouts)
+        return self.after(x, attended)
+
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes before attention."""
+        return self.self_attn.project(self.input_layernorm(x), cos, sin)
+
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What comes after attention."""
+        x = x + self.self_attn.output(attended, len(x))
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -146,13 +163,13 @@ class Backbone(nn.Module):
 class Decoder(nn.Module):
     """The model. Call it for hidden states; losses and the sampler apply the rows of ``lm_head`` they need."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, train_text: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False  # recompute each block in the backward pass
+        self.recompute: Recompute = "none"  # in the backward pass
         self.attention_backend: Backend = "auto"
         self.model = Backbone(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config, train_text=train_text)
 
     def forward(
         self, ids: Int64[Tensor, " tokens"], layouts: Sequence[SequenceLayout]
@@ -170,8 +187,7 @@ class Decoder(nn.Module):
         longest = max(layout.length for layout in layouts)
         if longest > self.config.max_seq_len:
             raise ValueError(f"a document of {longest} tokens is longer than max_seq_len {self.config.max_seq_len}")
-        positions = torch.cat([position_ids(layout, self.config) for layout in layouts])
-        return self._run(ids, layouts, positions.to(ids.device), None)
+        return self._run(ids, layouts, packed_tables(layouts, self.config, ids.device), None)
 
     def forward_cached(
         self,
@@ -186,41 +202,79 @@ class Decoder(nn.Module):
         (``rope.position_ids``).
         """
         self._check(ids, layouts)
-        hidden = self._run(ids, layouts, positions, cache)
+        hidden = self._run(ids, layouts, rotary_tables(positions, self.config), cache)
         cache.lengths = [past + layout.length for past, layout in zip(cache.lengths, layouts, strict=True)]
         return hidden
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty cache for ``rows`` documents of at most ``capacity`` tokens."""
         shape = (self.config.num_layers, rows, self.config.num_kv_heads, capacity, self.config.head_dim)
-        weight = self.lm_head.weight
+        weight = self.lm_head.visual
         return KVCache(weight.new_zeros(shape), weight.new_zeros(shape), lengths=[0] * rows)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw weights: normal, std 0.02, with residual outputs scaled down by the depth; norms at identity."""
         residual_std = 0.02 / (2 * self.config.num_layers) ** 0.5
         with torch.no_grad():
-            for name, weight in self.named_parameters():
-                if "norm" in name:
-                    weight.fill_(0.0 if name.endswith("bias") else 1.0)
+            for weight, key, _ in self.weight_parts():
+                if "norm" in key:
+                    weight.fill_(0.0 if key.endswith("bias") else 1.0)
                 else:
-                    std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+                    std = residual_std if key.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
                     weight.normal_(0.0, std, generator=generator)
+
+    def weight_parts(self) -> Iterator[tuple[Tensor, str, slice]]:
+        """Every weight, the authors' key it belongs to, and which rows of that key's matrix it holds.
+
+        Parts of one key come one after another in the order of their rows. The head's rows of text are not among the
+        parameters unless they are trained (:class:`lumos.head.Head`).
+        """
+        for name, weight in self.model.named_parameters(prefix="model"):
+            yield weight, name, slice(len(weight))
+        head = self.lm_head
+        yield head.text, "lm_head.weight", slice(head.num_text)
+        yield head.visual, "lm_head.weight", slice(head.num_text, head.num_text + head.num_visual)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile what lies before and after attention in each block, once for all lengths; as ``torch.compile``.
+
+        Attention stays as it is: its kernels are compiled already, and its shapes change with every caption.
+        """
+        for block in self.model.layers:
+            for name in ("before", "after"):
+                setattr(block, name, torch.compile(getattr(block, name), dynamic=True, **options))
 
     def _check(self, ids: Tensor, layouts: Sequence[SequenceLayout]) -> None:
         expected = sum(layout.length for layout in layouts)
         if expected != len(ids) or not layouts:
             raise ValueError(f"{len(layouts)} layouts of {expected} tokens in all do not fit {len(ids)} token ids")
 
-    def _run(self, ids: Tensor, layouts: Sequence[SequenceLayout], positions: Tensor, cache: KVCache | None) -> Tensor:
-        cos, sin = rotary_tables(positions, self.config)
-        shared = _Pass(cos, sin, layouts, cache, self.attention_backend)
+    def _run(
+        self, ids: Tensor, layouts: Sequence[SequenceLayout], tables: tuple[Tensor, Tensor], cache: KVCache | None
+    ) -> Tensor:
         padding = -len(ids) % _ROW_MULTIPLE if cache is not None else 0
         x = self.model.embed_tokens(F.pad(ids, (0, padding)) if padding else ids)
+        if torch.is_autocast_enabled(x.device.type):  # activations are of one kind, whatever keeps the parameters
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        cos, sin = (table.to(x.dtype) for table in tables)
+        shared = _Pass(cos, sin, layouts, cache, self.attention_backend)
+        recompute = self.recompute if torch.is_grad_enabled() else "none"
         for block in self.model.layers:
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, shared, use_reentrant=False)
-            else:
-                x = block(x, shared)
+            x = _RUN[recompute](block, x, shared)
         hidden: Tensor = self.model.norm(x)[: len(ids)]
         return hidden
+
+
+def _keep_attention(context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_RUN: dict[Recompute, Callable[[nn.Module, Tensor, _Pass], Tensor]] = {
+    "none": lambda block, x, shared: block(x, shared),
+    "selective": partial(
+        checkpoint,
+        use_reentrant=False,
+        context_fn=partial(create_selective_checkpoint_contexts, _keep_attention),
+    ),
+    "full": partial(checkpoint, use_reentrant=False),
+}

@@ -81,6 +81,19 @@ class SequenceLayout:
         return tuple(segments)
 
     @cached_property
+    def without_tail(self) -> "SequenceLayout":
+        """The document up to the end of its last frame, if it has any."""
+        return SequenceLayout(self.frames[-1].stop, self.frames) if self.frames else self
+
+    @cached_property
+    def frame_index(self) -> Int64[Tensor, " tokens"]:
+        """The 0-based frame that every token lies in; 0 outside of frames."""
+        index = torch.zeros(self.length, dtype=torch.int64)
+        for number, frame in enumerate(self.frames):
+            index[frame.start : frame.stop] = number
+        return index
+
+    @cached_property
     def grid_index(self) -> Int64[Tensor, "frames cells"]:
         """Index of every grid token, row ends included. All frames must have one size.
 

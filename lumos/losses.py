@@ -1,6 +1,6 @@
-"""Masked visual cross entropy, its split by latent frame, z-loss and text loss.
+"""Masked visual cross entropy, its split by latent frame, z-loss and text loss; the module that training calls.
 
-Only the head's rows of the codebook and only the masked positions are ever multiplied, in chunks: full logits exist
+Only the head's rows of the codebook and only the masked positions are ever multiplied, in blocks: full logits exist
 nowhere, in neither pass.
 """
 
@@ -8,76 +8,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from lumos.batch import PackedBatch
+from lumos.cross_entropy import CrossEntropy, cross_entropy
 from lumos.decoder import Decoder
+from lumos.head import Head
 from lumos.layout import SequenceLayout
-from lumos.masking import apply_mask, loss_mask
+from lumos.masking import apply_mask
 from lumos.vocabulary import Vocabulary
-
-CHUNK_ROWS = 1024  # rows of logits held at a time: 64,000 columns of float32 are 262 MB
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross entropy and log-normaliser of each row, both differentiable; logits are recomputed in the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int
-    ) -> tuple[Tensor, Tensor]:
-        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        normalisers = torch.empty_like(losses)
-        for start in range(0, len(hidden), chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            logits = F.linear(hidden[rows], weight).float()
-            normalisers[rows] = logits.logsumexp(-1)
-            losses[rows] = normalisers[rows] - logits.gather(-1, targets[rows, None]).squeeze(-1)
-        ctx.save_for_backward(hidden, weight, targets, normalisers)
-        ctx.chunk_rows = chunk_rows  # type: ignore[attr-defined]
-        return losses, normalisers
-
-    @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad_losses: Tensor, grad_normalisers: Tensor
-    ) -> tuple[Tensor, Tensor, None, None]:
-        hidden, weight, targets, normalisers = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for start in range(0, len(hidden), ctx.chunk_rows):  # type: ignore[attr-defined]
-            rows = slice(start, start + ctx.chunk_rows)  # type: ignore[attr-defined]
-            logits = F.linear(hidden[rows], weight).float()
-            grad = (logits - normalisers[rows, None]).exp_()
-            grad *= (grad_losses[rows] + grad_normalisers[rows])[:, None]
-            grad.scatter_add_(-1, targets[rows, None], -grad_losses[rows, None])
-            grad = grad.to(hidden.dtype)
-            grad_hidden[rows] = grad @ weight
-            grad_weight += grad.T @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
-
-
-def cross_entropy_rows(
-    hidden: Float[Tensor, "rows channels"],
-    weight: Float[Tensor, "classes channels"],
-    targets: Int64[Tensor, " rows"],
-    *,
-    chunk_rows: int = CHUNK_ROWS,
-) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """Cross entropy of every row and the log of its softmax normaliser, float32, differentiable.
-
-    Targets are 0..classes-1. At most ``chunk_rows`` rows of logits exist at a time.
-    """
-    losses, normalisers = _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_rows)
-    return losses, normalisers
 
 
 @dataclass(frozen=True)
 class VisualLoss:
-    """Per-token results over the masked visual tokens of a packed batch, in sequence order."""
+    """Results over the masked visual tokens of a packed batch, in sequence order."""
 
-    token_losses: Float[Tensor, " masked"]  # float32, differentiable
-    normalisers: Float[Tensor, " masked"]  # log-sum-exp of the visual logits, for z-loss
+    total: Float[Tensor, ""]  # of all tokens, z-loss included; differentiable, once. Divide by the global count
+    token_losses: Float[Tensor, " masked"]  # values, float32
+    normalisers: Float[Tensor, " masked"]  # log-sum-exp of the visual logits
     frame_index: Int64[Tensor, " masked"]  # 0-based latent frame of each token in its document
 
     @property
@@ -85,60 +34,50 @@ class VisualLoss:
         """Number of masked visual tokens."""
         return len(self.token_losses)
 
-    def total(self, z_loss_weight: float = 0.0) -> Float[Tensor, ""]:
-        """Sum over tokens, with ``z_loss_weight`` times the squared normaliser added. Divide by the global count."""
-        total = self.token_losses.sum()
-        return total + z_loss_weight * self.normalisers.square().sum() if z_loss_weight else total
-
     def per_frame(self, num_frames: int) -> tuple[Float[Tensor, " frames"], Float[Tensor, " frames"]]:
-        """Sum of losses and number of tokens of each latent frame, detached."""
-        sums = torch.zeros(num_frames, device=self.token_losses.device)
-        sums.index_add_(0, self.frame_index, self.token_losses.detach())
-        counts = torch.bincount(self.frame_index, minlength=num_frames)
-        return sums, counts.to(sums.dtype)
+        """Sum of losses and number of tokens of each latent frame."""
+        sums = self.token_losses.new_zeros(num_frames)
+        counts = torch.zeros_like(sums)
+        sums.index_add_(0, self.frame_index, self.token_losses)
+        counts.index_add_(0, self.frame_index, torch.ones_like(self.token_losses))
+        return sums, counts
 
 
 def masked_visual_loss(
     hidden: Float[Tensor, "tokens channels"],
-    head_weight: Float[Tensor, "vocab channels"],
-    ids: Int64[Tensor, " tokens"],
-    masked_positions: Bool[Tensor, " tokens"],
-    layouts: Sequence[SequenceLayout],
+    head: Head,
+    batch: PackedBatch,
     vocabulary: Vocabulary,
+    *,
+    z_loss_weight: float = 0.0,
 ) -> VisualLoss:
     """Cross entropy over the codebook at masked visual positions; position i predicts its own token (no shift).
 
-    ``hidden`` is of the masked sequence, ``ids`` are the *unmasked* tokens, and ``masked_positions`` is where the mask
-    token was put. Of the head only the visual rows are used.
+    ``hidden`` is of the masked sequence. Of the head only the visual rows are used. ``z_loss_weight`` times the squared
+    normaliser of each token is added to the total.
 
     Raises:
         ValueError: if no visual token is masked.
     """
-    selected = loss_mask(ids, masked_positions, vocabulary).nonzero().squeeze(-1)
-    if not len(selected):
+    batch = batch.with_loss_positions(vocabulary)
+    selected, frames = batch.loss_positions, batch.loss_frames
+    if selected is None or frames is None or not len(selected):
         raise ValueError("no visual token is masked in this batch, so there is no loss to take")
-    rows = slice(vocabulary.visual_start, vocabulary.visual_start + vocabulary.codebook_size)
-    targets = ids[selected] - vocabulary.visual_start
-    losses, normalisers = cross_entropy_rows(hidden[selected], head_weight[rows], targets)
-    frame_index = torch.zeros_like(ids)
-    start = 0
-    for layout in layouts:
-        for index, frame in enumerate(layout.frames):
-            frame_index[start + frame.start : start + frame.stop] = index
-        start += layout.length
-    return VisualLoss(losses, normalisers, frame_index[selected])
+    targets = batch.ids[selected] - vocabulary.visual_start
+    result = cross_entropy(hidden[selected], head.visual_rows(vocabulary), targets, z_loss_weight=z_loss_weight)
+    return VisualLoss(result.total, result.losses, result.normalisers, frames)
 
 
 def text_loss(
     hidden: Float[Tensor, "tokens channels"],
-    head_weight: Float[Tensor, "vocab channels"],
+    head: Head,
     ids: Int64[Tensor, " tokens"],
     layouts: Sequence[SequenceLayout],
     vocabulary: Vocabulary,
-) -> Float[Tensor, " predicted"]:
+) -> CrossEntropy | None:
     """Next-token cross entropy of the prompt, up to and including its turn end; rows before the visual ones only.
 
-    Documents without a prompt (a dropped caption) contribute nothing, so the result may be empty.
+    Documents without a prompt (a dropped caption) contribute nothing; None where no document has one.
     """
     positions = []
     start = 0
@@ -149,44 +88,66 @@ def text_loss(
             positions.append(torch.arange(start, start + int(turn_ends[0]), device=ids.device))
         start += layout.length
     if not positions:
-        return hidden.new_zeros(0, dtype=torch.float32)
+        return None
     index = torch.cat(positions)
-    losses, _ = cross_entropy_rows(hidden[index], head_weight[: vocabulary.visual_start], ids[index + 1])
-    return losses
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """Documents of one forward pass, one after another."""
-
-    ids: Int64[Tensor, " tokens"]  # unmasked
-    masked_positions: Bool[Tensor, " tokens"]
-    layouts: tuple[SequenceLayout, ...]
-
-    def to(self, device: torch.device) -> "PackedBatch":
-        """The batch on a device."""
-        return PackedBatch(
-            self.ids.to(device, non_blocking=True), self.masked_positions.to(device, non_blocking=True), self.layouts
-        )
+    return cross_entropy(hidden[index], head.text_rows(vocabulary), ids[index + 1])
 
 
 class LossModule(nn.Module):
-    """The decoder with its loss, in one module so that ZeRO-3 gathers the head's weight for it."""
+    """The decoder with its loss, in one module so that ZeRO-3 gathers the head's weight for it.
 
-    def __init__(self, decoder: Decoder, vocabulary: Vocabulary, z_loss_weight: float) -> None:
+    Precision is of one kind everywhere. In float32 all is float32. In bfloat16 the activations and the operands of
+    products are bfloat16, while sums are float32: accumulation inside products, statistics of norms, softmax and
+    log-sum-exp of the logits that the forward product gave, losses, and gradients summed over blocks of rows or of
+    keys; so are the masters that an optimizer updates. Two forms compute that: ``autocast`` over float32 parameters,
+    which then are the masters (as on a CPU), or parameters that are bfloat16 copies of masters kept elsewhere (as
+    DeepSpeed keeps them on a GPU), without autocast.
+
+    Args:
+        decoder: the model.
+        vocabulary: its token ids.
+        z_loss_weight: of the squared log-sum-exp of the visual logits, for each masked visual token.
+        text_loss_weight: of the next-token loss of each prompt token, against 1 of a masked visual token. Above 0 it
+            needs a decoder made with ``train_text``.
+        autocast: dtype of products over float32 parameters; None: that of the parameters.
+
+    Raises:
+        ValueError: if the text is to be trained and its rows of the head are not.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        vocabulary: Vocabulary,
+        z_loss_weight: float = 0.0,
+        *,
+        text_loss_weight: float = 0.0,
+        autocast: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        if text_loss_weight and not decoder.lm_head.trains_text:
+            raise ValueError(f"text_loss_weight is {text_loss_weight:g}, but the decoder was made without train_text")
         self.decoder = decoder
         self.vocabulary = vocabulary
         self.z_loss_weight = z_loss_weight
+        self.text_loss_weight = text_loss_weight
+        self.autocast = autocast
 
     def forward(
         self, batch: PackedBatch, num_frames: int
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " frames"], Float[Tensor, " frames"]]:
-        """Sum of token losses with z-loss (differentiable); sum and number of token losses by latent frame."""
-        masked_ids = apply_mask(batch.ids, batch.masked_positions, self.vocabulary)
-        hidden = self.decoder(masked_ids, batch.layouts)
-        loss = masked_visual_loss(
-            hidden, self.decoder.lm_head.weight, batch.ids, batch.masked_positions, batch.layouts, self.vocabulary
-        )
-        sums, counts = loss.per_frame(num_frames)
-        return loss.total(self.z_loss_weight), sums, counts
+        """Sum of token losses with z-loss and text loss (differentiable); sum and number by latent frame.
+
+        The last two are of the masked visual tokens' cross entropy alone.
+        """
+        device = batch.ids.device.type
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            hidden = self.decoder(apply_mask(batch.ids, batch.masked_positions, self.vocabulary), batch.layouts)
+            loss = masked_visual_loss(
+                hidden, self.decoder.lm_head, batch, self.vocabulary, z_loss_weight=self.z_loss_weight
+            )
+            total = loss.total
+            if self.text_loss_weight:
+                text = text_loss(hidden, self.decoder.lm_head, batch.ids, batch.layouts, self.vocabulary)
+                total = total if text is None else total + self.text_loss_weight * text.total
+        return total, *loss.per_frame(num_frames)

@@ -5,7 +5,8 @@ token rotates by its index in the sequence. The variants differ in how frequenci
 whether positions are scaled per axis, and whether they start at the text's position or at zero.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -80,10 +81,35 @@ def rotary_tables(
     return angles.cos(), angles.sin()
 
 
+def packed_tables(
+    layouts: Sequence[SequenceLayout], config: ModelConfig, device: torch.device
+) -> tuple[Float[Tensor, "tokens half"], Float[Tensor, "tokens half"]]:
+    """Rotary tables of packed documents, each from its start; those of the last few batches are kept on the device."""
+    t, h, w = config.position_scale  # a list, perhaps, of which no key can be made
+    return _packed_tables(tuple(layouts), replace(config, position_scale=(t, h, w)), device)
+
+
+@lru_cache(maxsize=8)
+def _packed_tables(
+    layouts: tuple[SequenceLayout, ...], config: ModelConfig, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False), torch.no_grad():  # they outlive the mode they are first asked for in
+        positions = [_device_positions(layout, config.rope, config.position_scale, device) for layout in layouts]
+        return rotary_tables(torch.cat(positions).to(torch.int64), config)
+
+
+@lru_cache(maxsize=256)
+def _device_positions(
+    layout: SequenceLayout, rope: RopeKind, position_scale: tuple[int, ...], device: torch.device
+) -> Tensor:
+    with torch.device("cpu"):
+        return _position_ids(layout, rope, position_scale).to(device, torch.int32)
+
+
 def rotate(
     x: Float[Tensor, "tokens heads head_dim"], cos: Float[Tensor, "tokens half"], sin: Float[Tensor, "tokens half"]
 ) -> Float[Tensor, "tokens heads head_dim"]:
-    """Rotate channel i with channel i + head_dim/2 (the half-split kind)."""
+    """Rotate channel i with channel i + head_dim/2 (the half-split kind); tables in the dtype of x."""
     first, second = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    cos, sin = cos[:, None], sin[:, None]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -115,9 +115,8 @@ class GuidedBranches:
         self.model, self.vocabulary, self.requests = model, vocabulary, list(requests)
         self.frame = video_layout(0, (1, *requests[0].shape[1:]))
         self.slots = self.frame.visual_index[0]
-        visual = slice(vocabulary.visual_start, vocabulary.visual_start + vocabulary.codebook_size)
-        self.device = model.lm_head.weight.device
-        self.head = model.lm_head.weight[visual].float()
+        self.device = model.lm_head.visual.device
+        self.head = model.lm_head.visual_rows(vocabulary).float()
         guided = [i for i, request in enumerate(requests) if request.config.guidance_scale != 1.0]
         self.rows = [*range(len(requests)), *guided]  # the request of each row of the cache
         unconditional = {i: len(requests) + row for row, i in enumerate(guided)}

@@ -73,6 +73,7 @@ print(*names)
 USE = """
 import tempfile
 import torch
+from lumos.batch import PackedBatch
 from lumos.checkpoint import save_checkpoint
 from lumos.config import MaskConfig, ModelConfig
 from lumos.decoder import Decoder
@@ -95,8 +96,8 @@ model = Decoder(ModelConfig(
 model.init_weights(generator)
 masked = sample_masked_positions(layout, MaskConfig(), generator)
 hidden = model(apply_mask(ids, masked, vocabulary), [layout])
-masked_visual_loss(hidden, model.lm_head.weight, ids, masked, [layout], vocabulary).total().backward()
-assert model.lm_head.weight.grad.abs().sum() > 0
+masked_visual_loss(hidden, model.lm_head, PackedBatch(ids, masked, (layout,)), vocabulary).total.backward()
+assert model.lm_head.visual.grad.abs().sum() > 0
 with tempfile.TemporaryDirectory() as folder:
     save_checkpoint(folder + "/model", model, vocabulary, text_tokenizer=EMBEDDED_FILE.read_text(encoding="utf-8"))
     loaded = lumos.load(folder + "/model", tokenizer_kind="fsq")

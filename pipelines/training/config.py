@@ -67,10 +67,10 @@ class ModelShape:
     def __post_init__(self) -> None:
         self.resolve(1)
 
-    def resolve(self, vocab_size: int) -> ModelConfig:
-        """The model's config with its number of token rows."""
+    def resolve(self, vocab_size: int, visual_start: int = 0) -> ModelConfig:
+        """The model's config with its number of token rows, and which of the head's is the first of a visual code."""
         fields = {key: value for key, value in vars(self).items() if key != "checkpoint_activations"}
-        return ModelConfig(vocab_size=vocab_size, **fields)
+        return ModelConfig(vocab_size=vocab_size, visual_start=visual_start, **fields)
 
 
 @dataclass(frozen=True, kw_only=True)

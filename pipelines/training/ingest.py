@@ -16,9 +16,9 @@ import torch
 from ray.data import ActorPoolStrategy, DataContext, Datasource, ExecutionResources, ReadTask
 from ray.data.block import BlockMetadata
 
+from lumos.batch import PackedBatch
 from lumos.compression import VideoSize
 from lumos.layout import TAIL, build_sequence, header_tokens, prompt_text, video_layout
-from lumos.losses import PackedBatch
 from lumos.masking import sample_masked_positions
 from lumos.tokenizers.text import TextTokenizer
 from pipelines.data.snapshot.read import Shard, Snapshot

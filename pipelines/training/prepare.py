@@ -51,7 +51,7 @@ def prepare(config: TrainConfig) -> PreparedRun:
         text = TextTokenizer.load(text_file)
         codebook_size = manifest.tokenizer.codebook_size
         vocabulary = config.make_vocabulary(text_vocab_size=text.vocab_size, codebook_size=codebook_size)
-        model = config.model.resolve(vocabulary.vocab_size)
+        model = config.model.resolve(vocabulary.vocab_size, vocabulary.visual_start)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from error
     fps = _check_shapes(snapshot, plan, vocabulary, model)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lumos.losses import PackedBatch
+from lumos.batch import PackedBatch
 from lumos.masking import loss_mask
 from lumos.vocabulary import Vocabulary
 from pipelines.training.engine import Engine

@@ -86,7 +86,7 @@ class Worker:
 
     def _make_model(self) -> Decoder:
         model = Decoder(self.job.run.model)
-        model.checkpoint_activations = self.config.model.checkpoint_activations
+        model.recompute = "full" if self.config.model.checkpoint_activations else "none"
         if self.config.init_from is None:
             model.init_weights(torch_stream(self.config.seed, "init"))
         else:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from lumos.config import from_release_config
 from lumos.decoder import Decoder
+from lumos.vocabulary import Vocabulary
 
 GOLDEN_DIR = Path(os.environ.get("LUMOS_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 
@@ -38,7 +40,8 @@ def model_name(stem: str) -> str:
 def reference_model(name: str) -> Decoder:
     """The decoder with the reference's weights, drawn as the reference drew them."""
     meta: dict[str, Any] = json.loads((GOLDEN_DIR / f"{name}.json").read_text())
-    model = Decoder(from_release_config(meta["config"]))
+    config = from_release_config(meta["config"])
+    model = Decoder(replace(config, visual_start=Vocabulary.lumos1().visual_start))
     rng = np.random.default_rng(meta["weight_seed"])
     state = {}
     for key in sorted(meta["shapes"]):

@@ -17,6 +17,7 @@ VOCABULARY = Vocabulary.compact(50, 32, grid_unit=8)
 def tiny_config(**changes) -> ModelConfig:
     sizes = {
         "vocab_size": VOCABULARY.vocab_size,
+        "visual_start": VOCABULARY.visual_start,
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_layers": 2,
@@ -33,7 +34,7 @@ def tiny_model(seed: int = 0, **changes) -> Decoder:
     generator = torch.Generator().manual_seed(seed)
     model.init_weights(generator)
     with torch.no_grad():
-        for weight in model.parameters():
+        for weight, *_ in model.weight_parts():
             weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.1)
     return model.eval()
 

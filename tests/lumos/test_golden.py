@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lumos.attention import attention_mask
+from lumos.batch import PackedBatch
 from lumos.config import MaskConfig, ModelConfig, SamplingConfig
 from lumos.layout import parse
 from lumos.losses import masked_visual_loss
@@ -102,16 +103,16 @@ def check_training(model, data, documents, layouts, masks, *, suffix):
     ids, mask = torch.cat(documents), torch.cat(masks)
     model.zero_grad()
     hidden = model(apply_mask(ids, mask, VOCABULARY), layouts)
-    result = masked_visual_loss(hidden, model.lm_head.weight, ids, mask, layouts, VOCABULARY)
-    loss = result.total() / result.count
+    result = masked_visual_loss(hidden, model.lm_head, PackedBatch(ids, mask, tuple(layouts)), VOCABULARY)
+    loss = result.total / result.count
     loss.backward()
     assert float(loss.detach()) == pytest.approx(float(data[f"closs_{suffix}"]), abs=1e-5)
-    np.testing.assert_allclose(result.token_losses.detach().numpy(), data[f"token_loss_{suffix}"], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(result.token_losses.numpy(), data[f"token_loss_{suffix}"], atol=1e-4, rtol=0)
     frames = {len(layout.frames) for layout in layouts}
     if len(frames) == 1:
         sums, counts = result.per_frame(frames.pop())
         np.testing.assert_allclose((sums / counts).numpy(), data[f"frame_loss_{suffix}"], atol=1e-5, rtol=0)
-    gradients = {name: p.grad for name, p in model.named_parameters()}
+    gradients = {name.replace("visual", "weight"): p.grad for name, p in model.named_parameters()}
     norms = [float(gradients[name].norm()) for name in data["grad_names"].tolist()]
     np.testing.assert_allclose(norms, data[f"grad_norm_{suffix}"], rtol=1e-3)
     if suffix == "clean":

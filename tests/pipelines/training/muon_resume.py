@@ -9,10 +9,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from lumos.batch import PackedBatch
 from lumos.config import MaskConfig
 from lumos.decoder import Decoder
 from lumos.layout import build_sequence
-from lumos.losses import LossModule, PackedBatch
+from lumos.losses import LossModule
 from lumos.masking import sample_masked_positions
 from lumos.vocabulary import Vocabulary
 from pipelines.training.config import OptimizerConfig, TrainConfig

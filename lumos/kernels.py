@@ -1,0 +1,85 @@
+"""The attention kernels of torch whose backward can be called for a part of the keys. Those of CUDA were never run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+State = tuple[Any, ...]  # what the forward pass leaves to the backward pass besides its inputs and its output
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Attention of queries [batch, heads, queries, head_dim] to keys with as many heads, or a divisor of them."""
+
+    forward: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], tuple[Tensor, State]]  # q, k, v, mask, is causal
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, State, Tensor | None, bool], Gradients]
+    dtype: torch.dtype | None = None  # what it computes in; None: whatever comes
+
+
+def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, State]:
+    out, logsumexp = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
+    return out, (logsumexp,)
+
+
+def _flash_cpu_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: State, mask: Tensor | None, causal: bool
+) -> Gradients:
+    gradients: Gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, *state, 0.0, causal, attn_mask=mask
+    )
+    return gradients
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, State]:
+    if mask is not None:
+        raise ValueError(
+            "flash attention takes no mask, which causal tokens after a frame need: cut the tail of documents off "
+            "(lumos.batch.pack does), or use another backend"
+        )
+    out, *state, _ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False)
+    return out, tuple(state)
+
+
+def _flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: State, mask: Tensor | None, causal: bool
+) -> Gradients:
+    *softmax, seed, offset = state
+    gradients: Gradients = _aten._scaled_dot_product_flash_attention_backward(
+        grad, q, k, v, out, *softmax, 0.0, causal, seed, offset
+    )
+    return gradients
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, State]:
+    out, *state, _ = _aten._scaled_dot_product_cudnn_attention(q, k, v, mask, True, 0.0, causal, False)
+    return out, tuple(state)
+
+
+def _cudnn_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: State, mask: Tensor | None, causal: bool
+) -> Gradients:
+    logsumexp, *sizes, seed, offset = state
+    gradients: Gradients = _aten._scaled_dot_product_cudnn_attention_backward(
+        grad, q, k, v, out, logsumexp, seed, offset, mask, *sizes, 0.0, causal
+    )
+    return gradients
+
+
+KERNELS = {
+    "fused_cpu": Kernel(_flash_cpu, _flash_cpu_backward, torch.float32),  # its bfloat16 backward is 3 times slower
+    "fused_flash": Kernel(_flash, _flash_backward),
+    "fused_cudnn": Kernel(_cudnn, _cudnn_backward),
+}
+
+# What selective recomputation keeps the results of.
+ATTENTION_OPS = {
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+}
