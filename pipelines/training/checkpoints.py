@@ -42,9 +42,10 @@ _ATTEMPT, _STEP = re.compile(r"attempt-\d{5,}"), re.compile(r"step-\d{8,}-[0-9a-
 class LoopState:
     """Where a run stands."""
 
-    step: int  # updates made; the plan's step to come next
+    step: int  # steps done; the plan's step to come next
     num_workers: int
     identity_hash: str
+    skipped_in_a_row: int = 0  # steps without an update just before
     exported: bool = False  # the folder holds the finished model
 
 

@@ -20,11 +20,24 @@ _OPERATIONAL = (
     "checkpoint",
     "tracking",
     "progress",
+    "deepspeed",
+    "max_skipped_in_a_row",
 )
+# Such keys within sections.
+_OPERATIONAL_WITHIN = ("model.checkpoint_activations",)
 
 # Keys added later, dotted, with the value under which a run computes what it did before they were there. At that value
 # they are no part of a run's identity, so runs and checkpoints of older programs go on.
 _ADDED: dict[str, Any] = {}
+
+
+def without_operational(plain: dict[str, Any]) -> dict[str, Any]:
+    """A config's plain values, or an older program's identity of it, without the keys that are operational."""
+    kept = {key: value for key, value in plain.items() if key not in _OPERATIONAL}
+    for dotted in _OPERATIONAL_WITHIN:
+        section, key = dotted.split(".")
+        kept[section] = {name: value for name, value in kept[section].items() if name != key}
+    return kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,9 +213,14 @@ class TrainConfig:
     resources: ResourceConfig = field(default_factory=ResourceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    max_skipped_in_a_row: int = 3  # steps with a loss or gradients that are not finite; one more ends training
     progress: bool = True  # a progress bar on standard error
 
     def __post_init__(self) -> None:
+        require(
+            self.max_skipped_in_a_row >= 0,
+            f"max_skipped_in_a_row must not be negative, got {self.max_skipped_in_a_row}",
+        )
         for name in ("steps", "global_batch", "micro_batch", "num_workers"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         per_pass = self.num_workers * self.micro_batch
@@ -246,8 +264,15 @@ class TrainConfig:
 
     def identity(self) -> dict[str, Any]:
         """The part of the config that decides what is computed, as plain values."""
+        return self._without_neutral(without_operational(config_to_dict(self)))
+
+    def older_identity_hash(self) -> str:
+        """What :meth:`identity_hash` was while programs took how it is computed for part of what is."""
         plain = config_to_dict(self)
-        kept = {key: value for key, value in plain.items() if key not in _OPERATIONAL}
+        kept = {key: value for key, value in plain.items() if key not in _OPERATIONAL or key == "deepspeed"}
+        return config_hash(self._without_neutral(kept))
+
+    def _without_neutral(self, kept: dict[str, Any]) -> dict[str, Any]:
         del kept["data"]["dataset"]  # the digest of the snapshot stands for it, wherever it is kept
         if self.optimizer.schedule == "constant":
             del kept["steps"]  # nothing before the end depends on where it is: the run may be made longer

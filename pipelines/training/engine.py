@@ -20,11 +20,16 @@ _OURS = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
+    "managed_gradient_accumulation",
     "gradient_clipping",
     "optimizer",
     "scheduler",
     "bf16",
     "fp16",
+    "amp",
+    "torch_autocast",
+    "data_types",
+    "communication_data_type",
 )
 
 
@@ -54,20 +59,75 @@ def read_deepspeed_file(name: str) -> dict[str, Any]:
     return dict(settings)
 
 
+def autocast_dtype(config: TrainConfig) -> torch.dtype | None:
+    """What products are made in over float32 parameters, as a CPU has them; none: in the parameters' own dtype."""
+    return torch.bfloat16 if config.precision == "bf16" and config.resources.device == "cpu" else None
+
+
+def parameter_dtype(config: TrainConfig) -> torch.dtype:
+    """Of the model's parameters, of which a bf16 model's optimizer has float32 masters."""
+    return torch.bfloat16 if _bf16_parameters(config) else torch.float32
+
+
+def _bf16_parameters(config: TrainConfig) -> bool:
+    return config.precision == "bf16" and config.resources.device == "gpu"
+
+
+def check_engine(config: TrainConfig) -> None:
+    """Refuse what DeepSpeed is not able to do, or does in another way than the config says.
+
+    Raises:
+        UserError: naming the keys and what to set instead.
+    """
+    zero = read_deepspeed_file(config.deepspeed).get("zero_optimization", {})
+    stage, muon = zero.get("stage", 0), config.optimizer.kind == "muon"
+    offload = {key: (zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
+    where = f"deepspeed = {config.deepspeed}"
+    if muon and stage == 3:
+        raise UserError(f"{where} is ZeRO-3, which DeepSpeed's Muon does not work with: take zero1 or zero2, or adamw")
+    if muon and offload["offload_optimizer"] != "none":
+        raise UserError(
+            f"{where} offloads the optimizer, which takes DeepSpeed's CPU Adam: set optimizer.kind to adamw, or take "
+            "zero1 or zero2"
+        )
+    if _bf16_parameters(config) and stage == 0:
+        # Besides, DeepSpeed begins with an update on zero gradients there, so Adam's bias correction is one step ahead:
+        # the first update has 0.74 of its size, and runs depart from those of ZeRO-1.
+        raise UserError(
+            f"{where} with precision = bf16 on GPUs would accumulate and reduce gradients in bf16: take zero1 (whose "
+            "gradients are float32, and its optimizer divided among the workers) or precision fp32"
+        )
+    if _bf16_parameters(config) and muon and stage == 2:
+        raise UserError(
+            f"{where} is ZeRO-2, which would accumulate Muon's gradients in bf16: take zero1, or optimizer.kind adamw"
+        )
+    for key, device in offload.items():
+        if device not in ("none", "cpu"):
+            raise UserError(f"{where}: {key}.device is {device!r}, which is not supported: cpu, or leave it out")
+    if zero.get("compute_grad_norm", True) is False:
+        raise UserError(f"{where} sets compute_grad_norm to false: remove it, non-finite steps are told by the norm")
+
+
 def engine_settings(config: TrainConfig) -> dict[str, Any]:
-    """The full DeepSpeed configuration of a run."""
+    """The full DeepSpeed configuration of a run.
+
+    One semantics: products in bf16 if the config says so, weights of the optimizer and gradients, once they are
+    reduced or accumulated, in float32. A CPU has float32 parameters under autocast, on all ZeRO stages. A GPU has bf16
+    parameters (2 bytes each) beside float32 masters and moments (12 bytes, divided among the workers from stage 1 on).
+    Of the float32 gradients stage 1 keeps all on every worker (4 bytes a parameter), stages 2 and 3 a worker's part.
+    """
     settings = read_deepspeed_file(config.deepspeed)
     settings.setdefault("zero_allow_untested_optimizer", True)
     settings |= {
-        "train_micro_batch_size_per_gpu": config.micro_batch,
-        "gradient_accumulation_steps": config.micro_batches,
+        "train_micro_batch_size_per_gpu": 1,
+        # The boundary is set by the step, whose number of micro-batches varies; this is only told from 1.
+        "gradient_accumulation_steps": 2,
         "gradient_clipping": config.optimizer.clip_norm,
-        "bf16": {"enabled": config.precision == "bf16"},
+        "bf16": {"enabled": _bf16_parameters(config), "check_grad_overflow": True},
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 2**31,  # the run's own records take its place
     }
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
-    if config.precision == "bf16" and config.micro_batches > 1 and stage:
-        settings.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     return settings
 
 
@@ -95,16 +155,22 @@ def make_engine(module: nn.Module, config: TrainConfig) -> Engine:
     """
     import deepspeed
 
+    settings = engine_settings(config)
     engine, *_ = deepspeed.initialize(
         model=module,
-        optimizer=_make_optimizer(module, config.optimizer),
-        config=engine_settings(config),
+        optimizer=_make_optimizer(module, config.optimizer, offload=_offloads_optimizer(settings)),
+        config=settings,
         dist_init_required=False,
     )
     return engine
 
 
-def _make_optimizer(module: nn.Module, options: OptimizerConfig) -> torch.optim.Optimizer:
+def _offloads_optimizer(settings: dict[str, Any]) -> bool:
+    section = settings.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return bool(section.get("device", "none") != "none")
+
+
+def _make_optimizer(module: nn.Module, options: OptimizerConfig, *, offload: bool) -> torch.optim.Optimizer:
     """AdamW; or Muon for the matrices of the decoder's blocks, and AdamW for the rest.
 
     Matrices decay, norms do not, and neither does the embedding, most of whose rows a batch never meets.
@@ -113,6 +179,8 @@ def _make_optimizer(module: nn.Module, options: OptimizerConfig) -> torch.optim.
     hidden, decayed, plain = [], [], []
     for name, parameter in module.named_parameters():
         parameter.use_muon = False  # type: ignore[attr-defined]
+        if not parameter.requires_grad:
+            continue
         if parameter.ndim != 2 or "norm" in name or "embed" in name:
             plain.append(parameter)
         elif use_muon and "lm_head" not in name:
@@ -125,6 +193,11 @@ def _make_optimizer(module: nn.Module, options: OptimizerConfig) -> torch.optim.
         {"params": decayed, "weight_decay": options.weight_decay, **adam},
         {"params": plain, "weight_decay": 0.0, **adam},
     ]
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        on_cpu: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True)
+        return on_cpu
     if not use_muon:
         return torch.optim.AdamW(groups)
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam

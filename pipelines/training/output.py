@@ -14,7 +14,7 @@ from pipelines.errors import UserError
 from pipelines.storage import s3
 from pipelines.storage.lock import local_lock
 from pipelines.tracking import TrackingStore, flatten
-from pipelines.training.config import TrainConfig
+from pipelines.training.config import TrainConfig, without_operational
 
 _SHOWN_DIFFERENCES = 6
 
@@ -93,7 +93,7 @@ class Output:
             found = RunFile(**raw)
         except (AttributeError, ValueError, TypeError) as error:
             raise UserError(f"{self._file} cannot be read ({error}): name another output") from error
-        differences = _differences(found.identity, config.identity())
+        differences = _differences(without_operational(found.identity), config.identity())
         if found.snapshot_digest != snapshot_digest:
             differences.append(_other_snapshot(config.data.dataset, found.snapshot_digest))
         if differences:

@@ -20,7 +20,7 @@ from pipelines.errors import UserError
 from pipelines.storage import is_local
 from pipelines.training.batch_plan import BatchPlan
 from pipelines.training.config import TrainConfig
-from pipelines.training.engine import read_deepspeed_file
+from pipelines.training.engine import check_engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ def prepare(config: TrainConfig) -> PreparedRun:
         UserError: for anything that would stop the run later: missing paths, a snapshot of another tokenizer, too few
             rows, frames the vocabulary cannot write, a checkpoint of another shape.
     """
-    read_deepspeed_file(config.deepspeed)
+    check_engine(config)
     snapshot = _open_snapshot(config)
     manifest = snapshot.manifest
     plan = BatchPlan.from_manifest(manifest, config)

@@ -21,6 +21,7 @@ from pipelines.cluster import connect, lacking
 from pipelines.config import config_to_dict
 from pipelines.errors import JobError, UserError
 from pipelines.tracking import Tracker, TrackingStore
+from pipelines.training.batch_plan import BatchPlan
 from pipelines.training.checkpoints import (
     StoredCheckpoint,
     copy_export,
@@ -111,7 +112,7 @@ def _check_continuation(config: TrainConfig, latest: StoredCheckpoint | None) ->
     if latest is None:
         return
     where = latest.checkpoint.path
-    if latest.state.identity_hash != config.identity_hash():
+    if latest.state.identity_hash not in (config.identity_hash(), config.older_identity_hash()):
         raise UserError(f"{where} is a checkpoint of another run: name another checkpoint.storage or output")
     if latest.state.num_workers != config.num_workers:
         raise UserError(
@@ -184,6 +185,8 @@ def _fit(
     )  # fmt: skip
 
     def show(record: StepRecord) -> None:
+        if record.skipped:
+            tqdm.write(_skipped(record, prepared), file=sys.stderr)
         bar.set_postfix_str(f"loss {record.loss:.3f}, {record.tokens_per_s:,.0f} tokens/s", refresh=False)
         bar.update(1)
 
@@ -204,8 +207,10 @@ def _fit(
             raise JobError(f"training failed: {_reason(error)}. {_kept(output, history)}") from error
     if result.return_value:
         raise JobError(
-            f"training stopped at {result.return_value}, which is not a finite number. Lower optimizer.lr, lengthen "
-            f"optimizer.warmup_steps or lower optimizer.clip_norm. {_kept(output, history)}"
+            f"training stopped after {config.max_skipped_in_a_row + 1} steps in a row whose loss or gradients were not "
+            f"finite, at {result.return_value}. The weights are those before them. Fork from a checkpoint before they "
+            f"began, with a lower optimizer.lr, a longer warm-up or a lower clip_norm: output=ANOTHER "
+            f"fork_from={output.folder}@STEP; or raise max_skipped_in_a_row. {_kept(output, history)}"
         )
     recorder.finish()
 
@@ -251,6 +256,17 @@ def _reason(error: Exception) -> str:
     cause: BaseException = failures[min(failures)] if failures else error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return f"{type(cause).__name__}: {lines[-1]}" if lines else type(cause).__name__
+
+
+def _skipped(record: StepRecord, prepared: PreparedRun) -> str:
+    """For a person: a step that made no update, and what it was made of."""
+    plan = BatchPlan.from_manifest(prepared.snapshot.manifest, prepared.config)
+    step = plan.step(record.step - 1)
+    shape = "x".join(map(str, step.bucket.shape))
+    return (
+        f"step {record.step} skipped: loss {record.loss}, gradient norm {record.grad_norm}; its rows of bucket "
+        f"{shape}: {', '.join(map(str, step.rows))}"
+    )
 
 
 def _kept(output: Output, history: History) -> str:

@@ -4,8 +4,10 @@ The loss of a step is the sum over the masked visual tokens of the whole global 
 does not depend on how the batch was divided.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -37,45 +39,73 @@ class StepResult:
     masked_tokens: int  # visual tokens the loss was taken over
     masked_share: float  # masked grid cells among all, row ends included
     data_wait: float  # seconds a worker stood waiting for its batch, mean over workers
+    skipped: int  # 1: loss or gradients were not finite, weights and optimizer are as before
 
 
 class TrainStep:
     """Runs global steps on an engine."""
 
-    def __init__(self, engine: Engine, vocabulary: Vocabulary, *, device: torch.device) -> None:
+    def __init__(
+        self, engine: Engine, vocabulary: Vocabulary, *, device: torch.device, autocast: torch.dtype | None = None
+    ) -> None:
+        """``autocast``: the dtype of products over float32 parameters; none: that of the parameters."""
         self.engine = engine
         self.vocabulary = vocabulary
         self.device = device
+        self.autocast = partial(torch.autocast, device.type, dtype=autocast, enabled=autocast is not None)
         self.world_size = dist.get_world_size()
 
     def __call__(self, batch: StepBatch, *, lr: float, data_wait: float) -> StepResult:
         """One update with this worker's micro-batches, whose rows have one latent shape.
 
-        ``data_wait``, the seconds this worker waited for the batch, is for the record.
+        A step whose loss or gradients are not finite is skipped. ``data_wait``, the seconds this worker waited for the
+        batch, is for the record.
         """
         micro_batches = [micro.to(self.device) for micro in batch.micro_batches]
         num_frames = len(micro_batches[0].layouts[0].frames)
         predicted = [loss_mask(micro.ids, micro.masked_positions, self.vocabulary).sum() for micro in micro_batches]
         count = self._sum(torch.stack(predicted).sum())
-        # DeepSpeed averages over workers and micro-batches; multiplying undoes it.
-        scale = self.world_size * len(micro_batches) / float(count)
+        scale = self.world_size / count  # DeepSpeed averages over workers; multiplying undoes it
         totals = torch.zeros(2, num_frames, dtype=torch.float64, device=self.device)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
-        own_norm = 0.0
-        for micro in micro_batches:
-            loss, sums, counts = self.engine(micro, num_frames)
-            self.engine.backward(loss * scale)
+        for index, micro in enumerate(micro_batches, start=1):
+            self.engine.set_gradient_accumulation_boundary(index == len(micro_batches))
+            with self.autocast():
+                loss, sums, counts = self.engine(micro, num_frames)
             totals += torch.stack([sums, counts])
-            if self.engine.zero_optimization_stage() == 0:  # DeepSpeed keeps no norm then
-                gradients = [p.grad.float() for p in self.engine.module.parameters() if p.grad is not None]
-                own_norm = float(torch.nn.utils.get_total_norm(gradients))
+            # A loss so far that is no number makes every gradient one, on all workers alike once they are reduced, even
+            # where its own gradients happen to be finite: what is decided on the gradients is decided on both.
+            finite = 1.0 + 0.0 * totals[0].sum().float()
+            self.engine.backward(loss * scale * finite, scale_wrt_gas=False)
+        grad_norm, updated = self._update()
+        return self._result(micro_batches, totals, data_wait, grad_norm=grad_norm, updated=updated)
+
+    def _update(self) -> tuple[float, bool]:
+        """Make the update unless gradients are not finite; their norm, and whether it was made.
+
+        The norm is over the reduced gradients, so every worker decides alike. Where it is no number, nothing but the
+        gradients, which are dropped, is touched: neither weights nor the optimizer's state and count of steps.
+        """
+        if self.engine.zero_optimization_stage() == 0:  # DeepSpeed keeps no norm then, and would make any update
+            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            if not math.isfinite(norm):
+                self.engine.zero_grad()
+                return norm, False
             self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        return self._result(micro_batches, totals, data_wait, grad_norm=own_norm if norm is None else float(norm))
+            return norm, True
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm()), bool(self.engine.was_step_applied())
 
     def _result(
-        self, micro_batches: Sequence[PackedBatch], totals: Tensor, data_wait: float, *, grad_norm: float
+        self,
+        micro_batches: Sequence[PackedBatch],
+        totals: Tensor,
+        data_wait: float,
+        *,
+        grad_norm: float,
+        updated: bool,
     ) -> StepResult:
         cells = sum(frame.grid_size for micro in micro_batches for doc in micro.layouts for frame in doc.frames)
         masked = sum(int(micro.masked_positions.sum()) for micro in micro_batches)
@@ -91,6 +121,7 @@ class TrainStep:
             masked_tokens=int(sum(counts)),
             masked_share=flat[2] / flat[1],
             data_wait=flat[3] / self.world_size,
+            skipped=int(not updated),
         )
 
     def _sum(self, values: Tensor) -> Tensor:

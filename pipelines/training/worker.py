@@ -1,6 +1,5 @@
 """The loop each Ray Train worker runs: restore, step, record, checkpoint, export."""
 
-import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from lumos.decoder import Decoder
 from lumos.losses import LossModule
 from pipelines.streams import torch_stream
 from pipelines.training.checkpoints import EXPORT_DIR, LoopState, restore, save
-from pipelines.training.engine import Engine, gather_weights, make_engine, prepare_process
+from pipelines.training.engine import Engine, autocast_dtype, gather_weights, make_engine, prepare_process
 from pipelines.training.ingest import step_batches
 from pipelines.training.prepare import PreparedRun
 from pipelines.training.record import StepRecord
@@ -58,24 +57,28 @@ class Worker:
         prepare_process(self.device, threads=job.threads)
         self.module = LossModule(self._make_model(), job.run.vocabulary, self.config.optimizer.z_loss_weight)
         self.engine: Engine = make_engine(self.module, self.config)
-        self.done = 0  # updates made
+        self.done = 0  # steps
+        self.skipped_in_a_row = 0  # of them, at the end
         self.history: list[str] = []  # lines of the record, from step 1
         self.pushed = 0  # lines the driver has, or finds in the checkpoint
         self.pushed_at = time.monotonic()
 
     def run(self) -> str | None:
-        """Train to the last step, or until a figure is no longer finite, which is returned."""
+        """Train to the last step, or until too many in a row were skipped: what the last one's figures were."""
         exported = self._restore()
-        train_step = TrainStep(self.engine, self.job.run.vocabulary, device=self.device)
+        train_step = TrainStep(
+            self.engine, self.job.run.vocabulary, device=self.device, autocast=autocast_dtype(self.config)
+        )
         began = time.perf_counter()
         for batch, data_wait in _timed(step_batches(self.job.run, rank=self.rank, start=self.done)):
             lr = self.config.optimizer.learning_rate(batch.step, self.config.steps)
             result = train_step(batch, lr=lr, data_wait=data_wait)
-            if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-                self._push()
-                return f"step {self.done + 1}: loss is {result.loss}, gradient norm {result.grad_norm}"
             self.done = batch.step + 1
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
             self._record(batch, result, lr=lr, seconds=time.perf_counter() - began)
+            if self.skipped_in_a_row > self.config.max_skipped_in_a_row:
+                self._push()
+                return f"step {self.done}: loss {result.loss}, gradient norm {result.grad_norm}"
             if self.done % self.config.checkpoint.every == 0 and self.done < self.config.steps:
                 self._save()
             exported = False
@@ -100,7 +103,7 @@ class Worker:
             return False
         with checkpoint.as_directory() as folder:
             found, self.history = restore(self.engine, Path(folder))
-        self.done = found.step
+        self.done, self.skipped_in_a_row = found.step, found.skipped_in_a_row
         self.pushed = len(self.history)  # the driver takes these from the checkpoint itself
         return found.exported
 
@@ -142,6 +145,7 @@ class Worker:
             )
         state = LoopState(
             step=self.done,
+            skipped_in_a_row=self.skipped_in_a_row,
             num_workers=self.config.num_workers,
             identity_hash=self.config.identity_hash(),
             exported=weights is not None,

@@ -18,6 +18,7 @@ from lumos.masking import sample_masked_positions
 from lumos.vocabulary import Vocabulary
 from pipelines.training.config import OptimizerConfig, TrainConfig
 from pipelines.training.engine import Engine, make_engine, prepare_process
+from pipelines.training.engine_files import EngineFiles, load_engine, save_engine
 from pipelines.training.step import StepBatch, TrainStep
 from tests.pipelines.training.runs import tiny_config
 
@@ -68,9 +69,9 @@ def main(folder: Path) -> None:
 
     begun = new_engine(config)
     parts = run(begun, 0, 4)
-    begun.save_checkpoint(str(folder), tag="engine")
+    save_engine(begun, folder)
     continued = new_engine(config)
-    continued.load_checkpoint(str(folder), tag="engine")
+    load_engine(continued, EngineFiles(folder / "engine"))
     parts += run(continued, 4, 8)
     assert parts == losses, (parts, losses)
     dist.destroy_process_group()

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from lumos.vocabulary import Vocabulary
 from pipelines.config import load_config, shipped_configs
 from pipelines.errors import UserError
 from pipelines.training.config import OptimizerConfig, ResourceConfig, TrainConfig
-from pipelines.training.engine import engine_settings, read_deepspeed_file
+from pipelines.training.engine import check_engine, engine_settings, read_deepspeed_file
 from tests.pipelines.training.runs import tiny_config
 
 CONFIG = tiny_config(Path("data"), Path("out"))
@@ -16,7 +17,8 @@ CONFIG = tiny_config(Path("data"), Path("out"))
 @pytest.mark.parametrize("name", shipped_configs("train"))
 def test_shipped_configs_are_valid(name):
     config = load_config(TrainConfig, name)
-    assert engine_settings(config)["train_micro_batch_size_per_gpu"] == config.micro_batch
+    check_engine(config)
+    assert engine_settings(config)["gradient_clipping"] == config.optimizer.clip_norm
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,8 @@ def test_learning_rate_warms_up_and_falls_along_a_cosine():
 def test_identity_leaves_out_what_does_not_change_the_result():
     same = replace(CONFIG, output="elsewhere", resources=ResourceConfig(steps_per_block=3), progress=True)
     assert same.identity_hash() == CONFIG.identity_hash()
+    otherwise = replace(CONFIG, deepspeed="zero3", model=replace(CONFIG.model, checkpoint_activations=True))
+    assert otherwise.identity_hash() == CONFIG.identity_hash()
     assert replace(CONFIG, seed=1).identity_hash() != CONFIG.identity_hash()
     assert replace(CONFIG, steps=61).identity_hash() != CONFIG.identity_hash()
     constant = replace(CONFIG, optimizer=replace(CONFIG.optimizer, schedule="constant"))
@@ -61,7 +65,7 @@ def test_identity_leaves_out_what_does_not_change_the_result():
 def test_identity_is_that_of_older_programs():
     # A new key changes it, and every older run is refused as another one: let identity() leave the key out where it has
     # its default.
-    assert CONFIG.identity_hash() == "1d38942c34027beb"
+    assert CONFIG.older_identity_hash() == "1d38942c34027beb"
 
 
 def test_vocabulary_lumos1_asks_for_its_tokenizers():
@@ -84,3 +88,38 @@ def test_deepspeed_files_are_found_and_checked(tmp_path):
     own.write_text("{")
     with pytest.raises(UserError, match="is not valid JSON"):
         read_deepspeed_file(str(own))
+
+
+@pytest.mark.parametrize(
+    ("zero", "optimizer", "device", "message"),
+    [
+        (
+            {"stage": 3},
+            {"kind": "muon", "clip_norm": 0.0},
+            "cpu",
+            "ZeRO-3, which DeepSpeed's Muon does not work with: ta",
+        ),
+        (
+            {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+            {"kind": "muon", "clip_norm": 0.0},
+            "gpu",
+            "offloads the optimizer, which takes DeepSpeed's CPU Adam: set optimizer.kind to adamw",
+        ),
+        ({"stage": 2}, {"kind": "muon", "clip_norm": 0.0}, "gpu", "accumulate Muon's gradients in bf16: take zero1"),
+        ({"stage": 0}, {}, "gpu", "would accumulate and reduce gradients in bf16: take zero1"),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, {}, "gpu", "offload_param.device is 'nvme'"),
+        ({"stage": 1, "compute_grad_norm": False}, {}, "cpu", "compute_grad_norm to false: remove it"),
+    ],
+)
+def test_what_deepspeed_is_not_able_to_do_is_refused(tmp_path, zero, optimizer, device, message):
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    config = replace(
+        CONFIG,
+        deepspeed=str(file),
+        optimizer=OptimizerConfig(**optimizer),
+        precision="bf16",
+        resources=ResourceConfig(device=device),
+    )
+    with pytest.raises(UserError, match=message):
+        check_engine(config)

@@ -1,12 +1,62 @@
-"""The engine's optimizers."""
+"""The engine, in plain processes without Ray; what is asserted is in muon_resume.py and engine_ranks.py."""
 
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 
-def test_muon_under_zero1_continues_exactly(tmp_path):
-    """Two processes; what is asserted is in muon_resume.py."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "tests.pipelines.training.muon_resume", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+def run_ranks(module: str, *arguments: object, processes: int = 2) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += ["-m", f"tests.pipelines.training.{module}", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_muon_under_zero1_continues_exactly(tmp_path: Path):
+    run_ranks("muon_resume", tmp_path)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_on_any_stage(tmp_path: Path):
+    run_ranks("engine_ranks", "skip", tmp_path)
+
+
+def test_stages_agree_with_partitioned_tensors_too(tmp_path: Path):
+    run_ranks("engine_ranks", "agree", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("written", "resumed"),
+    [
+        # A tolerance of 0 where the layout is the same: nothing is lost between the files and the engine.
+        ((2, "zero1", "fp32", "cpu", "adamw"), [(1, "zero2", "fp32", "cpu", "adamw", 1e-4)]),
+        ((1, "zero1", "fp32", "cpu", "adamw"), [(2, "zero1", "fp32", "cpu", "adamw", 1e-4)]),
+        ((2, "zero3", "fp32", "cpu", "adamw"), [(2, "zero3", "fp32", "cpu", "adamw", 0.0)]),
+        pytest.param(
+            (2, "zero3", "fp32", "cpu", "adamw"),
+            [(1, "zero3", "fp32", "cpu", "adamw", 1e-4), (1, "zero1", "fp32", "cpu", "adamw", 1e-4)],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            (2, "zero1", "fp32", "cpu", "muon"),
+            [(1, "zero1", "fp32", "cpu", "muon", 1e-3), (2, "zero2", "fp32", "cpu", "muon", 1e-3)],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            (2, "zero1", "bf16", "gpu", "adamw"),
+            [(2, f"zero{stage}", "bf16", "gpu", "adamw", 0.0 if stage == 1 else 0.02) for stage in (1, 2, 3)],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            (2, "zero0", "fp32", "cpu", "adamw"),
+            [(2, "zero0", "fp32", "cpu", "adamw", 0.0), (1, "zero1", "fp32", "cpu", "adamw", 1e-4)],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_checkpoint_is_resumed_under_another_stage_and_world_size(tmp_path: Path, written, resumed):
+    world, *how = written
+    run_ranks("engine_ranks", "write", tmp_path, *how, processes=world)
+    for world, *how in resumed:
+        run_ranks("engine_ranks", "resume", tmp_path, *how, processes=world)

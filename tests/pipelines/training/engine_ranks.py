@@ -1,0 +1,183 @@
+"""What processes under torchrun do with real engines (test_engine.py starts them); each scenario asserts by itself."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lumos.config import MaskConfig
+from lumos.decoder import Decoder
+from lumos.layout import build_sequence
+from lumos.losses import LossModule, PackedBatch
+from lumos.masking import sample_masked_positions
+from lumos.vocabulary import Vocabulary
+from pipelines.training.config import OptimizerConfig, ResourceConfig, TrainConfig
+from pipelines.training.engine import Engine, autocast_dtype, make_engine, prepare_process
+from pipelines.training.engine_files import EngineFiles, load_engine, master_weights, optimizer_state, save_engine
+from pipelines.training.step import StepBatch, StepResult, TrainStep
+from tests.pipelines.training.runs import tiny_config
+
+VOCABULARY = Vocabulary.compact(32, 16)
+LR = 0.01
+MUON = OptimizerConfig(kind="muon", lr=LR, muon_lr=2 * LR, clip_norm=0.0, weight_decay=0.0)
+ADAMW = OptimizerConfig(lr=LR, clip_norm=1.0)
+ROWS = 4  # of a global batch, whatever the number of processes
+
+
+def new_engine(config: TrainConfig) -> Engine:
+    model = Decoder(config.model.resolve(VOCABULARY.vocab_size))
+    model.init_weights(torch.Generator().manual_seed(0))
+    return make_engine(LossModule(model, VOCABULARY, 0.0), config)
+
+
+def config_for(
+    folder: Path, deepspeed: str, *, precision: str = "fp32", device: str = "cpu", **more: Any
+) -> TrainConfig:
+    """``device`` gpu: bf16 parameters as there, here on a CPU."""
+    if deepspeed == "zero3":  # no tensor is under the threshold: all are divided
+        deepspeed = str(folder / f"zero3-{dist.get_rank()}.json")
+        Path(deepspeed).write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}')
+    resources = ResourceConfig(device=device)
+    return replace(tiny_config(folder, folder), deepspeed=deepspeed, precision=precision, resources=resources, **more)
+
+
+def batches(first: int, stop: int) -> Iterator[StepBatch]:
+    """This process' share of the steps: the same rows on any number of processes."""
+    share = ROWS // dist.get_world_size()
+    for step in range(first, stop):
+        micro_batches = []
+        for row in range(dist.get_rank() * share, (dist.get_rank() + 1) * share):
+            seed = step * ROWS + row
+            codes = np.random.default_rng(seed).integers(0, 16, (2, 4, 4)) % (seed % 4 + 2)
+            ids, layout = build_sequence(VOCABULARY, [1, 2 + seed % 4], codes, fps=12.0)
+            masked = sample_masked_positions(layout, MaskConfig(), torch.Generator().manual_seed(seed))
+            micro_batches.append(PackedBatch(ids, masked, (layout,)))
+        yield StepBatch(step, 0, tuple(micro_batches))
+
+
+def train(engine: Engine, config: TrainConfig, first: int, stop: int) -> list[StepResult]:
+    step = TrainStep(engine, VOCABULARY, device=torch.device("cpu"), autocast=autocast_dtype(config))
+    return [step(batch, lr=LR, data_wait=0.0) for batch in batches(first, stop)]
+
+
+def losses(results: list[StepResult]) -> list[float]:
+    return [result.loss for result in results]
+
+
+def everything(engine: Engine) -> list[torch.Tensor]:
+    """Copies of weights and optimizer state, as this process has them."""
+    state = optimizer_state(engine)
+    found = []
+    for flat, _ in master_weights(engine):
+        found.append(flat.detach().clone())
+        for key in sorted(state[flat]):
+            value = state[flat][key]
+            found.append(value.clone() if isinstance(value, torch.Tensor) else torch.tensor(value))
+    return found + [p.detach().clone() for p in engine.module.parameters()]
+
+
+def poison(engine: Engine, *, gradient: bool) -> Any:
+    """Spoil process 0 alone: its gradients under a finite loss, or its loss over finite gradients; returns the end."""
+    if dist.get_rank():
+        return lambda: None
+
+    def spoil(module: Any, inputs: Any, out: Any) -> Any:
+        loss, sums, counts = out
+        return (loss * float("nan"), sums, counts) if gradient else (loss, sums * float("inf"), counts)
+
+    return engine.module.register_forward_hook(spoil).remove
+
+
+def skip(folder: Path) -> None:
+    """A step with an infinite loss, or with NaN gradients under a finite one, changes nothing, on any stage."""
+    cases = [("zero0", "fp32", "cpu"), ("zero1", "fp32", "cpu"), ("zero2", "fp32", "cpu"), ("zero3", "fp32", "cpu")]
+    cases += [("zero1", "bf16", "cpu"), ("zero1", "bf16", "gpu"), ("zero2", "bf16", "gpu"), ("zero3", "bf16", "gpu")]
+    for deepspeed, precision, device in cases:
+        for optimizer in (ADAMW, MUON):
+            if optimizer.kind == "muon" and (deepspeed == "zero3" or (deepspeed, device) == ("zero2", "gpu")):
+                continue
+            config = config_for(folder, deepspeed, precision=precision, device=device, optimizer=optimizer)
+            where = (deepspeed, precision, device, optimizer.kind)
+            engine, unharmed = new_engine(config), new_engine(config)
+            begin = losses(train(engine, config, 0, 2))
+            for gradient in (False, True):
+                before = everything(engine)
+                end = poison(engine, gradient=gradient)
+                (result,) = train(engine, config, 2, 3)
+                end()
+                assert result.skipped, where
+                assert not math.isfinite(result.grad_norm), where
+                assert math.isfinite(result.loss) is gradient, where
+                after = everything(engine)
+                assert len(after) == len(before), where
+                assert all(map(torch.equal, before, after)), where
+            onward = train(engine, config, 3, 5)
+            assert not any(result.skipped for result in onward), where
+            assert begin == losses(train(unharmed, config, 0, 2)), where
+            assert losses(onward) == losses(train(unharmed, config, 3, 5)), where
+
+
+def agree(folder: Path) -> None:
+    """All stages train alike: to rounding where parameters are float32, ZeRO-3 with every tensor divided among them."""
+    for precision, device, stages, tolerance in (
+        ("fp32", "cpu", (0, 1, 2, 3), 1e-5),
+        ("bf16", "cpu", (0, 1, 2, 3), 0.02),
+        ("bf16", "gpu", (1, 2, 3), 0.02),
+    ):
+        curves = []
+        for stage in stages:
+            config = config_for(folder, f"zero{stage}", precision=precision, device=device, optimizer=ADAMW)
+            curves.append(losses(train(new_engine(config), config, 0, 8)))
+        worst = max(abs(a - b) for curve in curves[1:] for a, b in zip(curves[0], curve, strict=True))
+        print(f"AGREE {precision} {device}: {worst:.2g}")  # noqa: T201
+        assert worst < tolerance, (precision, device, curves)
+        assert curves[0][-1] < curves[0][0] - 0.5
+
+
+def write(folder: Path, deepspeed: str, precision: str, device: str, kind: str) -> None:
+    """Four steps and a checkpoint, then four more, whose losses are kept beside it."""
+    config = config_for(folder, deepspeed, precision=precision, device=device, optimizer=optimizer_named(kind))
+    engine = new_engine(config)
+    begun = losses(train(engine, config, 0, 4))
+    save_engine(engine, folder)
+    expected = begun + losses(train(engine, config, 4, 8))
+    if dist.get_rank() == 0:
+        (folder / "losses.json").write_text(json.dumps(expected))
+
+
+def resume(folder: Path, deepspeed: str, precision: str, device: str, kind: str, tolerance: str) -> None:
+    """The other four from the checkpoint, on another engine that knows nothing of the first."""
+    config = config_for(folder, deepspeed, precision=precision, device=device, optimizer=optimizer_named(kind))
+    engine = new_engine(config)
+    load_engine(engine, EngineFiles(folder / "engine"))
+    found = losses(train(engine, config, 4, 8))
+    expected = json.loads((folder / "losses.json").read_text())[4:]
+    worst = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+    assert worst <= float(tolerance), (worst, found, expected)
+
+
+def optimizer_named(kind: str) -> OptimizerConfig:
+    return MUON if kind == "muon" else ADAMW
+
+
+SCENARIOS = {"skip": skip, "agree": agree, "write": write, "resume": resume}
+
+
+def main(scenario: str, folder: Path, *arguments: str) -> None:
+    dist.init_process_group("gloo")
+    prepare_process(torch.device("cpu"), threads=1)
+    SCENARIOS[scenario](folder, *arguments)
+    dist.destroy_process_group()
+    os._exit(0)  # torch's own end, after that, aborts one process in ten that had gloo groups
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
