@@ -37,6 +37,7 @@ class EngineFiles:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[tuple[str, str], list[Tensor]] = {}  # 1-D, in their order
         self._scalars: dict[tuple[str, str], float] = {}
+        self._rows: dict[str, tuple[str, int]] = {}  # tensors that are rows of another, from a position on
         models = [_load(path) for path in sorted(folder.glob("*model_states.pt"))]
         optimizers = [_load(path)["optimizer_state_dict"] for path in _by_rank(folder, "*optim_states.pt")]
         if not models:
@@ -50,7 +51,21 @@ class EngineFiles:
 
     def keys(self, name: str) -> set[str]:
         """Under which keys a tensor has values."""
-        return {key for held, key in self._pieces if held == name}
+        found = {key for held, key in self._pieces if held == name}
+        return found | self.keys(self._rows[name][0]) if name in self._rows else found
+
+    def split_head(self, num_text: int) -> None:
+        """Take the head for what it is in the model: rows of text and rows of codes.
+
+        The module's state has it whole; the optimizer of older programs has, too.
+        """
+        for whole in [name for name in self.shapes if name.endswith("lm_head.weight")]:
+            rows, width = self.shapes.pop(whole)
+            prefix = whole.removesuffix("weight")
+            for part, start, stop in (("text", 0, num_text), ("visual", num_text, rows)):
+                if prefix + part not in self.shapes and stop > start:
+                    self.shapes[prefix + part] = (stop - start, width)
+                    self._rows[prefix + part] = (whole, start * width)
 
     def scalar(self, name: str, key: str) -> float | None:
         """A number of the optimizer about a tensor, such as its count of steps."""
@@ -64,8 +79,11 @@ class EngineFiles:
         """
         total = math.prod(self.shapes[name])
         wanted = total - start if numel is None else numel
-        found, position = [], 0
-        for piece in self._pieces[name, key]:
+        found, position, held = [], 0, name
+        if (name, key) not in self._pieces:
+            held, offset = self._rows[name]
+            position = -offset
+        for piece in self._pieces[held, key]:
             low, high = max(start, position), min(start + wanted, position + len(piece))
             if low < high:
                 found.append(piece[low - position : high - position])
@@ -91,14 +109,13 @@ class EngineFiles:
             raise ValueError("its optimizer is that of ZeRO-0 in bf16, which is not supported any more")
         names = model.get(ORDER) or order
         for index, state in optimizer["state"].items():
-            name = names[index]
-            numel = math.prod(self.shapes[name])
             for key, values in state.items():
-                self._add(name, key, values, 0, numel, numel)
+                numel = values.numel() if isinstance(values, Tensor) else 1
+                self._add(names[index], key, values, 0, numel, numel)
 
     def _read_stages12(self, model: dict[str, Any], optimizers: Sequence[dict[str, Any]]) -> None:
-        for name, tensor in model["module"].items():
-            self.shapes[name] = tuple(tensor.shape)
+        for shapes in model["param_shapes"]:
+            self.shapes |= {name: tuple(shape) for name, shape in shapes.items()}
         for optimizer in optimizers:
             state = optimizer["base_optimizer_state"]["state"]
             masters = optimizer["single_partition_of_fp32_groups"]
@@ -109,8 +126,14 @@ class EngineFiles:
                 for name, place in fragments.items():
                     for key, values in {MASTER: masters[group], **kept}.items():
                         self._add(name, key, values, place.start, place.numel, whole)
-        for name, tensor in model["module"].items():  # what the optimizer does not know is frozen
-            self._pieces.setdefault((name, MASTER), [tensor.reshape(-1)])
+        self._add_frozen(model["module"])
+
+    def _add_frozen(self, module: dict[str, Tensor]) -> None:
+        """What of the module's state the optimizer does not know."""
+        for name, tensor in module.items():
+            if name not in self.shapes:
+                self.shapes[name] = tuple(tensor.shape)
+                self._pieces[name, MASTER] = [tensor.reshape(-1)]
 
     def _holds_whole_tensors(self, momentum: Tensor | None, names: Collection[str]) -> bool:
         """Whether it is as ZeRO-1 and 2 keep Muon's: all of each tensor that a worker has a part of, one after another.
@@ -139,6 +162,7 @@ class EngineFiles:
             for name, piece in (model.get("frozen_param_fragments") or {}).items():
                 self.shapes[name] = tuple(model["frozen_param_shapes"][name])
                 self._pieces.setdefault((name, MASTER), []).append(piece.reshape(-1))
+        self._add_frozen({name: tensor for name, tensor in models[0]["module"].items() if tensor.numel()})
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -219,20 +243,17 @@ def load_engine(engine: Engine, files: EngineFiles) -> None:
         ValueError: if the files have other tensors than the engine, or other shapes.
     """
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    files.split_head(engine.module.decoder.lm_head.num_text)
     _check_shapes(engine, files)
     if stage == 3:
         optimizer.checkpoint_event_prologue()
-    state, trained = optimizer_state(engine), set()
+    state = optimizer_state(engine)
     for flat, fragments in master_weights(engine):
         _fill(flat.data, files, MASTER, fragments)
-        trained |= {fragment.name for fragment in fragments}
         found = _read_state(engine, files, flat, fragments)
         if found:
             state[flat] = found
-    with torch.no_grad():
-        for name, parameter in engine.module.named_parameters():
-            if not parameter.requires_grad:
-                _set_frozen(parameter, files, name, stage=stage)
+    _load_untrained(engine, files)
     if stage == 3:
         for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
             optimizer.fp16_partitioned_groups_flat[index].data.copy_(flat.data)
@@ -283,20 +304,27 @@ def _fill(flat: Tensor, files: EngineFiles, key: str, fragments: Sequence[Fragme
     return flat
 
 
-def _set_frozen(parameter: Tensor, files: EngineFiles, name: str, *, stage: int) -> None:
-    if stage < 3:
-        parameter.copy_(files.read(name))
-        return
-    local: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
-    part: int = local.ds_numel  # type: ignore[attr-defined]
-    start, total = dist.get_rank() * part, math.prod(files.shapes[name])
-    numel = max(0, min(part, total - start))
-    if numel:
-        local.data.view(-1)[:numel].copy_(files.read(name, start=start, numel=numel))
+@torch.no_grad()
+def _load_untrained(engine: Engine, files: EngineFiles) -> None:
+    """Set what no optimizer knows: frozen parameters, and buffers."""
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            continue
+        if engine.zero_optimization_stage() < 3:
+            parameter.copy_(files.read(name))
+            continue
+        local, start = parameter.ds_tensor, dist.get_rank() * parameter.ds_tensor.ds_numel
+        numel = max(0, min(local.ds_numel, math.prod(files.shapes[name]) - start))
+        if numel:
+            local.data.view(-1)[:numel].copy_(files.read(name, start=start, numel=numel))
+    for name, buffer in engine.module.named_buffers():
+        if name in files.shapes:
+            buffer.copy_(files.read(name))
 
 
 def _check_shapes(engine: Engine, files: EngineFiles) -> None:
     ours = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+    ours |= {name: tuple(b.shape) for name, b in engine.module.named_buffers() if name in files.shapes}
     different = [name for name in ours.keys() | files.shapes.keys() if ours.get(name) != files.shapes.get(name)]
     if different:
         name = min(different)

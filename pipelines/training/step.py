@@ -7,7 +7,6 @@ does not depend on how the batch was divided.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -45,14 +44,10 @@ class StepResult:
 class TrainStep:
     """Runs global steps on an engine."""
 
-    def __init__(
-        self, engine: Engine, vocabulary: Vocabulary, *, device: torch.device, autocast: torch.dtype | None = None
-    ) -> None:
-        """``autocast``: the dtype of products over float32 parameters; none: that of the parameters."""
+    def __init__(self, engine: Engine, vocabulary: Vocabulary, *, device: torch.device) -> None:
         self.engine = engine
         self.vocabulary = vocabulary
         self.device = device
-        self.autocast = partial(torch.autocast, device.type, dtype=autocast, enabled=autocast is not None)
         self.world_size = dist.get_world_size()
 
     def __call__(self, batch: StepBatch, *, lr: float, data_wait: float) -> StepResult:
@@ -71,8 +66,7 @@ class TrainStep:
             group["lr"] = lr * group["lr_factor"]
         for index, micro in enumerate(micro_batches, start=1):
             self.engine.set_gradient_accumulation_boundary(index == len(micro_batches))
-            with self.autocast():
-                loss, sums, counts = self.engine(micro, num_frames)
+            loss, sums, counts = self.engine(micro, num_frames)
             totals += torch.stack([sums, counts])
             # A loss so far that is no number makes every gradient one, on all workers alike once they are reduced, even
             # where its own gradients happen to be finite: what is decided on the gradients is decided on both.

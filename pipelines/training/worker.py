@@ -55,7 +55,12 @@ class Worker:
         self.rank = ray.train.get_context().get_world_rank()
         self.device = ray.train.torch.get_device()
         prepare_process(self.device, threads=job.threads)
-        self.module = LossModule(self._make_model(), job.run.vocabulary, self.config.optimizer.z_loss_weight)
+        self.module = LossModule(
+            self._make_model(),
+            job.run.vocabulary,
+            self.config.optimizer.z_loss_weight,
+            autocast=autocast_dtype(self.config),
+        )
         self.engine: Engine = make_engine(self.module, self.config)
         self.done = 0  # steps
         self.skipped_in_a_row = 0  # of them, at the end
@@ -66,9 +71,7 @@ class Worker:
     def run(self) -> str | None:
         """Train to the last step, or until too many in a row were skipped: what the last one's figures were."""
         exported = self._restore()
-        train_step = TrainStep(
-            self.engine, self.job.run.vocabulary, device=self.device, autocast=autocast_dtype(self.config)
-        )
+        train_step = TrainStep(self.engine, self.job.run.vocabulary, device=self.device)
         began = time.perf_counter()
         for batch, data_wait in _timed(step_batches(self.job.run, rank=self.rank, start=self.done)):
             lr = self.config.optimizer.learning_rate(batch.step, self.config.steps)

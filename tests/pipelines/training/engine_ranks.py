@@ -33,9 +33,9 @@ ROWS = 4  # of a global batch, whatever the number of processes
 
 
 def new_engine(config: TrainConfig) -> Engine:
-    model = Decoder(config.model.resolve(VOCABULARY.vocab_size))
+    model = Decoder(config.model.resolve(VOCABULARY.vocab_size, VOCABULARY.visual_start))
     model.init_weights(torch.Generator().manual_seed(0))
-    return make_engine(LossModule(model, VOCABULARY, 0.0), config)
+    return make_engine(LossModule(model, VOCABULARY, autocast=autocast_dtype(config)), config)
 
 
 def config_for(
@@ -64,7 +64,7 @@ def batches(first: int, stop: int) -> Iterator[StepBatch]:
 
 
 def train(engine: Engine, config: TrainConfig, first: int, stop: int) -> list[StepResult]:
-    step = TrainStep(engine, VOCABULARY, device=torch.device("cpu"), autocast=autocast_dtype(config))
+    step = TrainStep(engine, VOCABULARY, device=torch.device("cpu"))
     return [step(batch, lr=LR, data_wait=0.0) for batch in batches(first, stop)]
 
 
