@@ -188,6 +188,15 @@ def read_config(path: str | os.PathLike[str]) -> tuple[ModelConfig, Vocabulary, 
         raw = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not valid JSON ({error})") from error
+    return parse_config(raw, str(file))
+
+
+def parse_config(raw: dict[str, Any], file: str) -> tuple[ModelConfig, Vocabulary, ModelInfo]:
+    """Model config, vocabulary and info in the values of a ``config.json``; ``file`` is for messages.
+
+    Raises:
+        ValueError: if it cannot be used; the message says why.
+    """
     config = from_release_config(raw)
     try:
         config, vocabulary, info = _read_section(raw.get("lumos"), config)

@@ -160,6 +160,20 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
 
+@dataclass(frozen=True)
+class Normal:
+    """Draws around 0."""
+
+    std: float
+
+
+def initial_value(name: str, num_layers: int) -> Normal | float:
+    """What a parameter of that name begins with: draws, residual outputs scaled down by the depth, or a constant."""
+    if "norm" in name:
+        return 0.0 if name.endswith("bias") else 1.0
+    return Normal(0.02 / (2 * num_layers) ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02)
+
+
 class Decoder(nn.Module):
     """The model. Call it for hidden states; losses and the sampler apply the rows of ``lm_head`` they need."""
 
@@ -214,14 +228,13 @@ class Decoder(nn.Module):
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw weights: normal, std 0.02, with residual outputs scaled down by the depth; norms at identity."""
-        residual_std = 0.02 / (2 * self.config.num_layers) ** 0.5
         with torch.no_grad():
             for weight, key, _ in self.weight_parts():
-                if "norm" in key:
-                    weight.fill_(0.0 if key.endswith("bias") else 1.0)
+                value = initial_value(key, self.config.num_layers)
+                if isinstance(value, Normal):
+                    weight.normal_(0.0, value.std, generator=generator)
                 else:
-                    std = residual_std if key.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-                    weight.normal_(0.0, std, generator=generator)
+                    weight.fill_(value)
 
     def weight_parts(self) -> Iterator[tuple[Tensor, str, slice]]:
         """Every weight, the authors' key it belongs to, and which rows of that key's matrix it holds.
@@ -230,9 +243,9 @@ class Decoder(nn.Module):
         parameters unless they are trained (:class:`lumos.head.Head`).
         """
         for name, weight in self.model.named_parameters(prefix="model"):
-            yield weight, name, slice(len(weight))
+            yield weight, name, slice(0, len(weight))
         head = self.lm_head
-        yield head.text, "lm_head.weight", slice(head.num_text)
+        yield head.text, "lm_head.weight", slice(0, head.num_text)
         yield head.visual, "lm_head.weight", slice(head.num_text, head.num_text + head.num_visual)
 
     def compile_blocks(self, **options: Any) -> None:

@@ -79,7 +79,7 @@ def parse_cluster(text: str) -> Cluster:
     if match is None or device is None or int(match.group(1)) < 1:
         known = ", ".join(each.name for each in _TABLE)
         raise UserError(
-            f"--cluster {text!r}: give a number and a device, such as 48xH20 or 8xH100-80GB; known: {known}. For another one "
-            "give --cluster NUMBER with --tflops and --memory-gb"
+            f"--cluster {text!r}: give a number and a device, such as 48xH20 or 8xH100-80GB; known: {known}. For "
+            "another one give --tflops and --memory-gb, and --cluster NUMBER"
         )
     return Cluster(int(match.group(1)), device)

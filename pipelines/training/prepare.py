@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lumos.checkpoint import ModelInfo, read_config
+from lumos.checkpoint import ModelInfo
 from lumos.compression import CELL
 from lumos.config import ModelConfig
 from lumos.layout import build_sequence
@@ -21,6 +21,7 @@ from pipelines.storage import is_local
 from pipelines.training.batch_plan import BatchPlan
 from pipelines.training.config import TrainConfig
 from pipelines.training.engine import check_engine
+from pipelines.training.initialize import check_init_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ def prepare(config: TrainConfig) -> PreparedRun:
         raise UserError(str(error)) from error
     fps = _check_shapes(snapshot, plan, vocabulary, model)
     if config.init_from is not None:
-        _check_init(config.init_from, model, vocabulary)
+        check_init_from(config.init_from, model, vocabulary)
     info = ModelInfo(
         prompt_template=config.data.prompt_template,
         shapes=tuple(bucket.shape for bucket in plan.buckets),
@@ -110,22 +111,3 @@ def _check_shapes(snapshot: Snapshot, plan: BatchPlan, vocabulary: Vocabulary, m
                 "smaller clips"
             )
     return rates[max(rates)]
-
-
-def _check_init(path: str, model: ModelConfig, vocabulary: Vocabulary) -> None:
-    try:
-        found_model, found_vocabulary, _ = read_config(path)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"init_from: {error}") from error
-    for what, found, asked in (
-        ("shape", vars(found_model), vars(model)),
-        ("vocabulary", vars(found_vocabulary), vars(vocabulary)),
-    ):
-        different = [key for key in asked if found[key] != asked[key]]
-        if different:
-            raise UserError(
-                f"init_from = {path}: a checkpoint of another {what}: "
-                f"it has {', '.join(f'{key} = {found[key]}' for key in different)}; this run has "
-                f"{', '.join(f'{key} = {asked[key]}' for key in different)}. Set the run's config to the checkpoint's, "
-                "or leave init_from out"
-            )

@@ -13,13 +13,13 @@ from ray.train import Checkpoint
 from ray.util.queue import Queue
 from torch import Tensor
 
-from lumos.checkpoint import load_weights, save_checkpoint
+from lumos.checkpoint import save_checkpoint
 from lumos.decoder import Decoder
 from lumos.losses import LossModule
-from pipelines.streams import torch_stream
 from pipelines.training.checkpoints import EXPORT_DIR, LoopState, restore, save
 from pipelines.training.engine import Engine, autocast_dtype, gather_weights, make_engine, prepare_process
 from pipelines.training.ingest import step_batches
+from pipelines.training.initialize import build_decoder
 from pipelines.training.prepare import PreparedRun
 from pipelines.training.record import StepRecord
 from pipelines.training.step import StepBatch, StepResult, TrainStep
@@ -91,12 +91,9 @@ class Worker:
         return None
 
     def _make_model(self) -> Decoder:
-        model = Decoder(self.job.run.model)
+        run = self.job.run
+        model = build_decoder(run.config, run.model, run.vocabulary, device=self.device)
         model.recompute = "full" if self.config.model.checkpoint_activations else "none"
-        if self.config.init_from is None:
-            model.init_weights(torch_stream(self.config.seed, "init"))
-        else:
-            load_weights(model, self.config.init_from)
         return model
 
     def _restore(self) -> bool:
