@@ -34,13 +34,14 @@ _FREE = {"max_seq_len"}  # fields of the model's shape that no weight depends on
 _FREE_OF_TEXT_MODELS = {*_FREE, "vocab_size", "visual_start", "rope", "position_scale", "model_parallel_size"}
 
 
-def build_decoder(config: TrainConfig, model: ModelConfig, vocabulary: Vocabulary, *, device: torch.device) -> Decoder:
+def build_decoder(
+    config: TrainConfig, model: ModelConfig, vocabulary: Vocabulary, *, device: torch.device, train_text: bool = False
+) -> Decoder:
     """A run's decoder with its first weights, on a device, in the type that DeepSpeed will hold it in.
 
     Every worker must call it, within an initialised process group. Under ZeRO-3 the parameters come out partitioned.
     """
     settings = engine_settings(config)
-    train_text = config.optimizer.text_loss_weight > 0
     weights = FirstWeights(config, model, vocabulary) if dist.get_rank() == 0 else None
     if settings.get("zero_optimization", {}).get("stage") == 3:
         import deepspeed

@@ -16,11 +16,15 @@ TEXT_ROWS = 48
 VOCABULARY = Vocabulary.compact(TEXT_ROWS, 16)
 
 
-def small_model(vocab_size: int = VOCABULARY.vocab_size, **changes: Any) -> ModelConfig:
+def small_model(vocabulary: Vocabulary | int = VOCABULARY, **changes: Any) -> ModelConfig:
+    """A model of a vocabulary, or a text model of so many words."""
     sizes: dict[str, Any] = {
         "hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32,
     }  # fmt: skip
-    return ModelConfig(vocab_size=vocab_size, **(sizes | changes))
+    if isinstance(vocabulary, int):
+        return ModelConfig(vocab_size=vocabulary, **(sizes | changes))
+    rows = {"vocab_size": vocabulary.vocab_size, "visual_start": vocabulary.visual_start}
+    return ModelConfig(**rows, **(sizes | changes))
 
 
 def random_state(config: ModelConfig, seed: int = 1) -> dict[str, Tensor]:
@@ -49,7 +53,7 @@ def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any],
 
 def write_release(folder: Path, **changes: Any) -> dict[str, Tensor]:
     """A released Lumos-1 folder: bfloat16, two files, an unused VQ-VAE, no section of ours."""
-    config = small_model(Vocabulary.lumos1().vocab_size, **changes)
+    config = small_model(Vocabulary.lumos1(), **changes)
     state = {key: tensor.bfloat16() for key, tensor in random_state(config).items()}
     unused = {"model.vqmodel.encoder.conv_in.weight": torch.zeros(3)}
     raw = {"model_type": "chameleon", **to_release_config(config), "vq_config": {}}

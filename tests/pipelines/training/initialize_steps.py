@@ -11,6 +11,7 @@ import torch.distributed as dist
 from lumos.checkpoint import load_checkpoint, save_checkpoint
 from lumos.config import MaskConfig, ModelConfig
 from lumos.decoder import Decoder
+from lumos.head import join_weights
 from lumos.layout import build_sequence
 from lumos.losses import LossModule, PackedBatch
 from lumos.masking import sample_masked_positions
@@ -40,11 +41,11 @@ def run(folder: Path, source: str | None, zero: str, model: ModelConfig, vocabul
     if zero == "zero3":
         assert all(parameter.numel() == 0 for parameter in decoder.parameters()), "not partitioned"
     engine = make_engine(LossModule(decoder, vocabulary, 0.0), config)
-    before = gather_weights(decoder, keep=True)
+    before = join_weights(gather_weights(decoder, keep=True), decoder.lm_head)
     if source is None:
         plain = Decoder(model)
         plain.init_weights(torch_stream(config.seed, "init"))
-        assert all(torch.equal(before[key], value) for key, value in plain.named_parameters())
+        assert all(torch.equal(before[key], value) for key, value in plain.state_dict().items())
     elif source == "release":
         theirs = load_checkpoint(folder / source).model.state_dict()
         assert all(torch.equal(before[key], theirs[key]) for key in theirs)
@@ -52,7 +53,7 @@ def run(folder: Path, source: str | None, zero: str, model: ModelConfig, vocabul
         assert float(before["lm_head.weight"][:TEXT_ROWS].std()) > 0.5, "text rows are not the Llama's"
     result = TrainStep(engine, vocabulary, device=CPU)(batch(vocabulary), lr=1e-3, data_wait=0.0)
     assert np.isfinite(result.loss)
-    after = gather_weights(decoder, keep=True)
+    after = join_weights(gather_weights(decoder, keep=True), decoder.lm_head)
     key = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(before[key], after[key]), "the step changed nothing"
     if dist.get_rank() == 0:
@@ -67,7 +68,7 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     prepare_process(CPU, threads=1)
     lumos1 = Vocabulary.lumos1()
-    release = small_model(lumos1.vocab_size, num_layers=1, hidden_size=32, intermediate_size=64)
+    release = small_model(lumos1, num_layers=1, hidden_size=32, intermediate_size=64)
     run(folder, None, "zero1", small_model(), VOCABULARY)
     run(folder, "llama", "zero1", small_model(), VOCABULARY)
     run(folder, "release", "zero1", release, lumos1)

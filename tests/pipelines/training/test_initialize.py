@@ -24,12 +24,13 @@ LUMOS1 = Vocabulary.lumos1()
 def first_weights(folder, model, vocabulary, init_from=None):
     """All first weights of a run, by key."""
     weights = FirstWeights(tiny_config(folder, folder, init_from=init_from and str(init_from)), model, vocabulary)
-    state = {}
-    for key, parameter in Decoder(model).named_parameters():
-        state[key] = torch.full_like(parameter, torch.nan).flatten()
-        for start, values in weights.pieces(key, parameter.shape):
-            state[key][start : start + len(values)] = values
-        state[key] = state[key].view(parameter.shape)
+    state: dict[str, torch.Tensor] = {}
+    for weight, key, rows in Decoder(model).weight_parts():
+        part = torch.full_like(weight, torch.nan).flatten()
+        for start, values in weights.pieces(key, weight.shape, rows):
+            part[start : start + len(values)] = values
+        parts = [state[key]] if key in state else []
+        state[key] = torch.cat([*parts, part.view(weight.shape)])
     return state
 
 
@@ -44,7 +45,7 @@ def test_weights_drawn_in_pieces_are_those_drawn_whole(tmp_path, monkeypatch, pi
     model = small_model()
     whole = Decoder(model)
     whole.init_weights(torch_stream(0, "init"))
-    assert_equal(first_weights(tmp_path, model, VOCABULARY), dict(whole.named_parameters()))
+    assert_equal(first_weights(tmp_path, model, VOCABULARY), whole.state_dict())
 
 
 def test_a_stage_begins_with_the_weights_of_the_one_before(tmp_path):
@@ -55,12 +56,12 @@ def test_a_stage_begins_with_the_weights_of_the_one_before(tmp_path):
     larger = replace(model.config, max_seq_len=2 * model.config.max_seq_len)  # as a stage at a larger size has
     for name in (output, output / "export"):
         check_init_from(str(name), larger, VOCABULARY)
-        assert_equal(first_weights(tmp_path, larger, VOCABULARY, name), dict(model.named_parameters()))
+        assert_equal(first_weights(tmp_path, larger, VOCABULARY, name), model.state_dict())
 
 
 def test_a_released_lumos1_is_taken_whole(tmp_path):
     state = write_release(tmp_path / "release")
-    model = small_model(LUMOS1.vocab_size)
+    model = small_model(LUMOS1)
     check_init_from(str(tmp_path / "release"), model, LUMOS1)
     assert_equal(first_weights(tmp_path, model, LUMOS1, tmp_path / "release"), state)
 
