@@ -8,6 +8,7 @@ _VERBS = {
     "demo": "Render a small corpus, curate, train, serve, generate and judge: the whole path in minutes.",
     "curate": "Turn videos into a published snapshot of token shards.",
     "train": "Train a model on a snapshot.",
+    "compare": "Training runs side by side: curves, final figures, cost, samples.",
     "generate": "Generate videos: one prompt, or a file of them.",
     "serve": "Serve a model over HTTP until interrupted.",
     "data": "Look after a dataset: plan, status, report, verify, repair, retry, remove, unlock, gc.",

@@ -80,6 +80,7 @@ def line_chart(
                 color, dashes = _COLORS[f"series-{index % _NUM_SERIES}"], _DASHES[index % len(_DASHES)]
                 axes.plot(x, y, color=color, linestyle=dashes, linewidth=2, label=name, clip_on=False)
         axes.margins(x=0)
+        axes.locator_params(axis="x", integer=True)
         axes.set_xlabel(x_label)
         axes.set_title(y_label, loc="left")
         axes.legend()

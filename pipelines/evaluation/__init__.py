@@ -1,0 +1,1 @@
+"""What was trained, looked at and judged."""

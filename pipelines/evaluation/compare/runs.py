@@ -1,0 +1,202 @@
+"""Finding training runs in MLflow by whatever names them, and reading what they recorded."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.errors import UserError
+from pipelines.tracking import TrackingStore
+
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+_CURVES = re.compile(r"loss|loss_frame_\d+|step_seconds|tokens_per_s|tokens_seen|val/(loss|frame_\d+)")
+_IMAGE = re.compile(r"(?P<key>.+)[+%]step[+%](?P<step>\d+)[+%]timestamp[+%][^/]*(?<![+%]compressed)\.png")
+_VIDEO_STEP = re.compile(r"step[-_]?(\d+)")
+_MAX_NAMES = 8  # listed in a message
+
+Curve = Mapping[int, float]  # step -> value
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A video or a picture of one that a run logged."""
+
+    key: str  # what was asked for; equal keys of several runs stand side by side
+    step: int
+    path: str  # among the run's artifacts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run as MLflow has it."""
+
+    run_id: str
+    name: str
+    experiment: str
+    status: str
+    params: Mapping[str, str]  # the flattened config
+    tags: Mapping[str, str]
+    last: Mapping[str, float]  # last value of every metric
+    curves: Mapping[str, Curve]
+    samples: tuple[Sample, ...]
+
+    @property
+    def steps(self) -> int:
+        """The last step recorded."""
+        return max(self.curves["loss"], default=0)
+
+
+class RunStore:
+    """Runs in one or several MLflow stores.
+
+    Args:
+        tracking_uri: of the store; None: that of each output folder, and for names ``mlruns.db`` here or one folder
+            below, where training keeps it.
+    """
+
+    def __init__(self, tracking_uri: str | None) -> None:
+        self.tracking_uri = tracking_uri
+        self._clients: dict[str, Any] = {}
+
+    def find(self, names: Sequence[str]) -> list[Run]:
+        """The runs that names stand for (output folders, experiments, run ids, run names), each once, in order.
+
+        Raises:
+            UserError: if a name stands for nothing, or a run has recorded no loss.
+        """
+        found: dict[str, Run] = {}
+        for name in names:
+            for uri, run_id in self._resolve(name):
+                if run_id not in found:
+                    found[run_id] = self._read(uri, run_id)
+        empty = [run.name for run in found.values() if not run.curves["loss"]]
+        for run_id in [run_id for run_id, run in found.items() if not run.curves["loss"]]:
+            del found[run_id]
+        if not found:
+            raise UserError(f"no step is recorded of {', '.join(empty)}: wait until they have trained, or name others")
+        return list(found.values())
+
+    def artifact(self, run: Run, path: str, folder: Path) -> Path:
+        """A copy of an artifact of a run, in a folder."""
+        client = next(client for client in self._clients.values() if self._has(client, run.run_id))
+        return Path(client.download_artifacts(run.run_id, path, str(folder)))
+
+    def _resolve(self, name: str) -> Iterator[tuple[str, str]]:
+        """Stores and ids of the runs of a name."""
+        folder = Path(name).expanduser()
+        if (folder / "run.json").is_file():
+            yield self._of_output(folder)
+            return
+        uri = self._default_uri()
+        client = self._client(uri)
+        if _RUN_ID.fullmatch(name) and self._has(client, name):
+            yield uri, name
+            return
+        experiment = client.get_experiment_by_name(name)
+        homes = [experiment] if experiment else client.search_experiments()
+        runs = []
+        for home in homes:
+            query = "" if experiment else f"attributes.run_name = '{name.replace(chr(39), '')}'"
+            runs += client.search_runs([home.experiment_id], query, order_by=["attributes.start_time ASC"])
+        if not runs:
+            known = [home.name for home in client.search_experiments() if home.name != "Default"]
+            raise UserError(
+                f"{name!r} is no experiment, run id, run name or output folder of a training; {uri} has the "
+                f"experiments {', '.join(known[:_MAX_NAMES]) or 'none'}. Name one of these, or another store by "
+                "--tracking-uri"
+            )
+        for run in runs:
+            yield uri, run.info.run_id
+
+    def _of_output(self, folder: Path) -> tuple[str, str]:
+        run_id = json.loads((folder / "run.json").read_text()).get("run_id")
+        if run_id is None:
+            raise UserError(
+                f"{folder} is the output of a run that MLflow does not have yet: begin it with `lumos train`"
+            )
+        config_file = folder / "config.yaml"
+        config = yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        named = self.tracking_uri or (config.get("tracking") or {}).get("uri")
+        return TrackingStore.choose(named, folder).uri, run_id
+
+    def _default_uri(self) -> str:
+        if self.tracking_uri is not None:
+            return self.tracking_uri
+        here = Path.cwd()
+        files = sorted([*here.glob("mlruns.db"), *here.glob("*/mlruns.db")])
+        if len(files) != 1:
+            which = f"several ({', '.join(str(file) for file in files[:_MAX_NAMES])})" if files else "none"
+            raise UserError(
+                f"looked for the MLflow store mlruns.db in {here} and the folders in it and found {which}: name it by "
+                "--tracking-uri sqlite:///PATH/mlruns.db, or name output folders of runs"
+            )
+        return f"sqlite:///{files[0]}"
+
+    def _client(self, uri: str) -> Any:
+        if uri not in self._clients:
+            from mlflow.exceptions import MlflowException
+            from mlflow.tracking import MlflowClient
+
+            file = Path(uri.removeprefix("sqlite:///"))
+            if uri.startswith("sqlite:///") and not file.is_file():  # MLflow would make an empty one
+                raise UserError(
+                    f"--tracking-uri {uri}: there is no such file; training writes mlruns.db beside outputs"
+                )
+            try:
+                with TrackingStore(uri).opening():
+                    client = MlflowClient(uri)
+                    client.search_experiments(max_results=1)
+            except (MlflowException, OSError) as error:
+                raise UserError(f"--tracking-uri {uri} cannot be opened ({error}): check the address") from error
+            self._clients[uri] = client
+        return self._clients[uri]
+
+    @staticmethod
+    def _has(client: Any, run_id: str) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            client.get_run(run_id)
+        except MlflowException:
+            return False
+        return True
+
+    def _read(self, uri: str, run_id: str) -> Run:
+        client = self._client(uri)
+        if not self._has(client, run_id):
+            raise UserError(f"{uri} has no run {run_id}: name the store that has it by --tracking-uri")
+        run = client.get_run(run_id)
+        curves: dict[str, Curve] = {"loss": {}}
+        for key in run.data.metrics:
+            if _CURVES.fullmatch(key):
+                history = client.get_metric_history(run_id, key)
+                curves[key] = dict(sorted((point.step, point.value) for point in history))
+        experiment = client.get_experiment(run.info.experiment_id)
+        return Run(
+            run_id=run_id,
+            name=run.info.run_name or run_id[:8],
+            experiment=experiment.name,
+            status=run.info.status,
+            params=dict(run.data.params),
+            tags={key: value for key, value in run.data.tags.items() if not key.startswith("mlflow.")},
+            last=dict(run.data.metrics),
+            curves=curves,
+            samples=tuple(_samples(client, run_id)),
+        )
+
+
+def _samples(client: Any, run_id: str, folder: str | None = None) -> Iterator[Sample]:
+    """Videos, and pictures logged by step, among a run's artifacts; the export's files are none."""
+    for entry in client.list_artifacts(run_id, folder):
+        if entry.is_dir:
+            if entry.path not in ("export", "checkpoints"):
+                yield from _samples(client, run_id, entry.path)
+        elif image := _IMAGE.fullmatch(entry.path.removeprefix("images/")):
+            yield Sample(image["key"].replace("~", "/"), int(image["step"]), entry.path)
+        elif entry.path.endswith(".mp4"):
+            step = _VIDEO_STEP.search(entry.path)
+            yield Sample(Path(entry.path).stem, int(step[1]) if step else 0, entry.path)
