@@ -7,6 +7,7 @@ import click
 _VERBS = {
     "demo": "Render a small corpus, curate, train, serve, generate and judge: the whole path in minutes.",
     "curate": "Turn videos into a published snapshot of token shards.",
+    "plan": "What a training run will take: memory, time, storage.",
     "train": "Train a model on a snapshot.",
     "compare": "Training runs side by side: curves, final figures, cost, samples.",
     "generate": "Generate videos: one prompt, or a file of them.",

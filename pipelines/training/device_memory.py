@@ -1,0 +1,176 @@
+"""Memory of one worker's device by part, by arithmetic over what the decoder, the loss and DeepSpeed keep.
+
+``s`` is the size of a parameter and of an activation: 2 bytes where the model is in bf16, else 4. A step is at its
+highest in one of three moments: when the loss forms logits, when the backward pass enters the last block, and when the
+optimizer updates. What lasts (weights, masters, moments) is there in all of them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lumos.config import ModelConfig
+from lumos.flops import Checkpointing, ParameterCounts
+from lumos.losses import CHUNK_ROWS
+
+_LIVE_PARAMETERS = 1e9  # DeepSpeed's default of stage3_max_live_parameters, in elements
+_BUCKET = 5e8  # its default of reduce_bucket_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """How a model is trained, as far as memory depends on it."""
+
+    zero: Mapping[str, Any]  # section zero_optimization of the DeepSpeed file
+    workers: int
+    parameter_bytes: int  # 2 or 4
+    checkpointing: Checkpointing
+    muon: bool = False
+    ema: bool = False
+    train_text: bool = False
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO."""
+        return int(self.zero.get("stage", 0))
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether masters and moments are in the host's memory."""
+        return bool((self.zero.get("offload_optimizer") or {}).get("device", "none") != "none")
+
+    @property
+    def offloads_weights(self) -> bool:
+        """Whether the partitioned weights are in the host's memory."""
+        return bool((self.zero.get("offload_param") or {}).get("device", "none") != "none")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part; a part that is 0 is left out."""
+
+    device: Mapping[str, float]
+    host: Mapping[str, float]  # of one worker
+
+    @property
+    def peak(self) -> float:
+        """Of the device."""
+        return sum(self.device.values())
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass of a worker."""
+
+    tokens: int
+    predictions: float  # masked visual tokens
+
+
+def worker_memory(model: ModelConfig, counts: ParameterCounts, setup: Setup, one: Pass) -> Memory:
+    """Memory of a worker at the highest moment of a step whose passes are like ``one``."""
+    lasting, host = _lasting(model, counts, setup)
+    moments = [_loss_moment(model, setup, one), _backward_moment(model, counts, setup, one)]
+    moments.append(_update_moment(counts, setup))
+    highest = max(moments, key=lambda parts: sum(parts.values()))
+    device = {name: size for name, size in (lasting | highest).items() if size}
+    return Memory(device, {name: size for name, size in host.items() if size})
+
+
+def trained(counts: ParameterCounts, setup: Setup) -> int:
+    """Parameters that have gradients."""
+    return counts.total - (0 if setup.train_text else counts.other_head)
+
+
+def _lasting(model: ModelConfig, counts: ParameterCounts, setup: Setup) -> tuple[dict[str, float], dict[str, float]]:
+    """What a device and its host hold between steps."""
+    size = trained(counts, setup)
+    share = size / setup.workers if setup.stage else float(size)
+    moments = 2.0 * share
+    if setup.muon:
+        moments -= (counts.attention + counts.mlp) * (share / size)  # a Muon's matrix has one
+    optimizer = {
+        "masters": 4 * share if setup.stage or setup.parameter_bytes == 2 else 0,
+        "optimizer states": 4 * moments,
+        "ema": 4 * share if setup.ema else 0,
+    }
+    weights = setup.parameter_bytes * (share if setup.stage == 3 else size)
+    device = {"weights": weights, "text rows of the head": 4 * (counts.total - size)}
+    host = {}
+    if setup.offloads_optimizer:
+        host = optimizer | {"gradients": 4 * share}
+    else:
+        device |= optimizer
+    if setup.stage == 3:
+        if setup.offloads_weights:
+            host["weights"] = device.pop("weights")
+        live = min(size, float(setup.zero.get("stage3_max_live_parameters", _LIVE_PARAMETERS)))
+        device["gathered weights"] = setup.parameter_bytes * live
+    return device, host
+
+
+def _buckets(counts: ParameterCounts, setup: Setup) -> float:
+    """Buffers in which gradients are reduced."""
+    if not setup.stage:
+        return 0.0
+    elements = float(setup.zero.get("reduce_bucket_size", _BUCKET))
+    if not setup.zero.get("contiguous_gradients", True):
+        elements = min(elements, trained(counts, setup))
+    return setup.parameter_bytes * elements * (2 if setup.zero.get("overlap_comm", setup.stage == 3) else 1)
+
+
+def _gradients(counts: ParameterCounts, setup: Setup) -> float:
+    size = trained(counts, setup)
+    if setup.stage >= 2:
+        return 0.0 if setup.offloads_optimizer else 4 * size / setup.workers
+    return 4.0 * size
+
+
+def block_activations(model: ModelConfig, tokens: int, width: int, kept: Checkpointing) -> float:
+    """Bytes that one block keeps from its forward pass for its backward pass, of elements of so many bytes."""
+    hidden, wide = model.hidden_size, model.intermediate_size
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    if kept == "full":
+        return tokens * width * hidden  # its input
+    attended = tokens * (width * queries + 4 * model.num_heads)  # what attention gives, and its log-sums
+    if kept == "selective":
+        return tokens * width * (hidden + queries + 2 * keys + queries) + attended
+    norms = 6 * hidden  # two residuals, each normed, and each scaled
+    projected = 2 * queries + 3 * keys  # q and k before and after their norm and rotation, v
+    return tokens * width * (norms + projected + 4 * wide) + attended
+
+
+def _activations(model: ModelConfig, setup: Setup, one: Pass) -> float:
+    """All blocks' after the forward pass, and the final norm's."""
+    blocks = model.num_layers * block_activations(model, one.tokens, setup.parameter_bytes, setup.checkpointing)
+    return blocks + 3 * one.tokens * model.hidden_size * setup.parameter_bytes
+
+
+def _loss_moment(model: ModelConfig, setup: Setup, one: Pass) -> dict[str, float]:
+    rows = min(CHUNK_ROWS, one.predictions)
+    classes = model.vocab_size - _text_rows(model)
+    return {"activations": _activations(model, setup, one), "logits": 3 * 4.0 * rows * classes}
+
+
+def _backward_moment(model: ModelConfig, counts: ParameterCounts, setup: Setup, one: Pass) -> dict[str, float]:
+    width = setup.parameter_bytes
+    working = one.tokens * width * (3 * model.intermediate_size + 3 * model.hidden_size)
+    if setup.checkpointing != "none":
+        working += block_activations(model, one.tokens, width, "none")
+    return {
+        "activations": _activations(model, setup, one),
+        "block at work": working,
+        "gradients": _gradients(counts, setup),
+        "gradient of the head": width * counts.visual_head,
+        "communication buckets": _buckets(counts, setup),
+    }
+
+
+def _update_moment(counts: ParameterCounts, setup: Setup) -> dict[str, float]:
+    size = trained(counts, setup)
+    share = size / setup.workers if setup.stage else size
+    working = 0.0 if setup.offloads_optimizer else 3 * 4 * share  # gradients of its part, two results of Adam
+    return {"gradients": _gradients(counts, setup), "update at work": working}
+
+
+def _text_rows(model: ModelConfig) -> int:
+    return getattr(model, "visual_start", 0)

@@ -1,0 +1,269 @@
+"""What a training run will take, before it starts: FLOPs, memory, time, storage, by the formulas that give MFU.
+
+Nothing is run and no weight is made. Where the run's dataset cannot be read, the shapes of its rows are told.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lumos.flops import (
+    ParameterCounts,
+    StepFlops,
+    Workload,
+    count_parameters,
+    dense_flops,
+    exact_flops,
+    mean_mask_ratio,
+)
+from lumos.layout import TAIL, video_layout
+from pipelines.errors import UserError
+from pipelines.training.accelerators import Cluster
+from pipelines.training.config import TrainConfig
+from pipelines.training.device_memory import Memory, Pass, Setup, trained, worker_memory
+from pipelines.training.engine import read_deepspeed_file
+from pipelines.training.plan_question import Question, Rows
+
+_HEADER = 5  # tokens of markup before the first frame
+_RESERVED_BYTES = 1.5e9  # of a device: CUDA's context, libraries' workspaces
+_USABLE = 0.95  # of what is left: the allocator's gaps take the rest
+_LOADER_BYTES = 1e9  # of a worker's host: its loader's tables and prepared batches
+_PROCESS_BYTES = 4e9  # of a worker's host: Python, torch, CUDA's libraries, its loader's process
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketPlan:
+    """Steps whose rows have one shape."""
+
+    rows: Rows
+    share: float  # of the steps
+    rows_per_step: int
+    rows_per_pass: int
+    tokens_per_row: int
+    exact: StepFlops  # of a step, all workers together
+    dense: StepFlops
+    memory: Memory  # of a worker
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.rows_per_step * self.tokens_per_row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is expected of a run."""
+
+    question: Question
+    config: TrainConfig
+    setup: Setup
+    counts: ParameterCounts
+    buckets: tuple[BucketPlan, ...]
+    fitting: tuple[tuple[str, float], ...]  # where it does not fit: changes with which it would, and their peak
+
+    @property
+    def peak(self) -> BucketPlan:
+        """The shape that takes most memory."""
+        return max(self.buckets, key=lambda bucket: bucket.memory.peak)
+
+    @property
+    def room(self) -> float:
+        """Bytes of a device that a run may take."""
+        return room(self.question.cluster)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every shape has room."""
+        return self.peak.memory.peak <= self.room
+
+    def mean(self, of: str) -> float:
+        """Mean over the steps of a step's tokens, exact or dense FLOPs of the model, or exact ones of the hardware."""
+        figures: Mapping[str, Callable[[BucketPlan], float]] = {
+            "tokens": lambda bucket: bucket.tokens,
+            "exact": lambda bucket: bucket.exact.model,
+            "dense": lambda bucket: bucket.dense.model,
+            "hardware": lambda bucket: bucket.exact.hardware,
+        }
+        return sum(bucket.share * figures[of](bucket) for bucket in self.buckets)
+
+    @property
+    def step_seconds(self) -> float:
+        """At the MFU asked for."""
+        cluster = self.question.cluster
+        return self.mean("exact") / (self.question.mfu * cluster.count * cluster.device.flops)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all devices."""
+        return self.mean("tokens") / self.step_seconds
+
+    @property
+    def steps(self) -> int:
+        """Of the token budget, or of the config."""
+        budget = self.question.tokens
+        return self.config.steps if budget is None else math.ceil(budget / self.mean("tokens"))
+
+    @property
+    def days(self) -> float:
+        """For these steps."""
+        return self.steps * self.step_seconds / 86400
+
+    @property
+    def checkpoint_bytes(self) -> float:
+        """Of one checkpoint."""
+        size = trained(self.counts, self.setup)
+        return size * (self.setup.parameter_bytes + 12 + 4 * self.setup.ema) + 4 * (self.counts.total - size)
+
+    @property
+    def network_bytes(self) -> float:
+        """That a device sends in a step: gradients in float32, weights gathered."""
+        if self.question.cluster.count == 1:
+            return 0.0
+        size, width = trained(self.counts, self.setup), self.setup.parameter_bytes
+        gradients = {0: 8, 1: 8, 2: 4, 3: 4}[self.setup.stage]  # all-reduced, or each part to its owner
+        gathered = {0: 0, 1: width, 2: width, 3: 2 * width}[self.setup.stage]  # after the update, or in both passes
+        return float(size * (gradients + gathered))
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        """Of codes, two bytes each; captions are few beside them."""
+        visual = sum(bucket.share * bucket.rows_per_step * math.prod(bucket.rows.shape) for bucket in self.buckets)
+        return 2 * visual / self.step_seconds
+
+    @property
+    def node_memory(self) -> dict[str, float]:
+        """Host memory of a node by part."""
+        workers = min(self.question.devices_per_node, self.question.cluster.count)
+        parts = {f"offloaded {name}": size for name, size in self.buckets[0].memory.host.items()}
+        parts |= {"processes": _PROCESS_BYTES, "loaders": _LOADER_BYTES}
+        return {name: workers * size for name, size in parts.items()}
+
+
+def room(cluster: Cluster) -> float:
+    """Bytes of a device that a run may take."""
+    return _USABLE * (cluster.device.memory_gb * 1e9 - _RESERVED_BYTES)
+
+
+def make_plan(config: TrainConfig, question: Question) -> Plan:
+    """Work a run out.
+
+    Raises:
+        UserError: if the config's batch does not divide among the cluster's devices.
+    """
+    if question.cluster.count != config.num_workers:
+        try:
+            config = replace(config, num_workers=question.cluster.count)
+        except ValueError as error:
+            raise UserError(f"on {question.cluster.count} devices: {error}") from error
+    setup = setup_of(config)
+    counts = count_parameters(question.model, visual_classes=question.codebook_size)
+    buckets = tuple(_buckets(config, question, setup, counts))
+    plan = Plan(question=question, config=config, setup=setup, counts=counts, buckets=buckets, fitting=())
+    return plan if plan.fits else replace(plan, fitting=tuple(_remedies(plan)))
+
+
+def setup_of(config: TrainConfig) -> Setup:
+    """How a run's config has its memory used."""
+    in_bf16 = config.precision == "bf16" and config.resources.device == "gpu"
+    kept = config.model.checkpoint_activations
+    return Setup(
+        zero=read_deepspeed_file(config.deepspeed).get("zero_optimization", {}),
+        workers=config.num_workers,
+        parameter_bytes=2 if in_bf16 else 4,
+        checkpointing="full" if kept is True else kept or "none",
+        muon=config.optimizer.kind == "muon",
+        ema=bool(getattr(config, "ema", None)),
+        train_text=bool(getattr(config.optimizer, "text_loss_weight", 0.0)),
+    )
+
+
+def _buckets(config: TrainConfig, question: Question, setup: Setup, counts: ParameterCounts) -> Iterator[BucketPlan]:
+    ratio = mean_mask_ratio(config.mask)
+    for rows, share in zip(question.rows, _shares(config, question.rows), strict=True):
+        per_step = _batch_rows(config, rows)
+        bare = video_layout(_HEADER, rows.shape, tail=TAIL)
+        layout = video_layout(_HEADER + question.caption_tokens, rows.shape, tail=TAIL)
+        per_worker = per_step // config.num_workers
+        per_pass = _rows_per_pass(config, bare.length, per_worker)
+        one = Workload.of([layout], visual_predictions=ratio * math.prod(rows.shape))
+        step = one.scaled(per_step)
+        yield BucketPlan(
+            rows=rows,
+            share=share,
+            rows_per_step=per_step,
+            rows_per_pass=per_pass,
+            tokens_per_row=layout.length,
+            exact=exact_flops(
+                question.model, step, visual_classes=question.codebook_size, checkpointing=setup.checkpointing
+            ),
+            dense=dense_flops(question.model, step),
+            memory=worker_memory(
+                question.model, counts, setup, Pass(per_pass * layout.length, per_pass * one.visual_predictions)
+            ),
+        )
+
+
+def _shares(config: TrainConfig, rows: Sequence[Rows]) -> list[float]:
+    """Share of the steps of each shape: by the mixture between kinds, by their number within one."""
+    steps = [each.weight / _batch_rows(config, each) for each in rows]
+    by_kind = {kind: sum(s for s, each in zip(steps, rows, strict=True) if each.kind == kind) for kind in
+               {each.kind for each in rows}}  # fmt: skip
+    if _mix(config) is None:
+        return [step / sum(steps) for step in steps]
+    wanted = {kind: getattr(_mix(config), kind) or 0.0 for kind in by_kind}
+    if not sum(wanted.values()):
+        raise UserError(f"data.mix asks for other rows than {', '.join(by_kind)}: give --rows of those kinds")
+    total = sum(wanted.values())
+    return [wanted[each.kind] / total * step / by_kind[each.kind] for step, each in zip(steps, rows, strict=True)]
+
+
+def _remedies(plan: Plan) -> Iterator[tuple[str, float]]:
+    """Changes of keys with which the largest shape would have room, the mildest first, and their peak."""
+    config, question = plan.config, plan.question
+    recompute = {"none": ("selective", "full"), "selective": ("full",), "full": ()}[plan.setup.checkpointing]
+    fewer = [tokens for tokens in (_pass_tokens(config) // 2, 1) if plan.peak.rows_per_pass > 1]
+    zeros = [stage for stage in (1, 2, 3) if stage > plan.setup.stage]
+    choices: list[Mapping[str, Any]] = [{"micro_batch_tokens": tokens} for tokens in fewer]
+    choices += [{"model.checkpoint_activations": _CHECKPOINT_KEYS[kept]} for kept in recompute]
+    choices += [{"deepspeed": f"zero{stage}"} for stage in zeros]
+    strongest = {"micro_batch_tokens": 1, "model.checkpoint_activations": True}
+    choices += [{**strongest, "deepspeed": name} for name in (config.deepspeed, "zero2", "zero3", "zero3-offload")]
+    for changes in choices:
+        tried = _changed(config, changes)
+        setup, counts = setup_of(tried), plan.counts
+        peak = max(bucket.memory.peak for bucket in _buckets(tried, question, setup, counts))
+        if peak <= plan.room:
+            yield " ".join(f"{key}={str(value).lower()}" for key, value in changes.items()), peak
+
+
+_CHECKPOINT_KEYS: Mapping[str, Any] = {"selective": "selective", "full": True}
+
+
+def _changed(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        if section:
+            config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+        else:
+            config = replace(config, **{name: value})
+    return config
+
+
+# Adapters to the config before and after token budgets (to go with the merge).
+def _batch_rows(config: Any, rows: Rows) -> int:
+    return int(config.batch_rows(rows.shape[0])) if hasattr(config, "batch_rows") else int(config.global_batch)
+
+
+def _pass_tokens(config: Any) -> int:
+    return int(getattr(config, "micro_batch_tokens", 1))
+
+
+def _rows_per_pass(config: Any, length: int, per_worker: int) -> int:
+    if hasattr(config, "micro_batch_tokens"):
+        return max(1, min(per_worker, int(config.micro_batch_tokens) // length))
+    return int(config.micro_batch)
+
+
+def _mix(config: Any) -> Any:
+    return getattr(config.data, "mix", None)
