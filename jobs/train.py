@@ -42,7 +42,10 @@ def command(config: str, overrides: tuple[str, ...], print_config: bool) -> None
         f"{result.steps} steps: loss {metrics['loss_first']:.3f} to {metrics['loss_last']:.3f}, "
         f"{metrics['tokens_per_s']:.0f} tokens/s"
     )
-    click.echo(f"MLflow run {result.run_id}: {result.store.how_to_open}")
+    run = (
+        f"MLflow run {result.run_id}" if result.run_id else "MLflow has not been reached; the same command sends it all"
+    )
+    click.echo(f"{run}: {result.store.how_to_open}")
     click.echo(f"model {result.export_dir}")
 
 

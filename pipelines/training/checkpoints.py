@@ -15,7 +15,7 @@ of an upload leaves a folder whose files do not match those lists, and such a fo
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -127,7 +127,7 @@ def prune(uri: str, keep: Sequence[StoredCheckpoint]) -> None:
                 filesystem.delete_dir(attempt)
 
 
-def read_history(stored: StoredCheckpoint) -> list[StepRecord]:
+def read_history(stored: StoredCheckpoint) -> Iterator[StepRecord]:
     """The record a checkpoint carries.
 
     Raises:

@@ -18,7 +18,10 @@ _OPERATIONAL = (
     "recommended_sampling",
     "resources",
     "checkpoint",
+    "validation",
     "tracking",
+    "diagnosis",
+    "profile",
     "progress",
     "deepspeed",
     "max_skipped_in_a_row",
@@ -181,9 +184,56 @@ class TrackingConfig:
     experiment: str = "lumos"
     run_name: str | None = None
     flush_seconds: float = 5.0  # metrics are sent in batches this far apart
+    log_every: int = 1  # steps of one row of metrics in MLflow, by their mean; metrics.jsonl has every step
+    system_metrics: bool = False  # MLflow's own of the driver's machine: processors, memory, disk, network
+    peak_tflops: float | None = None  # of one device in bf16, for MFU; none: of those known by name
 
     def __post_init__(self) -> None:
         require(self.flush_seconds >= 0, f"flush_seconds must not be negative, got {self.flush_seconds}")
+        require(self.log_every >= 1, f"log_every must be at least 1, got {self.log_every}")
+        require(
+            self.peak_tflops is None or self.peak_tflops > 0, f"peak_tflops must be positive, got {self.peak_tflops}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Loss on held-out rows, under masks and captions that are the same in every run."""
+
+    every: int = 500  # steps, and after the last one; 0 switches it off
+    rows: int = 128  # of the split, drawn by the seed; all, if there are fewer
+    split: str = "val"
+    seed: int = 0  # of rows and masks; its own, so that runs with other seeds compare
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"every must not be negative, got {self.every}")
+        require(self.rows >= 1, f"rows must be at least 1, got {self.rows}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """A profile by torch of some steps, in the folder ``profile`` beside the checkpoints."""
+
+    steps: tuple[int, int] | None = None  # first and last; none: no profile
+    memory: bool = False  # record allocations on a GPU; the picture is saved with the profile, or out of memory
+
+    def __post_init__(self) -> None:
+        require(
+            self.steps is None or 1 <= self.steps[0] <= self.steps[1],
+            f"steps must be a first and a last step from 1 on, got {self.steps}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnosisConfig:
+    """What helps to find out why a run is slow or stands still."""
+
+    phases_every: int = 10  # steps of one line of phases.jsonl, by their mean, of every worker; 0: no such lines
+    hang_seconds: float = 1800.0  # a step that takes longer has the stacks of all workers written; 0: never
+
+    def __post_init__(self) -> None:
+        for name in ("phases_every", "hang_seconds"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,9 +262,12 @@ class TrainConfig:
     recommended_sampling: SamplingConfig = field(default_factory=SamplingConfig)  # told to all who generate with it
     resources: ResourceConfig = field(default_factory=ResourceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     max_skipped_in_a_row: int = 3  # steps with a loss or gradients that are not finite; one more ends training
-    progress: bool = True  # a progress bar on standard error
+    diagnosis: DiagnosisConfig = field(default_factory=DiagnosisConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    progress: bool = True  # on standard error: a bar on a terminal, else a line with the time now and then
 
     def __post_init__(self) -> None:
         require(
@@ -223,6 +276,10 @@ class TrainConfig:
         )
         for name in ("steps", "global_batch", "micro_batch", "num_workers"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        require(
+            not self.validation.every or self.validation.split != self.data.split,
+            f"validation.split = {self.validation.split} is trained on: name another, or set validation.every=0",
+        )
         per_pass = self.num_workers * self.micro_batch
         below = self.global_batch // per_pass * per_pass
         nearest = f"{below} and {below + per_pass}" if below else f"{per_pass}"

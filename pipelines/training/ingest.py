@@ -18,7 +18,7 @@ from ray.data.block import BlockMetadata
 
 from lumos.batch import PackedBatch
 from lumos.compression import VideoSize
-from lumos.layout import TAIL, build_sequence, header_tokens, prompt_text, video_layout
+from lumos.layout import TAIL, SequenceLayout, build_sequence, header_tokens, prompt_text, video_layout
 from lumos.masking import sample_masked_positions
 from lumos.tokenizers.text import TextTokenizer
 from pipelines.data.snapshot.read import Shard, Snapshot
@@ -67,19 +67,23 @@ class StepLoader:
         """Tokens of a row of the step, and where they are masked."""
         config, bucket, row_id = self.run.config, step.bucket, step.row_id(row)
         record = self.shards.row(self.run.snapshot.manifest.buckets[bucket.index].shards, row)
-        codes = np.asarray(record["codes"], dtype=np.int64).reshape(bucket.shape)
         stream = numpy_stream(config.seed, "caption", step.index, row_id)
         drop = stream.random() < config.data.caption_drop or not record["captions"]
-        text_ids: list[int] = []
-        if not drop:
-            caption = record["captions"][stream.integers(len(record["captions"]))]["text"]
-            text_ids = self._text_ids(caption, bucket.shape, record["fps"])
-        try:
-            ids, layout = build_sequence(self.run.vocabulary, text_ids, codes, fps=record["fps"], drop_text=drop)
-        except ValueError as error:
-            raise ValueError(f"clip {record['clip_id']} of {self.run.snapshot.uri}: {error}") from error
+        caption = None if drop else record["captions"][stream.integers(len(record["captions"]))]["text"]
+        ids, layout = self.sequence(record, bucket.shape, caption)
         masked = sample_masked_positions(layout, config.mask, torch_stream(config.seed, "mask", step.index, row_id))
         return ids.numpy().astype(np.int32), masked.numpy()
+
+    def sequence(
+        self, record: dict[str, Any], shape: tuple[int, int, int], caption: str | None
+    ) -> tuple[torch.Tensor, SequenceLayout]:
+        """Tokens and layout of a row of a shard, under one caption or none."""
+        codes = np.asarray(record["codes"], dtype=np.int64).reshape(shape)
+        text_ids = [] if caption is None else self._text_ids(caption, shape, record["fps"])
+        try:
+            return build_sequence(self.run.vocabulary, text_ids, codes, fps=record["fps"], drop_text=caption is None)
+        except ValueError as error:
+            raise ValueError(f"clip {record['clip_id']} of {self.run.snapshot.uri}: {error}") from error
 
     def _text_ids(self, caption: str, shape: tuple[int, int, int], fps: float) -> list[int]:
         """The encoded prompt, cut to what the model can read beside the frames, which stay whole."""

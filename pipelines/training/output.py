@@ -1,8 +1,9 @@
 """The output folder of a run: what is in it, and whether a run may continue there."""
 
 import json
+import threading
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -29,7 +30,8 @@ class RunFile:
     provenance: dict[str, Any]
     run_id: str | None = None  # of MLflow
     sent: int = 0  # steps that MLflow has
-    finished: bool = False
+    finished: bool = False  # and MLflow has the whole of it
+    starts: list[dict[str, Any]] = field(default_factory=list)  # of workers: step, time, device, workers
 
 
 class Output:
@@ -50,9 +52,11 @@ class Output:
         self.metrics_file = self.folder / "metrics.jsonl"
         self.export = self.folder / "export"
         self.storage = _storage(config, snapshot_digest) or str(self.folder / "checkpoints")
+        self.profile = f"{self.storage}/profile" if config.checkpoint.storage else str(self.folder / "profile")
         self.store = TrackingStore.choose(config.tracking.uri, self.folder)
         self._file = self.folder / "run.json"
         self.run = self._open(config, snapshot_digest)
+        self._lock = threading.Lock()
 
     def held(self) -> AbstractContextManager[None]:
         """Keep other drivers from this folder within a block, which raises a UserError where another one trains here.
@@ -69,8 +73,13 @@ class Output:
 
     def update(self, **changes: Any) -> None:
         """Change the run file."""
-        self.run = replace(self.run, **changes)
-        storage.write_json_atomic(str(self._file), asdict(self.run))
+        with self._lock:
+            self.run = replace(self.run, **changes)
+            storage.write_json_atomic(str(self._file), asdict(self.run))
+
+    def started(self, **start: Any) -> None:
+        """Write down that the workers began, or began again after a failure."""
+        self.update(starts=[*self.run.starts, start])
 
     def _open(self, config: TrainConfig, snapshot_digest: str) -> RunFile:
         if not self._file.exists():

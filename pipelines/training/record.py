@@ -11,12 +11,12 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.util.queue import Queue
@@ -75,7 +75,11 @@ class StepRecord:
     def to_line(self) -> str:
         """The record as a line of JSON."""
         values = vars(self)
-        known = {name: values[name] for name, default in _defaults(type(self)).items() if values[name] != default}
+        known = {
+            name: values[name]
+            for name, default in _defaults(cast(Hashable, type(self))).items()
+            if values[name] != default
+        }
         return json.dumps(known | dict(self.unknown))
 
     @classmethod
@@ -92,7 +96,7 @@ class StepRecord:
 
     @classmethod
     def _of(cls, raw: dict[str, Any]) -> "StepRecord":
-        names = _defaults(cls)
+        names = _defaults(cast(Hashable, cls))
         known = {name: value for name, value in raw.items() if name in names}
         for name in ("frame_losses", "val_frame_losses"):
             if name in known:
@@ -102,7 +106,7 @@ class StepRecord:
 
 
 @cache
-def _defaults(cls: type[StepRecord]) -> dict[str, Any]:
+def _defaults(cls: Any) -> dict[str, Any]:
     """The fields that are written down, with the value at which each is left out."""
     return {
         each.name: each.default_factory() if each.default_factory is not MISSING else each.default

@@ -5,7 +5,6 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ from tqdm import tqdm
 
 from pipelines import storage
 from pipelines.cluster import connect, lacking
-from pipelines.config import config_to_dict
 from pipelines.errors import JobError, UserError
-from pipelines.tracking import Tracker, TrackingStore
+from pipelines.tracking import TrackingStore
+from pipelines.training import validate
 from pipelines.training.batch_plan import BatchPlan
 from pipelines.training.checkpoints import (
     StoredCheckpoint,
@@ -31,10 +30,15 @@ from pipelines.training.checkpoints import (
     read_history,
 )
 from pipelines.training.config import TrainConfig
+from pipelines.training.diagnosis import keep_phases, keep_stacks
 from pipelines.training.output import Output
 from pipelines.training.prepare import PreparedRun, prepare
+from pipelines.training.progress import Progress
 from pipelines.training.record import History, Recorder, StepRecord, open_queue
+from pipelines.training.sender import Sender
 from pipelines.training.worker import Job, train_worker
+
+_OPENING_SECONDS = 60.0  # that the start waits for MLflow, beside joining Ray; then training begins without
 
 
 @dataclass(frozen=True)
@@ -42,24 +46,28 @@ class TrainResult:
     """A finished run."""
 
     export_dir: Path
-    run_id: str  # of MLflow
+    run_id: str | None  # of MLflow; None while that was never reached
     store: TrackingStore  # of MLflow
-    records: tuple[StepRecord, ...]  # one per step, from the first
+    history: History
+
+    @property
+    def records(self) -> tuple[StepRecord, ...]:
+        """One per step, from the first; read from the file, and not small for a long run."""
+        return tuple(self.history.read())
 
     @property
     def steps(self) -> int:
         """Updates made."""
-        return len(self.records)
+        return self.history.last_step
 
     @property
     def metrics(self) -> dict[str, float]:
         """First and last loss, and the median throughput of the second half of the steps."""
-        rates = sorted(record.tokens_per_s for record in self.records[len(self.records) // 2 :])
-        return {
-            "loss_first": self.records[0].loss,
-            "loss_last": self.records[-1].loss,
-            "tokens_per_s": rates[len(rates) // 2],
-        }
+        first = next(self.history.read())
+        last, rates = first, []
+        for last in self.history.read(after=self.steps // 2):
+            rates.append(last.tokens_per_s)
+        return {"loss_first": first.loss, "loss_last": last.loss, "tokens_per_s": sorted(rates)[len(rates) // 2]}
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -86,26 +94,30 @@ def _continue(prepared: PreparedRun, output: Output) -> TrainResult:
     output.begin(config)
     history = History(output.metrics_file)
     if latest is not None:
-        history.add(read_history(latest))
+        history.take_over(read_history(latest))
+    sender = Sender(prepared=prepared, output=output, history=history, kept=lambda: _kept_checkpoints(output))
     if latest is not None and latest.state.exported and latest.state.step >= config.steps:
-        return _finish(output, history, latest, _open_tracker(prepared, output))
-    with ThreadPoolExecutor(1) as background:
-        opening = background.submit(_open_tracker, prepared, output)  # takes seconds, and so does joining Ray
-        try:
-            with connect():
-                _check_cluster(config)
-                tracker = opening.result()
-                prune(output.storage, checkpoints[: config.checkpoint.keep])
-                _fit(prepared, output, history, latest=latest, tracker=tracker)
-        except BaseException as error:
-            if opening.exception() is None:
-                opening.result().abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-            if isinstance(error, KeyboardInterrupt):
-                tqdm.write(f"stopped: {_kept(output, history)}", file=sys.stderr)
-            raise
+        return _finish(output, history, latest, sender)
+    try:
+        with sender, connect():  # opening MLflow takes seconds, and so does joining Ray
+            _check_cluster(config)
+            sender.check(_OPENING_SECONDS)
+            prune(output.storage, checkpoints[: config.checkpoint.keep])
+            _fit(prepared, output, history, latest=latest, sender=sender)
+    except BaseException as error:
+        sender.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        if isinstance(error, KeyboardInterrupt):
+            tqdm.write(f"stopped: {_kept(output, history)}", file=sys.stderr)
+        raise
     checkpoints = find_checkpoints(output.storage)
     prune(output.storage, checkpoints[: config.checkpoint.keep])
-    return _finish(output, history, checkpoints[0], tracker)
+    return _finish(output, history, checkpoints[0], sender)
+
+
+def _kept_checkpoints(output: Output) -> dict[int, str]:
+    found = find_checkpoints(output.storage)
+    scheme = "" if "://" not in output.storage else output.storage.partition("://")[0] + "://"
+    return {stored.state.step: f"{scheme}{stored.checkpoint.path}" for stored in found}
 
 
 def _check_continuation(config: TrainConfig, latest: StoredCheckpoint | None) -> None:
@@ -136,75 +148,54 @@ def _worker_resources(config: TrainConfig) -> dict[str, float]:
     return {"CPU": config.resources.cpus_per_worker, **gpus}
 
 
-def _open_tracker(prepared: PreparedRun, output: Output) -> Tracker:
-    config, snapshot = prepared.config, prepared.snapshot
-    tracker = Tracker(
-        output.store,
-        experiment=config.tracking.experiment,
-        key=output.run.key,
-        run_name=config.tracking.run_name or output.folder.name,
-    )
-    if not tracker.resumed:
-        tracker.log_params(config_to_dict(config))
-        tracker.set_tags(
-            {
-                "git_commit": output.run.provenance["git_commit"],
-                "dataset_digest": snapshot.digest,
-                "num_parameters": str(prepared.model.num_parameters),
-            }
-        )
-        tracker.log_dataset(
-            name=snapshot.manifest.snapshot_id, digest=snapshot.digest, source=snapshot.uri, context=config.data.split
-        )
-        tracker.log_artifact(output.config_file)
-        output.update(sent=0, finished=False)  # should another store have had them
-    output.update(run_id=tracker.run_id)
-    return tracker
-
-
 def _fit(
-    prepared: PreparedRun, output: Output, history: History, *, latest: StoredCheckpoint | None, tracker: Tracker
+    prepared: PreparedRun, output: Output, history: History, *, latest: StoredCheckpoint | None, sender: Sender
 ) -> None:
     """Run the workers to the last checkpoint, following them."""
     config, records = prepared.config, open_queue()
     output.update(finished=False)  # of a run that is made longer
-    if latest is not None and config.progress:
+    progress = Progress(config.steps, done=history.last_step, enabled=config.progress)
+    if latest is not None:
         step, last = latest.state.step, history.last_step
         again = f"; steps up to {last}, which are recorded, are computed once more" if last > step else ""
-        tqdm.write(f"continuing from the checkpoint of step {step}{again}", file=sys.stderr)
+        progress.say(f"continuing from the checkpoint of step {step}{again}")
+    if lacks := validate.describe(prepared):
+        progress.say(lacks)
     job = Job(
         run=prepared,
         records=records,
         resume_from=latest.checkpoint if latest else None,
         # Unless named, as if all workers shared this machine.
         threads=config.resources.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // config.num_workers),
+        diagnosis_uri=output.profile,
     )
-    bar = tqdm(
-        total=config.steps, initial=history.last_step, desc="train", unit="step", disable=not config.progress,
-        file=sys.stderr, smoothing=0.05, dynamic_ncols=True,
-    )  # fmt: skip
 
     def show(record: StepRecord) -> None:
         if record.skipped:
-            tqdm.write(_skipped(record, prepared), file=sys.stderr)
-        bar.set_postfix_str(f"loss {record.loss:.3f}, {record.tokens_per_s:,.0f} tokens/s", refresh=False)
-        bar.update(1)
+            progress.say(_skipped(record, prepared))
+        progress.show(record)
 
     recorder = Recorder(
         queue=records,
         history=history,
-        tracker=tracker,
-        flush_seconds=config.tracking.flush_seconds,
         on_record=show,
-        on_sent=lambda sent: output.update(sent=sent),
-        sent=output.run.sent,
+        on_event=lambda said: _hear(said, output, sender, progress),
+        on_failure=lambda: os.kill(os.getpid(), signal.SIGINT),  # what ends Ray Train's fit()
     )
-    with bar:
-        try:
-            with recorder, _interruptible():
-                result: Any = _trainer(job, output).fit()  # its static type in Ray is that of Train V1
-        except ray.train.TrainingFailedError as error:
+    result: Any = None  # its static type in Ray is that of Train V1
+    try:
+        with progress, recorder, _interruptible():
+            result = _trainer(job, output).fit()
+    except (KeyboardInterrupt, ray.train.TrainingFailedError) as error:
+        if recorder.failure is None:
+            if isinstance(error, KeyboardInterrupt):
+                raise
             raise JobError(f"training failed: {_reason(error)}. {_kept(output, history)}") from error
+    if recorder.failure is not None:
+        raise JobError(
+            f"the record of the steps could not be kept ({type(recorder.failure).__name__}: {recorder.failure}), so "
+            f"training was stopped at once. {_kept(output, history)}"
+        ) from recorder.failure
     if result.return_value:
         raise JobError(
             f"training stopped after {config.max_skipped_in_a_row + 1} steps in a row whose loss or gradients were not "
@@ -212,7 +203,22 @@ def _fit(
             f"began, with a lower optimizer.lr, a longer warm-up or a lower clip_norm: output=ANOTHER "
             f"fork_from={output.folder}@STEP; or raise max_skipped_in_a_row. {_kept(output, history)}"
         )
-    recorder.finish()
+
+
+def _hear(said: dict[str, Any], output: Output, sender: Sender, progress: Progress) -> None:
+    """What a worker says beside the record."""
+    kind = said.pop("event")
+    if kind == "start":
+        output.started(**said)
+    elif kind == "checkpoint":
+        sender.checkpointed()
+    elif kind == "phases":
+        keep_phases(output.folder, said)
+    elif kind == "hang":
+        file = keep_stacks(output.folder, said)
+        progress.say(
+            f"rank {said['rank']} is in step {said['step']} for {said['seconds']:g} s; its stacks are in {file}"
+        )
 
 
 @contextmanager
@@ -273,17 +279,8 @@ def _kept(output: Output, history: History) -> str:
     return f"{history.last_step} steps are in {output.folder}; the same command continues from the last checkpoint"
 
 
-def _finish(output: Output, history: History, last: StoredCheckpoint, tracker: Tracker) -> TrainResult:
+def _finish(output: Output, history: History, last: StoredCheckpoint, sender: Sender) -> TrainResult:
     """Bring the finished model out of the last checkpoint and close the run."""
     copy_export(last, output.export)
-    if not output.run.finished:
-        tracker.log_metrics([record.metrics() for record in history.records[output.run.sent :]])
-        tracker.log_artifact(output.export)
-        output.update(finished=True, sent=history.last_step)
-    tracker.finish()
-    return TrainResult(
-        export_dir=output.export,
-        run_id=tracker.run_id,
-        store=output.store,
-        records=tuple(history.records),
-    )
+    sender.end("FINISHED", output.export)
+    return TrainResult(export_dir=output.export, run_id=output.run.run_id, store=output.store, history=history)

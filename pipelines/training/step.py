@@ -15,6 +15,7 @@ from torch import Tensor
 from lumos.batch import PackedBatch
 from lumos.masking import loss_mask
 from lumos.vocabulary import Vocabulary
+from pipelines.training.diagnosis import PhaseClock
 from pipelines.training.engine import Engine
 
 
@@ -44,7 +45,10 @@ class StepResult:
 class TrainStep:
     """Runs global steps on an engine."""
 
-    def __init__(self, engine: Engine, vocabulary: Vocabulary, *, device: torch.device) -> None:
+    def __init__(
+        self, engine: Engine, vocabulary: Vocabulary, *, device: torch.device, clock: PhaseClock | None = None
+    ) -> None:
+        self.clock = clock or PhaseClock(device)
         self.engine = engine
         self.vocabulary = vocabulary
         self.device = device
@@ -66,13 +70,16 @@ class TrainStep:
             group["lr"] = lr * group["lr_factor"]
         for index, micro in enumerate(micro_batches, start=1):
             self.engine.set_gradient_accumulation_boundary(index == len(micro_batches))
-            loss, sums, counts = self.engine(micro, num_frames)
+            with self.clock("forward"):
+                loss, sums, counts = self.engine(micro, num_frames)
             totals += torch.stack([sums, counts])
             # A loss so far that is no number makes every gradient one, on all workers alike once they are reduced, even
             # where its own gradients happen to be finite: what is decided on the gradients is decided on both.
             finite = 1.0 + 0.0 * totals[0].sum().float()
-            self.engine.backward(loss * scale * finite, scale_wrt_gas=False)
-        grad_norm, updated = self._update()
+            with self.clock("backward"):
+                self.engine.backward(loss * scale * finite, scale_wrt_gas=False)
+        with self.clock("optimizer"):
+            grad_norm, updated = self._update()
         return self._result(micro_batches, totals, data_wait, grad_norm=grad_norm, updated=updated)
 
     def _update(self) -> tuple[float, bool]:

@@ -6,7 +6,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from pipelines.errors import UserError
-from pipelines.tracking import MetricRow, Tracker, TrackingStore, flatten
+from pipelines.tracking import MetricRow, ModelLink, Tracker, TrackingStore, TrackingUnavailableError, flatten
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -34,7 +34,7 @@ def test_a_run_is_resumed_by_its_key_and_holds_each_step_once(folder, tmp_path):
     file.write_text("a: 1\n")
     again.log_artifact(file)
     again.set_tags({"git_commit": "abc"})
-    again.finish()
+    again.end("FINISHED")
 
     client = MlflowClient(f"sqlite:///{folder / 'mlruns.db'}")
     history = client.get_metric_history(first.run_id, "loss")
@@ -77,7 +77,7 @@ while len(list(folder.glob("*-is-ready"))) < 2:
 tracker = Tracker(TrackingStore.choose(None, folder / name), experiment="both", key=name, run_name=name)
 for step in range(40):
     tracker.log_metrics([MetricRow(step=step, time=1000.0 + step, values={"loss": float(step)})])
-tracker.finish()
+tracker.end("FINISHED")
 """
 
 
@@ -104,6 +104,65 @@ def test_a_store_says_how_it_is_opened(tmp_path):
     assert TrackingStore.choose(None, folder / "a").how_to_open == command
     assert TrackingStore.choose("http://127.0.0.1:5000", folder / "a") == TrackingStore("http://127.0.0.1:5000")
     assert TrackingStore("http://127.0.0.1:5000").how_to_open == "http://127.0.0.1:5000"
+
+
+def test_a_parameter_that_changed_has_a_tag_and_none_is_an_error(tmp_path):
+    first = open_tracker(tmp_path)
+    first.log_params({"steps": 10, "tracking": {"uri": None}})
+    again = open_tracker(tmp_path)
+    again.log_params({"steps": 20, "tracking": {"uri": None}, "added": 1})
+    client = MlflowClient(again.uri)
+    data = client.get_run(again.run_id).data
+    assert (data.params["steps"], data.params["added"]) == ("10", "1")
+    assert {key: value for key, value in data.tags.items() if key.startswith("changed.")} == {"changed.steps": "20"}
+    again.log_params({"steps": 10})
+    assert "changed.steps" not in client.get_run(again.run_id).data.tags
+
+
+def test_a_dataset_and_tags_may_be_written_again(tmp_path):
+    tracker = open_tracker(tmp_path)
+    for _ in range(2):
+        tracker.log_dataset(name="v0001", digest="ab" * 32, source="/data", context="train")
+        tracker.set_tags({"git_commit": "abc", "output": "out"})
+    run = MlflowClient(tracker.uri).get_run(tracker.run_id)
+    assert [item.dataset.name for item in run.inputs.dataset_inputs] == ["v0001"]
+    assert run.data.tags["output"] == "out"
+
+
+def test_logged_models_are_those_of_the_kept_checkpoints_and_the_best_is_told(tmp_path):
+    tracker = open_tracker(tmp_path)
+    client = MlflowClient(tracker.uri)
+
+    def link(step: int, loss: float) -> ModelLink:
+        return ModelLink(step, f"s3://runs/step-{step}", 1000.0 + step, {"loss": loss, "val/loss": loss + 1})
+
+    def models() -> dict[str, object]:
+        home = client.get_run(tracker.run_id).info.experiment_id
+        found = client.search_logged_models([home], filter_string=f"source_run_id = '{tracker.run_id}'")
+        return {model.name: model for model in found}
+
+    tracker.log_models([link(10, 1.0), link(20, 2.0)], best_by="val/loss")
+    tracker.log_models([link(10, 1.0), link(20, 2.0)], best_by="val/loss")
+    found = models()
+    assert sorted(found) == ["step-00000010", "step-00000020"]
+    assert found["step-00000010"].tags["uri"] == "s3://runs/step-10"
+    assert {(m.key, m.value, m.step) for m in found["step-00000010"].metrics} == {
+        ("loss", 1.0, 10),
+        ("val/loss", 2.0, 10),
+    }
+    assert client.get_run(tracker.run_id).data.tags["best_model"] == "step-00000010"
+    tracker.log_models([link(20, 2.0), link(30, 1.5)], best_by="val/loss")
+    found = models()
+    assert {name: model.tags["best"] for name, model in found.items()} == {
+        "step-00000020": "false",
+        "step-00000030": "true",
+    }
+
+
+def test_a_server_that_does_not_answer_is_no_mistake_of_the_user(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TrackingUnavailableError, match=r"tracking.uri = http://127.0.0.1:9: cannot open experiment"):
+        Tracker(TrackingStore("http://127.0.0.1:9"), experiment="test", key="k", run_name=None)
 
 
 def test_flatten_joins_keys():

@@ -10,8 +10,10 @@ from pipelines.tracking import Tracker, TrackingStore
 from pipelines.training import run as run_module
 from pipelines.training.output import Output
 from pipelines.training.prepare import prepare
-from pipelines.training.run import _interruptible, _open_tracker, train
-from tests.pipelines.training.runs import tiny_config
+from pipelines.training.record import History
+from pipelines.training.run import _interruptible, train
+from pipelines.training.sender import Sender
+from tests.pipelines.training.runs import step_record, tiny_config
 from tests.pipelines.training.snapshots import write_snapshot
 
 
@@ -28,19 +30,29 @@ def test_an_interrupt_of_the_workers_is_one_of_the_driver():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_another_store_gets_all_steps(tmp_path):
-    config = tiny_config(write_snapshot(tmp_path / "dataset", {(2, 4, 4): 13}), tmp_path / "out")
+def open_run(config) -> tuple[Output, Sender]:
+    """The output of a run with its sender, as a new process has them."""
     prepared = prepare(config)
     output = Output(config, snapshot_digest=prepared.snapshot.digest)
     output.begin(config)
-    first = _open_tracker(prepared, output)
-    output.update(sent=10, finished=True)
-    assert _open_tracker(prepared, output).run_id == first.run_id
-    assert (output.run.sent, output.run.finished) == (10, True)
+    return output, Sender(prepared=prepared, output=output, history=History(output.metrics_file), kept=dict)
+
+
+def test_another_store_gets_all_steps(tmp_path):
+    config = tiny_config(write_snapshot(tmp_path / "dataset", {(2, 4, 4): 13}), tmp_path / "out")
+    output, sender = open_run(config)
+    History(output.metrics_file).add([step_record(1), step_record(2)])
+    sender.history = History(output.metrics_file)
+    sender.end("FINISHED")
+    first = output.run.run_id
+    assert (output.run.sent, output.run.finished) == (2, True)
     elsewhere = replace(config, tracking=replace(config.tracking, uri=f"sqlite:///{tmp_path / 'other.db'}"))
-    moved = Output(elsewhere, snapshot_digest=prepared.snapshot.digest)
-    assert _open_tracker(replace(prepared, config=elsewhere), moved).run_id != first.run_id
-    assert (moved.run.sent, moved.run.finished) == (0, False)
+    moved, sender = open_run(elsewhere)
+    assert moved.run.run_id == first
+    sender.end("FINISHED")
+    assert moved.run.run_id != first
+    steps = MlflowClient(moved.store.uri).get_metric_history(moved.run.run_id, "loss")
+    assert [metric.step for metric in steps] == [1, 2]
 
 
 def test_two_runs_of_one_folder_stand_in_one_experiment(tmp_path):
@@ -48,10 +60,9 @@ def test_two_runs_of_one_folder_stand_in_one_experiment(tmp_path):
     ids = set()
     for name in ("first", "second"):
         config = tiny_config(dataset, tmp_path / "runs" / name)
-        prepared = prepare(config)
-        output = Output(config, snapshot_digest=prepared.snapshot.digest)
-        output.begin(config)
-        ids.add(_open_tracker(prepared, output).run_id)
+        output, sender = open_run(config)
+        sender.end("FINISHED")
+        ids.add(output.run.run_id)
     client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlruns.db'}")
     runs = client.search_runs([client.get_experiment_by_name("lumos").experiment_id])
     assert {run.info.run_id for run in runs} == ids
@@ -64,16 +75,14 @@ def test_two_runs_of_one_folder_stand_in_one_experiment(tmp_path):
 
 def test_a_run_with_a_store_in_its_output_goes_on_in_it(tmp_path, monkeypatch, capsys):
     config = tiny_config(write_snapshot(tmp_path / "dataset", {(2, 4, 4): 13}), tmp_path / "out")
-    prepared = prepare(config)
-    output = Output(config, snapshot_digest=prepared.snapshot.digest)
-    output.begin(config)
+    output, _ = open_run(config)
     older = TrackingStore(
         f"sqlite:///{tmp_path / 'out' / 'mlflow.db'}", (tmp_path / "out" / "mlflow-artifacts").as_uri()
     )
     begun = Tracker(older, experiment="lumos", key=output.run.key, run_name="out")
-    resumed = Output(config, snapshot_digest=prepared.snapshot.digest)
-    tracker = _open_tracker(prepared, resumed)
-    assert (tracker.resumed, tracker.run_id) == (True, begun.run_id)
+    resumed, sender = open_run(config)
+    sender.end("FINISHED")
+    assert resumed.run.run_id == begun.run_id
     assert not (tmp_path / "mlruns.db").exists()
 
     monkeypatch.setattr(run_module, "_continue", lambda *_: None)
