@@ -27,7 +27,7 @@ from pipelines.data.config import CurateConfig
 from pipelines.data.curate import curate
 from pipelines.data.snapshot.read import open_snapshot
 from pipelines.data.snapshot.schemas import STATUSES
-from pipelines.demo.judge import ATTRIBUTES, Reading, judge_video, score
+from pipelines.evaluation.judge import ATTRIBUTES, Reading, judge_video, score
 from pipelines.errors import UserError
 from pipelines.generation.bulk.run import MANIFEST_FILE, generate
 from pipelines.generation.config import GenerateConfig

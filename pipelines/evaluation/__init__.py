@@ -1,1 +1,1 @@
-"""What was trained, looked at and judged."""
+"""What models make, judged and compared."""

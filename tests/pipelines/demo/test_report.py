@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from pipelines import sample_corpus as corpus
-from pipelines.demo import judge
-from pipelines.demo.judge import Reading
+from pipelines.evaluation import judge
+from pipelines.evaluation.judge import Reading
 from pipelines.demo.run import Sample, write_report
 from tests.pipelines.training.runs import step_record
 

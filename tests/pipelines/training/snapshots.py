@@ -31,11 +31,23 @@ def write_snapshot(
     *,
     rows_per_shard: int = 5,
     tokenizer_hash: str = "sha256:test",
+    held_out: Mapping[tuple[int, int, int], int] | None = None,
 ) -> Path:
-    """A dataset with one snapshot of ``buckets`` (latent shape -> training rows); returns the dataset's folder."""
+    """A dataset with one snapshot of ``buckets`` (latent shape -> training rows); returns the dataset's folder.
+
+    ``held_out`` are likewise rows of the split val.
+    """
     snapshot = folder / "snapshots" / "v0001-00000000"
-    entries = [_write_bucket(snapshot, shape, rows, rows_per_shard) for shape, rows in buckets.items()]
-    total = {"rows": sum(buckets.values()), "tokens": sum(rows * int(np.prod(s)) for s, rows in buckets.items())}
+    splits = {"train": buckets, "val": held_out or {}}
+    entries = [
+        _write_bucket(snapshot, split, shape, rows, rows_per_shard)
+        for split, of_split in splits.items()
+        for shape, rows in of_split.items()
+    ]
+    totals = {
+        split: {"rows": sum(rows.values()), "tokens": sum(n * int(np.prod(shape)) for shape, n in rows.items())}
+        for split, rows in splits.items()
+    }
     ledger = snapshot / "ledger.parquet"
     pq.write_table(pa.table({"key": pa.array([], pa.string())}), ledger)
     manifest = {
@@ -51,39 +63,41 @@ def write_snapshot(
         },
         "captioners": ["test"],
         "buckets": entries,
-        "totals": {"train": total, "val": {"rows": 0, "tokens": 0}},
+        "totals": totals,
         "ledger": {"path": ledger.name, "rows": 0, "sha256": _sha256(ledger), "counts": {}},
     }
     (snapshot / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
 
-def _write_bucket(snapshot: Path, shape: tuple[int, int, int], rows: int, rows_per_shard: int) -> dict[str, object]:
+def _write_bucket(
+    snapshot: Path, split: str, shape: tuple[int, int, int], rows: int, rows_per_shard: int
+) -> dict[str, object]:
     t, h, w = shape
     shards = []
     for number, first in enumerate(range(0, rows, rows_per_shard)):
-        records = [_record(shape, row) for row in range(first, min(first + rows_per_shard, rows))]
-        path = snapshot / f"data/train/{t}x{h}x{w}/shard-{number:05d}.parquet"
+        records = [_record(split, shape, row) for row in range(first, min(first + rows_per_shard, rows))]
+        path = snapshot / f"data/{split}/{t}x{h}x{w}/shard-{number:05d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist(records, schema=_SCHEMA), path, compression="zstd")
         size = path.stat().st_size
         relative = str(path.relative_to(snapshot))
         shards.append({"path": relative, "rows": len(records), "bytes": size, "sha256": _sha256(path)})
     size = sum(int(str(shard["bytes"])) for shard in shards)
-    return {"split": "train", "t": t, "h": h, "w": w, "rows": rows, "bytes": size, "shards": shards}
+    return {"split": split, "t": t, "h": h, "w": w, "rows": rows, "bytes": size, "shards": shards}
 
 
-def _record(shape: tuple[int, int, int], row: int) -> dict[str, object]:
+def _record(split: str, shape: tuple[int, int, int], row: int) -> dict[str, object]:
     """Codes follow the caption's number, so that there is something to learn."""
     t, h, w = shape
     kind = row % 4
     codes = (np.arange(t * h * w) * (kind + 1) + kind) % CODEBOOK
-    name = f"{t}x{h}x{w}-{row:05d}"
+    name = f"{t}x{h}x{w}-{row:05d}" if split == "train" else f"{split}-{t}x{h}x{w}-{row:05d}"
     captions = [f"pattern {kind}", f"the pattern called {kind}"]
     return {
         "clip_id": name,
         "source_id": f"source-{name}",
-        "split": "train",
+        "split": split,
         "captions": [{"text": text, "captioner": "test"} for text in captions],
         "fps": 12.0,
         "t": t,

@@ -27,7 +27,7 @@ from pipelines.cluster import connect
 from pipelines.config import config_to_yaml
 from pipelines.errors import JobError, UserError
 from pipelines.streams import torch_stream
-from pipelines.training.config import OptimizerConfig
+from pipelines.training.config import OptimizerConfig, ValidationConfig
 from pipelines.training.ingest import StepLoader, unpack
 from pipelines.training.prepare import prepare
 from pipelines.training.record import StepRecord
@@ -50,12 +50,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dataset(folder):
-    return write_snapshot(folder / "dataset", {(2, 4, 4): 21, (3, 4, 6): 8})
+    return write_snapshot(folder / "dataset", {(2, 4, 4): 21, (3, 4, 6): 8}, held_out={(2, 4, 4): 3, (3, 4, 6): 3})
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(two_cpus, dataset, folder) -> TrainResult:
-    return train(tiny_config(dataset, folder / "uninterrupted"))
+    return train(tiny_config(dataset, folder / "uninterrupted", validation=ValidationConfig(every=25)))
 
 
 def losses(records) -> list[float]:
@@ -123,6 +123,27 @@ def test_loss_of_the_first_step_is_that_of_the_whole_batch_at_once(uninterrupted
     assert first.grad_norm == pytest.approx(float(norm), rel=1e-5)
 
 
+def test_held_out_rows_are_validated_every_so_many_steps_and_at_the_end(uninterrupted):
+    validated = {record.step: record for record in uninterrupted.records if record.val_loss is not None}
+    assert list(validated) == [25, 50, 60]
+    assert len(validated[60].val_frame_losses) == 3
+    assert validated[60].val_loss < validated[25].val_loss
+    assert all(record.val_tokens == validated[25].val_tokens for record in validated.values())
+
+
+def test_every_worker_says_how_long_the_parts_of_its_steps_take(uninterrupted, folder):
+    lines = [json.loads(line) for line in (folder / "uninterrupted" / "phases.jsonl").read_text().splitlines()]
+    assert {(line["rank"], line["step"]) for line in lines} == {
+        (rank, step) for rank in (0, 1) for step in range(10, 61, 10)
+    }
+    for line in lines:
+        assert {"data", "forward", "backward", "optimizer"} <= line["seconds"].keys()
+    records = uninterrupted.records
+    assert all({"forward", "backward", "optimizer"} <= record.phases.keys() for record in records)
+    assert [record.step for record in records if record.checkpoint_seconds] == [11, 21, 31, 41, 51]
+    assert {record.workers for record in records} == {2}
+
+
 def test_export_is_what_generation_reads(uninterrupted):
     loaded = load_checkpoint(uninterrupted.export_dir)
     assert loaded.model.lm_head.weight.dtype == torch.float32
@@ -137,9 +158,20 @@ def test_mlflow_has_the_run(uninterrupted):
     check_tracked_once(uninterrupted)
     client = MlflowClient(uninterrupted.store.uri)
     run = client.get_run(uninterrupted.run_id)
+    wanted = {"val/loss", "perplexity", "seconds_forward", "tokens_seen", "checkpoint_seconds"}
+    assert wanted <= run.data.metrics.keys()
     wanted = {"loss", "loss_frame_0", "loss_frame_1", "lr", "tokens_per_s", "step_seconds", "grad_norm", "data_wait"}
     assert wanted <= run.data.metrics.keys()
     assert run.data.params["model.num_layers"] == "2"
+    assert (run.data.params["device"], run.data.params["world_size"]) == ("cpu", "2")
+    models = {
+        model.name: model
+        for model in client.search_logged_models([run.info.experiment_id])
+        if model.source_run_id == run.info.run_id
+    }
+    assert sorted(models) == ["step-00000050", "step-00000060"]
+    assert models["step-00000060"].tags["best"] == "true"
+    assert Path(models["step-00000060"].tags["uri"]).is_dir()
     assert {"git_commit", "dataset_digest"} <= run.data.tags.keys()
     assert run.data.tags["dataset_digest"].startswith(run.inputs.dataset_inputs[0].dataset.digest)
     assert {item.path for item in client.list_artifacts(uninterrupted.run_id)} == {"config.yaml", "export"}

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from pipelines import sample_corpus as corpus
-from pipelines.demo import judge
-from pipelines.demo.judge import Reading
+from pipelines.evaluation import judge
+from pipelines.evaluation.judge import Reading
 
 
 def prompted(spec: corpus.ClipSpec) -> Reading:
@@ -109,3 +109,9 @@ def test_score_counts_each_attribute_and_all():
     assert result.accuracy == {"color": 1.0, "background": 1.0, "shape": 0.5, "direction": 1.0, "all": 0.5}
     with pytest.raises(ValueError, match="1 readings for 2 prompts"):
         judge.score([asked], [asked, asked])
+
+
+def test_a_caption_of_the_corpus_says_what_it_asks_for():
+    for spec in corpus.sample_specs(3, 40):
+        assert judge.asked_for(spec.caption) == prompted(spec)
+    assert judge.asked_for("A red square in front of the sea.") is None

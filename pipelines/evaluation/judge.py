@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import uniform_filter
 
-from pipelines.sample_corpus import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SIDE, SIZES, shape_mask
+from pipelines.sample_corpus import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, SIDE, SIZES, WORDINGS, shape_mask
 from pipelines.statistics import wilson_interval
 
 ATTRIBUTES = ("color", "background", "shape", "direction")
@@ -91,6 +91,24 @@ def score(readings: Sequence[Reading], prompted: Sequence[Reading]) -> Score:
         chance[name] = _expected_by_shuffling(seen, asked)
         interval[name] = wilson_interval(right, count)
     return Score(samples=count, accuracy=accuracy, chance=chance, interval95=interval)
+
+
+@functools.cache
+def _captions() -> dict[str, Reading]:
+    """Every caption of the corpus, and what it asks for."""
+    return {
+        wording.format(shape=shape, size=size, color=color, background=background, direction=direction): Reading(
+            color=color, background=background, shape=shape, direction=direction
+        )
+        for wording, shape, size, color, background, direction in itertools.product(
+            WORDINGS, SHAPES, SIZES, COLORS, BACKGROUNDS, DIRECTIONS
+        )
+    }
+
+
+def asked_for(prompt: str) -> Reading | None:
+    """What a prompt asks for, if it is a caption of the corpus."""
+    return _captions().get(prompt)
 
 
 def _expected_by_shuffling(seen: Sequence[object], asked: Sequence[object]) -> float:
