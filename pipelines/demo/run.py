@@ -27,8 +27,8 @@ from pipelines.data.config import CurateConfig
 from pipelines.data.curate import curate
 from pipelines.data.snapshot.read import open_snapshot
 from pipelines.data.snapshot.schemas import STATUSES
-from pipelines.evaluation.judge import ATTRIBUTES, Reading, judge_video, score
 from pipelines.errors import UserError
+from pipelines.evaluation.judge import ATTRIBUTES, Reading, judge_video, score
 from pipelines.generation.bulk.run import MANIFEST_FILE, generate
 from pipelines.generation.config import GenerateConfig
 from pipelines.memory import sampled_memory, tree_memory

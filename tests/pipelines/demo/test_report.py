@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from pipelines import sample_corpus as corpus
+from pipelines.demo.run import Sample, write_report
 from pipelines.evaluation import judge
 from pipelines.evaluation.judge import Reading
-from pipelines.demo.run import Sample, write_report
 from tests.pipelines.training.runs import step_record
 
 
