@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def save_checkpoint(
     model: Decoder,
     vocabulary: Vocabulary,
     *,
-    state: dict[str, Tensor] | None = None,
+    state: Mapping[str, Tensor] | None = None,
     info: ModelInfo | None = None,
     text_tokenizer: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
@@ -105,7 +105,8 @@ def save_checkpoint(
         path: the folder; replaced where it holds a checkpoint already.
         model: weights are written in their own dtype.
         vocabulary: stored with the model.
-        state: weights gathered elsewhere (ZeRO-3), in place of the model's own, named as its parameters.
+        state: weights from elsewhere, in place of the model's own, named as its parameters or by the authors' keys; a
+            mapping that reads each when it is asked for is never in memory as a whole.
         info: how it was trained and is best sampled.
         text_tokenizer: text of the JSON file of the tokenizer that prompts need; kept beside the weights.
         max_shard_bytes: weights beyond this are split into several files with an index.
@@ -133,7 +134,8 @@ def save_checkpoint(
     try:
         building.chmod(0o755)
         weights = dict(model.named_parameters()) if state is None else state
-        _write_weights(building, join_weights(weights, model.lm_head), max_shard_bytes)
+        whole = weights if "lm_head.weight" in weights else join_weights(weights, model.lm_head)
+        _write_weights(building, whole, max_shard_bytes)
         (building / CONFIG_FILE).write_text(json.dumps(raw, indent=2) + "\n")
         if text_tokenizer is not None:
             (building / TEXT_TOKENIZER_FILE).write_text(text_tokenizer, encoding="utf-8")
@@ -148,25 +150,34 @@ def save_checkpoint(
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _write_weights(folder: Path, state: dict[str, Tensor], max_shard_bytes: int) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for key, tensor in sorted(state.items()):
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append({})
+def _write_weights(folder: Path, state: Mapping[str, Tensor], max_shard_bytes: int) -> None:
+    """Write weights in files of limited size, holding those of one file at a time."""
+    files: list[list[str]] = []  # keys in each
+    shard: dict[str, Tensor] = {}
+    size = total = 0
+
+    def close() -> None:
+        save_file(shard, folder / str(len(files)), {"format": "pt"})
+        files.append(list(shard))
+        shard.clear()
+
+    for key in sorted(state):
+        tensor = state[key].detach().cpu().contiguous()
+        if shard and size + tensor.nbytes > max_shard_bytes:
+            close()
             size = 0
-        shards[-1][key] = tensor.detach().cpu().contiguous()
+        shard[key] = tensor
         size += tensor.nbytes
-    metadata = {"format": "pt"}
-    if len(shards) == 1:
-        save_file(shards[0], folder / WEIGHTS_FILE, metadata)
+        total += tensor.nbytes
+    close()
+    if len(files) == 1:
+        (folder / "0").rename(folder / WEIGHTS_FILE)
         return
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / name, metadata)
-        weight_map |= dict.fromkeys(shard, name)
-    total = sum(tensor.nbytes for tensor in state.values())
+    for number, keys in enumerate(files):
+        name = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        (folder / str(number)).rename(folder / name)
+        weight_map |= dict.fromkeys(keys, name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 

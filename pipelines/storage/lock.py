@@ -82,8 +82,10 @@ def local_lock(folder: Path, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def dataset_lock(dataset: str) -> Iterator[None]:
+def dataset_lock(dataset: str, *, name: str = "") -> Iterator[None]:
     """Hold a dataset for the time of the block; ``check_lock`` tells a run within it that it lost the dataset.
+
+    It may be any other folder that one run at a time works in; messages call it by the name.
 
     Stores other than S3 are not locked.
 
@@ -92,11 +94,11 @@ def dataset_lock(dataset: str) -> Iterator[None]:
         JobError: if another run took it over; at the latest at the end of the block.
     """
     if storage.is_local(dataset):
-        with local_lock(Path(storage.filesystem(dataset)[1]), f"dataset {dataset}"):
+        with local_lock(Path(storage.filesystem(dataset)[1]), name or f"dataset {dataset}"):
             yield
     elif s3.is_s3(dataset):
         s3.check_store(dataset)
-        lock = _S3Lock(dataset)
+        lock = _S3Lock(dataset, name or f"dataset {dataset}")
         lock.acquire()
         _held[dataset] = lock
         try:
@@ -148,8 +150,8 @@ def unlock(dataset: str, *, force: bool = False) -> str:
 class _S3Lock:
     """An object that says who holds a dataset, and its upkeep."""
 
-    def __init__(self, dataset: str) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: str, name: str) -> None:
+        self.dataset, self.name = dataset, name
         self.uri = storage.join(dataset, LOCK_FILE)
         self.owner = Owner()
         self.tag = ""  # of the version that we wrote last
@@ -170,17 +172,17 @@ class _S3Lock:
                 owner, tag, age = _read(self.uri) or (None, None, EXPIRY_SECONDS)
                 if age < EXPIRY_SECONDS:
                     raise UserError(
-                        f"dataset {self.dataset} is in use by another run ({owner}), which gave a sign of life "
-                        f"{age:.0f} s ago: wait for it, stop it, or name another dataset. If it was killed, the "
-                        f"dataset is free {EXPIRY_SECONDS - age:.0f} s from now, or at once by `lumos data unlock "
+                        f"{self.name} is in use by another run ({owner}), which gave a sign of life "
+                        f"{age:.0f} s ago: wait for it, stop it, or name another. If it was killed, it "
+                        f"is free {EXPIRY_SECONDS - age:.0f} s from now, or at once by `lumos data unlock "
                         f"{self.dataset} --force`"
                     )
         except OSError as error:
             raise UserError(
-                f"dataset {self.dataset} cannot be locked ({error.strerror}): the credentials must allow to write "
+                f"{self.name} cannot be locked ({error.strerror}): the credentials must allow to write "
                 "there, and the store must know conditional writes (If-None-Match, If-Match)"
             ) from error
-        raise UserError(f"dataset {self.dataset} is in use by other runs, just starting: wait for them, or stop them")
+        raise UserError(f"{self.name} is in use by other runs, just starting: wait for them, or stop them")
 
     def _write(self, tag: str | None) -> bool:
         """Write the object in place of a version of it, or of none; whether it is ours then."""
@@ -213,7 +215,7 @@ class _S3Lock:
             self._renew()
         if self.lost:
             raise JobError(
-                f"another run took dataset {self.dataset} over, or it was unlocked, as this one gave no sign of life "
+                f"another run took {self.name} over, or it was unlocked, as this one gave no sign of life "
                 f"for {EXPIRY_SECONDS:g} s; what was committed is kept: give the same command again when that run has "
                 "ended"
             )

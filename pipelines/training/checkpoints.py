@@ -1,41 +1,49 @@
-"""What a checkpoint of a run holds, how it is written by all workers, and which one a rerun continues from.
+"""What a checkpoint of a run holds, which one a rerun continues from, and the record that goes with them.
 
-A checkpoint folder, merged by Ray Train from what every worker reports:
+A checkpoint folder, written by all workers (saving.py):
 
-    engine/             DeepSpeed's files: weights, optimizer
+    engine/             DeepSpeed's files: weights, optimizer, moving average of the weights
     state.json          step, number of workers, identity of the run
-    history.jsonl       the record of every step so far
-    export/             the finished model, in the last checkpoint of a run only
-    worker-00000.json   one per worker: names and sizes of the files that worker wrote
+    model.json          shape of the model, vocabulary and what else an export says; text_tokenizer.json beside it
+    worker-00000.json   one per worker: names, sizes and SHA-256 of the files that worker wrote
+
+Beside the checkpoints lies ``record/``: the record of the steps in parts, one per checkpoint, from the one before it. A
+part is written before its checkpoint and never deleted, so a checkpoint does not grow with the steps. Older programs
+kept the whole record in every checkpoint, as history.jsonl, and no SHA-256; both are still read.
 
 There is no random state to keep: every draw comes from a stream named by its step (``streams``). A kill in the middle
 of an upload leaves a folder whose files do not match those lists, and such a folder is not used.
 """
 
+import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pyarrow.fs
-import ray.train
-from ray.train import Checkpoint, CheckpointUploadMode
+from ray.train import Checkpoint
 
+from lumos.checkpoint import ModelInfo
+from lumos.config import ModelConfig
+from lumos.vocabulary import Vocabulary
 from pipelines import storage
 from pipelines.errors import UserError
-from pipelines.training.engine import Engine
 from pipelines.training.record import StepRecord, read_records
 
-ENGINE_DIR = "engine"
-EXPORT_DIR = "export"
 STATE_FILE = "state.json"
-HISTORY_FILE = "history.jsonl"
+MODEL_FILE = "model.json"
+TEXT_TOKENIZER_FILE = "text_tokenizer.json"
+RECORD_DIR = "record"
+_HISTORY_FILE = "history.jsonl"  # of older programs
 _ATTEMPT, _STEP = re.compile(r"attempt-\d{5,}"), re.compile(r"step-\d{8,}-[0-9a-f]{8}")
+_PART = re.compile(r"(\d{8,})-(\d{8,})\.jsonl")
+_READERS = 8  # files whose hashes are computed at a time
+_BLOCK = 1 << 20  # bytes
+_MOVE_AWAY = "Move that checkpoint away, to continue from the one before it"
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class LoopState:
     num_workers: int
     identity_hash: str
     skipped_in_a_row: int = 0  # steps without an update just before
-    exported: bool = False  # the folder holds the finished model
+    exported: bool = False  # of older programs: the folder holds the finished model as well
 
 
 @dataclass(frozen=True)
@@ -56,35 +64,42 @@ class StoredCheckpoint:
     checkpoint: Checkpoint
     state: LoopState
 
+    @property
+    def filesystem(self) -> Any:
+        """Arrow's, that it is in."""
+        return self.checkpoint.filesystem
 
-def save(engine: Engine, state: LoopState, history: Sequence[str], folder: Path, *, rank: int) -> None:
-    """Write a checkpoint and report it to Ray Train. Every worker must call it; returns when it is in storage.
-
-    ``folder`` is this worker's own, and temporary; what is in it already goes along. ``history`` has the lines of the
-    record up to ``state.step``; rank 0's are used.
-    """
-    engine.save_checkpoint(str(folder), tag=ENGINE_DIR)
-    if rank == 0:
-        (folder / STATE_FILE).write_text(json.dumps(asdict(state)))
-        (folder / HISTORY_FILE).write_text("".join(line + "\n" for line in history))
-    files = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-    (folder / _list_name(rank)).write_text(json.dumps(files))
-    ray.train.report(
-        {"step": state.step},
-        checkpoint=Checkpoint.from_directory(folder),
-        checkpoint_dir_name=f"step-{state.step:08d}-{uuid4().hex[:8]}",
-        checkpoint_upload_mode=CheckpointUploadMode.SYNC,
-        delete_local_checkpoint_after_upload=True,
-    )
+    @property
+    def name(self) -> str:
+        """Of its folder; no two are alike."""
+        return str(self.checkpoint.path.rstrip("/").rsplit("/", 1)[1])
 
 
-def restore(engine: Engine, folder: Path) -> tuple[LoopState, list[str]]:
-    """Load a checkpoint into an engine; returns where the run stood and its record. Every worker must call it."""
-    loaded, _ = engine.load_checkpoint(str(folder), tag=ENGINE_DIR)
-    if loaded is None:
-        raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
-    state = _read_state((folder / STATE_FILE).read_bytes(), str(folder))
-    return state, (folder / HISTORY_FILE).read_text().splitlines()
+@dataclass(frozen=True, kw_only=True)
+class ModelFile:
+    """``model.json``: what is exported besides weights and the text tokenizer's file."""
+
+    config: ModelConfig
+    vocabulary: Vocabulary
+    info: ModelInfo
+
+    def to_json(self) -> str:
+        """As it stands in the file."""
+        plain = {"config": asdict(self.config), "vocabulary": asdict(self.vocabulary), "info": self.info.to_dict()}
+        return json.dumps(plain)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "ModelFile":
+        """Inverse of :meth:`to_json`."""
+        raw = json.loads(text)
+        config: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in raw["config"].items()
+        }
+        return cls(
+            config=ModelConfig(**config),
+            vocabulary=Vocabulary(**raw["vocabulary"]),
+            info=ModelInfo.from_dict(raw["info"]),
+        )
 
 
 def find_checkpoints(uri: str) -> list[StoredCheckpoint]:
@@ -127,26 +142,86 @@ def prune(uri: str, keep: Sequence[StoredCheckpoint]) -> None:
                 filesystem.delete_dir(attempt)
 
 
-def read_history(stored: StoredCheckpoint) -> Iterator[StepRecord]:
-    """The record a checkpoint carries.
+def open_checkpoint(uri: str) -> StoredCheckpoint | None:
+    """The checkpoint in a folder, or None if there is none, or an incomplete one."""
+    filesystem, path = storage.arrow_filesystem(uri.rstrip("/"))
+    state = _complete_state(filesystem, path)
+    return None if state is None else StoredCheckpoint(Checkpoint(path, filesystem), state)
+
+
+def damaged_files(stored: StoredCheckpoint) -> list[str]:
+    """Files whose SHA-256 is not the one written down, or that cannot be read; of older programs, none are known."""
+    filesystem, path = stored.filesystem, stored.checkpoint.path
+    wanted: dict[str, str] = {}
+    for rank in range(stored.state.num_workers):
+        files = json.loads(_read(filesystem, f"{path}/{list_name(rank)}"))
+        wanted |= {name: entry["sha256"] for name, entry in files.items() if isinstance(entry, dict)}
+
+    def is_damaged(name: str) -> bool:
+        try:
+            with filesystem.open_input_stream(f"{path}/{name}") as stream:
+                digest = hashlib.sha256()
+                while block := stream.read(_BLOCK):
+                    digest.update(block)
+                return digest.hexdigest() != wanted[name]
+        except OSError:
+            return True
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return [name for name, damaged in zip(wanted, pool.map(is_damaged, wanted), strict=True) if damaged]
+
+
+def record_part(first: int, last: int) -> str:
+    """Name of the part of the record with the steps from ``first`` to ``last``, below the storage folder."""
+    return f"{RECORD_DIR}/{first:08d}-{last:08d}.jsonl"
+
+
+def read_history(stored: StoredCheckpoint, uri: str, *, after: int = 0) -> Iterator[StepRecord]:
+    """The record up to a checkpoint's step, from the step after ``after`` on; ``uri`` is the storage folder.
 
     Raises:
-        UserError: if it is damaged.
+        UserError: if a part is damaged or missing.
     """
-    path = f"{stored.checkpoint.path}/{HISTORY_FILE}"
-    lines = _read(stored.checkpoint.filesystem, path).splitlines()
-    return read_records(lines, path, remedy="Move that checkpoint away, to continue from the one before it")
+    path = f"{stored.checkpoint.path}/{_HISTORY_FILE}"
+    filesystem = stored.filesystem
+    if filesystem.get_file_info(path).type == pyarrow.fs.FileType.File:
+        lines = _read(filesystem, path).splitlines()
+        yield from (record for record in read_records(lines, path, remedy=_MOVE_AWAY) if record.step > after)
+        return
+    for part in _parts_before(uri, stored.state.step, after=after):
+        where = storage.join(uri, RECORD_DIR, part)
+        for line in storage.read_bytes(where).splitlines():
+            try:
+                record = StepRecord.from_line(line)
+            except ValueError as error:
+                raise UserError(f"{where}: {error}. {_MOVE_AWAY}") from error
+            if record.step > after:
+                yield record
 
 
-def copy_export(stored: StoredCheckpoint, target: Path) -> None:
-    """Bring the finished model of a checkpoint to ``target``, complete or not at all."""
-    building = target.with_name(f".{target.name}-new")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    source = stored.checkpoint.filesystem
-    pyarrow.fs.copy_files(f"{stored.checkpoint.path}/{EXPORT_DIR}", str(building), source_filesystem=source)
-    shutil.rmtree(target, ignore_errors=True)
-    building.rename(target)
+def _parts_before(uri: str, step: int, *, after: int) -> list[str]:
+    """Names of the parts that make up the record from ``after`` to ``step``, in order."""
+    folder = storage.join(uri, RECORD_DIR)
+    names = storage.list_names(folder) if storage.is_dir(folder) else []
+    first_of: dict[int, int] = {}  # by last step; of several, any will do: what was recorded twice is the same steps
+    for name in names:
+        if match := _PART.fullmatch(name):
+            first, last = int(match[1]), int(match[2])
+            first_of[last] = min(first, first_of.get(last, first))
+    found = []
+    while step > after:
+        if step not in first_of:
+            raise UserError(f"{folder} has no part that ends with step {step}, so the record has a gap. {_MOVE_AWAY}")
+        found.append(f"{first_of[step]:08d}-{step:08d}.jsonl")
+        step = first_of[step] - 1
+    return found[::-1]
+
+
+def write_record(uri: str, first: int, lines: Sequence[str]) -> None:
+    """Write a part of the record, which begins with step ``first``; nothing where there are no lines."""
+    if lines:
+        name = record_part(first, first + len(lines) - 1)
+        storage.write_bytes_atomic(storage.join(uri, name), "".join(line + "\n" for line in lines).encode())
 
 
 def _folders(filesystem: Any, path: str, name: re.Pattern[str]) -> list[str]:
@@ -160,13 +235,14 @@ def _folders(filesystem: Any, path: str, name: re.Pattern[str]) -> list[str]:
 def _complete_state(filesystem: Any, path: str) -> LoopState | None:
     """The state of a checkpoint folder, or None if any worker's files are not all there."""
     try:
-        state = _read_state(_read(filesystem, f"{path}/{STATE_FILE}"), path)
+        state = read_state(_read(filesystem, f"{path}/{STATE_FILE}"), path)
         for rank in range(state.num_workers):
-            files = json.loads(_read(filesystem, f"{path}/{_list_name(rank)}"))
+            files = json.loads(_read(filesystem, f"{path}/{list_name(rank)}"))
             infos = filesystem.get_file_info([f"{path}/{name}" for name in files])
-            if [info.size for info in infos] != list(files.values()):
+            sizes = [entry["size"] if isinstance(entry, dict) else entry for entry in files.values()]
+            if [info.size for info in infos] != sizes:
                 return None
-    except (AttributeError, FileNotFoundError, ValueError, TypeError):
+    except (AttributeError, FileNotFoundError, KeyError, NotADirectoryError, ValueError, TypeError):
         return None
     return state
 
@@ -176,7 +252,8 @@ def _read(filesystem: Any, path: str) -> bytes:
         return bytes(stream.read())
 
 
-def _read_state(data: bytes, where: str) -> LoopState:
+def read_state(data: bytes, where: str) -> LoopState:
+    """What ``state.json`` says; a ``UserError`` if a newer program wrote it."""
     raw = json.loads(data)
     unknown = sorted(raw.keys() - {each.name for each in fields(LoopState)})
     if unknown:  # not to be taken for an incomplete checkpoint, which would be deleted
@@ -187,5 +264,6 @@ def _read_state(data: bytes, where: str) -> LoopState:
     return LoopState(**raw)
 
 
-def _list_name(rank: int) -> str:
+def list_name(rank: int) -> str:
+    """Of the list of a worker's files."""
     return f"worker-{rank:05d}.json"

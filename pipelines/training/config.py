@@ -24,6 +24,7 @@ _OPERATIONAL = (
     "profile",
     "progress",
     "deepspeed",
+    "export_dtype",
     "max_skipped_in_a_row",
 )
 # Such keys within sections.
@@ -31,7 +32,9 @@ _OPERATIONAL_WITHIN = ("model.checkpoint_activations",)
 
 # Keys added later, dotted, with the value under which a run computes what it did before they were there. At that value
 # they are no part of a run's identity, so runs and checkpoints of older programs go on.
-_ADDED: dict[str, Any] = {}
+_ADDED: dict[str, Any] = {
+    "fork_from": None,
+}
 
 
 def without_operational(plain: dict[str, Any]) -> dict[str, Any]:
@@ -147,6 +150,10 @@ class CheckpointConfig:
     max_failures: int = 3  # restarts of the workers within one command
     storage: str | None = None  # folder or s3:// URI that all nodes reach, in which each run makes a folder of its own
     # named lumos-HASH; none: in the output folder
+    scratch: str | None = (
+        None  # local folder of every node where checkpoints are made; none: the system's temporary one
+    )
+    upload: Literal["async", "sync"] = "async"  # to storage beside the training, or while it waits; the last one: sync
 
     def __post_init__(self) -> None:
         for name in ("every", "keep"):
@@ -258,18 +265,24 @@ class TrainConfig:
     micro_batch: int  # rows per worker in one forward pass
     num_workers: int = 1
     seed: int = 0
+    fork_from: str | None = None  # RUN@STEP or a checkpoint's folder: go on from there, with this config
     init_from: str | None = None  # an exported or released checkpoint folder to start from
     recommended_sampling: SamplingConfig = field(default_factory=SamplingConfig)  # told to all who generate with it
     resources: ResourceConfig = field(default_factory=ResourceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    export_dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights in the model's folder
     max_skipped_in_a_row: int = 3  # steps with a loss or gradients that are not finite; one more ends training
     diagnosis: DiagnosisConfig = field(default_factory=DiagnosisConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     progress: bool = True  # on standard error: a bar on a terminal, else a line with the time now and then
 
     def __post_init__(self) -> None:
+        require(
+            self.fork_from is None or self.init_from is None,
+            f"fork_from = {self.fork_from} and init_from = {self.init_from}: weights can come from one of them only",
+        )
         require(
             self.max_skipped_in_a_row >= 0,
             f"max_skipped_in_a_row must not be negative, got {self.max_skipped_in_a_row}",
@@ -323,11 +336,11 @@ class TrainConfig:
         """The part of the config that decides what is computed, as plain values."""
         return self._without_neutral(without_operational(config_to_dict(self)))
 
-    def older_identity_hash(self) -> str:
-        """What :meth:`identity_hash` was while programs took how it is computed for part of what is."""
+    def older_identity(self) -> dict[str, Any]:
+        """What :meth:`identity` was while programs took how it is computed for part of what is."""
         plain = config_to_dict(self)
         kept = {key: value for key, value in plain.items() if key not in _OPERATIONAL or key == "deepspeed"}
-        return config_hash(self._without_neutral(kept))
+        return self._without_neutral(kept)
 
     def _without_neutral(self, kept: dict[str, Any]) -> dict[str, Any]:
         del kept["data"]["dataset"]  # the digest of the snapshot stands for it, wherever it is kept

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipelines.config import PROJECT_DIR
 from pipelines.errors import UserError
@@ -213,18 +213,3 @@ def _make_optimizer(module: nn.Module, options: OptimizerConfig, *, offload: boo
     }
     optimizer: torch.optim.Optimizer = MuonWithAuxAdam([muon, *({"use_muon": False, **group} for group in groups)])
     return optimizer
-
-
-def gather_weights(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """Full weights in float32 on the CPU, whatever the ZeRO stage.
-
-    Every worker must call it; those that do not ``keep`` the weights get none and need no memory for them.
-    """
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    state = {}
-    for name, parameter in module.named_parameters():
-        full = safe_get_full_fp32_param(parameter)  # the optimizer's own copy where there is one
-        if keep:
-            state[name] = (parameter.detach() if full is None else full).float().cpu().clone()
-    return state

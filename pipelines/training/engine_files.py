@@ -183,6 +183,14 @@ def save_engine(engine: Engine, folder: Path) -> None:
     engine.save_checkpoint(str(folder), tag=ENGINE_DIR, client_state=client)
 
 
+def older_order(engine: Engine) -> list[str]:
+    """The optimizer's tensors in the order of the files of ZeRO-0 that an older program wrote, with a head of one."""
+    if engine.zero_optimization_stage():
+        return []
+    names = [fragment.name for _, fragments in master_weights(engine) for fragment in fragments]
+    return [name.replace("lm_head.visual", "lm_head.weight") for name in names if not name.endswith("lm_head.text")]
+
+
 @dataclass(frozen=True)
 class Fragment:
     """A piece of a tensor in one of the flat tensors a worker's optimizer updates."""

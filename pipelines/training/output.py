@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -31,6 +32,8 @@ class RunFile:
     run_id: str | None = None  # of MLflow
     sent: int = 0  # steps that MLflow has
     finished: bool = False  # and MLflow has the whole of it
+    storage: str = ""  # of its checkpoints
+    fork: dict[str, str] | None = None  # from: as asked for; digest: of what it is; run_id: of MLflow, of the parent
     starts: list[dict[str, Any]] = field(default_factory=list)  # of workers: step, time, device, workers
 
 
@@ -41,7 +44,10 @@ class Output:
         UserError: if the folder holds a run of another config or snapshot, or something that is no run.
     """
 
-    def __init__(self, config: TrainConfig, *, snapshot_digest: str) -> None:
+    def __init__(
+        self, config: TrainConfig, *, snapshot_digest: str, fork: Callable[[str], dict[str, str]] | None = None
+    ) -> None:
+        """``fork`` tells of what ``config.fork_from`` names, if the run does not know it yet."""
         if "://" in config.output:
             raise UserError(
                 f"output = {config.output!r} is not a local folder: name one, and set checkpoint.storage to an s3:// "
@@ -51,11 +57,18 @@ class Output:
         self.config_file = self.folder / "config.yaml"
         self.metrics_file = self.folder / "metrics.jsonl"
         self.export = self.folder / "export"
-        self.storage = _storage(config, snapshot_digest) or str(self.folder / "checkpoints")
+        self._file = self.folder / "run.json"
+        self.identity = config.identity()  # what is computed
+        found = self._read()
+        self.fork = found.fork if found else None
+        if config.fork_from is not None:
+            if self.fork is None or self.fork["from"] != config.fork_from:
+                self.fork = fork(config.fork_from) if fork else None
+            self.identity["fork_from"] = (self.fork or {}).get("digest")  # wherever it is kept
+        self.storage = self._storage(config, snapshot_digest) or str(self.folder / "checkpoints")
         self.profile = f"{self.storage}/profile" if config.checkpoint.storage else str(self.folder / "profile")
         self.store = TrackingStore.choose(config.tracking.uri, self.folder)
-        self._file = self.folder / "run.json"
-        self.run = self._open(config, snapshot_digest)
+        self.run = self._open(config, snapshot_digest, found)
         self._lock = threading.Lock()
 
     def held(self) -> AbstractContextManager[None]:
@@ -81,16 +94,14 @@ class Output:
         """Write down that the workers began, or began again after a failure."""
         self.update(starts=[*self.run.starts, start])
 
-    def _open(self, config: TrainConfig, snapshot_digest: str) -> RunFile:
+    @property
+    def identity_hash(self) -> str:
+        """16 hex digits that name what is computed."""
+        return config_hash(self.identity)
+
+    def _read(self) -> RunFile | None:
         if not self._file.exists():
-            # A name with a dot is the lock, or what a kill left of an atomic write.
-            if self.folder.exists() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
-                raise UserError(
-                    f"output = {self.folder} is not empty and holds no training run: name another folder, or empty it"
-                )
-            return RunFile(
-                key=uuid4().hex, identity=config.identity(), snapshot_digest=snapshot_digest, provenance=provenance()
-            )
+            return None
         try:
             raw = json.loads(self._file.read_text())
             unknown = sorted(raw.keys() - {each.name for each in fields(RunFile)})
@@ -99,10 +110,26 @@ class Output:
                     f"{self._file} was written by a newer lumos (it has {', '.join(unknown)}): install the lumos-ray "
                     f"that wrote it ({raw.get('provenance', {}).get('lumos')}), or name another output"
                 )
-            found = RunFile(**raw)
+            return RunFile(**raw)
         except (AttributeError, ValueError, TypeError) as error:
             raise UserError(f"{self._file} cannot be read ({error}): name another output") from error
-        differences = _differences(without_operational(found.identity), config.identity())
+
+    def _open(self, config: TrainConfig, snapshot_digest: str, found: RunFile | None) -> RunFile:
+        if found is None:
+            # A name with a dot is the lock, or what a kill left of an atomic write.
+            if self.folder.exists() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
+                raise UserError(
+                    f"output = {self.folder} is not empty and holds no training run: name another folder, or empty it"
+                )
+            return RunFile(
+                key=uuid4().hex,
+                identity=self.identity,
+                snapshot_digest=snapshot_digest,
+                provenance=provenance(),
+                storage=self.storage,
+                fork=self.fork,
+            )
+        differences = _differences(without_operational(found.identity), self.identity)
         if found.snapshot_digest != snapshot_digest:
             differences.append(_other_snapshot(config.data.dataset, found.snapshot_digest))
         if differences:
@@ -110,7 +137,33 @@ class Output:
                 f"output = {self.folder} holds another run ({'; '.join(differences[:_SHOWN_DIFFERENCES])}): "
                 "name another output, or ask for the same run to continue it"
             )
-        return found
+        return replace(found, storage=self.storage)
+
+    def _storage(self, config: TrainConfig, snapshot_digest: str) -> str | None:
+        """Where checkpoints go, if not to the output folder: below what the config names, a folder for this run alone.
+
+        Its name stands for what is computed, so the same run from another output finds its checkpoints there.
+
+        Raises:
+            UserError: if it is of no kind that is known, or cannot be reached.
+        """
+        root = config.checkpoint.storage
+        if root is None:
+            return None
+        if "://" not in root:
+            root = str(Path(root).expanduser().resolve())
+        try:
+            storage.filesystem(root)
+            s3.check_store(root)
+        except UserError as error:
+            raise UserError(
+                f"checkpoint.storage = {root} cannot be used ({error}): name a folder or an s3:// URI"
+            ) from error
+        here, older = (
+            f"{root.rstrip('/')}/lumos-{config_hash([identity, snapshot_digest])}"
+            for identity in (self.identity, config.older_identity())
+        )
+        return older if config.fork_from is None and storage.is_dir(older) and not storage.is_dir(here) else here
 
 
 def _other_snapshot(dataset: str, digest: str) -> str:
@@ -120,29 +173,6 @@ def _other_snapshot(dataset: str, digest: str) -> str:
         if storage.sha256_file(storage.join(uri, MANIFEST)) == digest:
             return f"snapshot: it is on {name}, which data.dataset={uri} names"
     return f"snapshot: it is on one with the digest {digest[:16]}, which {dataset} does not have"
-
-
-def _storage(config: TrainConfig, snapshot_digest: str) -> str | None:
-    """Where checkpoints go, if not to the output folder: below what the config names, a folder for this run alone.
-
-    Its name stands for what is computed, so the same run from another output finds its checkpoints there.
-
-    Raises:
-        UserError: if it is of no kind that is known, or cannot be reached.
-    """
-    root = config.checkpoint.storage
-    if root is None:
-        return None
-    if "://" not in root:
-        root = str(Path(root).expanduser().resolve())
-    try:
-        storage.filesystem(root)
-        s3.check_store(root)
-    except UserError as error:
-        raise UserError(
-            f"checkpoint.storage = {root} cannot be used ({error}): name a folder or an s3:// URI"
-        ) from error
-    return f"{root.rstrip('/')}/lumos-{config_hash([config.identity(), snapshot_digest])}"
 
 
 def _differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:

@@ -21,20 +21,15 @@ from pipelines.errors import JobError, UserError
 from pipelines.tracking import TrackingStore
 from pipelines.training import validate
 from pipelines.training.batch_plan import BatchPlan
-from pipelines.training.checkpoints import (
-    StoredCheckpoint,
-    copy_export,
-    find_checkpoints,
-    next_attempt,
-    prune,
-    read_history,
-)
+from pipelines.training.checkpoints import StoredCheckpoint, find_checkpoints, next_attempt, prune
 from pipelines.training.config import TrainConfig
 from pipelines.training.diagnosis import keep_phases, keep_stacks
+from pipelines.training.export import copy_export
 from pipelines.training.output import Output
 from pipelines.training.prepare import PreparedRun, prepare
 from pipelines.training.progress import Progress
 from pipelines.training.record import History, Recorder, StepRecord, open_queue
+from pipelines.training.resume import Beginning, describe_fork, find_beginning, held, take_over_record
 from pipelines.training.sender import Sender
 from pipelines.training.worker import Job, train_worker
 
@@ -78,59 +73,44 @@ def train(config: TrainConfig) -> TrainResult:
         JobError: if training fails; what is in the output is kept, and the same call continues from it.
     """
     prepared = prepare(config)
-    output = Output(config, snapshot_digest=prepared.snapshot.digest)
+    output = Output(config, snapshot_digest=prepared.snapshot.digest, fork=describe_fork)
     if output.store.in_output:
         where = f"{output.folder} began with an MLflow store of its own and goes on in it"
         tqdm.write(f"{where}: {output.store.how_to_open}", file=sys.stderr)
-    with output.held():
+    with held(output):
         return _continue(prepared, output)
 
 
 def _continue(prepared: PreparedRun, output: Output) -> TrainResult:
     config = prepared.config
-    checkpoints = find_checkpoints(output.storage)
-    latest = checkpoints[0] if checkpoints else None
-    _check_continuation(config, latest)
+    beginning = find_beginning(prepared, output)
     output.begin(config)
     history = History(output.metrics_file)
-    if latest is not None:
-        history.take_over(read_history(latest))
+    take_over_record(beginning, prepared, output, history)
     sender = Sender(prepared=prepared, output=output, history=history, kept=lambda: _kept_checkpoints(output))
-    if latest is not None and latest.state.exported and latest.state.step >= config.steps:
-        return _finish(output, history, latest, sender)
+    if beginning.kept and beginning.step >= config.steps:
+        return _finish(output, history, beginning.kept[0], sender, config)
     try:
         with sender, connect():  # opening MLflow takes seconds, and so does joining Ray
             _check_cluster(config)
             sender.check(_OPENING_SECONDS)
-            prune(output.storage, checkpoints[: config.checkpoint.keep])
-            _fit(prepared, output, history, latest=latest, sender=sender)
+            if beginning.kept:  # of which the first was found good just now
+                prune(output.storage, beginning.kept[: config.checkpoint.keep])
+            _fit(prepared, output, history, beginning=beginning, sender=sender)
     except BaseException as error:
         sender.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         if isinstance(error, KeyboardInterrupt):
             tqdm.write(f"stopped: {_kept(output, history)}", file=sys.stderr)
         raise
     checkpoints = find_checkpoints(output.storage)
-    prune(output.storage, checkpoints[: config.checkpoint.keep])
-    return _finish(output, history, checkpoints[0], sender)
+    prune(output.storage, checkpoints[: config.checkpoint.keep])  # the last one was read back when it was written
+    return _finish(output, history, checkpoints[0], sender, config)
 
 
 def _kept_checkpoints(output: Output) -> dict[int, str]:
     found = find_checkpoints(output.storage)
     scheme = "" if "://" not in output.storage else output.storage.partition("://")[0] + "://"
     return {stored.state.step: f"{scheme}{stored.checkpoint.path}" for stored in found}
-
-
-def _check_continuation(config: TrainConfig, latest: StoredCheckpoint | None) -> None:
-    if latest is None:
-        return
-    where = latest.checkpoint.path
-    if latest.state.identity_hash not in (config.identity_hash(), config.older_identity_hash()):
-        raise UserError(f"{where} is a checkpoint of another run: name another checkpoint.storage or output")
-    if latest.state.num_workers != config.num_workers:
-        raise UserError(
-            f"{where} was written by {latest.state.num_workers} workers, this run has num_workers = "
-            f"{config.num_workers}: continue with num_workers={latest.state.num_workers}, or begin in another output"
-        )
 
 
 def _check_cluster(config: TrainConfig) -> None:
@@ -148,23 +128,24 @@ def _worker_resources(config: TrainConfig) -> dict[str, float]:
     return {"CPU": config.resources.cpus_per_worker, **gpus}
 
 
-def _fit(
-    prepared: PreparedRun, output: Output, history: History, *, latest: StoredCheckpoint | None, sender: Sender
-) -> None:
+def _fit(prepared: PreparedRun, output: Output, history: History, *, beginning: Beginning, sender: Sender) -> None:
     """Run the workers to the last checkpoint, following them."""
     config, records = prepared.config, open_queue()
     output.update(finished=False)  # of a run that is made longer
     progress = Progress(config.steps, done=history.last_step, enabled=config.progress)
-    if latest is not None:
-        step, last = latest.state.step, history.last_step
+    if beginning.checkpoint is not None:
+        step, last = beginning.step, history.last_step
         again = f"; steps up to {last}, which are recorded, are computed once more" if last > step else ""
         progress.say(f"continuing from the checkpoint of step {step}{again}")
     if lacks := validate.describe(prepared):
         progress.say(lacks)
     job = Job(
         run=prepared,
+        identity_hash=output.identity_hash,
+        storage=output.storage,
+        attempt=next_attempt(output.storage),
         records=records,
-        resume_from=latest.checkpoint if latest else None,
+        resume_from=beginning.checkpoint.checkpoint if beginning.checkpoint else None,
         # Unless named, as if all workers shared this machine.
         threads=config.resources.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // config.num_workers),
         diagnosis_uri=output.profile,
@@ -212,6 +193,8 @@ def _hear(said: dict[str, Any], output: Output, sender: Sender, progress: Progre
         output.started(**said)
     elif kind == "checkpoint":
         sender.checkpointed()
+    elif kind == "warning":
+        progress.say(f"warning: {said['message']}")
     elif kind == "phases":
         keep_phases(output.folder, said)
     elif kind == "hang":
@@ -240,7 +223,7 @@ def _trainer(job: Job, output: Output) -> TorchTrainer:
     use_gpu = "GPU" in resources
     filesystem, path = storage.arrow_filesystem(output.storage)
     run_config: Any = RunConfig(  # its static type in Ray is that of Train V1
-        name=next_attempt(output.storage),
+        name=job.attempt,
         storage_path=path,
         storage_filesystem=filesystem,
         failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
@@ -279,8 +262,10 @@ def _kept(output: Output, history: History) -> str:
     return f"{history.last_step} steps are in {output.folder}; the same command continues from the last checkpoint"
 
 
-def _finish(output: Output, history: History, last: StoredCheckpoint, sender: Sender) -> TrainResult:
+def _finish(
+    output: Output, history: History, last: StoredCheckpoint, sender: Sender, config: TrainConfig
+) -> TrainResult:
     """Bring the finished model out of the last checkpoint and close the run."""
-    copy_export(last, output.export)
+    copy_export(last, output.export, dtype=config.export_dtype)
     sender.end("FINISHED", output.export)
     return TrainResult(export_dir=output.export, run_id=output.run.run_id, store=output.store, history=history)

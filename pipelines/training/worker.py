@@ -1,6 +1,5 @@
 """The loop each Ray Train worker runs: restore, step, record, checkpoint, export."""
 
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,18 +12,19 @@ import torch
 import torch.distributed as dist
 from ray.train import Checkpoint
 from ray.util.queue import Queue
-from torch import Tensor
 
-from lumos.checkpoint import save_checkpoint
 from lumos.decoder import Decoder
 from lumos.losses import LossModule
-from pipelines.training.checkpoints import EXPORT_DIR, LoopState, restore, save
+from pipelines.errors import JobError
+from pipelines.training.checkpoints import MODEL_FILE, STATE_FILE, TEXT_TOKENIZER_FILE, LoopState, ModelFile, read_state
 from pipelines.training.diagnosis import Diagnosis
-from pipelines.training.engine import Engine, autocast_dtype, gather_weights, make_engine, prepare_process
+from pipelines.training.engine import Engine, autocast_dtype, make_engine, prepare_process
+from pipelines.training.engine_files import ENGINE_DIR, EngineFiles, load_engine, older_order
 from pipelines.training.ingest import step_batches
 from pipelines.training.initialize import build_decoder
 from pipelines.training.prepare import PreparedRun
 from pipelines.training.record import StepRecord, event
+from pipelines.training.saving import CheckpointWriter
 from pipelines.training.step import StepBatch, StepResult, TrainStep
 from pipelines.training.validate import Validator
 
@@ -36,6 +36,9 @@ class Job:
     """All a worker is told by the driver."""
 
     run: PreparedRun
+    identity_hash: str
+    storage: str  # folder or URI of the run's checkpoints
+    attempt: str  # folder in it for those of this driver
     records: Queue  # takes lines of the record, for the driver
     resume_from: Checkpoint | None  # of an earlier driver; Ray Train's own latest one comes first
     threads: int
@@ -73,17 +76,33 @@ class Worker:
             self.config, rank=self.rank, device=self.device, uri=job.diagnosis_uri, put=self._tell
         )
         self.validator = Validator(job.run, rank=self.rank, device=self.device)
-        self.history: list[str] = []  # lines of the record, from step 1
-        self.pushed = 0  # lines the driver has, or finds in the checkpoint
+        self.lines: list[str] = []  # of the record, since the last checkpoint
+        self.pushed = 0  # of them, those the driver has
         self.pushed_at = time.monotonic()
+        model = ModelFile(config=job.run.model, vocabulary=job.run.vocabulary, info=job.run.info)
+        self.writer = CheckpointWriter(
+            uri=job.storage,
+            attempt=job.attempt,
+            options=self.config.checkpoint,
+            device=self.device,
+            files={MODEL_FILE: model.to_json(), TEXT_TOKENIZER_FILE: job.run.text_tokenizer},
+            tell=lambda kind, **values: self._tell(event(kind, **values)),
+        )
 
     def run(self) -> str | None:
         """Train to the last step, or until too many in a row were skipped: what the last one's figures were."""
-        exported = self._restore()
-        self._tell_start()
+        try:
+            self._restore()
+            self._tell_start()
+            return self._train()
+        finally:
+            self.diagnosis.close()
+            self.writer.close()
+
+    def _train(self) -> str | None:
         clock = self.diagnosis.clock
         train_step = TrainStep(self.engine, self.job.run.vocabulary, device=self.device, clock=clock)
-        began = time.perf_counter()
+        began, saved = time.perf_counter(), self.done == self.config.steps
         for batch, data_wait in _timed(step_batches(self.job.run, rank=self.rank, start=self.done)):
             lr = self.config.optimizer.learning_rate(batch.step, self.config.steps)
             clock.add("data", data_wait)
@@ -96,14 +115,17 @@ class Worker:
             self._record(batch, result, lr=lr, seconds=seconds, validation=validation)
             if self.skipped_in_a_row > self.config.max_skipped_in_a_row:
                 self._push()
+                self.writer.settle()
                 return f"step {self.done}: loss {result.loss}, gradient norm {result.grad_norm}"
             if self.done % self.config.checkpoint.every == 0 and self.done < self.config.steps:
-                self._save()
-            exported = False
+                self._save(wait=False)
+            else:
+                self.writer.poll()
+            saved = False
             began = time.perf_counter()
-        self.diagnosis.close()
-        if not exported:
-            self._save(gather_weights(self.module.decoder, keep=self.rank == 0))
+        self.writer.settle()
+        if not saved and not self._save(wait=True):
+            raise JobError(f"the last checkpoint, of step {self.done}, could not be written")
         return None
 
     def _make_model(self) -> Decoder:
@@ -112,16 +134,15 @@ class Worker:
         model.recompute = "full" if self.config.model.checkpoint_activations else "none"
         return model
 
-    def _restore(self) -> bool:
-        """Load the latest checkpoint, if there is one; returns whether it holds the finished model."""
+    def _restore(self) -> None:
+        """Load the latest checkpoint, if there is one."""
         checkpoint = ray.train.get_checkpoint() or self.job.resume_from
         if checkpoint is None:
-            return False
+            return
         with checkpoint.as_directory() as folder:
-            found, self.history = restore(self.engine, Path(folder))
+            load_engine(self.engine, EngineFiles(Path(folder) / ENGINE_DIR, order=older_order(self.engine)))
+            found = read_state((Path(folder) / STATE_FILE).read_bytes(), folder)
         self.done, self.skipped_in_a_row = found.step, found.skipped_in_a_row
-        self.pushed = len(self.history)  # the driver takes these from the checkpoint itself
-        return found.exported
 
     def _record(
         self, batch: StepBatch, result: StepResult, *, lr: float, seconds: float, validation: dict[str, Any]
@@ -141,15 +162,15 @@ class Worker:
             **figures,
             **validation,
         )
-        self.history.append(record.to_line())
+        self.lines.append(record.to_line())
         if time.monotonic() - self.pushed_at > _PUSH_SECONDS:
             self._push()
 
     def _push(self) -> None:
         """Hand the driver what it does not have yet; returns when the queue holds it."""
         if self.rank == 0:
-            self.job.records.put_nowait_batch(self.history[self.pushed :])
-            self.pushed = len(self.history)
+            self.job.records.put_nowait_batch(self.lines[self.pushed :])
+            self.pushed = len(self.lines)
             self.pushed_at = time.monotonic()
 
     def _tell(self, line: str) -> None:
@@ -163,30 +184,20 @@ class Worker:
             workers = dist.get_world_size()
             self._tell(event("start", step=self.done, time=time.time(), device=device, workers=workers))
 
-    def _save(self, weights: dict[str, Tensor] | None = None) -> None:
-        """Save a checkpoint; with the finished model, if its weights are given, which rank 0 alone has."""
+    def _save(self, *, wait: bool) -> bool:
+        """Save a checkpoint; with ``wait``, it is in storage afterwards. Whether it was written."""
         self._push()  # before the checkpoint can be resumed from, so that the driver misses no step of it
-        folder, run = Path(tempfile.mkdtemp(prefix="lumos-checkpoint-")), self.job.run
-        if weights:
-            save_checkpoint(
-                folder / EXPORT_DIR,
-                self.module.decoder,
-                run.vocabulary,
-                state=weights,
-                info=run.info,
-                text_tokenizer=run.text_tokenizer,
-            )
         state = LoopState(
             step=self.done,
             skipped_in_a_row=self.skipped_in_a_row,
-            num_workers=self.config.num_workers,
-            identity_hash=self.config.identity_hash(),
-            exported=weights is not None,
+            num_workers=dist.get_world_size(),
+            identity_hash=self.job.identity_hash,
         )
         with self.diagnosis.clock("checkpoint"):
-            save(self.engine, state, self.history, folder, rank=self.rank)
-        if self.rank == 0:
-            self._tell(event("checkpoint", step=self.done))
+            written = self.writer.save(self.engine, state, self.lines, wait=wait)
+        if written:
+            self.lines, self.pushed = [], 0
+        return written
 
 
 def _timed(batches: Iterator[StepBatch]) -> Iterator[tuple[StepBatch, float]]:

@@ -1,0 +1,166 @@
+"""Model folders out of checkpoints: any kept one, of any ZeRO stage, tensor by tensor, without starting a training."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import pyarrow.fs
+import torch
+from torch import Tensor
+
+from lumos.checkpoint import save_checkpoint
+from lumos.decoder import Decoder
+from pipelines import storage
+from pipelines.errors import UserError
+from pipelines.training.checkpoints import (
+    MODEL_FILE,
+    TEXT_TOKENIZER_FILE,
+    ModelFile,
+    StoredCheckpoint,
+    damaged_files,
+    find_checkpoints,
+    open_checkpoint,
+)
+from pipelines.training.engine_files import EMA, ENGINE_DIR, MASTER, EngineFiles
+
+ExportDtype = Literal["fp32", "bf16"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_MODULE = "decoder."  # before the names of the model's tensors in an engine
+_HEAD = _MODULE + "lm_head"
+
+
+class _Weights(Mapping[str, Tensor]):
+    """The tensors of a decoder under the authors' keys, each read when it is asked for."""
+
+    def __init__(self, files: EngineFiles, dtype: torch.dtype, *, ema: bool) -> None:
+        self.files, self.dtype, self.ema = files, dtype, ema
+        parts = {f"{_HEAD}.text", f"{_HEAD}.visual"}
+        self.names = [name.removeprefix(_MODULE) for name in files.shapes if name not in parts]
+        self.head = sorted(parts & files.shapes.keys())  # text before visual
+        self.names.append(f"{_HEAD}.weight".removeprefix(_MODULE))
+
+    def __getitem__(self, name: str) -> Tensor:
+        full = _MODULE + name
+        if full == f"{_HEAD}.weight":
+            return torch.cat([self._read(part) for part in self.head])
+        return self._read(full)
+
+    def _read(self, name: str) -> Tensor:
+        key = EMA if self.ema and EMA in self.files.keys(name) else MASTER
+        return self.files.read(name, key).to(self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def export(stored: StoredCheckpoint, target: Path, *, dtype: ExportDtype = "fp32", ema: bool = False) -> None:
+    """Write the model of a checkpoint to a folder, complete or not at all; with ``ema``, the average of its weights.
+
+    Raises:
+        UserError: if the checkpoint does not say of which model it is, or has no such average.
+    """
+    with local_folder(stored) as folder:
+        model = read_model_file(stored)
+        files = EngineFiles(folder / ENGINE_DIR)
+        files.split_head(model.config.visual_start)
+        if ema and not any(EMA in files.keys(name) for name in files.shapes):
+            raise UserError(f"{stored.checkpoint.path} has no average of the weights: its run has ema: null")
+        with torch.device("meta"):
+            decoder = Decoder(model.config)
+        text_tokenizer = (folder / TEXT_TOKENIZER_FILE).read_text(encoding="utf-8")
+        weights = _Weights(files, _DTYPES[dtype], ema=ema)
+        save_checkpoint(
+            target, decoder, model.vocabulary, state=weights, info=model.info, text_tokenizer=text_tokenizer
+        )
+
+
+def has_ema(stored: StoredCheckpoint) -> bool:
+    """Whether a checkpoint holds an average of the weights."""
+    train_config = read_model_file(stored).info.train_config
+    return bool(train_config.get("ema")) and stored.state.step > train_config["ema"]["start"]
+
+
+def read_model_file(stored: StoredCheckpoint) -> ModelFile:
+    """Which model a checkpoint is of.
+
+    Raises:
+        UserError: if it does not say, as those of older programs.
+    """
+    try:
+        with stored.filesystem.open_input_stream(f"{stored.checkpoint.path}/{MODEL_FILE}") as stream:
+            return ModelFile.from_json(stream.read())
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{stored.checkpoint.path} has no {MODEL_FILE}, as an older lumos wrote it: continue its run with the "
+            "command that began it, which writes newer checkpoints and the model"
+        ) from error
+
+
+@contextmanager
+def local_folder(stored: StoredCheckpoint) -> Iterator[Path]:
+    """The folder of a checkpoint on this machine: its own, or a copy that lives as long as the block."""
+    filesystem, path = stored.filesystem, stored.checkpoint.path
+    if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="lumos-export-") as folder:
+        pyarrow.fs.copy_files(path, folder, source_filesystem=filesystem)
+        yield Path(folder)
+
+
+def locate(where: str) -> StoredCheckpoint:
+    """The checkpoint that a folder or URI is, or that RUN@STEP names; of RUN alone, the newest.
+
+    RUN is an output folder, or a folder of checkpoints of one run.
+
+    Raises:
+        UserError: if there is none; the message names the steps that are kept.
+    """
+    found = open_checkpoint(where)
+    if found is not None:
+        return found
+    run, at, step = where.rpartition("@")
+    if not at:
+        run, step = where, ""
+    if step and not step.isdecimal():
+        raise UserError(f"{where} names no checkpoint: give its folder, or RUN@STEP with the number of a step")
+    uri = storage_of(run)
+    kept = find_checkpoints(uri)
+    if not kept:
+        raise UserError(f"{where}: there are no checkpoints in {uri}; name a checkpoint's folder, or RUN@STEP")
+    chosen = next((stored for stored in kept if not step or stored.state.step == int(step)), None)
+    if chosen is None:
+        steps = ", ".join(str(stored.state.step) for stored in reversed(kept))
+        raise UserError(f"{where}: the checkpoint of step {step} was not kept; {run} has those of steps {steps}")
+    damaged = damaged_files(chosen)
+    if damaged:
+        raise UserError(f"{chosen.checkpoint.path} is damaged ({', '.join(damaged)}): name another step")
+    return chosen
+
+
+def storage_of(run: str) -> str:
+    """Where the checkpoints of a run are, by its output folder, or by the folder they are in."""
+    if storage.is_local(run) and (file := Path(run).expanduser() / "run.json").is_file():
+        return str(json.loads(file.read_text()).get("storage") or file.parent.resolve() / "checkpoints")
+    return run
+
+
+def copy_export(stored: StoredCheckpoint, target: Path, *, dtype: ExportDtype, ema: bool = False) -> None:
+    """Bring the model of a checkpoint to ``target``: exported, or what an older program left in it."""
+    filesystem, path = stored.filesystem, f"{stored.checkpoint.path}/export"
+    if not stored.state.exported:
+        export(stored, target, dtype=dtype, ema=ema)
+        return
+    building = target.with_name(f".{target.name}-new")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    pyarrow.fs.copy_files(path, str(building), source_filesystem=filesystem)
+    shutil.rmtree(target, ignore_errors=True)
+    building.rename(target)

@@ -1,0 +1,144 @@
+"""Where a run goes on from: its own newest good checkpoint, or that of another run from which it is forked."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pipelines.config import config_hash
+from pipelines.errors import UserError
+from pipelines.storage.lock import dataset_lock
+from pipelines.training.checkpoints import (
+    StoredCheckpoint,
+    damaged_files,
+    find_checkpoints,
+    read_history,
+    write_record,
+)
+from pipelines.training.export import locate, read_model_file, storage_of
+from pipelines.training.output import Output
+from pipelines.training.prepare import PreparedRun
+from pipelines.training.record import History
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a driver's workers begin with."""
+
+    checkpoint: StoredCheckpoint | None  # None: at step 0
+    kept: Sequence[StoredCheckpoint]  # of this run, newest first, without those known to be damaged
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.checkpoint.state.step if self.checkpoint else 0
+
+
+def describe_fork(where: str) -> dict[str, str]:
+    """What ``fork_from`` names: a digest of it, and its run in MLflow where that is known.
+
+    Raises:
+        UserError: if there is no such checkpoint; the message names the steps that are kept.
+    """
+    try:
+        stored = locate(where)
+    except UserError as error:
+        raise UserError(f"fork_from = {error}") from error
+    run_file = Path(where.rpartition("@")[0] or where).expanduser() / "run.json"
+    parent = json.loads(run_file.read_text()).get("run_id") if run_file.is_file() else None
+    digest = config_hash([stored.name, stored.state.identity_hash])
+    return {"from": where, "digest": digest, **({"run_id": parent} if parent else {})}
+
+
+@contextmanager
+def held(output: Output) -> Iterator[None]:
+    """Keep other drivers from the output folder and from the storage of its checkpoints within a block.
+
+    Raises:
+        UserError: if another one trains there.
+    """
+    with output.held():
+        if output.storage.startswith(str(output.folder)):
+            yield
+            return
+        with dataset_lock(output.storage, name=f"checkpoint.storage {output.storage}"):
+            yield
+
+
+def find_beginning(prepared: PreparedRun, output: Output) -> Beginning:
+    """The newest checkpoint of a run whose files are as they were written, or what it is forked from.
+
+    A damaged one is told of, and passed over. Nothing is deleted here.
+
+    Raises:
+        UserError: if the checkpoints there are of another run, or there is none to fork from.
+    """
+    config = prepared.config
+    accepted = {output.identity_hash, config_hash(config.older_identity()), config_hash(output.run.identity)}
+    found = find_checkpoints(output.storage)
+    for index, stored in enumerate(found):
+        if stored.state.identity_hash not in accepted:
+            where = stored.checkpoint.path
+            raise UserError(f"{where} is a checkpoint of another run: name another checkpoint.storage or output")
+        files = damaged_files(stored)
+        if not files:
+            return Beginning(stored, found[index:])
+        before = f"that of step {found[index + 1].state.step}" if index + 1 < len(found) else "the run's beginning"
+        tqdm.write(
+            f"warning: the checkpoint of step {stored.state.step} is damaged ({', '.join(files)} in "
+            f"{stored.checkpoint.path}); {before} is used",
+            file=sys.stderr,
+        )
+    if config.fork_from is None:
+        return Beginning(None, [])
+    parent = locate(config.fork_from)
+    _check_fork(prepared, parent)
+    return Beginning(parent, [])
+
+
+def _check_fork(prepared: PreparedRun, parent: StoredCheckpoint) -> None:
+    model = read_model_file(parent)
+    pairs: list[tuple[str, Any, Any]] = [
+        ("model", model.config, prepared.model),
+        ("vocabulary", model.vocabulary, prepared.vocabulary),
+    ]
+    for what, there, here in pairs:
+        different = [name for name, value in vars(here).items() if vars(there)[name] != value]
+        if different:
+            raise UserError(
+                f"fork_from = {prepared.config.fork_from} is of another {what}: "
+                f"{', '.join(f'{name} = {vars(there)[name]} there, {vars(here)[name]} here' for name in different)}"
+            )
+    if parent.state.step >= prepared.config.steps:
+        raise UserError(
+            f"fork_from = {prepared.config.fork_from} is at step {parent.state.step}, and steps = "
+            f"{prepared.config.steps}: raise steps, which count from the parent's beginning"
+        )
+
+
+def take_over_record(beginning: Beginning, prepared: PreparedRun, output: Output, history: History) -> None:
+    """Bring the record up to the checkpoint into the output, and where the checkpoint is not ours, into the storage."""
+    stored = beginning.checkpoint
+    if stored is None:
+        return
+    ours = bool(beginning.kept)
+    uri = output.storage if ours else _storage_of_parent(prepared, stored)
+    history.take_over(read_history(stored, uri, after=history.last_step))
+    older = stored.filesystem.get_file_info(f"{stored.checkpoint.path}/history.jsonl").is_file
+    if older or not ours:  # later checkpoints hold the record of their own steps only
+        lines = [record.to_line() for record in history.read() if record.step <= stored.state.step]
+        write_record(output.storage, 1, lines)
+
+
+def _storage_of_parent(prepared: PreparedRun, stored: StoredCheckpoint) -> str:
+    where = str(prepared.config.fork_from)
+    run, at, _ = where.rpartition("@")
+    if at:
+        return storage_of(run)
+    scheme = where.partition("://")[0] + "://" if "://" in where else ""
+    return scheme + stored.checkpoint.path.rstrip("/").rsplit("/", 2)[0]
