@@ -10,6 +10,7 @@ _VERBS = {
     "plan": "What a training run will take: memory, time, storage.",
     "train": "Train a model on a snapshot.",
     "compare": "Training runs side by side: curves, final figures, cost, samples.",
+    "export": "Make a model folder of a training's checkpoint.",
     "generate": "Generate videos: one prompt, or a file of them.",
     "serve": "Serve a model over HTTP until interrupted.",
     "data": "Look after a dataset: plan, status, report, verify, repair, retry, remove, unlock, gc.",

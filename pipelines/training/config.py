@@ -34,6 +34,8 @@ _OPERATIONAL_WITHIN = ("model.checkpoint_activations",)
 # they are no part of a run's identity, so runs and checkpoints of older programs go on.
 _ADDED: dict[str, Any] = {
     "fork_from": None,
+    "ema": None,
+    "optimizer.decay_steps": 0,
 }
 
 
@@ -94,7 +96,10 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, or Muon with AdamW, and the schedule: linear warm-up, then constant or a cosine to ``min_lr_ratio``.
+    """AdamW, or Muon with AdamW, and the schedule.
+
+    A linear warm-up, then constant; or a cosine to ``min_lr_ratio``; or (wsd: warm-up, stable, decay) constant, and
+    linear to ``min_lr_ratio`` over the last ``decay_steps``.
 
     Muon (DeepSpeed's) takes the matrices between embedding and head, AdamW the rest. It needs no clipping, since its
     updates have a set norm, and DeepSpeed would clip those updates rather than gradients.
@@ -104,9 +109,10 @@ class OptimizerConfig:
     lr: float = 1e-4  # of AdamW, at its peak
     muon_lr: float = 0.02  # of Muon, at its peak: the spectral norm of an update
     muon_momentum: float = 0.95
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
     warmup_steps: int = 0
-    min_lr_ratio: float = 0.1  # of lr, at the end of a cosine
+    decay_steps: int = 0  # of wsd: at its end
+    min_lr_ratio: float = 0.1  # of lr, at the end of cosine and wsd
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -117,13 +123,17 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "muon_lr", "eps"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "clip_norm", "z_loss_weight"):
+        for name in ("warmup_steps", "decay_steps", "weight_decay", "clip_norm", "z_loss_weight"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("beta1", "beta2", "muon_momentum"):
             require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")
         require(
             self.kind == "adamw" or self.clip_norm == 0,
             f"clip_norm is {self.clip_norm:g}; it must be 0 with kind muon, whose updates need no clipping",
+        )
+        require(
+            (self.schedule == "wsd") == (self.decay_steps > 0),
+            f"decay_steps is {self.decay_steps} with schedule {self.schedule}: it belongs to wsd, which needs it",
         )
         require(0 <= self.min_lr_ratio <= 1, f"min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
 
@@ -136,9 +146,24 @@ class OptimizerConfig:
             return self.lr * (step + 1) / self.warmup_steps
         if self.schedule == "constant":
             return self.lr
+        if self.schedule == "wsd":
+            left = min(1.0, (steps - step) / (self.decay_steps + 1))
+            return self.lr * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * left)
         progress = (step - self.warmup_steps) / max(1, steps - 1 - self.warmup_steps)
         low = self.lr * self.min_lr_ratio
         return low + (self.lr - low) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """A moving average of the weights, exported beside them."""
+
+    decay: float = 0.9999  # share of the average that stays in one step
+    start: int = 0  # 0-based step whose weights it begins with
+
+    def __post_init__(self) -> None:
+        require(0.0 <= self.decay < 1.0, f"decay must be in [0, 1), got {self.decay}")
+        require(self.start >= 0, f"start must not be negative, got {self.start}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +283,7 @@ class TrainConfig:
     model: ModelShape
     mask: MaskConfig = field(default_factory=MaskConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EmaConfig | None = None  # {decay, start}; none: no average is kept
     deepspeed: str = "zero1"  # a name in infra/deepspeed, or the path of a DeepSpeed JSON
     precision: Literal["bf16", "fp32"] = "bf16"
     steps: int
@@ -280,6 +306,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(
+            self.optimizer.warmup_steps + self.optimizer.decay_steps <= self.steps,
+            f"optimizer.warmup_steps = {self.optimizer.warmup_steps}"
+            + (f" and decay_steps = {self.optimizer.decay_steps} exceed" if self.optimizer.decay_steps else " exceeds")
+            + f" steps = {self.steps}",
+        )
+        require(
             self.fork_from is None or self.init_from is None,
             f"fork_from = {self.fork_from} and init_from = {self.init_from}: weights can come from one of them only",
         )
@@ -300,10 +332,6 @@ class TrainConfig:
             self.global_batch % per_pass == 0,
             f"global_batch = {self.global_batch} is not a multiple of num_workers x micro_batch = {self.num_workers} x "
             f"{self.micro_batch} = {per_pass}; nearest that are: {nearest}",
-        )
-        require(
-            self.optimizer.warmup_steps <= self.steps,
-            f"optimizer.warmup_steps = {self.optimizer.warmup_steps} exceeds steps = {self.steps}",
         )
 
     @property

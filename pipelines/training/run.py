@@ -24,7 +24,7 @@ from pipelines.training.batch_plan import BatchPlan
 from pipelines.training.checkpoints import StoredCheckpoint, find_checkpoints, next_attempt, prune
 from pipelines.training.config import TrainConfig
 from pipelines.training.diagnosis import keep_phases, keep_stacks
-from pipelines.training.export import copy_export
+from pipelines.training.export import copy_export, has_ema
 from pipelines.training.output import Output
 from pipelines.training.prepare import PreparedRun, prepare
 from pipelines.training.progress import Progress
@@ -267,5 +267,7 @@ def _finish(
 ) -> TrainResult:
     """Bring the finished model out of the last checkpoint and close the run."""
     copy_export(last, output.export, dtype=config.export_dtype)
+    if not last.state.exported and has_ema(last):
+        copy_export(last, output.folder / "export-ema", dtype=config.export_dtype, ema=True)
     sender.end("FINISHED", output.export)
     return TrainResult(export_dir=output.export, run_id=output.run.run_id, store=output.store, history=history)

@@ -18,6 +18,7 @@ from lumos.losses import LossModule
 from pipelines.errors import JobError
 from pipelines.training.checkpoints import MODEL_FILE, STATE_FILE, TEXT_TOKENIZER_FILE, LoopState, ModelFile, read_state
 from pipelines.training.diagnosis import Diagnosis
+from pipelines.training.ema import update_average
 from pipelines.training.engine import Engine, autocast_dtype, make_engine, prepare_process
 from pipelines.training.engine_files import ENGINE_DIR, EngineFiles, load_engine, older_order
 from pipelines.training.ingest import step_batches
@@ -108,6 +109,8 @@ class Worker:
             clock.add("data", data_wait)
             with self.diagnosis.step(batch.step + 1):
                 result = train_step(batch, lr=lr, data_wait=data_wait)
+            if self.config.ema is not None and not result.skipped:
+                update_average(self.engine, self.config.ema, step=batch.step)
             self.done = batch.step + 1
             seconds = time.perf_counter() - began
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0

@@ -19,7 +19,8 @@ from lumos.layout import build_sequence
 from lumos.losses import LossModule, PackedBatch
 from lumos.masking import sample_masked_positions
 from lumos.vocabulary import Vocabulary
-from pipelines.training.config import OptimizerConfig, ResourceConfig, TrainConfig
+from pipelines.training.config import EmaConfig, OptimizerConfig, ResourceConfig, TrainConfig
+from pipelines.training.ema import update_average
 from pipelines.training.engine import Engine, autocast_dtype, make_engine, prepare_process
 from pipelines.training.engine_files import EngineFiles, load_engine, master_weights, optimizer_state, save_engine
 from pipelines.training.step import StepBatch, StepResult, TrainStep
@@ -164,11 +165,35 @@ def resume(folder: Path, deepspeed: str, precision: str, device: str, kind: str,
     assert worst <= float(tolerance), (worst, found, expected)
 
 
+def average(folder: Path) -> None:
+    """The average of the weights is what the definition says, on every stage, and survives a resume."""
+    ema = EmaConfig(decay=0.9, start=1)
+    for stage in (0, 1, 2, 3):
+        config = config_for(folder, f"zero{stage}", optimizer=ADAMW, ema=ema)
+        engine, expected = new_engine(config), None
+        for step in range(4):
+            train(engine, config, step, step + 1)
+            update_average(engine, ema, step=step)
+            weights = [flat.detach().clone() for flat, _ in master_weights(engine)]
+            if step >= ema.start:
+                expected = (
+                    weights if expected is None else [0.9 * e + 0.1 * w for e, w in zip(expected, weights, strict=True)]
+                )
+        own = folder / f"average-{stage}"
+        save_engine(engine, own)
+        resumed = new_engine(config)
+        load_engine(resumed, EngineFiles(own / "engine"))
+        for each in (engine, resumed):
+            found = [optimizer_state(each)[flat]["ema"] for flat, _ in master_weights(each)]
+            for ours, theirs in zip(found, expected, strict=True):
+                torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
 def optimizer_named(kind: str) -> OptimizerConfig:
     return MUON if kind == "muon" else ADAMW
 
 
-SCENARIOS = {"skip": skip, "agree": agree, "write": write, "resume": resume}
+SCENARIOS = {"skip": skip, "agree": agree, "average": average, "write": write, "resume": resume}
 
 
 def main(scenario: str, folder: Path, *arguments: str) -> None:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -5,22 +6,32 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.training.checkpoints import LoopState, find_checkpoints, next_attempt, prune, read_history
+from pipelines.training.checkpoints import (
+    LoopState,
+    damaged_files,
+    find_checkpoints,
+    next_attempt,
+    prune,
+    read_history,
+    write_record,
+)
 from tests.pipelines.training.runs import step_record
 
 STEP = "step-0000000{}-0123abcd"
 
 
-def write_checkpoint(storage: Path, name: str, step: int, num_workers: int = 2) -> Path:
+def write_checkpoint(storage: Path, name: str, step: int, num_workers: int = 2, after: int = 0) -> Path:
+    """As all workers write one, with the part of the record since ``after``."""
     folder = storage / name
     (folder / "engine").mkdir(parents=True)
     state = LoopState(step=step, num_workers=num_workers, identity_hash="x")
     (folder / "state.json").write_text(json.dumps(asdict(state)))
-    (folder / "history.jsonl").write_text("".join(step_record(n).to_line() + "\n" for n in range(1, step + 1)))
+    write_record(str(storage), after + 1, [step_record(n).to_line() for n in range(after + 1, step + 1)])
     for rank in range(num_workers):
         part = folder / "engine" / f"part-{rank}"
         part.write_bytes(b"0" * 100)
-        (folder / f"worker-{rank:05d}.json").write_text(json.dumps({f"engine/{part.name}": 100}))
+        entry = {"size": 100, "sha256": hashlib.sha256(b"0" * 100).hexdigest()}
+        (folder / f"worker-{rank:05d}.json").write_text(json.dumps({f"engine/{part.name}": entry}))
     return folder
 
 
@@ -37,7 +48,6 @@ def test_only_complete_checkpoints_are_found(tmp_path):
     (half / "state.json").write_text('{"step": 6')
     found = find_checkpoints(str(tmp_path))
     assert [stored.state.step for stored in found] == [20, 10]
-    assert len(read_history(found[0])) == 20
 
 
 def test_a_checkpoint_of_a_newer_program_is_refused_and_kept(tmp_path):
@@ -48,13 +58,51 @@ def test_a_checkpoint_of_a_newer_program_is_refused_and_kept(tmp_path):
         find_checkpoints(str(tmp_path))
 
 
-def test_a_damaged_record_in_a_checkpoint_is_named(tmp_path):
-    folder = write_checkpoint(tmp_path, f"attempt-00001/{STEP.format(1)}", 3)
-    lines = (folder / "history.jsonl").read_text().splitlines()
-    (folder / "history.jsonl").write_text("\n".join([lines[0], lines[1][:30], lines[2]]) + "\n")
+def test_the_record_comes_in_parts_however_often_it_began_anew(tmp_path):
+    """10, 20, then again from 10 with other intervals; the parts of what was lost stay, and do no harm."""
+    for first, step, attempt in ((0, 10, 1), (10, 20, 1), (10, 25, 2), (25, 30, 2)):
+        write_checkpoint(tmp_path, f"attempt-0000{attempt}/step-{step:08d}-0123abcd", step, after=first)
+    found = {stored.state.step: stored for stored in find_checkpoints(str(tmp_path))}
+    for step, after in ((30, 0), (20, 0), (30, 27), (25, 25)):
+        records = list(read_history(found[step], str(tmp_path), after=after))
+        assert [record.step for record in records] == list(range(after + 1, step + 1))
+    sizes = {step: sum(f.stat().st_size for f in Path(found[step].checkpoint.path).rglob("*")) for step in found}
+    assert max(sizes.values()) - min(sizes.values()) < 10, "a checkpoint does not grow with the steps"
+    (tmp_path / "record" / "00000011-00000025.jsonl").unlink()
+    with pytest.raises(
+        UserError, match=r"no part that ends with step 25, so the record has a gap. Move that checkpoin"
+    ):
+        list(read_history(found[30], str(tmp_path)))
+
+
+def test_a_damaged_part_of_the_record_is_named(tmp_path):
+    write_checkpoint(tmp_path, f"attempt-00001/{STEP.format(1)}", 3)
+    part = tmp_path / "record" / "00000001-00000003.jsonl"
+    lines = part.read_text().splitlines()
+    part.write_text("\n".join([lines[0], lines[1][:30], lines[2]]) + "\n")
     (found,) = find_checkpoints(str(tmp_path))
-    with pytest.raises(UserError, match=r"history.jsonl, line 2: not the record .* Move that checkpoint away"):
-        read_history(found)
+    with pytest.raises(UserError, match=r"00000003.jsonl: not the record .* Move that checkpoint away"):
+        list(read_history(found, str(tmp_path)))
+
+
+def test_an_older_checkpoint_has_its_whole_record_and_only_sizes(tmp_path):
+    folder = write_checkpoint(tmp_path, f"attempt-00001/{STEP.format(1)}", 3)
+    (folder / "history.jsonl").write_text("".join(step_record(n).to_line() + "\n" for n in range(1, 4)))
+    for rank in range(2):
+        (folder / f"worker-{rank:05d}.json").write_text(json.dumps({f"engine/part-{rank}": 100}))
+    (tmp_path / "record" / "00000001-00000003.jsonl").unlink()
+    (found,) = find_checkpoints(str(tmp_path))
+    assert damaged_files(found) == []
+    assert [record.step for record in read_history(found, str(tmp_path), after=1)] == [2, 3]
+
+
+def test_a_flipped_byte_is_found(tmp_path):
+    folder = write_checkpoint(tmp_path, f"attempt-00001/{STEP.format(1)}", 3)
+    (found,) = find_checkpoints(str(tmp_path))
+    assert damaged_files(found) == []
+    (folder / "engine" / "part-1").write_bytes(b"0" * 50 + b"1" + b"0" * 49)
+    assert [stored.state.step for stored in find_checkpoints(str(tmp_path))] == [3], "its size is as it was"
+    assert damaged_files(found) == ["engine/part-1"]
 
 
 def test_prune_keeps_what_it_is_told_to(tmp_path):
@@ -62,8 +110,8 @@ def test_prune_keeps_what_it_is_told_to(tmp_path):
         write_checkpoint(tmp_path, f"attempt-{step // 3 + 1:05d}/{STEP.format(step)}", step)
     assert next_attempt(str(tmp_path)) == "attempt-00003"
     prune(str(tmp_path), find_checkpoints(str(tmp_path))[:1])
-    assert [path.name for path in tmp_path.glob("*/*")] == [STEP.format(4)]
-    assert [path.name for path in tmp_path.iterdir()] == ["attempt-00002"]
+    assert [path.name for path in tmp_path.glob("attempt-*/*")] == [STEP.format(4)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["attempt-00002", "record"]
 
 
 def test_what_is_no_checkpoint_is_left_alone(tmp_path):

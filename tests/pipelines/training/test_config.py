@@ -123,3 +123,13 @@ def test_what_deepspeed_is_not_able_to_do_is_refused(tmp_path, zero, optimizer, 
     )
     with pytest.raises(UserError, match=message):
         check_engine(config)
+
+
+def test_wsd_warms_up_stays_and_decays():
+    options = OptimizerConfig(lr=1.0, schedule="wsd", warmup_steps=2, decay_steps=3, min_lr_ratio=0.2)
+    rates = [options.learning_rate(step, 9) for step in range(9)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4])
+    with pytest.raises(ValueError, match="decay_steps is 3 with schedule cosine: it belongs to wsd"):
+        OptimizerConfig(schedule="cosine", decay_steps=3)
+    with pytest.raises(ValueError, match="exceed steps = 4"):
+        replace(CONFIG, optimizer=options, steps=4)

@@ -26,6 +26,10 @@ def test_stages_agree_with_partitioned_tensors_too(tmp_path: Path):
     run_ranks("engine_ranks", "agree", tmp_path)
 
 
+def test_the_average_of_the_weights_on_any_stage(tmp_path: Path):
+    run_ranks("engine_ranks", "average", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("written", "resumed"),
     [
