@@ -45,6 +45,7 @@ class VideoOptions(SamplingOptions, total=False):
     fps: float | None
     image: Any
     clip: Any
+    motion: int | None
 
 
 def load(
@@ -128,6 +129,7 @@ class Model:
         fps: float | None = None,
         image: Any = None,
         clip: Any = None,
+        motion: int | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> NDArray[np.uint8] | list[NDArray[np.uint8]]:
         """Videos of prompts: uint8 frames [T, H, W, 3] for one prompt, a list of them for a list of prompts.
@@ -141,6 +143,7 @@ class Model:
             fps: frames per second to draw for; None is the rate that the model was trained on.
             image: uint8 [H, W, 3], RGB, the first frame of the video.
             clip: uint8 [T, H, W, 3], RGB, T = 1 + 4k, the first frames of the video.
+            motion: how much is to move, 0 (nothing) to 9, of a model trained with ``data.motion_prefix``.
             sampling: see :class:`SamplingOptions`.
 
         Raises:
@@ -158,7 +161,7 @@ class Model:
             raise ValueError(f"seed has {len(seeds)} numbers for {len(prompts)} prompts: give one, or one for each")
         config: SamplingConfig = replace(self.info.sampling, **sampling)
         requests = [
-            self.encoder.encode(text, size=full, seed=number, sampling=config, given=codes)
+            self.encoder.encode(text, size=full, seed=number, sampling=config, given=codes, motion=motion)
             for text, number in zip(prompts, seeds, strict=True)
         ]
         videos = [

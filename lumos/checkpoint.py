@@ -44,6 +44,7 @@ class ModelInfo:
     """
 
     prompt_template: PromptTemplate = "caption"  # of the texts it was trained on
+    motion_prefix: bool = False  # whether those texts say how much moves (``layout.motion_prompt``)
     shapes: tuple[tuple[int, int, int], ...] = ()  # latent (t, h, w) it was trained on; empty: unknown
     fps: float | None = None  # frames per second of the videos it was trained on; None: unknown
     tokenizer: TokenizerInfo | None = None  # that made the codes it was trained on; None: unknown

@@ -7,7 +7,7 @@ import numpy as np
 from lumos.compression import VideoSize, num_latent_frames
 from lumos.config import SamplingConfig
 from lumos.folder import ModelFolder
-from lumos.layout import header_tokens, prompt_text, video_layout
+from lumos.layout import header_tokens, motion_prompt, prompt_text, video_layout
 from lumos.sampling import GenerationRequest
 from lumos.tokenizers import TextTokenizer
 
@@ -67,17 +67,31 @@ class RequestEncoder:
             )
 
     def encode(
-        self, prompt: str, *, size: VideoSize, seed: int, sampling: SamplingConfig, given: np.ndarray | None = None
+        self,
+        prompt: str,
+        *,
+        size: VideoSize,
+        seed: int,
+        sampling: SamplingConfig,
+        given: np.ndarray | None = None,
+        motion: int | None = None,
     ) -> GenerationRequest:
         """The request as the sampler takes it, with the template around the prompt that the model was trained with.
 
-        ``size`` is that of the whole video, ``given`` codes [t, h, w] of the frames to continue, if any.
+        ``size`` is that of the whole video, ``given`` codes [t, h, w] of the frames to continue. ``motion`` says
+        how much is to move, 0 (nothing) to 9, to a model that was trained with it.
 
         Raises:
-            ValueError: if the prompt is empty, or prompt and video are longer than the model's context.
+            ValueError: if the prompt is empty, prompt and video are longer than the model's context, or motion is
+                nothing that the model knows.
         """
         if not prompt.strip():
             raise ValueError("the prompt is empty")
+        if motion is not None:
+            if not self.folder.info.motion_prefix or size.num_frames == 1:
+                why = "it is of videos, num_frames is 1" if self.folder.info.motion_prefix else "it was trained without"
+                raise ValueError(f"motion {motion} asked of the model {self.folder.path}: {why}; leave motion out")
+            prompt = motion_prompt(prompt, motion)
         text_ids = self._text.encode(prompt_text(self.folder.prompt_template, prompt, size))
         shape = size.latent_shape
         header = header_tokens(self.folder.vocabulary, text_ids, num_latents=shape[0], fps=size.fps)

@@ -1,5 +1,6 @@
 """Where text and frames lie in a token sequence: built with the sequence, never recovered by scanning it."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,8 @@ from lumos.vocabulary import Vocabulary
 FRAME_HEADER = 3  # frame start, height token, width token
 TAIL = 2  # tokens of a training sample after its last frame: video end, turn end
 PromptTemplate = Literal["caption", "lumos1"]
+# Scores from which on motion is of level 1, 2, ... 9. Prompts that models were trained on hold these levels: they stay.
+_MOTION_BOUNDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.4, 0.6)
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,18 @@ def prompt_text(template: PromptTemplate, caption: str, size: VideoSize) -> str:
             f"at {round(size.fps)} frames per second, according to the following prompt:\n {caption}"
         )
     raise ValueError(f"unknown prompt template {template!r}; known: caption, lumos1")
+
+
+def motion_level(share: float) -> int:
+    """The level 0..9 of a motion score: the share of the picture that changes from one look to the next."""
+    return bisect_right(_MOTION_BOUNDS, share)
+
+
+def motion_prompt(caption: str, level: int) -> str:
+    """A caption that says how much moves; level 0 is as good as nothing, 9 nearly everything."""
+    if not 0 <= level <= len(_MOTION_BOUNDS):
+        raise ValueError(f"motion {level} is outside 0..{len(_MOTION_BOUNDS)}")
+    return f"motion {level}: {caption}"
 
 
 def frame_tokens(vocabulary: Vocabulary, cells: np.ndarray) -> Int64[Tensor, " length"]:

@@ -32,7 +32,7 @@ _PACKAGES = ("av", "decord", "deepspeed", "mlflow", "numpy", "pyarrow", "ray", "
 class RunConfig(Protocol):
     """A dataclass that describes one run."""
 
-    KIND: ClassVar[str]  # folder of infra/configs that holds its shipped files
+    KIND: ClassVar[str]  # folder of infra/configs that holds its shipped files; REMOVED, if there: old keys, remedies
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
@@ -212,6 +212,8 @@ def _describe(cls: type[Any], raw: Any, detail: ErrorDetails) -> str:
     name = ".".join(keys)
     kind, message, value = detail["type"], detail["msg"], detail["input"]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        if name in getattr(cls, "REMOVED", {}):
+            return f"key {name!r} is no more: {cls.REMOVED[name]}"
         siblings = _field_names(cls, keys[:-1])
         close = difflib.get_close_matches(keys[-1], siblings, n=1)
         remedy = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(siblings)}"

@@ -118,6 +118,7 @@ class Curation:
             "split": pa.array([draw(run.groups.get(name, name)) for name in iterate(rows["work_key"])], pa.string()),
             "captions": run.captions.take(kept),
             **{name: made[name] for name in ("fps", "t", "h", "w", "codes_sha256")},
+            "motion": pa.array(run.clips.scores["motion"][kept], from_pandas=True),
         }
         return SnapshotContent(
             clips=pa.table(columns).select(PUBLISHED_CLIPS.names).cast(PUBLISHED_CLIPS),

@@ -109,12 +109,14 @@ class ModelRunConfig:
     tokenizer: TokenizerSource = field(default_factory=TokenizerSource)
     text_tokenizer: str | None = None  # a Hugging Face tokenizers JSON; None is text_tokenizer.json beside the model
     prompt_template: PromptTemplate | None = None  # None is the one the model was trained with
+    motion: int | None = None  # how much is to move, 0..9, for a model that was trained with data.motion_prefix
     format: VideoFormat = "mp4"  # png only for images (num_frames = 1)
     replicas: ReplicaConfig = field(default_factory=ReplicaConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
 
     def __post_init__(self) -> None:
         require(bool(self.model.strip()), "model is empty: name the folder of an exported checkpoint")
+        require(self.motion is None or 0 <= self.motion <= 9, f"motion must be in 0..9, got {self.motion}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ class VideoRequest:
     size: VideoSize
     sampling: SamplingConfig
     format: VideoFormat = "mp4"
+    motion: int | None = None  # how much is to move, 0..9; None leaves it open
 
     def __post_init__(self) -> None:
         if self.format == "png" and self.size.num_frames != 1:
@@ -31,11 +32,13 @@ class VideoRequest:
 
     def encode(self, encoder: RequestEncoder) -> GenerationRequest:
         """As the sampler takes it; a ``ValueError`` if it does not fit the model."""
-        return encoder.encode(self.prompt, size=self.size, seed=self.seed, sampling=self.sampling)
+        return encoder.encode(self.prompt, size=self.size, seed=self.seed, sampling=self.sampling, motion=self.motion)
 
     def config_hash(self, model_identity: dict[str, Any]) -> str:
         """Names everything that decides the video but prompt and seed, ``ModelCard.identity`` included."""
-        settings = {"size": asdict(self.size), "sampling": asdict(self.sampling), "format": self.format}
+        settings: dict[str, Any] = {"size": asdict(self.size), "sampling": asdict(self.sampling), "format": self.format}
+        if self.motion is not None:
+            settings["motion"] = self.motion
         return config_hash({"model": model_identity, **settings})
 
 

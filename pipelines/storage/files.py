@@ -109,6 +109,12 @@ def read_bytes(uri: str) -> bytes:
         return file.read()
 
 
+def read_range(uri: str, start: int, stop: int) -> bytes:
+    """Bytes ``start..stop-1`` of a file, by one request."""
+    fs, path = filesystem(uri)
+    return bytes(fs.cat_file(path, start=start, end=stop))
+
+
 def read_json(uri: str) -> Any:
     """A JSON file's value."""
     return json.loads(read_bytes(uri))

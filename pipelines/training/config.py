@@ -14,7 +14,7 @@ from pipelines.config import config_hash, config_to_dict
 _OPERATIONAL = (
     "output",
     "num_workers",
-    "micro_batch",
+    "micro_batch_tokens",
     "recommended_sampling",
     "resources",
     "checkpoint",
@@ -32,11 +32,52 @@ _OPERATIONAL_WITHIN = ("model.checkpoint_activations",)
 
 # Keys added later, dotted, with the value under which a run computes what it did before they were there. At that value
 # they are no part of a run's identity, so runs and checkpoints of older programs go on.
-_ADDED: dict[str, Any] = {
+ADDED: dict[str, Any] = {
     "fork_from": None,
     "ema": None,
     "optimizer.decay_steps": 0,
+    "data.order": 1,
+    "data.sources": [],
+    "data.mix": None,
+    "data.motion_prefix": False,
+    "image_batch": None,
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One dataset of a mixture; either all of its sources have a weight, or none has."""
+
+    dataset: str  # as ``DataConfig.dataset``
+    weight: float | None = None  # its share of the steps, among the weights of all
+    repeat: float | None = None  # how often its rows are seen while those of a source without are seen once
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "repeat"):
+            value = getattr(self, name)
+            require(
+                value is None or 0 < value < math.inf,
+                f"{name} of {self.dataset} must be positive, got {value}; to do without it, leave the source out",
+            )
+        require(
+            self.weight is None or self.repeat is None, f"{self.dataset} has a weight and a repeat: set one of them"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixConfig:
+    """Steps of images and of videos, in what ratio; a kind that is left out is not trained on."""
+
+    image: float | None = None
+    video: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self.image is not None or self.video is not None, "mix names neither image nor video: set it to null")
+        for name, value in vars(self).items():
+            require(
+                value is None or 0 < value < math.inf,
+                f"mix.{name} must be positive, got {value}; to train without that kind, leave it out",
+            )
 
 
 def without_operational(plain: dict[str, Any]) -> dict[str, Any]:
@@ -52,16 +93,34 @@ def without_operational(plain: dict[str, Any]) -> dict[str, Any]:
 class DataConfig:
     """The rows trained on and how their captions become text."""
 
-    dataset: str  # a dataset (its newest snapshot) or one snapshot; local path or s3:// URI
+    dataset: str | None = None  # a dataset (its newest snapshot) or one snapshot; local path or s3:// URI
+    sources: tuple[SourceConfig, ...] = ()  # several datasets, in place of one
     split: str = "train"
+    mix: MixConfig | None = None  # none: in proportion to their rows
+    order: Literal[1, 2] = (
+        2  # of rows: 2 reads few bytes of large datasets; 1 is that of older runs, to go on with them
+    )
     tokenizer: TokenizerConfig | None = None  # the visual tokenizer the codes must come from; none: whichever it was
     text_tokenizer: str | None = None  # a Hugging Face tokenizers JSON; none: the embedded default
     vocabulary: Literal["compact", "lumos1"] = "compact"
     grid_unit: int = 16  # px, of a compact vocabulary; frame sizes must be multiples of it
     prompt_template: PromptTemplate = "caption"
     caption_drop: float = 0.1  # share of samples trained without their caption, for guidance
+    motion_prefix: bool = False  # say in the prompt of a video how much moves in it, so that it can be asked for
 
     def __post_init__(self) -> None:
+        require(
+            (self.dataset is None) == bool(self.sources),
+            "dataset and sources are both set: keep one of them" if self.sources else "set dataset, or sources",
+        )
+        named = [source.dataset for source in self.sources]
+        twice = next((name for name in named if named.count(name) > 1), None)
+        require(twice is None, f"sources names {twice} twice: give it one entry with a higher weight or repeat")
+        weighted = [source.weight is not None for source in self.sources]
+        without = next((source.dataset for source in self.sources if source.weight is None), None)
+        require(
+            all(weighted) or not any(weighted), f"sources: {without} has no weight, others have: give all one or none"
+        )
         require(0.0 <= self.caption_drop <= 1.0, f"caption_drop must be in [0, 1], got {self.caption_drop}")
         require(
             self.grid_unit > 0 and self.grid_unit % CELL == 0,
@@ -194,7 +253,7 @@ class ResourceConfig:
     cpus_per_worker: float = 0.5
     cpus_per_loader: float = 0.25  # one loader actor per worker
     threads_per_worker: int | None = None  # of torch; none: the machine's cores divided by the workers
-    steps_per_block: int = 8  # steps a loader prepares in one call
+    steps_per_block: int = 8  # steps a loader hands over at once
     prefetch_steps: int = 8  # steps ready in a worker before they are needed
 
     def __post_init__(self) -> None:
@@ -277,6 +336,9 @@ class TrainConfig:
     """
 
     KIND: ClassVar[str] = "train"
+    REMOVED: ClassVar[dict[str, str]] = {
+        "micro_batch": "it counted rows, and is now micro_batch_tokens: set that to micro_batch x the tokens of a row",
+    }
 
     output: str  # checkpoints, metrics and the export go here; a rerun continues from it
     data: DataConfig
@@ -288,7 +350,8 @@ class TrainConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     steps: int
     global_batch: int  # rows per step, over all workers
-    micro_batch: int  # rows per worker in one forward pass
+    image_batch: int | None = None  # rows per step of images; none: global_batch
+    micro_batch_tokens: int  # most tokens of a worker's forward pass, those of frames and markup; captions come on top
     num_workers: int = 1
     seed: int = 0
     fork_from: str | None = None  # RUN@STEP or a checkpoint's folder: go on from there, with this config
@@ -319,25 +382,33 @@ class TrainConfig:
             self.max_skipped_in_a_row >= 0,
             f"max_skipped_in_a_row must not be negative, got {self.max_skipped_in_a_row}",
         )
-        for name in ("steps", "global_batch", "micro_batch", "num_workers"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("steps", "global_batch", "image_batch", "micro_batch_tokens", "num_workers"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
         require(
             not self.validation.every or self.validation.split != self.data.split,
             f"validation.split = {self.validation.split} is trained on: name another, or set validation.every=0",
         )
-        per_pass = self.num_workers * self.micro_batch
-        below = self.global_batch // per_pass * per_pass
-        nearest = f"{below} and {below + per_pass}" if below else f"{per_pass}"
-        require(
-            self.global_batch % per_pass == 0,
-            f"global_batch = {self.global_batch} is not a multiple of num_workers x micro_batch = {self.num_workers} x "
-            f"{self.micro_batch} = {per_pass}; nearest that are: {nearest}",
-        )
+        self.check_workers(self.num_workers)
 
-    @property
-    def micro_batches(self) -> int:
-        """Forward passes of a worker in one step."""
-        return self.global_batch // (self.num_workers * self.micro_batch)
+    def check_workers(self, count: int) -> None:
+        """Check that the rows of every step can be divided evenly among so many workers.
+
+        Raises:
+            ValueError: if not; the message names the nearest batches that can.
+        """
+        for name in ("global_batch", "image_batch"):
+            rows = getattr(self, name)
+            if rows is not None and rows % count:
+                below = rows // count * count
+                nearest = f"{below} and {below + count}" if below else f"{count}"
+                raise ValueError(
+                    f"{name} = {rows} is not a multiple of num_workers = {count}; nearest that are: {nearest}"
+                )
+
+    def batch_rows(self, num_frames: int) -> int:
+        """Rows of a step whose rows have so many latent frames."""
+        return self.image_batch if num_frames == 1 and self.image_batch is not None else self.global_batch
 
     def make_vocabulary(self, *, text_vocab_size: int, codebook_size: int) -> Vocabulary:
         """The token ids of this run.
@@ -371,10 +442,12 @@ class TrainConfig:
         return self._without_neutral(kept)
 
     def _without_neutral(self, kept: dict[str, Any]) -> dict[str, Any]:
-        del kept["data"]["dataset"]  # the digest of the snapshot stands for it, wherever it is kept
+        # The digests of the snapshots stand for them, wherever they are kept.
+        for named in (kept["data"], *kept["data"]["sources"]):
+            del named["dataset"]
         if self.optimizer.schedule == "constant":
             del kept["steps"]  # nothing before the end depends on where it is: the run may be made longer
-        for dotted, neutral in _ADDED.items():
+        for dotted, neutral in ADDED.items():
             *sections, key = dotted.split(".")
             section = kept
             for name in sections:

@@ -211,7 +211,7 @@ def out_of_memory(error: BaseException) -> bool:
 def memory_hint(config: TrainConfig) -> str:
     """Which keys of a run would make it need less memory, the cheapest first."""
     zero = read_deepspeed_file(config.deepspeed).get("zero_optimization", {})
-    hints = [f"lower micro_batch (now {config.micro_batch})"] if config.micro_batch > 1 else []
+    hints = [f"lower micro_batch_tokens (now {config.micro_batch_tokens}), if a pass has several rows"]
     if not config.model.checkpoint_activations:
         hints.append("set model.checkpoint_activations=true")
     if zero.get("stage", 0) < 3:

@@ -54,7 +54,7 @@ def read_deepspeed_file(name: str) -> dict[str, Any]:
     if clash:
         raise UserError(
             f"deepspeed: {path} sets {', '.join(clash)}; remove them, the run's config decides these "
-            "(global_batch, micro_batch, optimizer, precision)"
+            "(global_batch, micro_batch_tokens, optimizer, precision)"
         )
     return dict(settings)
 

@@ -16,7 +16,7 @@ from pipelines.errors import UserError
 from pipelines.storage import s3
 from pipelines.storage.lock import local_lock
 from pipelines.tracking import TrackingStore, flatten
-from pipelines.training.config import TrainConfig, without_operational
+from pipelines.training.config import ADDED, DataConfig, TrainConfig, without_operational
 
 _SHOWN_DIFFERENCES = 6
 
@@ -131,7 +131,7 @@ class Output:
             )
         differences = _differences(without_operational(found.identity), self.identity)
         if found.snapshot_digest != snapshot_digest:
-            differences.append(_other_snapshot(config.data.dataset, found.snapshot_digest))
+            differences.append(_other_snapshot(config.data, found.snapshot_digest))
         if differences:
             raise UserError(
                 f"output = {self.folder} holds another run ({'; '.join(differences[:_SHOWN_DIFFERENCES])}): "
@@ -166,8 +166,11 @@ class Output:
         return older if config.fork_from is None and storage.is_dir(older) and not storage.is_dir(here) else here
 
 
-def _other_snapshot(dataset: str, digest: str) -> str:
+def _other_snapshot(data: DataConfig, digest: str) -> str:
     """That a run was on another snapshot of a dataset, and how to name that one, if it is there."""
+    dataset = data.dataset
+    if dataset is None:
+        return "snapshots: it is on others of data.sources, or on these in another order; name each by its snapshot"
     for name in list_snapshots(dataset):
         uri = storage.join(dataset, SNAPSHOTS, name)
         if storage.sha256_file(storage.join(uri, MANIFEST)) == digest:
@@ -176,6 +179,6 @@ def _other_snapshot(dataset: str, digest: str) -> str:
 
 
 def _differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    left, right = flatten(there), flatten(asked)
+    left, right = (flatten(ADDED) | flatten(one) for one in (there, asked))  # without a key: as before there was one
     keys = [key for key in sorted(left.keys() | right.keys()) if left.get(key) != right.get(key)]
     return [f"{key}: {left.get(key)} there, {right.get(key)} asked for" for key in keys]

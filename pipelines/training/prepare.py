@@ -1,7 +1,9 @@
 """Everything about a run that can be checked and worked out before a cluster is touched."""
 
+import hashlib
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,12 +12,13 @@ import numpy as np
 from lumos.checkpoint import ModelInfo
 from lumos.compression import CELL
 from lumos.config import ModelConfig
-from lumos.layout import build_sequence
+from lumos.layout import TAIL, build_sequence, header_tokens, video_layout
 from lumos.tokenizers import load_video_tokenizer
 from lumos.tokenizers.text import EMBEDDED_FILE, TextTokenizer
 from lumos.vocabulary import Vocabulary
 from pipelines.config import config_to_dict
-from pipelines.data.snapshot.read import Snapshot, open_snapshot
+from pipelines.data.snapshot.read import Snapshot, TokenizerIdentity, open_snapshot
+from pipelines.data.snapshot.rows import RowReader
 from pipelines.errors import UserError
 from pipelines.storage import is_local
 from pipelines.training.batch_plan import BatchPlan
@@ -29,11 +32,41 @@ class PreparedRun:
     """A run that passed every check: all that its driver, workers and loaders need to know, the same for all."""
 
     config: TrainConfig
-    snapshot: Snapshot
+    datasets: tuple[Snapshot, ...]  # of ``data.sources`` in their order, or the one of ``data.dataset``
     vocabulary: Vocabulary
     text_tokenizer: str  # text of the tokenizer's JSON file
     model: ModelConfig
     info: ModelInfo  # goes with the finished model
+
+    @property
+    def dataset_digest(self) -> str:
+        """What identifies the data: of one snapshot its digest, of several the hash of their digests in order."""
+        return _joint_digest(self.datasets)
+
+    @property
+    def dataset_names(self) -> tuple[str, ...]:
+        """A short name of each dataset, for records: its folder's, numbered where two have the same."""
+        places = [(snapshot.dataset or snapshot.uri).rstrip("/").rpartition("/")[2] for snapshot in self.datasets]
+        return tuple(
+            f"{name}-{number}" if places.count(name) > 1 else name for number, name in enumerate(places, start=1)
+        )
+
+    def plan(self) -> BatchPlan:
+        """Which rows each step sees."""
+        return BatchPlan.from_manifests([snapshot.manifest for snapshot in self.datasets], self.config)
+
+    def row_tokens(self, shape: tuple[int, int, int]) -> int:
+        """Tokens of a row of a bucket beside those of its caption."""
+        return _row_tokens(self.vocabulary, shape)
+
+    def micro_batches(self, shape: tuple[int, int, int], num_workers: int) -> int:
+        """Forward passes of a worker in a step of a bucket, as many on every worker."""
+        rows = self.config.batch_rows(shape[0]) // num_workers
+        return -(-rows // self.rows_per_pass(shape))
+
+    def rows_per_pass(self, shape: tuple[int, int, int]) -> int:
+        """Most rows of a bucket in one forward pass."""
+        return max(1, self.config.micro_batch_tokens // self.row_tokens(shape))
 
 
 def prepare(config: TrainConfig) -> PreparedRun:
@@ -44,33 +77,33 @@ def prepare(config: TrainConfig) -> PreparedRun:
             rows, frames the vocabulary cannot write, a checkpoint of another shape.
     """
     check_engine(config)
-    snapshot = _open_snapshot(config)
-    manifest = snapshot.manifest
-    plan = BatchPlan.from_manifest(manifest, config)
+    datasets = _open_snapshots(config)
+    plan = BatchPlan.from_manifests([snapshot.manifest for snapshot in datasets], config)
     text_file = Path(config.data.text_tokenizer or EMBEDDED_FILE)
+    tokenizer = datasets[0].manifest.tokenizer
     try:
         text = TextTokenizer.load(text_file)
-        codebook_size = manifest.tokenizer.codebook_size
-        vocabulary = config.make_vocabulary(text_vocab_size=text.vocab_size, codebook_size=codebook_size)
+        vocabulary = config.make_vocabulary(text_vocab_size=text.vocab_size, codebook_size=tokenizer.codebook_size)
         model = config.model.resolve(vocabulary.vocab_size, vocabulary.visual_start)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from error
-    fps = _check_shapes(snapshot, plan, vocabulary, model)
+    fps = _check_buckets(datasets, plan, config, vocabulary, model)
     if config.init_from is not None:
         check_init_from(config.init_from, model, vocabulary)
     info = ModelInfo(
         prompt_template=config.data.prompt_template,
-        shapes=tuple(bucket.shape for bucket in plan.buckets),
+        motion_prefix=config.data.motion_prefix,
+        shapes=tuple(dict.fromkeys(bucket.shape for bucket in plan.buckets)),
         fps=fps,
-        tokenizer=manifest.tokenizer,
+        tokenizer=tokenizer,
         text_tokenizer_hash=text.hash,
         sampling=config.recommended_sampling,
-        dataset_digest=snapshot.digest,
+        dataset_digest=_joint_digest(datasets),
         train_config=config_to_dict(config),
     )
     return PreparedRun(
         config=config,
-        snapshot=snapshot,
+        datasets=datasets,
         vocabulary=vocabulary,
         text_tokenizer=text_file.read_text(encoding="utf-8"),
         model=model,
@@ -78,36 +111,72 @@ def prepare(config: TrainConfig) -> PreparedRun:
     )
 
 
-def _open_snapshot(config: TrainConfig) -> Snapshot:
+def _open_snapshots(config: TrainConfig) -> tuple[Snapshot, ...]:
+    tokenizer: TokenizerIdentity | None = None
     try:
-        tokenizer = load_video_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+        if config.data.tokenizer is not None:
+            tokenizer = load_video_tokenizer(config.data.tokenizer)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"data.tokenizer: {error}") from error
-    snapshot = open_snapshot(config.data.dataset, expected_tokenizer=tokenizer)
-    if is_local(snapshot.uri):  # workers have another working directory
-        snapshot = replace(snapshot, uri=os.path.abspath(snapshot.uri.removeprefix("file://")))
-    return snapshot
+    names = [source.dataset for source in config.data.sources] or [str(config.data.dataset)]
+    snapshots: dict[str, Snapshot] = {}  # by digest
+    for name in names:
+        snapshot = open_snapshot(name, expected_tokenizer=tokenizer)
+        if is_local(snapshot.uri):  # workers have another working directory
+            snapshot = replace(snapshot, uri=os.path.abspath(snapshot.uri.removeprefix("file://")))
+        if snapshot.digest in snapshots:
+            raise UserError(
+                f"data.sources: {name} is the same snapshot as {snapshots[snapshot.digest].uri}: give it one entry, "
+                "with a higher weight or repeat"
+            )
+        snapshots[snapshot.digest] = snapshot
+        tokenizer = tokenizer or snapshot.manifest.tokenizer  # what the first has, all must have
+    return tuple(snapshots.values())
 
 
-def _check_shapes(snapshot: Snapshot, plan: BatchPlan, vocabulary: Vocabulary, model: ModelConfig) -> float:
-    """Check that every bucket can be written as tokens; returns the frame rate of the largest bucket's first row."""
+def _joint_digest(snapshots: Sequence[Snapshot]) -> str:
+    digests = [snapshot.digest for snapshot in snapshots]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _row_tokens(vocabulary: Vocabulary, shape: tuple[int, int, int]) -> int:
+    header = header_tokens(vocabulary, [], num_latents=1, fps=1.0)
+    return video_layout(len(header), shape, tail=TAIL).length
+
+
+def _check_buckets(
+    datasets: Sequence[Snapshot], plan: BatchPlan, config: TrainConfig, vocabulary: Vocabulary, model: ModelConfig
+) -> float:
+    """Check that the rows of every bucket can be trained on; returns the frame rate of the largest one's first row."""
     rates: dict[int, float] = {}
+    readers = [RowReader(snapshot, ["fps"], max_bytes=0) for snapshot in datasets]
     for bucket in plan.buckets:
-        shape = bucket.shape
-        first = snapshot.read_shard(snapshot.manifest.buckets[bucket.index].shards[0], columns=["fps"])
-        fps = rates[bucket.num_rows] = float(first["fps"][0].as_py())
+        snapshot, shape = datasets[bucket.dataset], bucket.shape
+        t, h, w = shape
+        name = f"bucket {t}x{h}x{w} of snapshot {snapshot.manifest.snapshot_id}"
+        fps = rates[bucket.num_rows] = float(readers[bucket.dataset].row(bucket.index, 0)["fps"])
         try:
-            ids, _ = build_sequence(vocabulary, [], np.zeros(shape, dtype=np.int64), fps=fps)
+            build_sequence(vocabulary, [], np.zeros(shape, dtype=np.int64), fps=fps)
         except ValueError as error:
             raise UserError(
-                f"bucket {shape[0]}x{shape[1]}x{shape[2]} of snapshot {snapshot.manifest.snapshot_id}: {error}; set "
-                f"data.grid_unit to {CELL * math.gcd(shape[1], shape[2])} px or a divisor of it that is a multiple of "
-                f"{CELL}"
+                f"{name}: {error}; set data.grid_unit to {CELL * math.gcd(h, w)} px or a divisor of it that is a "
+                f"multiple of {CELL}"
             ) from error
-        if len(ids) > model.max_seq_len:
+        tokens = _row_tokens(vocabulary, shape)
+        if tokens > model.max_seq_len:
             raise UserError(
-                f"bucket {shape[0]}x{shape[1]}x{shape[2]} ({shape[2] * CELL}x{shape[1] * CELL} px) makes sequences of "
-                f"{len(ids)} tokens and more, model.max_seq_len is {model.max_seq_len}: raise it, or curate shorter or "
-                "smaller clips"
+                f"{name} ({w * CELL}x{h * CELL} px) makes sequences of {tokens} tokens and more, model.max_seq_len is "
+                f"{model.max_seq_len}: raise it, or curate shorter or smaller clips"
+            )
+        if tokens > config.micro_batch_tokens:
+            raise UserError(
+                f"{name} has rows of {tokens} tokens, more than micro_batch_tokens = {config.micro_batch_tokens}: set "
+                f"it to at least {tokens}, or curate shorter or smaller clips"
+            )
+        manifest_bucket = snapshot.manifest.buckets[bucket.index]
+        if config.data.motion_prefix and t > 1 and not readers[bucket.dataset].has_column(manifest_bucket, "motion"):
+            raise UserError(
+                f"data.motion_prefix: snapshot {snapshot.uri} was published without motion scores: give the `lumos "
+                "curate` that made it again, which publishes it with them, or set data.motion_prefix to false"
             )
     return rates[max(rates)]

@@ -20,7 +20,6 @@ from pipelines.cluster import connect, lacking
 from pipelines.errors import JobError, UserError
 from pipelines.tracking import TrackingStore
 from pipelines.training import validate
-from pipelines.training.batch_plan import BatchPlan
 from pipelines.training.checkpoints import StoredCheckpoint, find_checkpoints, next_attempt, prune
 from pipelines.training.config import TrainConfig
 from pipelines.training.diagnosis import keep_phases, keep_stacks
@@ -30,6 +29,7 @@ from pipelines.training.prepare import PreparedRun, prepare
 from pipelines.training.progress import Progress
 from pipelines.training.record import History, Recorder, StepRecord, open_queue
 from pipelines.training.resume import Beginning, describe_fork, find_beginning, held, take_over_record
+from pipelines.training.rows import row_names
 from pipelines.training.sender import Sender
 from pipelines.training.worker import Job, train_worker
 
@@ -73,7 +73,7 @@ def train(config: TrainConfig) -> TrainResult:
         JobError: if training fails; what is in the output is kept, and the same call continues from it.
     """
     prepared = prepare(config)
-    output = Output(config, snapshot_digest=prepared.snapshot.digest, fork=describe_fork)
+    output = Output(config, snapshot_digest=prepared.dataset_digest, fork=describe_fork)
     if output.store.in_output:
         where = f"{output.folder} began with an MLflow store of its own and goes on in it"
         tqdm.write(f"{where}: {output.store.how_to_open}", file=sys.stderr)
@@ -249,12 +249,10 @@ def _reason(error: Exception) -> str:
 
 def _skipped(record: StepRecord, prepared: PreparedRun) -> str:
     """For a person: a step that made no update, and what it was made of."""
-    plan = BatchPlan.from_manifest(prepared.snapshot.manifest, prepared.config)
-    step = plan.step(record.step - 1)
-    shape = "x".join(map(str, step.bucket.shape))
+    rows = row_names(prepared, record.step - 1)
     return (
-        f"step {record.step} skipped: loss {record.loss}, gradient norm {record.grad_norm}; its rows of bucket "
-        f"{shape}: {', '.join(map(str, step.rows))}"
+        f"step {record.step} skipped: loss {record.loss}, gradient norm {record.grad_norm}; its clips of "
+        f"{rows[0].dataset}: {', '.join(row.clip_id for row in rows)}"
     )
 
 

@@ -146,7 +146,7 @@ class Sender:
         return self.tracker
 
     def _open(self) -> Tracker:
-        config, output, snapshot = self.prepared.config, self.output, self.prepared.snapshot
+        config, output = self.prepared.config, self.output
         tracker = Tracker(
             output.store,
             experiment=config.tracking.experiment,
@@ -159,14 +159,14 @@ class Sender:
         tracker.set_tags(
             {
                 "git_commit": provenance["git_commit"],
-                "dataset_digest": snapshot.digest,
+                "dataset_digest": self.prepared.dataset_digest,
                 "num_parameters": str(self.prepared.model.num_parameters),
                 "output": str(output.folder),
             }
         )
-        tracker.log_dataset(
-            name=snapshot.manifest.snapshot_id, digest=snapshot.digest, source=snapshot.uri, context=config.data.split
-        )
+        for snapshot in self.prepared.datasets:
+            name, digest = snapshot.manifest.snapshot_id, snapshot.digest
+            tracker.log_dataset(name=name, digest=digest, source=snapshot.uri, context=config.data.split)
         tracker.log_artifact(output.config_file)
         if not tracker.resumed:
             output.update(sent=0, finished=False)  # should another store have had them
@@ -236,7 +236,7 @@ def run_facts(prepared: PreparedRun) -> RunFacts:
     return RunFacts(
         model=prepared.model,
         codebook_size=prepared.vocabulary.codebook_size,
-        num_rows=prepared.snapshot.manifest.totals[config.data.split].rows,
+        num_rows=prepared.plan().epoch_rows,
         muon_factor=optimizer.muon_lr / optimizer.lr if optimizer.kind == "muon" else None,
         workers=config.num_workers,
     )

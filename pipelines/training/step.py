@@ -5,7 +5,6 @@ does not depend on how the batch was divided.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +24,12 @@ class StepBatch:
 
     step: int  # 0-based
     epoch: int
-    micro_batches: tuple[PackedBatch, ...]
+    micro_batches: tuple[PackedBatch, ...]  # as many on every worker, but not in every step
+    shape: tuple[int, int, int]  # latent [t, h, w] of every row
+    dataset: int  # that all rows are from: its number in ``PreparedRun.datasets``
+    rows: int  # of all workers
+    cut_captions: int  # of this worker's rows: captions cut to what the model can read
+    longest_caption: int  # of this worker's rows: tokens of the longest prompt before it was cut
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,9 @@ class StepResult:
     masked_share: float  # masked grid cells among all, row ends included
     data_wait: float  # seconds a worker stood waiting for its batch, mean over workers
     skipped: int  # 1: loss or gradients were not finite, weights and optimizer are as before
+    clips: int  # rows, of all workers
+    bucket: str  # their latent shape, TxHxW
+    cut_captions: int  # captions cut to what the model can read
 
 
 class TrainStep:
@@ -80,7 +87,7 @@ class TrainStep:
                 self.engine.backward(loss * scale * finite, scale_wrt_gas=False)
         with self.clock("optimizer"):
             grad_norm, updated = self._update()
-        return self._result(micro_batches, totals, data_wait, grad_norm=grad_norm, updated=updated)
+        return self._result(batch, totals, data_wait, grad_norm=grad_norm, updated=updated)
 
     def _update(self) -> tuple[float, bool]:
         """Make the update unless gradients are not finite; their norm, and whether it was made.
@@ -101,19 +108,22 @@ class TrainStep:
 
     def _result(
         self,
-        micro_batches: Sequence[PackedBatch],
+        batch: StepBatch,
         totals: Tensor,
         data_wait: float,
         *,
         grad_norm: float,
         updated: bool,
     ) -> StepResult:
+        micro_batches = batch.micro_batches
         cells = sum(frame.grid_size for micro in micro_batches for doc in micro.layouts for frame in doc.frames)
         masked = sum(int(micro.masked_positions.sum()) for micro in micro_batches)
         tokens = sum(len(micro.ids) for micro in micro_batches)
-        own = torch.tensor([tokens, cells, masked, data_wait], dtype=torch.float64, device=self.device)
+        own = torch.tensor(
+            [tokens, cells, masked, data_wait, batch.cut_captions], dtype=torch.float64, device=self.device
+        )
         flat = self._sum(torch.cat([own, totals.flatten()])).tolist()
-        sums, counts = flat[4 : 4 + totals.shape[1]], flat[4 + totals.shape[1] :]
+        sums, counts = flat[5 : 5 + totals.shape[1]], flat[5 + totals.shape[1] :]
         return StepResult(
             loss=sum(sums) / sum(counts),
             frame_losses=tuple(s / max(c, 1.0) for s, c in zip(sums, counts, strict=True)),
@@ -123,6 +133,9 @@ class TrainStep:
             masked_share=flat[2] / flat[1],
             data_wait=flat[3] / self.world_size,
             skipped=int(not updated),
+            clips=batch.rows,
+            bucket="x".join(map(str, batch.shape)),
+            cut_captions=int(flat[4]),
         )
 
     def _sum(self, values: Tensor) -> Tensor:

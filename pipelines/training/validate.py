@@ -6,6 +6,7 @@ the training draws or keeps is touched, so its curve is bitwise the same without
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lumos.batch import PackedBatch
 from lumos.config import MaskConfig
 from lumos.layout import SequenceLayout
-from lumos.losses import PackedBatch
 from lumos.masking import sample_masked_positions
-from pipelines.data.snapshot.read import Bucket, Manifest
+from pipelines.data.snapshot.read import Bucket, Snapshot
 from pipelines.streams import numpy_stream, torch_stream
 from pipelines.training.config import ValidationConfig
 from pipelines.training.engine import Engine
@@ -32,15 +33,17 @@ _MAX_FRAMES = 256  # latent frames whose losses are told apart
 class HeldOutRow:
     """A row of the validation."""
 
-    bucket: int  # in ``Manifest.buckets``
+    dataset: int  # of the run
+    bucket: int  # in ``Manifest.buckets`` of that dataset
     row: int  # in the bucket
 
 
-def choose_rows(manifest: Manifest, config: ValidationConfig) -> list[HeldOutRow]:
-    """The rows of the split that a validation takes, those of one bucket together."""
+def choose_rows(datasets: Sequence[Snapshot], config: ValidationConfig) -> list[HeldOutRow]:
+    """The rows of the split that a validation takes of some datasets, those of one bucket together."""
     rows = [
-        HeldOutRow(index, row)
-        for index, bucket in enumerate(manifest.buckets)
+        HeldOutRow(dataset, index, row)
+        for dataset, snapshot in enumerate(datasets)
+        for index, bucket in enumerate(snapshot.manifest.buckets)
         if bucket.split == config.split
         for row in range(bucket.rows)
     ]
@@ -53,7 +56,7 @@ class Validator:
 
     def __init__(self, run: PreparedRun, *, rank: int, device: torch.device) -> None:
         self.run, self.rank, self.device = run, rank, device
-        self.rows = choose_rows(run.snapshot.manifest, run.config.validation) if run.config.validation.every else []
+        self.rows = choose_rows(run.datasets, run.config.validation) if run.config.validation.every else []
         self._batches: list[tuple[PackedBatch, float]] | None = None  # with their weight, made when first needed
 
     def due(self, step: int) -> bool:
@@ -86,10 +89,12 @@ class Validator:
 
     def _make_batches(self) -> list[tuple[PackedBatch, float]]:
         """This worker's micro-batches. All have as many, for the forward pass is one of all workers under ZeRO-3."""
-        loader = StepLoader(self.run, self.rank)
+        loader = StepLoader(self.run, self.rank, dist.get_world_size())
         groups: list[list[HeldOutRow]] = []
         for row in self.rows:
-            if groups and groups[-1][0].bucket == row.bucket and len(groups[-1]) < self.run.config.micro_batch:
+            first = groups[-1][0] if groups else None
+            fits = first is not None and (first.dataset, first.bucket) == (row.dataset, row.bucket)
+            if fits and len(groups[-1]) < self.run.rows_per_pass(self._bucket(row).shape):
                 groups[-1].append(row)
             else:
                 groups.append([row])
@@ -102,16 +107,18 @@ class Validator:
         return list(zip(batches, weights, strict=True))
 
     def _pack(self, loader: StepLoader, group: list[HeldOutRow]) -> PackedBatch:
-        bucket = self.run.snapshot.manifest.buckets[group[0].bucket]
-        documents = [self._document(loader, bucket, row.row) for row in group]
+        documents = [self._document(loader, row) for row in group]
         documents.sort(key=lambda document: len(document[0]))
         ids, masked, layouts = zip(*documents, strict=True)
         return PackedBatch(torch.cat(ids), torch.cat(masked), layouts)
 
-    def _document(self, loader: StepLoader, bucket: Bucket, row: int) -> tuple[Tensor, Tensor, SequenceLayout]:
-        record = loader.shards.row(bucket.shards, row)
+    def _bucket(self, row: HeldOutRow) -> Bucket:
+        return self.run.datasets[row.dataset].manifest.buckets[row.bucket]
+
+    def _document(self, loader: StepLoader, row: HeldOutRow) -> tuple[Tensor, Tensor, SequenceLayout]:
+        record = loader.rows[row.dataset].row(row.bucket, row.row)
         caption = record["captions"][0]["text"] if record["captions"] else None
-        ids, layout = loader.sequence(record, (bucket.t, bucket.h, bucket.w), caption)
+        ids, layout, _ = loader.sequence(row.dataset, record, self._bucket(row).shape, caption)
         stream = torch_stream(self.run.config.validation.seed, "validation mask", record["clip_id"])
         masked = sample_masked_positions(layout, _MASK, stream)
         return ids.to(torch.int64), masked, layout
@@ -120,9 +127,9 @@ class Validator:
 def describe(run: PreparedRun) -> str | None:
     """Why there is no validation although one is asked for; None if there is one."""
     wanted = run.config.validation
-    if not wanted.every or choose_rows(run.snapshot.manifest, wanted):
+    if not wanted.every or choose_rows(run.datasets, wanted):
         return None
     return (
-        f"no validation: snapshot {run.snapshot.manifest.snapshot_id} has no rows of the split {wanted.split!r}; "
-        "training goes on without"
+        f"no validation: {', '.join(run.dataset_names)} has no rows of the split {wanted.split!r}; training goes on "
+        "without"
     )

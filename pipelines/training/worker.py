@@ -104,7 +104,9 @@ class Worker:
         clock = self.diagnosis.clock
         train_step = TrainStep(self.engine, self.job.run.vocabulary, device=self.device, clock=clock)
         began, saved = time.perf_counter(), self.done == self.config.steps
-        for batch, data_wait in _timed(step_batches(self.job.run, rank=self.rank, start=self.done)):
+        for batch, data_wait in _timed(
+            step_batches(self.job.run, rank=self.rank, num_workers=self.config.num_workers, start=self.done)
+        ):
             lr = self.config.optimizer.learning_rate(batch.step, self.config.steps)
             clock.add("data", data_wait)
             with self.diagnosis.step(batch.step + 1):
@@ -161,6 +163,7 @@ class Worker:
             step_seconds=seconds,
             tokens_per_s=result.tokens / seconds,
             workers=dist.get_world_size(),
+            datasets={self.job.run.dataset_names[batch.dataset]: batch.rows} if len(self.job.run.datasets) > 1 else {},
             **asdict(result),
             **figures,
             **validation,

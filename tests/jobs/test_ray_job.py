@@ -70,7 +70,15 @@ def test_curate_train_generate_as_ray_jobs(submit, tmp_path):
     write_corpus(tmp_path / "corpus", 0, 24)
     submit("jobs/curate.py", "demo", f"source.path={tmp_path / 'corpus'}", f"dataset={tmp_path / 'dataset'}")
     train = ["data.dataset=" + str(tmp_path / "dataset"), f"output={tmp_path / 'train'}"]
-    submit("jobs/train.py", "demo", *train, "steps=4", "optimizer.warmup_steps=1", "global_batch=4", "micro_batch=2")
+    submit(
+        "jobs/train.py",
+        "demo",
+        *train,
+        "steps=4",
+        "optimizer.warmup_steps=1",
+        "global_batch=4",
+        "micro_batch_tokens=512",
+    )
     model = tmp_path / "train" / "export"
     generate = ["--model", str(model), "--prompt", "a red square moves left", "--out", str(tmp_path / "videos")]
     submit("jobs/generate.py", *generate, "sampling.num_steps=2")

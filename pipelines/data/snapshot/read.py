@@ -21,6 +21,7 @@ from pipelines.errors import UserError
 
 SNAPSHOTS = "snapshots"
 MANIFEST = "manifest.json"
+BYTES_BESIDE_CODES = 512  # a row's ids and captions, roughly
 
 
 class TokenizerIdentity(Protocol):
@@ -60,11 +61,22 @@ class Bucket:
     rows: int
     bytes: int
     shards: tuple[Shard, ...]
+    row_group_rows: int | None = None  # of its shards; None: an older program wrote them, 256 to a group
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Latent [t, h, w] of its rows."""
+        return self.t, self.h, self.w
 
     @property
     def tokens(self) -> int:
         """Codes in all its rows."""
         return self.rows * self.t * self.h * self.w
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a decoded row, roughly."""
+        return 2 * self.t * self.h * self.w + BYTES_BESIDE_CODES
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,10 @@ TOKENS = pa.schema(
         pa.field("h", pa.int16(), nullable=False),
         pa.field("w", pa.int16(), nullable=False),
         pa.field("codes", pa.list_(pa.uint16()), nullable=False),
+        pa.field("motion", pa.float32()),  # the score of that name; null for an image, and where it was not measured
     ]
 )
+LATER_COLUMNS = ("motion",)  # that shards of older programs lack
 
 # What became of every clip, and of every source that yields none.
 LEDGER = pa.schema(

@@ -20,6 +20,7 @@ from lumos.config import require
 from pipelines import storage
 from pipelines.data.snapshot.card import dataset_card
 from pipelines.data.snapshot.read import (
+    BYTES_BESIDE_CODES,
     MANIFEST,
     SNAPSHOTS,
     Bucket,
@@ -33,11 +34,20 @@ from pipelines.data.snapshot.read import (
     open_snapshot,
     snapshot_number,
 )
-from pipelines.data.snapshot.schemas import LEDGER, STATUSES, TOKENS
+from pipelines.data.snapshot.schemas import LATER_COLUMNS, LEDGER, STATUSES, TOKENS
 from pipelines.data.stage.columns import iterate, parquet_bytes, sort, take
 from pipelines.storage.lock import check_lock
 
-ROW_GROUP_ROWS = 256
+_ROW_GROUP_BYTES = 128_000  # of codes and captions: what a reader must decode for the sake of one row
+_OLD_ROW_GROUP_ROWS = 256  # of snapshots whose manifest names none
+# Codes hardly repeat: a dictionary of those in a row group takes more room than they do. Statistics of hashes and codes
+# serve nobody, and made most of a footer.
+_SHARD_LAYOUT = {
+    "use_dictionary": False,
+    "column_encoding": {"codes.list.element": "BYTE_STREAM_SPLIT"},
+    "write_statistics": False,
+}
+_SHARD_FORMAT = 2  # counted up where the same clips give other bytes
 _LEDGER, _CARD = "ledger.parquet", "README.md"
 LEDGER_ROW_GROUP_ROWS = 1 << 16
 # A kept clip before its codes are fetched.
@@ -45,7 +55,6 @@ PUBLISHED_CLIPS = pa.schema(
     [*(field for field in TOKENS if field.name != "codes"), pa.field("codes_sha256", pa.string(), nullable=False)]
 )
 _Kind = tuple[str, int, int, int]  # split and latent shape t, h, w
-_BYTES_BESIDE_CODES = 512  # a row's ids and captions, roughly; for the size of shards only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +158,7 @@ def _content_digest(content: SnapshotContent, ledger: pa.Table, config: PublishC
         "created_from": content.created_from,
         "publish": asdict(config),
         "tokenizer": asdict(content.tokenizer),
-        "writer": pa.__version__,
+        "writer": [pa.__version__, _SHARD_FORMAT],
     }
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for table in (sort(content.clips, ["clip_id"]), ledger):
@@ -168,7 +177,7 @@ def _plan_shards(clips: pa.Table, config: PublishConfig) -> Iterator[tuple[_Kind
             mask &= pc.equal(clips[name], value).to_numpy()
         members = np.flatnonzero(mask)
         split, t, h, w = group.values()
-        per_shard = max(1, int(config.shard_mb * 1e6) // (2 * t * h * w + _BYTES_BESIDE_CODES))
+        per_shard = max(1, int(config.shard_mb * 1e6) // (2 * t * h * w + BYTES_BESIDE_CODES))
         ids = iterate(take(clips["clip_id"], members))
         dealt = deal_shards(ids, -(-len(members) // per_shard), seed=config.seed)
         for number, chosen in enumerate(dealt):
@@ -181,12 +190,18 @@ def _write_shards(uri: str, content: SnapshotContent, config: PublishConfig) -> 
     codes = content.read_codes([take(content.clips["clip_id"], rows) for _, _, rows in planned])
     shards: dict[_Kind, list[Shard]] = {}
     for (kind, path, rows), own in zip(planned, codes, strict=True):
-        data = shard_bytes(take(content.clips, rows), own)
+        data = shard_bytes(take(content.clips, rows), own, row_group_rows=row_group_rows(*kind[1:]))
         storage.write_bytes_atomic(storage.join(uri, path), data)
         written = Shard(path, len(rows), len(data), hashlib.sha256(data).hexdigest())
         shards.setdefault(kind, []).append(written)
     return tuple(
-        Bucket(*kind, sum(shard.rows for shard in own), sum(shard.bytes for shard in own), tuple(own))
+        Bucket(
+            *kind,
+            sum(shard.rows for shard in own),
+            sum(shard.bytes for shard in own),
+            tuple(own),
+            row_group_rows=row_group_rows(*kind[1:]),
+        )
         for kind, own in shards.items()
     )
 
@@ -197,10 +212,23 @@ def deal_shards(ids: Iterable[str], count: int, *, seed: int) -> list[NDArray[np
     return np.array_split(np.argsort(hashes, kind="stable"), count)
 
 
-def shard_bytes(clips: pa.Table, codes: pa.Array) -> bytes:
-    """The file of a shard, given its rows in order (as ``PUBLISHED_CLIPS``) and the codes of each (list<uint16>)."""
+def row_group_rows(t: int, h: int, w: int) -> int:
+    """Rows of a row group of a bucket."""
+    return max(1, _ROW_GROUP_BYTES // (2 * t * h * w + BYTES_BESIDE_CODES))
+
+
+def shard_bytes(clips: pa.Table, codes: pa.Array, *, row_group_rows: int | None) -> bytes:
+    """The file of a shard, given its rows in order (as ``PUBLISHED_CLIPS``) and the codes of each (list<uint16>).
+
+    Without a size of row groups, it is as the program wrote it whose manifests name none.
+    """
     table = clips.drop_columns(["codes_sha256"]).append_column(TOKENS.field("codes"), codes).select(TOKENS.names)
-    return parquet_bytes(table.cast(TOKENS), row_group_rows=ROW_GROUP_ROWS)
+    if row_group_rows is None:
+        older = table.drop_columns(list(LATER_COLUMNS))
+        return parquet_bytes(
+            older.cast(pa.schema(map(TOKENS.field, older.column_names))), row_group_rows=_OLD_ROW_GROUP_ROWS
+        )
+    return parquet_bytes(table.cast(TOKENS), row_group_rows=row_group_rows, **_SHARD_LAYOUT)
 
 
 def _total(buckets: Sequence[Bucket], split: str) -> SplitTotal:

@@ -50,9 +50,12 @@ def sort(table: pa.Table, columns: Sequence[str]) -> pa.Table:
     return take(table, pc.sort_indices(table, sort_keys=keys).to_numpy().astype(np.int64))
 
 
-def parquet_bytes(table: pa.Table, *, row_group_rows: int) -> bytes:
-    """A table as Parquet, the same bytes for the same rows (of one version of pyarrow)."""
+def parquet_bytes(table: pa.Table, *, row_group_rows: int, **layout: Any) -> bytes:
+    """A table as Parquet, the same bytes for the same rows (of one version of pyarrow).
+
+    ``layout`` goes to pyarrow's writer: encodings, statistics.
+    """
     sink = io.BytesIO()
     options = {"compression": "zstd", "compression_level": 3, "version": "2.6", "data_page_version": "1.0"}
-    pq.write_table(table.combine_chunks(), sink, row_group_size=row_group_rows, **options)
+    pq.write_table(table.combine_chunks(), sink, row_group_size=row_group_rows, **options, **layout)
     return sink.getvalue()

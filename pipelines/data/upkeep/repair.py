@@ -130,6 +130,9 @@ class _Rebuild:
         self.created_from = snapshot.manifest.created_from
         elsewhere = {clip for clips in found.values() for clip in clips}
         rows = ledger.select(["key", "source_id", "status", "reason"]).to_pylist()
+        self.motion = dict(
+            zip(ledger["key"].to_pylist(), pc.struct_field(ledger["scores"], "motion").to_pylist(), strict=True)
+        )
         duplicates = ((row["source_id"], parse_duplicate(row["reason"])) for row in rows)
         near = [(source_id, source_of(of[1])) for source_id, of in duplicates if of and of[0] == "near"]
         self.groups = linked_groups(near)
@@ -181,7 +184,8 @@ class _Rebuild:
         plain = {key: {name: value for name, value in clips[key].items() if name != "codes"} for key in members}
         for captions in product(*(self._captions_of(key) for key in members)):
             rows = [plain[key] | {"captions": own} for key, own in zip(members, captions, strict=True)]
-            yield shard_bytes(pa.Table.from_pylist(rows, schema=PUBLISHED_CLIPS), codes)
+            table = pa.Table.from_pylist(rows, schema=PUBLISHED_CLIPS)
+            yield shard_bytes(table, codes, row_group_rows=bucket.row_group_rows)
 
     def _clip(self, key: str, bucket: Bucket) -> Row | None:
         """The row of a clip, if it belongs to the bucket, without its captions."""
@@ -192,7 +196,8 @@ class _Rebuild:
         if split != bucket.split or not made:
             return None
         names = ("fps", "t", "h", "w", "codes_sha256", "codes")
-        return {"clip_id": key, "source_id": source_id, "split": split} | {name: made[0][name] for name in names}
+        own = {"clip_id": key, "source_id": source_id, "split": split, "motion": self.motion[key]}
+        return own | {name: made[0][name] for name in names}
 
     def _captions_of(self, key: str) -> list[list[dict[str, str]]]:
         """What the captions of a clip may have been."""

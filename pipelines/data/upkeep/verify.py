@@ -18,7 +18,7 @@ from lumos.compression import CELL, num_source_frames
 from lumos.tokenizers import TokenizerConfig, VideoTokenizer, load_video_tokenizer
 from pipelines import storage
 from pipelines.data.snapshot.read import Bucket, Shard, Snapshot
-from pipelines.data.snapshot.schemas import LEDGER, TOKENS
+from pipelines.data.snapshot.schemas import LATER_COLUMNS, LEDGER, TOKENS
 from pipelines.data.snapshot.write import count_statuses
 from pipelines.data.stage.stage import Row
 from pipelines.data.upkeep.stills import decode_clips
@@ -92,6 +92,9 @@ def _read(snapshot: Snapshot, path: str, sha256: str, schema: pa.Schema) -> tupl
         table = pq.read_table(pa.BufferReader(data))
     except (pa.ArrowException, OSError) as error:
         return None, [*problems, f"{path}: is no Parquet file ({error})"]
+    schema = pa.schema(
+        [field for field in schema if field.name in table.column_names or field.name not in LATER_COLUMNS]
+    )
     lacking = [name for name in schema.names if name not in table.column_names]
     if lacking:
         return None, [*problems, f"{path}: lacks the columns {', '.join(lacking)}"]

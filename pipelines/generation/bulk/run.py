@@ -144,7 +144,12 @@ def _plan(config: GenerateConfig, card: ModelCard) -> list[_Job]:
                 if seed > MAX_SEED:
                     raise ValueError(f"seed {seed} is above 2^63-1")
                 request = VideoRequest(
-                    prompt=prompt.text, seed=seed, size=size, sampling=card.sampling, format=config.format
+                    prompt=prompt.text,
+                    seed=seed,
+                    size=size,
+                    sampling=card.sampling,
+                    format=config.format,
+                    motion=config.motion,
                 )
                 if seed == first:
                     request.encode(encoder)

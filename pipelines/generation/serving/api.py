@@ -46,6 +46,7 @@ class VideoBody(BaseModel):
     steps: int | None = Field(None, ge=1, description="Sampling steps per latent frame.")
     guidance_scale: float | None = Field(None, ge=0, allow_inf_nan=False, description="1 is no guidance.")
     history_ratio: float | None = Field(None, ge=0, le=1, description="Share of earlier frames hidden from later ones.")
+    motion: int | None = Field(None, ge=0, le=9, description="How much is to move, if the model was trained with it.")
 
 
 class ErrorDetail(BaseModel):
@@ -209,6 +210,7 @@ def _to_request(body: VideoBody, card: ModelCard, config: ServeConfig, encoder: 
             size=encoder.size(**asdict(asked)),
             sampling=sampling.over(card.sampling),
             format=config.format,
+            motion=config.motion if body.motion is None else body.motion,
         )
         request.encode(encoder)
     except ValueError as error:

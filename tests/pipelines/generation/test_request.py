@@ -1,6 +1,12 @@
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
-from pipelines.generation.request import file_name
+from lumos.config import SamplingConfig
+from lumos.encoder import RequestEncoder
+from lumos.folder import open_folder
+from pipelines.generation.request import VideoRequest, file_name
 
 
 @pytest.mark.parametrize(
@@ -22,3 +28,21 @@ def test_names_of_long_prompts_stay_short_and_differ_by_seed() -> None:
     names = {file_name("word " * 500, seed, "mp4") for seed in (0, 2**63 - 1)}
     assert len(names) == 2
     assert max(map(len, names)) < 120
+
+
+def test_how_much_is_to_move_is_asked_of_a_model_that_knows_it(model_dir: Path, tokenizer_path: Path) -> None:
+    folder = open_folder(model_dir, tokenizer=tokenizer_path)
+    knowing = RequestEncoder(replace(folder, info=replace(folder.info, motion_prefix=True)))
+    size = knowing.size()
+    plain = VideoRequest(prompt="a red square", seed=0, size=size, sampling=SamplingConfig())
+    moving = replace(plain, motion=4)
+    written = replace(plain, prompt="motion 4: a red square")
+    assert moving.encode(knowing).text_ids == written.encode(knowing).text_ids
+    assert plain.config_hash({}) == written.config_hash({}) != moving.config_hash({})
+    for encoder, asked, message in (
+        (RequestEncoder(folder), moving, "motion 4 asked of the model .*: it was trained without; leave motion out"),
+        (knowing, replace(plain, motion=10), r"motion 10 is outside 0\.\.9"),
+        (knowing, replace(moving, size=replace(size, num_frames=1)), "is of videos, num_frames is 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            asked.encode(encoder)

@@ -61,7 +61,7 @@ def batches(first: int, stop: int) -> Iterator[StepBatch]:
             ids, layout = build_sequence(VOCABULARY, [1, 2 + seed % 4], codes, fps=12.0)
             masked = sample_masked_positions(layout, MaskConfig(), torch.Generator().manual_seed(seed))
             micro_batches.append(PackedBatch(ids, masked, (layout,)))
-        yield StepBatch(step, 0, tuple(micro_batches))
+        yield StepBatch(step, 0, tuple(micro_batches), (2, 4, 4), 0, ROWS, 0, 0)
 
 
 def train(engine: Engine, config: TrainConfig, first: int, stop: int) -> list[StepResult]:

@@ -30,13 +30,13 @@ def batch(vocabulary: Vocabulary) -> StepBatch:
     codes = np.random.default_rng(dist.get_rank()).integers(0, 16, (2, 4, 4))
     ids, layout = build_sequence(vocabulary, [1, 2], codes, fps=12.0)
     masked = sample_masked_positions(layout, MaskConfig(), torch.Generator().manual_seed(0))
-    return StepBatch(0, 0, (PackedBatch(ids, masked, (layout,)),))
+    return StepBatch(0, 0, (PackedBatch(ids, masked, (layout,)),), (2, 4, 4), 0, 2, 0, 0)
 
 
 def run(folder: Path, source: str | None, zero: str, model: ModelConfig, vocabulary: Vocabulary) -> None:
     deepspeed_file = str(folder / "zero3.json") if zero == "zero3" else zero
     init_from = str(folder / source) if source else None
-    config = tiny_config(folder, folder, deepspeed=deepspeed_file, init_from=init_from, global_batch=2, micro_batch=1)
+    config = tiny_config(folder, folder, deepspeed=deepspeed_file, init_from=init_from, global_batch=2)
     decoder = build_decoder(config, model, vocabulary, device=CPU)
     if zero == "zero3":
         assert all(parameter.numel() == 0 for parameter in decoder.parameters()), "not partitioned"

@@ -41,7 +41,7 @@ def batches(first: int, stop: int) -> Iterator[StepBatch]:
             ids, layout = build_sequence(VOCABULARY, [1, 2 + seed % 4], codes, fps=12.0)
             masked = sample_masked_positions(layout, MaskConfig(), torch.Generator().manual_seed(seed))
             micro_batches.append(PackedBatch(ids, masked, (layout,)))
-        yield StepBatch(step, 0, tuple(micro_batches))
+        yield StepBatch(step, 0, tuple(micro_batches), (2, 4, 4), 0, 4, 0, 0)
 
 
 def run(engine: Engine, first: int, stop: int) -> list[float]:
@@ -53,7 +53,7 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     prepare_process(torch.device("cpu"), threads=1)
     muon = OptimizerConfig(kind="muon", lr=LR, muon_lr=2 * LR, clip_norm=0.0, weight_decay=0.0)
-    config = tiny_config(folder, folder, optimizer=muon, global_batch=4, micro_batch=1)
+    config = tiny_config(folder, folder, optimizer=muon, global_batch=4)
 
     whole = new_engine(config)
     key = "decoder.model.layers.0.self_attn.q_proj.weight"

@@ -20,7 +20,7 @@ TINY = ModelShape(
 
 
 def tiny_config(dataset: Path, output: Path, **changes: Any) -> TrainConfig:
-    """Two workers, float32, micro-batches of 2 that are accumulated."""
+    """Two workers, float32, some buckets in micro-batches that are accumulated."""
     config = TrainConfig(
         output=str(output),
         data=DataConfig(dataset=str(dataset)),
@@ -29,7 +29,7 @@ def tiny_config(dataset: Path, output: Path, **changes: Any) -> TrainConfig:
         precision="fp32",
         steps=60,
         global_batch=8,
-        micro_batch=2,
+        micro_batch_tokens=256,
         num_workers=2,
         checkpoint=CheckpointConfig(every=10),
         tracking=TrackingConfig(flush_seconds=0.5),

@@ -24,8 +24,19 @@ def test_shipped_configs_are_valid(name):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("global_batch=3", r"global_batch = 3 is not a multiple of num_workers x micro_batch = 2 x 1 = 2;.* 2 and 4"),
-        ("num_workers=3", r"global_batch = 2 is not a multiple.*3 x 1 = 3; nearest that are: 3"),
+        ("global_batch=3", r"global_batch = 3 is not a multiple of num_workers = 2; nearest that are: 2 and 4"),
+        ("num_workers=3", r"global_batch = 2 is not a multiple of num_workers = 3; nearest that are: 3"),
+        ("image_batch=5", "image_batch = 5 is not a multiple of num_workers = 2; nearest that are: 4 and 6"),
+        ("image_batch=0", "image_batch must be at least 1, got 0"),
+        ("micro_batch=2", r"key 'micro_batch' is no more: .*is now micro_batch_tokens: set that to micro_batch x"),
+        ("data.mix={image: 0, video: 1}", r"data.mix: mix.image must be positive, got 0.0; .*leave it out"),
+        ("data.mix={}", r"mix names neither image nor video"),
+        ("data.mix={film: 1}", r"unknown key 'data.mix.film'"),
+        ("data.sources=[{dataset: a}]", "data: dataset and sources are both set: keep one of them"),
+        ("data.dataset=null", "data: set dataset, or sources"),
+        ("data.sources=[{dataset: a, weight: 0}]", r"weight of a must be positive, got 0.0; .*leave the source out"),
+        ("data.sources=[{dataset: a, weight: 1, repeat: 1}]", r"a has a weight and a repeat: set one of them"),
+        ("data.order=3", r"data.order: .*1 or 2"),
         ("optimizer.lr=0.0", "lr must be positive, got 0.0"),
         ("optimizer.warmup_steps=21", "warmup_steps = 21 exceeds steps = 20"),
         ("model.head_dim=48", "head_dim must be a multiple of 32, got 48"),
@@ -39,6 +50,15 @@ def test_shipped_configs_are_valid(name):
 def test_bad_values_are_errors_that_name_them(override, message):
     with pytest.raises(UserError, match=message):
         load_config(TrainConfig, "quickstart", [override])
+
+
+def test_sources_have_weights_or_none_has(tmp_path):
+    for given, message in (
+        ("[{dataset: a, weight: 1}, {dataset: b}]", "sources: b has no weight, others have: give all one or none"),
+        ("[{dataset: a}, {dataset: a}]", "sources names a twice: give it one entry with a higher weight or repeat"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config(TrainConfig, "quickstart", ["data.dataset=null", f"data.sources={given}"])
 
 
 def test_learning_rate_warms_up_and_falls_along_a_cosine():
@@ -65,7 +85,9 @@ def test_identity_leaves_out_what_does_not_change_the_result():
 def test_identity_is_that_of_older_programs():
     # A new key changes it, and every older run is refused as another one: let identity() leave the key out where it has
     # its default.
-    assert config_hash(CONFIG.older_identity()) == "1d38942c34027beb"
+    older = replace(CONFIG, data=replace(CONFIG.data, order=1))
+    assert config_hash(older.older_identity()) == "1d38942c34027beb"
+    assert CONFIG.identity()["data"]["order"] == 2
 
 
 def test_vocabulary_lumos1_asks_for_its_tokenizers():

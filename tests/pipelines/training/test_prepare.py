@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from lumos.tokenizers.text import TextTokenizer
 from lumos.vocabulary import Vocabulary
 from pipelines.data.snapshot.read import open_snapshot
 from pipelines.errors import UserError
+from pipelines.training.config import SourceConfig
 from pipelines.training.output import Output
 from pipelines.training.prepare import prepare
 from tests.pipelines.training.runs import TINY, tiny_config
@@ -36,7 +38,7 @@ def test_a_good_config_is_prepared(config):
     prepared = prepare(config)
     info = prepared.info
     assert (info.shapes, info.fps) == (((2, 4, 4), (3, 4, 6)), 12.0)
-    assert info.dataset_digest == prepared.snapshot.digest
+    assert info.dataset_digest == prepared.datasets[0].digest
     assert info.text_tokenizer_hash == TextTokenizer.load().hash
     assert prepared.vocabulary.codebook_size == CODEBOOK
     assert ModelInfo.from_dict(json.loads(json.dumps(info.to_dict()))) == info
@@ -86,6 +88,59 @@ def test_a_checkpoint_of_another_shape_or_vocabulary_is_an_error(config, tmp_pat
         prepare(replace(config, init_from=str(coarse)))
     with pytest.raises(UserError, match=r"init_from: .*none is not a checkpoint"):
         prepare(replace(config, init_from=str(tmp_path / "none")))
+
+
+def two_sources(config, dataset, other, **values):
+    chosen = tuple(SourceConfig(dataset=str(path), **values) for path in (dataset, other))
+    return replace(config, data=replace(config.data, dataset=None, sources=chosen))
+
+
+def test_several_datasets_are_prepared_in_their_order(config, dataset, tmp_path):
+    other = write_snapshot(tmp_path / "other", {(1, 4, 4): 9, (2, 4, 4): 7})
+    prepared = prepare(two_sources(config, dataset, other, weight=1))
+    digests = [open_snapshot(str(path)).digest for path in (dataset, other)]
+    assert [snapshot.digest for snapshot in prepared.datasets] == digests
+    assert prepared.dataset_digest not in digests
+    assert prepared.dataset_names == ("dataset0", "other")
+    assert prepared.info.shapes == ((2, 4, 4), (3, 4, 6), (1, 4, 4))
+    assert prepared.info.dataset_digest == prepared.dataset_digest
+    turned = prepare(two_sources(config, other, dataset, weight=1))
+    assert turned.dataset_digest != prepared.dataset_digest, "rows have other ids then"
+    heavier = prepare(two_sources(config, dataset, other, repeat=1))
+    assert heavier.config.identity_hash() != prepared.config.identity_hash()
+    elsewhere = two_sources(config, tmp_path / "a copy", other, weight=1)
+    assert elsewhere.identity_hash() == prepared.config.identity_hash(), "the digests stand for the places"
+
+
+def test_sources_that_do_not_go_together_are_named(config, dataset, tmp_path):
+    other = write_snapshot(tmp_path / "foreign", {(2, 4, 4): 7}, tokenizer_hash="sha256:else")
+    with pytest.raises(UserError, match=r"foreign\S* was made by the tokenizer .*sha256:else\), not by .*sha256:test"):
+        prepare(two_sources(config, dataset, other))
+    with pytest.raises(UserError, match=r"data.sources: \S*again is the same snapshot as \S*: give it one entry"):
+        prepare(two_sources(config, dataset, shutil.copytree(dataset, tmp_path / "again")))
+
+
+def test_rows_longer_than_a_micro_batch_are_an_error(config):
+    prepared = prepare(replace(config, micro_batch_tokens=103))
+    assert [prepared.micro_batches(shape, 2) for shape in prepared.info.shapes] == [4, 4]
+    assert [prepared.micro_batches(shape, 1) for shape in prepared.info.shapes] == [8, 8]
+    roomy = prepare(replace(config, micro_batch_tokens=240))
+    assert [roomy.micro_batches(shape, 2) for shape in roomy.info.shapes] == [1, 2]
+    with pytest.raises(UserError, match=r"bucket 3x4x6 .* rows of 103 tokens, more than micro_batch_tokens = 102: set"):
+        prepare(replace(config, micro_batch_tokens=102))
+
+
+def test_a_motion_prefix_needs_scores_in_the_snapshot(config):
+    asked = replace(config, data=replace(config.data, motion_prefix=True))
+    with pytest.raises(UserError, match=r"was published without motion scores: give the `lumos curate` that made it"):
+        prepare(asked)
+
+
+def test_a_run_in_the_order_of_older_programs_is_told_from_todays(config):
+    older = replace(config, data=replace(config.data, order=1))
+    Output(older, snapshot_digest="a" * 64).begin(older)
+    with pytest.raises(UserError, match=r"holds another run \(data.order: 1 there, 2 asked for\): name another output"):
+        Output(config, snapshot_digest="a" * 64)
 
 
 def test_each_run_has_a_folder_of_its_own_in_shared_storage(config, tmp_path, monkeypatch):

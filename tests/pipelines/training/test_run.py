@@ -33,7 +33,7 @@ def test_an_interrupt_of_the_workers_is_one_of_the_driver():
 def open_run(config) -> tuple[Output, Sender]:
     """The output of a run with its sender, as a new process has them."""
     prepared = prepare(config)
-    output = Output(config, snapshot_digest=prepared.snapshot.digest)
+    output = Output(config, snapshot_digest=prepared.dataset_digest)
     output.begin(config)
     return output, Sender(prepared=prepared, output=output, history=History(output.metrics_file), kept=dict)
 

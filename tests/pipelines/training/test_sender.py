@@ -32,7 +32,7 @@ def open_run(dataset, folder, *, kept=None, **tracking):
     config = tiny_config(dataset, folder)
     config = replace(config, tracking=replace(config.tracking, **{"flush_seconds": 0.1, **tracking}))
     prepared = prepare(config)
-    output = Output(config, snapshot_digest=prepared.snapshot.digest)
+    output = Output(config, snapshot_digest=prepared.dataset_digest)
     output.begin(config)
     history = History(output.metrics_file)
     return output, history, Sender(prepared=prepared, output=output, history=history, kept=lambda: kept or {})

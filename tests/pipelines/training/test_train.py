@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import psutil
-import pyarrow as pa
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
@@ -28,7 +27,7 @@ from pipelines.config import config_to_yaml
 from pipelines.errors import JobError, UserError
 from pipelines.streams import torch_stream
 from pipelines.training.config import OptimizerConfig, ValidationConfig
-from pipelines.training.ingest import StepLoader, unpack
+from pipelines.training.ingest import StepLoader, pack, unpack
 from pipelines.training.prepare import prepare
 from pipelines.training.record import StepRecord
 from pipelines.training.run import TrainResult, train
@@ -107,11 +106,11 @@ def test_training_of_two_workers_on_two_cpus(uninterrupted, folder):
 
 
 def test_loss_of_the_first_step_is_that_of_the_whole_batch_at_once(uninterrupted, dataset, folder):
-    config = tiny_config(dataset, folder / "none", num_workers=1, micro_batch=8)
+    config = tiny_config(dataset, folder / "none", num_workers=1, micro_batch_tokens=1024)
     prepared = prepare(config)
     model = Decoder(prepared.model)
     model.init_weights(torch_stream(config.seed, "init"))
-    batch = unpack(StepLoader(prepared, 0)(pa.table({"step": [0]})), 8).micro_batches[0]
+    (batch,) = next(unpack(pack([StepLoader(prepared, 0, 1).load(0)]))).micro_batches
     first = uninterrupted.records[0]
     total, sums, counts = LossModule(model, prepared.vocabulary, 0.0)(batch, len(first.frame_losses))
     loss = total / counts.sum()
@@ -183,7 +182,7 @@ def test_a_finished_run_is_returned_and_not_repeated(uninterrupted, dataset, fol
     with pytest.raises(UserError, match=r"holds another run \(seed: 0 there, 1 asked for\)"):
         train(tiny_config(dataset, folder / "uninterrupted", seed=1))
     with pytest.raises(UserError, match=r"was written by 2 workers, this run has num_workers = 1: continue with num_w"):
-        train(tiny_config(dataset, folder / "uninterrupted", num_workers=1, micro_batch=4))
+        train(tiny_config(dataset, folder / "uninterrupted", num_workers=1, micro_batch_tokens=512))
 
 
 def test_resume_after_a_worker_was_killed(uninterrupted, dataset, folder):
@@ -237,7 +236,7 @@ def only_bash(folder: Path) -> Path:
 
 
 def test_world_size_and_zero_stage_do_not_change_the_loss(uninterrupted, dataset, folder):
-    one = train(tiny_config(dataset, folder / "one", num_workers=1, micro_batch=4, deepspeed="zero3"))
+    one = train(tiny_config(dataset, folder / "one", num_workers=1, micro_batch_tokens=512, deepspeed="zero3"))
     assert losses(one.records)[:12] == pytest.approx(losses(uninterrupted.records)[:12], abs=5e-6)
     assert losses(one.records) == pytest.approx(losses(uninterrupted.records), abs=1e-3)
     ours, theirs = (load_file(result.export_dir / "model.safetensors") for result in (one, uninterrupted))

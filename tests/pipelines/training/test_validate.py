@@ -35,13 +35,13 @@ def alone(dataset, folder, weights):
     run = prepare(config)
     model = Decoder(run.model)
     model.load_state_dict(weights)
-    module, loader = LossModule(model, run.vocabulary, 0.0), StepLoader(run, 0)
+    module, loader = LossModule(model, run.vocabulary, 0.0), StepLoader(run, 0, 1)
     totals = torch.zeros(2, 3, dtype=torch.float64)
-    for chosen in choose_rows(run.snapshot.manifest, config.validation):
-        bucket = run.snapshot.manifest.buckets[chosen.bucket]
-        record = loader.shards.row(bucket.shards, chosen.row)
+    for chosen in choose_rows(run.datasets, config.validation):
+        bucket = run.datasets[0].manifest.buckets[chosen.bucket]
+        record = loader.rows[0].row(chosen.bucket, chosen.row)
         assert record["clip_id"].startswith("val-")
-        ids, layout = loader.sequence(record, (bucket.t, bucket.h, bucket.w), record["captions"][0]["text"])
+        ids, layout, _ = loader.sequence(0, record, bucket.shape, record["captions"][0]["text"])
         masked = sample_masked_positions(layout, MaskConfig(), torch_stream(0, "validation mask", record["clip_id"]))
         with torch.no_grad():
             _, sums, counts = module(PackedBatch(ids.long(), masked, (layout,)), bucket.t)
@@ -68,11 +68,11 @@ def test_validation_is_that_of_a_plain_model_and_leaves_training_bitwise_the_sam
 
 def test_rows_depend_on_the_validations_seed_alone(dataset, tmp_path):
     run = prepare(tiny_config(dataset, tmp_path))
-    few = choose_rows(run.snapshot.manifest, ValidationConfig(rows=5))
+    few = choose_rows(run.datasets, ValidationConfig(rows=5))
     assert len(set(few)) == 5
     assert few == sorted(few, key=lambda row: (row.bucket, row.row))
-    assert few != choose_rows(run.snapshot.manifest, ValidationConfig(rows=5, seed=1))
-    everything = choose_rows(run.snapshot.manifest, ValidationConfig(rows=100))
+    assert few != choose_rows(run.datasets, ValidationConfig(rows=5, seed=1))
+    everything = choose_rows(run.datasets, ValidationConfig(rows=100))
     assert len(everything) == sum(HELD_OUT.values())
     assert set(few) <= set(everything)
 

@@ -9,7 +9,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
 import torch
 import torch.distributed as dist
 
@@ -17,7 +16,7 @@ from lumos.decoder import Decoder
 from lumos.losses import LossModule
 from pipelines.training.config import ValidationConfig
 from pipelines.training.engine import gather_weights, make_engine, prepare_process
-from pipelines.training.ingest import StepLoader, unpack
+from pipelines.training.ingest import StepLoader, pack, unpack
 from pipelines.training.prepare import PreparedRun, prepare
 from pipelines.training.step import TrainStep
 from pipelines.training.validate import Validator
@@ -33,10 +32,13 @@ def train(run: PreparedRun, *, every: int) -> tuple[list[float], list[dict[str, 
     module = LossModule(model, run.vocabulary, 0.0)
     engine = make_engine(module, run.config)
     step = TrainStep(engine, run.vocabulary, device=CPU)
-    loader, validator = StepLoader(run, dist.get_rank()), Validator(run, rank=dist.get_rank(), device=CPU)
+    loader, validator = (
+        StepLoader(run, dist.get_rank(), dist.get_world_size()),
+        Validator(run, rank=dist.get_rank(), device=CPU),
+    )
     losses, validations = [], []
     for index in range(STEPS):
-        batch = unpack(loader(pa.table({"step": [index]})), run.config.micro_batch)
+        (batch,) = unpack(pack([loader.load(index)]))
         losses.append(step(batch, lr=3e-3, data_wait=0.0).loss)
         if every and (index + 1) % every == 0:
             validations.append(validator(engine))
