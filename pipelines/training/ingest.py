@@ -37,8 +37,9 @@ from pipelines.training.prepare import PreparedRun
 from pipelines.training.rows import open_rows
 from pipelines.training.step import StepBatch
 
-# Stretches that the steps to come are cut into: what Ray Data keeps of them does not grow with their number.
-_STRETCHES = 64
+# Stretches that the steps to come are cut into: what Ray Data keeps of them does not grow with their number. A loader
+# that dies begins its stretch again.
+_STRETCHES = 256
 _STORE_BYTES = 256 << 20  # prepared batches a worker's dataset may keep ahead in the object store
 # Of videos, trained without their motion prefix, so that a prompt may go without one.
 _MOTION_DROP = 0.1

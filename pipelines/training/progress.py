@@ -19,6 +19,7 @@ class Progress:
         self._lines = enabled and not sys.stderr.isatty()
         self._began = (time.monotonic(), done)
         self._shown = float("-inf")
+        self._cut_told = False
         self._bar = tqdm(
             total=steps, initial=done, desc="train", unit="step", disable=not enabled or self._lines, file=sys.stderr,
             smoothing=0.05, dynamic_ncols=True,
@@ -37,6 +38,13 @@ class Progress:
 
     def show(self, record: StepRecord) -> None:
         """A step is done."""
+        if record.cut_captions and not self._cut_told:
+            self._cut_told = True
+            self.say(
+                f"step {record.step}: {record.cut_captions} of {record.clips} captions did not fit beside their frames "
+                f"and were cut, the longest prompt has {record.longest_caption} tokens; to have them whole, raise "
+                "model.max_seq_len. The record counts them as cut_captions; this is said once"
+            )
         figures = f"loss {record.loss:.3f}, {record.tokens_per_s:,.0f} tokens/s"
         if record.val_loss is not None:
             figures += f", validation {record.val_loss:.3f}"

@@ -60,6 +60,7 @@ class StepRecord:
     bucket: str = ""  # their latent shape, TxHxW
     datasets: Mapping[str, int] = field(default_factory=dict, hash=False)  # rows by dataset, where there are several
     cut_captions: int = 0  # captions that did not fit
+    longest_caption: int = 0  # in such a step: tokens of the longest prompt, before it was cut
     skipped: int = 0  # 1: the update was left out, since loss or gradients were not finite
     workers: int = 0  # that took part
     phases: Mapping[str, float] = field(default_factory=dict, hash=False)  # seconds of rank 0, by part of the step

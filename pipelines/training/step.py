@@ -47,6 +47,7 @@ class StepResult:
     clips: int  # rows, of all workers
     bucket: str  # their latent shape, TxHxW
     cut_captions: int  # captions cut to what the model can read
+    longest_caption: int  # where captions were cut: tokens of the longest prompt before
 
 
 class TrainStep:
@@ -136,7 +137,13 @@ class TrainStep:
             clips=batch.rows,
             bucket="x".join(map(str, batch.shape)),
             cut_captions=int(flat[4]),
+            longest_caption=self._longest(batch) if flat[4] else 0,
         )
+
+    def _longest(self, batch: StepBatch) -> int:
+        longest = torch.tensor(batch.longest_caption, device=self.device)
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        return int(longest)
 
     def _sum(self, values: Tensor) -> Tensor:
         values = values.to(self.device)

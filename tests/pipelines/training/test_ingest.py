@@ -227,7 +227,7 @@ def test_how_much_moves_is_said_in_prompts_of_videos(mixed):
 @pytest.mark.parametrize("remaining", [1, 5, 200_000, 1_000_000_007])
 def test_read_tasks_do_not_grow_with_the_steps_to_come(remaining):
     tasks = StepSource(17, 17 + remaining).get_read_tasks(1000)
-    assert len(tasks) == min(remaining, 64)
+    assert len(tasks) == min(remaining, 256)
     stretches = [row for task in tasks for block in task() for row in block.to_pylist()]
     assert stretches[0]["first"] == 17
     assert stretches[-1]["stop"] == 17 + remaining
