@@ -16,6 +16,7 @@ _COLUMNS = """\
 | `fps` | float32 | frames per second that were tokenized |
 | `t`, `h`, `w` | int16 | shape of the latent grid: 1 + 4 (t - 1) frames of 8h x 8w px |
 | `codes` | list of uint16 | t h w codes in (t, h, w) order |
+| `motion` | float32 | share of the picture that changes from one look to the next; null for an image |
 """
 
 
