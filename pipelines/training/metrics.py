@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from lumos.config import ModelConfig
 from lumos.flops import Workload, dense_flops, exact_flops
-from lumos.layout import TAIL, video_layout
+from lumos.layout import video_layout
 from pipelines.tracking import MetricRow
 from pipelines.training.record import StepRecord
 
@@ -144,8 +144,8 @@ class MetricStream:
         """FLOPs of a step as mask and loss ask for, and by the usual count; its captions taken as of equal length."""
         shape = tuple(map(int, record.bucket.split("x")))
         assert len(shape) == 3
-        header = max(0, round(record.tokens / record.clips) - video_layout(0, shape, tail=TAIL).length)
-        one = Workload.of([video_layout(header, shape, tail=TAIL)], visual_predictions=0)
+        header = max(0, round(record.tokens / record.clips) - video_layout(0, shape).length)
+        one = Workload.of([video_layout(header, shape)], visual_predictions=0)
         work = one.scaled(record.clips) + Workload(visual_predictions=record.masked_tokens)
         exact = exact_flops(self.facts.model, work, visual_classes=self.facts.codebook_size)
         return exact.model, dense_flops(self.facts.model, work).model

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lumos.batch import PackedBatch
+from lumos.batch import PackedBatch, pack
 from lumos.config import MaskConfig
 from lumos.layout import SequenceLayout
 from lumos.masking import sample_masked_positions
@@ -110,7 +110,7 @@ class Validator:
         documents = [self._document(loader, row) for row in group]
         documents.sort(key=lambda document: len(document[0]))
         ids, masked, layouts = zip(*documents, strict=True)
-        return PackedBatch(torch.cat(ids), torch.cat(masked), layouts)
+        return pack(torch.cat(ids), torch.cat(masked), layouts, self.run.vocabulary)
 
     def _bucket(self, row: HeldOutRow) -> Bucket:
         return self.run.datasets[row.dataset].manifest.buckets[row.bucket]

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 
 from lumos.flops import Workload, dense_flops, exact_flops
-from lumos.layout import TAIL, video_layout
+from lumos.layout import video_layout
 from pipelines.training.metrics import METRICS, MetricStream, RunFacts
 from tests.pipelines.training.runs import TINY, step_record
 
 MODEL = TINY.resolve(300)
 FACTS = RunFacts(model=MODEL, codebook_size=64, num_rows=40, muon_factor=None, workers=2)
-BODY = video_layout(0, (2, 4, 4), tail=TAIL).length
+BODY = video_layout(0, (2, 4, 4)).length
 
 
 def record(step, **changes):
@@ -77,7 +77,7 @@ def test_a_skipped_step_spoils_no_mean_and_what_is_not_finite_is_left_out():
 def test_mfu_is_by_the_flops_of_the_steps_own_layouts():
     stream = MetricStream(facts=FACTS, log_every=1, peak_flops=1e9)
     (row,) = rows(stream, [record(1, masked_tokens=100)])
-    work = Workload.of([video_layout(6, (2, 4, 4), tail=TAIL)] * 8, visual_predictions=100)
+    work = Workload.of([video_layout(6, (2, 4, 4))] * 8, visual_predictions=100)
     exact = exact_flops(MODEL, work, visual_classes=64).model / 2.0 / 2 / 1e9
     assert row.values["mfu_exact"] == pytest.approx(exact)
     assert row.values["mfu"] == pytest.approx(dense_flops(MODEL, work).model / 2.0 / 2 / 1e9)
