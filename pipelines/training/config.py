@@ -9,6 +9,7 @@ from lumos.config import MaskConfig, ModelConfig, RopeKind, SamplingConfig, Toke
 from lumos.layout import PromptTemplate
 from lumos.vocabulary import Vocabulary
 from pipelines.config import config_hash, config_to_dict
+from pipelines.data.settings import OpenClipConfig
 
 # Keys that decide how a run is carried out and not what it computes: a run may be continued with others.
 _OPERATIONAL = (
@@ -19,6 +20,7 @@ _OPERATIONAL = (
     "resources",
     "checkpoint",
     "validation",
+    "samples",
     "tracking",
     "diagnosis",
     "profile",
@@ -302,6 +304,25 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SamplesConfig:
+    """Videos drawn beside the training, by a task of its own from a checkpoint, and looked at in MLflow."""
+
+    every: int = 0  # steps, a multiple of checkpoint.every, and after the last one; 0: none
+    prompts: tuple[str, ...] = ()  # none: the first captions of held-out rows
+    count: int = 4  # of such captions
+    seed: int = 0  # of the first video; the next ones have the next seeds
+    num_cpus: float = 1.0  # that the task reserves beside the training
+    num_gpus: float = 0.0
+    clip: OpenClipConfig | None = None  # measures how like their prompts the videos are; none: not measured
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"every must not be negative, got {self.every}")
+        require(self.count >= 1, f"count must be at least 1, got {self.count}")
+        for name in ("num_cpus", "num_gpus"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
     """A profile by torch of some steps, in the folder ``profile`` beside the checkpoints."""
 
@@ -360,6 +381,7 @@ class TrainConfig:
     resources: ResourceConfig = field(default_factory=ResourceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     export_dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights in the model's folder
     max_skipped_in_a_row: int = 3  # steps with a loss or gradients that are not finite; one more ends training
@@ -385,6 +407,11 @@ class TrainConfig:
         for name in ("steps", "global_batch", "image_batch", "micro_batch_tokens", "num_workers"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+        require(
+            self.samples.every % self.checkpoint.every == 0,
+            f"samples.every = {self.samples.every} is not a multiple of checkpoint.every = {self.checkpoint.every}: "
+            "videos are drawn from checkpoints",
+        )
         require(
             not self.validation.every or self.validation.split != self.data.split,
             f"validation.split = {self.validation.split} is trained on: name another, or set validation.every=0",

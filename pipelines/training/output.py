@@ -34,6 +34,7 @@ class RunFile:
     finished: bool = False  # and MLflow has the whole of it
     storage: str = ""  # of its checkpoints
     fork: dict[str, str] | None = None  # from: as asked for; digest: of what it is; run_id: of MLflow, of the parent
+    samples_sent: int = 0  # step of the last set of samples that MLflow has
     starts: list[dict[str, Any]] = field(default_factory=list)  # of workers: step, time, device, workers
 
 
@@ -57,6 +58,7 @@ class Output:
         self.config_file = self.folder / "config.yaml"
         self.metrics_file = self.folder / "metrics.jsonl"
         self.export = self.folder / "export"
+        self.samples = self.folder / "samples"
         self._file = self.folder / "run.json"
         self.identity = config.identity()  # what is computed
         found = self._read()

@@ -30,6 +30,7 @@ from pipelines.training.progress import Progress
 from pipelines.training.record import History, Recorder, StepRecord, open_queue
 from pipelines.training.resume import Beginning, describe_fork, find_beginning, held, take_over_record
 from pipelines.training.rows import row_names
+from pipelines.training.sample import Sampler
 from pipelines.training.sender import Sender
 from pipelines.training.worker import Job, train_worker
 
@@ -107,6 +108,10 @@ def _continue(prepared: PreparedRun, output: Output) -> TrainResult:
     return _finish(output, history, checkpoints[0], sender, config)
 
 
+def _checkpoint_of(output: Output, step: int) -> StoredCheckpoint | None:
+    return next((stored for stored in find_checkpoints(output.storage) if stored.state.step == step), None)
+
+
 def _kept_checkpoints(output: Output) -> dict[int, str]:
     found = find_checkpoints(output.storage)
     scheme = "" if "://" not in output.storage else output.storage.partition("://")[0] + "://"
@@ -156,18 +161,21 @@ def _fit(prepared: PreparedRun, output: Output, history: History, *, beginning: 
             progress.say(_skipped(record, prepared))
         progress.show(record)
 
+    sampler = Sampler(prepared, output.samples, say=progress.say)
     recorder = Recorder(
         queue=records,
         history=history,
         on_record=show,
-        on_event=lambda said: _hear(said, output, sender, progress),
+        on_event=lambda said: _hear(said, output, sender, sampler, progress),
         on_failure=lambda: os.kill(os.getpid(), signal.SIGINT),  # what ends Ray Train's fit()
     )
     result: Any = None  # its static type in Ray is that of Train V1
     try:
         with progress, recorder, _interruptible():
             result = _trainer(job, output).fit()
+        sampler.close(finished=True)
     except (KeyboardInterrupt, ray.train.TrainingFailedError) as error:
+        sampler.close(finished=False)
         if recorder.failure is None:
             if isinstance(error, KeyboardInterrupt):
                 raise
@@ -186,13 +194,15 @@ def _fit(prepared: PreparedRun, output: Output, history: History, *, beginning: 
         )
 
 
-def _hear(said: dict[str, Any], output: Output, sender: Sender, progress: Progress) -> None:
+def _hear(said: dict[str, Any], output: Output, sender: Sender, sampler: Sampler, progress: Progress) -> None:
     """What a worker says beside the record."""
     kind = said.pop("event")
     if kind == "start":
         output.started(**said)
     elif kind == "checkpoint":
         sender.checkpointed()
+        if sampler.due(said["step"]):
+            sampler.offer(said["step"], lambda step: _checkpoint_of(output, step))
     elif kind == "warning":
         progress.say(f"warning: {said['message']}")
     elif kind == "phases":

@@ -20,6 +20,7 @@ from pipelines.training.metrics import MetricStream, RunFacts
 from pipelines.training.output import Output
 from pipelines.training.prepare import PreparedRun
 from pipelines.training.record import History
+from pipelines.training.sample import SAMPLES_FILE, read_samples
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +137,7 @@ class Sender:
             self.tracker = self._open()
         self._send_starts(self.tracker)
         self._send_metrics(self.tracker, to_the_end=to_the_end)
+        self._send_samples(self.tracker)
         if self._models_due or to_the_end:
             self._models_due = False
             try:
@@ -169,7 +171,7 @@ class Sender:
             tracker.log_dataset(name=name, digest=digest, source=snapshot.uri, context=config.data.split)
         tracker.log_artifact(output.config_file)
         if not tracker.resumed:
-            output.update(sent=0, finished=False)  # should another store have had them
+            output.update(sent=0, samples_sent=0, finished=False)  # should another store have had them
         output.update(run_id=tracker.run_id)
         if config.tracking.system_metrics and self._thread.is_alive():
             self._stop_monitor = tracker.monitor_system()
@@ -212,6 +214,19 @@ class Sender:
             tracker.log_metrics(self._rows)
             self._rows, sent = [], max(row.step for row in self._rows)
             self.output.update(sent=max(sent, self.output.run.sent))
+
+    def _send_samples(self, tracker: Tracker) -> None:
+        for file in sorted(self.output.samples.glob(f"step-*/{SAMPLES_FILE}")):
+            if int(file.parent.name.removeprefix("step-")) <= self.output.run.samples_sent:
+                continue
+            said, strips = read_samples(file.parent)
+            step, time = said["step"], said["time"]
+            for number, strip in enumerate(strips):
+                tracker.log_image(strip, key=f"samples/{number:02d}", step=step, time=time)
+            tracker.log_artifact(file.parent, "samples")
+            values = {f"samples/{name}": float(value) for name, value in said["metrics"].items()}
+            tracker.log_metrics([MetricRow(step, time, values)])
+            self.output.update(samples_sent=step)
 
     def _links(self) -> list[ModelLink]:
         every = self.prepared.config.validation.every
