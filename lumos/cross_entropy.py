@@ -94,7 +94,7 @@ class _CrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[rows] = torch.mm(block, w)
             if grad_weight is not None and product is None:
-                grad_weight.addmm_(block.T, x[rows])
+                torch.addmm(grad_weight, block.T, x[rows], out=grad_weight)
             elif grad_weight is not None:
                 grad_weight += torch.mm(block.T, x[rows], out=product)
         ctx.gradients = grad_hidden, grad_weight

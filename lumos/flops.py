@@ -21,7 +21,6 @@ from lumos.layout import SequenceLayout
 
 # What is computed a second time in the backward pass: nothing; whole blocks; or blocks but for their attention.
 Checkpointing = Literal["none", "full", "selective"]
-LOGITS_RECOMPUTED = True  # by ``losses.cross_entropy_rows`` in its backward pass
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def exact_flops(
         head=2.0 * config.hidden_size * classes,
     )
     # The attention kernels form the scores, one of two forward products, again; whatever is recomputed besides.
-    recomputed = Parts(attention=forward.attention / 2, head=forward.head if LOGITS_RECOMPUTED else 0.0)
+    recomputed = Parts(attention=forward.attention / 2)
     if checkpointing != "none":
         # The last product of a block is not repeated: its own output is kept as the next block's input.
         last = 2.0 * work.tokens * config.hidden_size * config.intermediate_size * config.num_layers

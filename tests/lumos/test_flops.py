@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from lumos.batch import PackedBatch
 from lumos.config import MaskConfig, lumos_1b, lumos_3b
 from lumos.decoder import Decoder
 from lumos.flops import Workload, count_parameters, dense_flops, exact_flops, mean_mask_ratio
@@ -35,19 +36,19 @@ def _counted(run) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 def test_exact_flops_equal_the_counters(changes, checkpointing):
     config = tiny_config(**changes)
     model = Decoder(config)
-    model.checkpoint_activations = checkpointing == "full"
+    model.recompute = checkpointing
     ids, masked, layouts = _batch((3, 2, 4))
     work = Workload.of(layouts, visual_predictions=int(loss_mask(ids, masked, VOCABULARY).sum()))
     flops = exact_flops(config, work, visual_classes=VOCABULARY.codebook_size, checkpointing=checkpointing)
 
     def forward():
         hidden = model(ids, layouts)
-        return masked_visual_loss(hidden, model.lm_head.weight, ids, masked, layouts, VOCABULARY).total()
+        return masked_visual_loss(hidden, model.lm_head, PackedBatch(ids, masked, tuple(layouts)), VOCABULARY).total
 
     with torch.no_grad():
         assert _counted(forward) == flops.forward.total
@@ -59,10 +60,11 @@ def test_the_text_loss_is_counted():
     model = Decoder(config)
     ids, _, layouts = _batch((2, 2, 4))
     predicted = []
-    counted = _counted(
-        lambda: predicted.append(text_loss(model(ids, layouts), model.lm_head.weight, ids, layouts, VOCABULARY))
-    )
-    work = Workload.of(layouts, visual_predictions=0, text_predictions=len(predicted[0]))
+    with torch.no_grad():
+        counted = _counted(
+            lambda: predicted.append(text_loss(model(ids, layouts), model.lm_head, ids, layouts, VOCABULARY))
+        )
+    work = Workload.of(layouts, visual_predictions=0, text_predictions=len(predicted[0].losses))
     flops = exact_flops(config, work, visual_classes=VOCABULARY.codebook_size, text_classes=VOCABULARY.visual_start)
     assert counted == flops.forward.total
     assert work.text_predictions == 5 + 5 + 9 + 3  # every text token and the turn end of each of three prompts
@@ -76,7 +78,7 @@ def test_dense_flops_equal_the_counters_of_dense_attention_and_a_full_head(chang
     ids, _, layouts = _batch((3, 2, 4))
     flops = dense_flops(config, Workload.of(layouts, visual_predictions=0))
     with torch.no_grad():
-        assert _counted(lambda: model.lm_head(model(ids, layouts))) == flops.forward.total
+        assert _counted(lambda: model(ids, layouts) @ model.lm_head.weight.T) == flops.forward.total
     assert flops.model == 3 * flops.forward.total  # gradients of input and weight: two products for one
 
 

@@ -89,7 +89,7 @@ def test_without_gradients_only_values_are_computed():
     with torch.no_grad():
         result = cross_entropy(*(x.requires_grad_() if x.is_floating_point() else x for x in inputs))
     assert not result.total.requires_grad
-    torch.testing.assert_close(result.total, dense(*inputs)[1].sum().detach())
+    torch.testing.assert_close(result.total, dense(*inputs)[1].sum().detach(), atol=1e-4, rtol=1e-6)
 
 
 def test_a_second_backward_pass_is_an_error():

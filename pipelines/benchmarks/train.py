@@ -1,0 +1,166 @@
+"""What a training step takes on a CPU: time, in products of two matrices taken in turns with it, and memory."""
+
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lumos.batch import PackedBatch
+from lumos.flops import Workload, dense_flops, exact_flops
+from lumos.losses import LossModule
+from lumos.masking import apply_mask
+from pipelines.benchmarks.clips import (
+    MASK_RATIO,
+    PRESETS,
+    VOCABULARY,
+    new_module,
+    step,
+    timed,
+    training_batch,
+    whole_clips,
+)
+from pipelines.benchmarks.machine import describe_machine, product_ms
+from pipelines.config import PROJECT_DIR
+
+_THREADS = 2
+_MEMORY_STEPS = 3  # the second one meets the gradients' memory of the first
+_MEMORY_RUNS = {"fp32": ("fp32", "none"), "bf16": ("bf16", "none"), "fp32_ckpt": ("fp32", "full")}
+_BOUNDS = {"fp32": (1e-5, 1e-5), "bf16": (1e-2, 3e-2)}  # of loss and gradients against the dense reference
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
+
+
+def run_cpu_train_benchmark(preset: str, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Time and memory of forward and backward of one clip on 2 threads; ``say`` is called with a line about each.
+
+    Returns:
+        JSON-able: ``matmul2048_s``, ``fp32_step_s``, ``bf16_step_s`` (medians), ``fp32_peak_rss_gb``,
+        ``bf16_peak_rss_gb``, ``fp32_ckpt_peak_rss_gb`` (1e9 bytes), and all samples, under ``raw``.
+    """
+    torch.set_num_threads(_THREADS)
+    before = product_ms()
+    config, shape = PRESETS[preset].model(), PRESETS[preset].shape
+    memory = {name: _peak_rss_gb(preset, *run) for name, run in _MEMORY_RUNS.items()}  # while this process is small
+    for name, peak in memory.items():
+        say(f"{name}: peak of memory {peak:.2f} GB")
+    whole = whole_clips(shape)
+    batch = training_batch(whole)
+    modules = {name: new_module(config, autocast=dtype) for name, dtype in _AUTOCAST.items()}
+    check = check_against_dense(modules, whole)
+    say(f"checked against the dense mask and whole logits: {check}")
+    samples = _in_turns({name: lambda m=module: step(m, batch) for name, module in modules.items()}, repeats)
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    for name in modules:
+        spread = f"{min(samples[name]):.2f} to {max(samples[name]):.2f} s"
+        products = medians[name] / medians["matmul2048"]
+        say(
+            f"{name}: {medians[name]:.2f} s a step ({spread}), {products:.1f} products of {medians['matmul2048']:.4f} s"
+        )
+    work = Workload.of(batch.layouts, visual_predictions=len(batch.loss_positions))
+    return {
+        "schema": 1,
+        "matmul2048_s": medians["matmul2048"],
+        **{f"{name}_step_s": medians[name] for name in modules},
+        **{f"{name}_peak_rss_gb": peak for name, peak in memory.items()},
+        "products": {name: medians[name] / medians["matmul2048"] for name in modules},
+        "raw": {f"{name}_s": values for name, values in samples.items()},
+        "check": check,
+        "tokens": {
+            "clip": len(whole.ids),
+            "trained_on": len(batch.ids),  # without what follows the last frame, as training cuts it off
+            "predicted": len(batch.loss_positions),
+        },
+        "flops": {
+            "exact": exact_flops(config, work, visual_classes=VOCABULARY.codebook_size).model,
+            "dense": dense_flops(config, work).model,
+        },
+        "config": {"preset": preset, "shape": shape, "mask_ratio": MASK_RATIO, "repeats": repeats, **asdict(config)},
+        "threads": _THREADS,
+        "load": os.getloadavg(),
+        "machine": describe_machine(),
+        "product_ms": {"before": before, "after": product_ms()},
+    }
+
+
+def _in_turns(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Samples of each, none left out, a product of two matrices before each of them."""
+    matrix = torch.ones(2048, 2048)
+    samples: dict[str, list[float]] = {"matmul2048": [], **{name: [] for name in works}}
+    for _ in range(repeats):
+        for name, work in works.items():
+            samples["matmul2048"].append(timed(lambda: matrix @ matrix))
+            samples[name].append(timed(work))
+    return samples
+
+
+def check_against_dense(modules: dict[str, LossModule], whole: PackedBatch) -> dict[str, dict[str, float]]:
+    """Loss and gradients against those of a dense mask and whole logits, in float32, of all tokens.
+
+    Returns:
+        Of each module, ``loss``: difference, and ``gradient``: the length of the difference of all gradients to that of
+        the reference's.
+
+    Raises:
+        RuntimeError: if they differ by more than rounding.
+    """
+    expected, reference = _dense_gradients(modules["fp32"], whole)
+    length = _length(reference.values())
+    found = {}
+    for name, module in modules.items():
+        loss = step(module, training_batch(whole))
+        difference = _length(parameter.grad - reference[key] for key, parameter in module.named_parameters())
+        module.zero_grad(set_to_none=True)
+        found[name] = {"loss": abs(loss - expected), "gradient": difference / length}
+        loss_bound, gradient_bound = _BOUNDS[name]
+        if not (found[name]["loss"] <= loss_bound and found[name]["gradient"] <= gradient_bound):
+            raise RuntimeError(f"{name} is off the dense reference: {found[name]}")
+    return found
+
+
+def _length(gradients: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+
+
+def _dense_gradients(module: LossModule, whole: PackedBatch) -> tuple[float, dict[str, Tensor]]:
+    """Mean loss and gradients by the dense mask and whole logits."""
+    module.zero_grad(set_to_none=True)
+    decoder, backend = module.decoder, module.decoder.attention_backend
+    decoder.attention_backend = "dense"
+    hidden = decoder(apply_mask(whole.ids, whole.masked_positions, VOCABULARY), whole.layouts)
+    decoder.attention_backend = backend
+    selected = whole.masked_positions & (whole.ids >= VOCABULARY.visual_start)
+    logits = hidden[selected] @ decoder.lm_head.visual_rows(VOCABULARY).T
+    loss = F.cross_entropy(logits, whole.ids[selected] - VOCABULARY.visual_start)
+    loss.backward()
+    gradients = {key: parameter.grad for key, parameter in module.named_parameters()}
+    module.zero_grad(set_to_none=True)
+    return float(loss.detach()), gradients
+
+
+def _peak_rss_gb(preset: str, precision: str, recompute: str) -> float:
+    """Peak of memory of a process that does nothing but a few steps, as the system tells its parent."""
+    code = "import sys; from pipelines.benchmarks.train import memory_steps; memory_steps(*sys.argv[1:])"
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT_DIR)}
+    process = subprocess.Popen([sys.executable, "-c", code, preset, precision, recompute], env=environment)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"the process whose memory was to be measured ended with {process.returncode}")
+    return usage.ru_maxrss * 1024 / 1e9
+
+
+def memory_steps(preset: str, precision: str, recompute: str) -> None:
+    """What that process does."""
+    torch.set_num_threads(_THREADS)
+    module = new_module(PRESETS[preset].model(), autocast=_AUTOCAST[precision])
+    module.decoder.recompute = recompute
+    batch = training_batch(whole_clips(PRESETS[preset].shape))
+    for _ in range(_MEMORY_STEPS):
+        step(module, batch)
