@@ -1,6 +1,5 @@
 """``lumos benchmark``: measure parts of the pipeline against the least they could cost."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -9,10 +8,8 @@ import click
 if __name__ == "__main__":  # run as a script: import from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from jobs.benchmark_training import COUNT, JSON, attention, loss, train, write
 from jobs.command import run
-
-COUNT = click.IntRange(min=1)
-JSON_FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
 
 
 @click.group()
@@ -21,7 +18,7 @@ def command() -> None:
 
 
 @command.command(short_help="Score pass and tokenizing against their floors; what a row costs.")
-@click.option("--json", "json_path", type=JSON_FILE, help="Write figures, samples and machine there.")
+@JSON
 @click.option("--repeats", type=COUNT, default=5, show_default=True, help="Times of each figure.")
 @click.option("--copies", type=COUNT, default=8, show_default=True, help="Of the film (9 s at 1280x720) worked on.")
 @click.option("--null-rows", type=COUNT, default=1_000_000, show_default=True, help="Through a stage without work.")
@@ -37,14 +34,15 @@ def data(json_path: Path | None, repeats: int, copies: int, null_rows: int, clip
     """
     from pipelines.benchmarks.data import DataBenchmarkConfig, run_data_benchmark
 
-    if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
     config = DataBenchmarkConfig(repeats=repeats, copies=copies, null_rows=null_rows, clips=clips)
     found = run_data_benchmark(config, click.echo)
     for name in ("score_pass_vs_floor", "tokenize_vs_floor", "null_row_ms", "driver_growth_mb"):
         click.echo(f"{name} {found[name]}")
-    if json_path is not None:
-        json_path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write(json_path, found)
+
+
+for each in (train, attention, loss):
+    command.add_command(each)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 RopeKind = Literal["1d", "3d", "m", "mm"]
 MaskKind = Literal["tube", "random", "diffusion_forcing"]
+# What a block keeps for its backward pass: all, nothing but its input, or that and what attention gave.
+Recompute = Literal["none", "selective", "full"]
 
 
 def require(condition: bool, message: str) -> None:

@@ -12,8 +12,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-_LOGITS_BYTES = 2**26  # of the block of logits held at a time: 256 rows of 64,000 columns in float32, 512 in bfloat16
-_SOFTMAX_BYTES = 2**23  # of logits normalised at a time on a CPU, so that they stay in its caches
+# Of the block of logits held at a time (on a CPU 256 rows of 64,000 columns in float32, 512 in bfloat16), and of those
+# normalised at a time: on a CPU they stay in its caches, on a GPU kernels are to be large.
+_LOGITS_BYTES = {"cpu": 2**26, "cuda": 2**29}
+_SOFTMAX_BYTES = {"cpu": 2**23, "cuda": 2**28}
 _ROW_STEP = 64  # blocks are whole multiples of so many rows
 
 
@@ -45,19 +47,35 @@ def cross_entropy(
         weight: one row for each class.
         targets: 0..classes-1.
         z_loss_weight: holds normalisers near zero.
-        block_rows: rows of logits held at a time; None is what 64 MiB hold, on a GPU eight times as many.
+        block_rows: rows of logits held at a time; None is what 64 MiB hold, on a GPU 512 MiB.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     if block_rows is None:
-        budget = _LOGITS_BYTES if device == "cpu" else 8 * _LOGITS_BYTES
-        block_rows = max(_ROW_STEP, budget // (len(weight) * dtype.itemsize) // _ROW_STEP * _ROW_STEP)
+        block_rows = _block_rows(device, len(weight), dtype.itemsize)
     with_gradients = torch.is_grad_enabled()
     needed = (with_gradients and hidden.requires_grad, with_gradients and weight.requires_grad)
     total, losses, normalisers = _CrossEntropy.apply(
         hidden, weight, targets, _Options(dtype, z_loss_weight, block_rows, *needed)
     )
     return CrossEntropy(total, losses, normalisers)
+
+
+def _block_rows(device: str, classes: int, itemsize: int) -> int:
+    budget = _LOGITS_BYTES.get(device, _LOGITS_BYTES["cpu"])
+    return max(_ROW_STEP, budget // (classes * itemsize) // _ROW_STEP * _ROW_STEP)
+
+
+def working_bytes(rows: float, classes: int, channels: int, *, itemsize: int, device: str) -> float:
+    """Bytes that the cross entropy of so many rows holds at its highest, besides its inputs; for plans.
+
+    ``itemsize`` is of the products' dtype. The gradients it hands on are counted.
+    """
+    block = min(rows, _block_rows(device, classes, itemsize)) * classes
+    held = float(block * itemsize + rows * channels * itemsize + 4 * classes * channels)
+    if itemsize < 4:  # logits in float32 for the softmax, and a block's gradient of the weight before it is added
+        held += min(4.0 * block, _SOFTMAX_BYTES[device]) + classes * channels * itemsize
+    return held
 
 
 @dataclass(frozen=True)
@@ -121,9 +139,8 @@ class _CrossEntropy(torch.autograd.Function):
 def _normalise(logits: Tensor, targets: Tensor, losses: Tensor, normalisers: Tensor, options: _Options) -> None:
     """Fill in losses and normalisers of a block; turn its logits, in place, into gradients if any are wanted."""
     exact = losses.dtype
-    step = len(logits)
-    if logits.device.type == "cpu" or exact != logits.dtype:
-        step = max(1, _SOFTMAX_BYTES // (logits.shape[1] * exact.itemsize))
+    budget = _SOFTMAX_BYTES.get(logits.device.type, _SOFTMAX_BYTES["cpu"])
+    step = max(1, budget // (logits.shape[1] * exact.itemsize))
     scratch = None if logits.dtype == exact else logits.new_empty(min(step, len(logits)), logits.shape[1], dtype=exact)
     for start in range(0, len(logits), step):
         rows = slice(start, start + step)

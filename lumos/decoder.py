@@ -7,7 +7,7 @@ another in one dimension, and a list of layouts says where each begins.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lumos.attention import Backend, KVCache, attend
-from lumos.config import ModelConfig
+from lumos.config import ModelConfig, Recompute
 from lumos.head import Head
 from lumos.kernels import ATTENTION_OPS
 from lumos.layout import SequenceLayout
 from lumos.rope import packed_tables, rotary_tables, rotate
-
-# What a block keeps for its backward pass: all, nothing but its input, or that and what attention gave.
-Recompute = Literal["none", "selective", "full"]
 
 # On CPU a matrix product over 1, 2, 3, 5 or 7 rows takes another path than the same rows inside a larger one and
 # differs in the last bits; whole groups of 8 rows do not, so cached passes are padded to them.

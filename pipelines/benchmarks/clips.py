@@ -12,7 +12,7 @@ from lumos.config import ModelConfig, lumos_1b, lumos_3b
 from lumos.decoder import Decoder
 from lumos.layout import build_sequence
 from lumos.losses import LossModule
-from lumos.masking import mask_from_scores
+from lumos.masking import loss_mask, mask_from_scores
 from lumos.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.lumos1()
@@ -78,6 +78,11 @@ def training_batch(whole: PackedBatch) -> PackedBatch:
     return pack(whole.ids, whole.masked_positions, whole.layouts, VOCABULARY)
 
 
+def masked_tokens(batch: PackedBatch) -> int:
+    """Visual tokens that the loss is taken over."""
+    return int(loss_mask(batch.ids, batch.masked_positions, VOCABULARY).sum())
+
+
 def new_module(config: ModelConfig, *, autocast: torch.dtype | None = None) -> LossModule:
     """What `lumos train` calls forward and backward on, with weights drawn from a seed."""
     decoder = Decoder(config)
@@ -91,6 +96,8 @@ def step(module: LossModule, batch: PackedBatch) -> float:
     total, _, counts = module(batch, max(len(layout.frames) for layout in batch.layouts))
     loss = total / counts.sum()
     loss.backward()
+    if loss.is_cuda:
+        torch.cuda.synchronize()
     return float(loss.detach())
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lumos.batch import PackedBatch
+from lumos.config import Recompute
 from lumos.flops import Workload, dense_flops, exact_flops
 from lumos.losses import LossModule
 from lumos.masking import apply_mask
@@ -21,6 +23,7 @@ from pipelines.benchmarks.clips import (
     MASK_RATIO,
     PRESETS,
     VOCABULARY,
+    masked_tokens,
     new_module,
     step,
     timed,
@@ -55,7 +58,7 @@ def run_cpu_train_benchmark(preset: str, repeats: int, say: Callable[[str], None
     modules = {name: new_module(config, autocast=dtype) for name, dtype in _AUTOCAST.items()}
     check = check_against_dense(modules, whole)
     say(f"checked against the dense mask and whole logits: {check}")
-    samples = _in_turns({name: lambda m=module: step(m, batch) for name, module in modules.items()}, repeats)
+    samples = in_turns({name: partial(step, module, batch) for name, module in modules.items()}, repeats)
     medians = {name: statistics.median(values) for name, values in samples.items()}
     for name in modules:
         spread = f"{min(samples[name]):.2f} to {max(samples[name]):.2f} s"
@@ -63,7 +66,8 @@ def run_cpu_train_benchmark(preset: str, repeats: int, say: Callable[[str], None
         say(
             f"{name}: {medians[name]:.2f} s a step ({spread}), {products:.1f} products of {medians['matmul2048']:.4f} s"
         )
-    work = Workload.of(batch.layouts, visual_predictions=len(batch.loss_positions))
+    predicted = masked_tokens(batch)
+    work = Workload.of(batch.layouts, visual_predictions=predicted)
     return {
         "schema": 1,
         "matmul2048_s": medians["matmul2048"],
@@ -75,7 +79,7 @@ def run_cpu_train_benchmark(preset: str, repeats: int, say: Callable[[str], None
         "tokens": {
             "clip": len(whole.ids),
             "trained_on": len(batch.ids),  # without what follows the last frame, as training cuts it off
-            "predicted": len(batch.loss_positions),
+            "predicted": predicted,
         },
         "flops": {
             "exact": exact_flops(config, work, visual_classes=VOCABULARY.codebook_size).model,
@@ -89,7 +93,7 @@ def run_cpu_train_benchmark(preset: str, repeats: int, say: Callable[[str], None
     }
 
 
-def _in_turns(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def in_turns(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Samples of each, none left out, a product of two matrices before each of them."""
     matrix = torch.ones(2048, 2048)
     samples: dict[str, list[float]] = {"matmul2048": [], **{name: [] for name in works}}
@@ -115,13 +119,17 @@ def check_against_dense(modules: dict[str, LossModule], whole: PackedBatch) -> d
     found = {}
     for name, module in modules.items():
         loss = step(module, training_batch(whole))
-        difference = _length(parameter.grad - reference[key] for key, parameter in module.named_parameters())
+        difference = _length(gradient - reference[key] for key, gradient in _gradients(module).items())
         module.zero_grad(set_to_none=True)
         found[name] = {"loss": abs(loss - expected), "gradient": difference / length}
         loss_bound, gradient_bound = _BOUNDS[name]
         if not (found[name]["loss"] <= loss_bound and found[name]["gradient"] <= gradient_bound):
             raise RuntimeError(f"{name} is off the dense reference: {found[name]}")
     return found
+
+
+def _gradients(module: LossModule) -> dict[str, Tensor]:
+    return {key: parameter.grad for key, parameter in module.named_parameters() if parameter.grad is not None}
 
 
 def _length(gradients: Iterable[Tensor]) -> float:
@@ -139,7 +147,7 @@ def _dense_gradients(module: LossModule, whole: PackedBatch) -> tuple[float, dic
     logits = hidden[selected] @ decoder.lm_head.visual_rows(VOCABULARY).T
     loss = F.cross_entropy(logits, whole.ids[selected] - VOCABULARY.visual_start)
     loss.backward()
-    gradients = {key: parameter.grad for key, parameter in module.named_parameters()}
+    gradients = _gradients(module)
     module.zero_grad(set_to_none=True)
     return float(loss.detach()), gradients
 
@@ -156,7 +164,7 @@ def _peak_rss_gb(preset: str, precision: str, recompute: str) -> float:
     return usage.ru_maxrss * 1024 / 1e9
 
 
-def memory_steps(preset: str, precision: str, recompute: str) -> None:
+def memory_steps(preset: str, precision: str, recompute: Recompute) -> None:
     """What that process does."""
     torch.set_num_threads(_THREADS)
     module = new_module(PRESETS[preset].model(), autocast=_AUTOCAST[precision])

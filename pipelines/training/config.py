@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from lumos.compression import CELL
-from lumos.config import MaskConfig, ModelConfig, RopeKind, SamplingConfig, TokenizerConfig, require
+from lumos.config import MaskConfig, ModelConfig, Recompute, RopeKind, SamplingConfig, TokenizerConfig, require
 from lumos.layout import PromptTemplate
 from lumos.vocabulary import Vocabulary
 from pipelines.config import config_hash, config_to_dict
@@ -30,7 +30,7 @@ _OPERATIONAL = (
     "max_skipped_in_a_row",
 )
 # Such keys within sections.
-_OPERATIONAL_WITHIN = ("model.checkpoint_activations",)
+_OPERATIONAL_WITHIN = ("model.checkpoint_activations", "model.compile")
 
 # Keys added later, dotted, with the value under which a run computes what it did before they were there. At that value
 # they are no part of a run's identity, so runs and checkpoints of older programs go on.
@@ -43,6 +43,7 @@ ADDED: dict[str, Any] = {
     "data.mix": None,
     "data.motion_prefix": False,
     "image_batch": None,
+    "optimizer.text_loss_weight": 0.0,
 }
 
 
@@ -130,6 +131,9 @@ class DataConfig:
         )
 
 
+_RECOMPUTE: dict[bool, Recompute] = {False: "none", True: "full"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """Shape of the decoder; the number of token rows follows from the vocabulary."""
@@ -144,14 +148,21 @@ class ModelShape:
     rope_theta: float = 10000.0
     position_scale: tuple[int, int, int] = ModelConfig.position_scale  # the paper's; not the tokenizer's compression
     max_seq_len: int = 32768
-    checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory, a third more work
+    # Recompute blocks in the backward pass: less memory, a third more work; "selective" keeps what attention gave.
+    checkpoint_activations: bool | Literal["selective"] = False
+    compile: bool = False  # blocks by torch.compile, on GPUs; attention is left as it is. On a CPU nothing is compiled
 
     def __post_init__(self) -> None:
         self.resolve(1)
 
+    @property
+    def recompute(self) -> Recompute:
+        """The same in the decoder's words."""
+        return "selective" if self.checkpoint_activations == "selective" else _RECOMPUTE[self.checkpoint_activations]
+
     def resolve(self, vocab_size: int, visual_start: int = 0) -> ModelConfig:
         """The model's config with its number of token rows, and which of the head's is the first of a visual code."""
-        fields = {key: value for key, value in vars(self).items() if key != "checkpoint_activations"}
+        fields = {key: value for key, value in vars(self).items() if key not in ("checkpoint_activations", "compile")}
         return ModelConfig(vocab_size=vocab_size, visual_start=visual_start, **fields)
 
 
@@ -180,11 +191,14 @@ class OptimizerConfig:
     weight_decay: float = 0.1  # of matrices; norms and embeddings have none
     clip_norm: float = 4.0  # gradients are scaled down to this global norm; 0 switches clipping off
     z_loss_weight: float = 0.0
+    # Of the next-token loss of each prompt token, against 1 of a masked visual token. Above 0 the head's rows of text
+    # are trained; at 0 they keep their values and take no memory of gradients and optimizer.
+    text_loss_weight: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("lr", "muon_lr", "eps"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("warmup_steps", "decay_steps", "weight_decay", "clip_norm", "z_loss_weight"):
+        for name in ("warmup_steps", "decay_steps", "weight_decay", "clip_norm", "z_loss_weight", "text_loss_weight"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("beta1", "beta2", "muon_momentum"):
             require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")

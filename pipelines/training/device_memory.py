@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lumos.config import ModelConfig
+from lumos.cross_entropy import working_bytes
 from lumos.flops import Checkpointing, ParameterCounts
-from lumos.losses import CHUNK_ROWS
 
 _LIVE_PARAMETERS = 1e9  # DeepSpeed's default of stage3_max_live_parameters, in elements
 _BUCKET = 5e8  # its default of reduce_bucket_size
@@ -146,14 +146,16 @@ def _activations(model: ModelConfig, setup: Setup, one: Pass) -> float:
 
 
 def _loss_moment(model: ModelConfig, setup: Setup, one: Pass) -> dict[str, float]:
-    rows = min(CHUNK_ROWS, one.predictions)
-    classes = model.vocab_size - _text_rows(model)
-    return {"activations": _activations(model, setup, one), "logits": 3 * 4.0 * rows * classes}
+    classes, width = model.vocab_size - _text_rows(model), setup.parameter_bytes
+    logits = working_bytes(
+        one.predictions, classes, model.hidden_size, itemsize=width, device="cuda" if width == 2 else "cpu"
+    )
+    return {"activations": _activations(model, setup, one), "logits": logits}
 
 
 def _backward_moment(model: ModelConfig, counts: ParameterCounts, setup: Setup, one: Pass) -> dict[str, float]:
     width = setup.parameter_bytes
-    working = one.tokens * width * (3 * model.intermediate_size + 3 * model.hidden_size)
+    working = 1.0 * one.tokens * width * (3 * model.intermediate_size + 3 * model.hidden_size)
     if setup.checkpointing != "none":
         working += block_activations(model, one.tokens, width, "none")
     return {

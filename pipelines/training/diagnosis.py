@@ -212,7 +212,7 @@ def memory_hint(config: TrainConfig) -> str:
     """Which keys of a run would make it need less memory, the cheapest first."""
     zero = read_deepspeed_file(config.deepspeed).get("zero_optimization", {})
     hints = [f"lower micro_batch_tokens (now {config.micro_batch_tokens}), if a pass has several rows"]
-    if not config.model.checkpoint_activations:
+    if config.model.recompute != "full":
         hints.append("set model.checkpoint_activations=true")
     if zero.get("stage", 0) < 3:
         hints.append(f"set deepspeed=zero{zero.get('stage', 0) + 1} (now {config.deepspeed})")

@@ -166,15 +166,14 @@ def make_plan(config: TrainConfig, question: Question) -> Plan:
 def setup_of(config: TrainConfig) -> Setup:
     """How a run's config has its memory used."""
     in_bf16 = config.precision == "bf16" and config.resources.device == "gpu"
-    kept = config.model.checkpoint_activations
     return Setup(
         zero=read_deepspeed_file(config.deepspeed).get("zero_optimization", {}),
         workers=config.num_workers,
         parameter_bytes=2 if in_bf16 else 4,
-        checkpointing="full" if kept is True else kept or "none",
+        checkpointing=config.model.recompute,
         muon=config.optimizer.kind == "muon",
         ema=bool(getattr(config, "ema", None)),
-        train_text=bool(getattr(config.optimizer, "text_loss_weight", 0.0)),
+        train_text=config.optimizer.text_loss_weight > 0,
     )
 
 

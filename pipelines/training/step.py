@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lumos.batch import PackedBatch
-from lumos.masking import loss_mask
+from lumos.batch import PackedBatch, pack
 from lumos.vocabulary import Vocabulary
 from pipelines.training.diagnosis import PhaseClock
 from pipelines.training.engine import Engine
@@ -68,10 +67,11 @@ class TrainStep:
         A step whose loss or gradients are not finite is skipped. ``data_wait``, the seconds this worker waited for the
         batch, is for the record.
         """
-        micro_batches = [micro.to(self.device) for micro in batch.micro_batches]
+        packed = [pack(x.ids, x.masked_positions, x.layouts, self.vocabulary) for x in batch.micro_batches]
+        predicted = sum(len(x.loss_frames) for x in packed if x.loss_frames is not None)  # known before any device is
+        micro_batches = [x.to(self.device) for x in packed]
         num_frames = len(micro_batches[0].layouts[0].frames)
-        predicted = [loss_mask(micro.ids, micro.masked_positions, self.vocabulary).sum() for micro in micro_batches]
-        count = self._sum(torch.stack(predicted).sum())
+        count = self._sum(torch.tensor(float(predicted)))
         scale = self.world_size / count  # DeepSpeed averages over workers; multiplying undoes it
         totals = torch.zeros(2, num_frames, dtype=torch.float64, device=self.device)
         for group in self.engine.optimizer.param_groups:

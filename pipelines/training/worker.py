@@ -68,6 +68,7 @@ class Worker:
             self._make_model(),
             job.run.vocabulary,
             self.config.optimizer.z_loss_weight,
+            text_loss_weight=self.config.optimizer.text_loss_weight,
             autocast=autocast_dtype(self.config),
         )
         self.engine: Engine = make_engine(self.module, self.config)
@@ -135,8 +136,11 @@ class Worker:
 
     def _make_model(self) -> Decoder:
         run = self.job.run
-        model = build_decoder(run.config, run.model, run.vocabulary, device=self.device)
-        model.recompute = "full" if self.config.model.checkpoint_activations else "none"
+        train_text = run.config.optimizer.text_loss_weight > 0
+        model = build_decoder(run.config, run.model, run.vocabulary, device=self.device, train_text=train_text)
+        model.recompute = self.config.model.recompute
+        if self.config.model.compile:
+            model.compile_blocks()
         return model
 
     def _restore(self) -> None:
