@@ -3,27 +3,23 @@
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from tqdm import tqdm
 
-from pipelines import storage
-from pipelines.cluster import connect, lacking
-from pipelines.errors import JobError, UserError
+from pipelines.cluster import connect
+from pipelines.errors import JobError
 from pipelines.tracking import TrackingStore
 from pipelines.training import validate
 from pipelines.training.checkpoints import StoredCheckpoint, find_checkpoints, next_attempt, prune
 from pipelines.training.config import TrainConfig
 from pipelines.training.diagnosis import keep_phases, keep_stacks
 from pipelines.training.export import copy_export, has_ema
+from pipelines.training.launch import check_cluster, fit_with_patience, interruptible, reason_of, saved_on_sigterm
 from pipelines.training.output import Output
 from pipelines.training.prepare import PreparedRun, prepare
 from pipelines.training.progress import Progress
@@ -32,7 +28,7 @@ from pipelines.training.resume import Beginning, describe_fork, find_beginning, 
 from pipelines.training.rows import row_names
 from pipelines.training.sample import Sampler
 from pipelines.training.sender import Sender
-from pipelines.training.worker import Job, train_worker
+from pipelines.training.worker import Job, Stopped
 
 _OPENING_SECONDS = 60.0  # that the start waits for MLflow, beside joining Ray; then training begins without
 
@@ -93,7 +89,7 @@ def _continue(prepared: PreparedRun, output: Output) -> TrainResult:
         return _finish(output, history, beginning.kept[0], sender, config)
     try:
         with sender, connect():  # opening MLflow takes seconds, and so does joining Ray
-            _check_cluster(config)
+            check_cluster(config)
             sender.check(_OPENING_SECONDS)
             if beginning.kept:  # of which the first was found good just now
                 prune(output.storage, beginning.kept[: config.checkpoint.keep])
@@ -118,24 +114,9 @@ def _kept_checkpoints(output: Output) -> dict[int, str]:
     return {stored.state.step: f"{scheme}{stored.checkpoint.path}" for stored in found}
 
 
-def _check_cluster(config: TrainConfig) -> None:
-    """Refuse a cluster on which the run would wait for ever."""
-    lack = lacking([_worker_resources(config), {"CPU": config.resources.cpus_per_loader}] * config.num_workers)
-    if lack:
-        raise UserError(
-            f"num_workers = {config.num_workers} workers and their loaders need {lack}: lower num_workers, "
-            "resources.cpus_per_worker or resources.cpus_per_loader, or set resources.device"
-        )
-
-
-def _worker_resources(config: TrainConfig) -> dict[str, float]:
-    gpus = {"GPU": 1.0} if config.resources.device == "gpu" else {}
-    return {"CPU": config.resources.cpus_per_worker, **gpus}
-
-
 def _fit(prepared: PreparedRun, output: Output, history: History, *, beginning: Beginning, sender: Sender) -> None:
     """Run the workers to the last checkpoint, following them."""
-    config, records = prepared.config, open_queue()
+    config, records, orders = prepared.config, open_queue(), open_queue()
     output.update(finished=False)  # of a run that is made longer
     progress = Progress(config.steps, done=history.last_step, enabled=config.progress)
     if beginning.checkpoint is not None:
@@ -150,6 +131,7 @@ def _fit(prepared: PreparedRun, output: Output, history: History, *, beginning: 
         storage=output.storage,
         attempt=next_attempt(output.storage),
         records=records,
+        orders=orders,
         resume_from=beginning.checkpoint.checkpoint if beginning.checkpoint else None,
         # Unless named, as if all workers shared this machine.
         threads=config.resources.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // config.num_workers),
@@ -162,35 +144,62 @@ def _fit(prepared: PreparedRun, output: Output, history: History, *, beginning: 
         progress.show(record)
 
     sampler = Sampler(prepared, output.samples, say=progress.say)
-    recorder = Recorder(
-        queue=records,
-        history=history,
-        on_record=show,
-        on_event=lambda said: _hear(said, output, sender, sampler, progress),
-        on_failure=lambda: os.kill(os.getpid(), signal.SIGINT),  # what ends Ray Train's fit()
-    )
+    fatal: list[str] = []  # errors of workers that would come again
+
+    def hear(said: dict[str, Any]) -> None:
+        if said["event"] == "fatal":
+            fatal.append(f"rank {said['rank']}, step {said['step']}: {said['cause']}")
+            stop()
+        else:
+            _hear(said, output, sender, sampler, progress)
+
+    def stop() -> None:
+        os.kill(os.getpid(), signal.SIGINT)  # what ends Ray Train's fit()
+
+    recorder = Recorder(queue=records, history=history, on_record=show, on_event=hear, on_failure=stop)
+    failure: BaseException | None = None
     result: Any = None  # its static type in Ray is that of Train V1
     try:
-        with progress, recorder, _interruptible():
-            result = _trainer(job, output).fit()
-        sampler.close(finished=True)
+        with progress, recorder, interruptible(), saved_on_sigterm(orders, progress):
+            result = fit_with_patience(job, prepared, output, progress)
     except (KeyboardInterrupt, ray.train.TrainingFailedError) as error:
-        sampler.close(finished=False)
-        if recorder.failure is None:
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            raise JobError(f"training failed: {_reason(error)}. {_kept(output, history)}") from error
-    if recorder.failure is not None:
+        failure = error
+    sampler.close(finished=failure is None)
+    kept = _kept(output, history)
+    _check_failure(failure, recorder.failure, fatal, kept)
+    _check_end(result.return_value, config, output, kept)
+
+
+def _check_failure(
+    failure: BaseException | None, of_record: BaseException | None, fatal: Sequence[str], kept: str
+) -> None:
+    """Raise what a person is to be told where training failed or was interrupted."""
+    if fatal:
         raise JobError(
-            f"the record of the steps could not be kept ({type(recorder.failure).__name__}: {recorder.failure}), so "
-            f"training was stopped at once. {_kept(output, history)}"
-        ) from recorder.failure
-    if result.return_value:
+            f"training failed at {fatal[0]}. It is not tried again, for it would fail again. {kept}"
+        ) from failure
+    if of_record is not None:
+        raise JobError(
+            f"the record of the steps could not be kept ({type(of_record).__name__}: {of_record}), so training was "
+            f"stopped at once. {kept}"
+        ) from of_record
+    if isinstance(failure, ray.train.TrainingFailedError):
+        raise JobError(f"training failed: {reason_of(failure)}. {kept}") from failure
+    if failure is not None:
+        raise failure
+
+
+def _check_end(ended: Any, config: TrainConfig, output: Output, kept: str) -> None:
+    """Raise a JobError where the workers ended before the last step."""
+    if isinstance(ended, Stopped):
+        saved = "its checkpoint is saved" if ended.saved else "its checkpoint could not be saved"
+        raise JobError(f"stopped by SIGTERM at step {ended.step}; {saved}. {kept}")
+    if ended:
         raise JobError(
             f"training stopped after {config.max_skipped_in_a_row + 1} steps in a row whose loss or gradients were not "
-            f"finite, at {result.return_value}. The weights are those before them. Fork from a checkpoint before they "
-            f"began, with a lower optimizer.lr, a longer warm-up or a lower clip_norm: output=ANOTHER "
-            f"fork_from={output.folder}@STEP; or raise max_skipped_in_a_row. {_kept(output, history)}"
+            f"finite, at {ended}. The weights are those before them. Fork from a checkpoint before they began, with a "
+            "lower optimizer.lr, a longer warm-up or a lower clip_norm: output=ANOTHER "
+            f"fork_from={output.folder}@STEP; or raise max_skipped_in_a_row. {kept}"
         )
 
 
@@ -212,49 +221,6 @@ def _hear(said: dict[str, Any], output: Output, sender: Sender, sampler: Sampler
         progress.say(
             f"rank {said['rank']} is in step {said['step']} for {said['seconds']:g} s; its stacks are in {file}"
         )
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ray Train's handler of Ctrl-C ends the process with status 0, and stays; here it is an interrupt as any other."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as error:
-        raise KeyboardInterrupt from error
-    finally:
-        if handler is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
-
-
-def _trainer(job: Job, output: Output) -> TorchTrainer:
-    config = job.run.config
-    resources = _worker_resources(config)
-    use_gpu = "GPU" in resources
-    filesystem, path = storage.arrow_filesystem(output.storage)
-    run_config: Any = RunConfig(  # its static type in Ray is that of Train V1
-        name=job.attempt,
-        storage_path=path,
-        storage_filesystem=filesystem,
-        failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
-        checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
-        logging_config=LoggingConfig(log_level="WARNING"),
-    )
-    return TorchTrainer(
-        train_worker,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker=resources),
-        run_config=run_config,
-    )
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, in one line: the first worker's own error where there is one."""
-    failures = getattr(error, "worker_failures", None) or {}
-    cause: BaseException = failures[min(failures)] if failures else error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[-1]}" if lines else type(cause).__name__
 
 
 def _skipped(record: StepRecord, prepared: PreparedRun) -> str:

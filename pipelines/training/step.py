@@ -60,6 +60,7 @@ class TrainStep:
         self.vocabulary = vocabulary
         self.device = device
         self.world_size = dist.get_world_size()
+        self.signal = 0.0  # what rank 0 sets before a step, all workers have after it
 
     def __call__(self, batch: StepBatch, *, lr: float, data_wait: float) -> StepResult:
         """One update with this worker's micro-batches, whose rows have one latent shape.
@@ -123,7 +124,8 @@ class TrainStep:
         own = torch.tensor(
             [tokens, cells, masked, data_wait, batch.cut_captions], dtype=torch.float64, device=self.device
         )
-        flat = self._sum(torch.cat([own, totals.flatten()])).tolist()
+        signal = own.new_tensor([self.signal])
+        *flat, self.signal = self._sum(torch.cat([own, totals.flatten(), signal])).tolist()
         sums, counts = flat[5 : 5 + totals.shape[1]], flat[5 + totals.shape[1] :]
         return StepResult(
             loss=sum(sums) / sum(counts),

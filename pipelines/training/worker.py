@@ -15,7 +15,7 @@ from ray.util.queue import Queue
 
 from lumos.decoder import Decoder
 from lumos.losses import LossModule
-from pipelines.errors import JobError
+from pipelines.errors import JobError, UserError
 from pipelines.training.checkpoints import MODEL_FILE, STATE_FILE, TEXT_TOKENIZER_FILE, LoopState, ModelFile, read_state
 from pipelines.training.diagnosis import Diagnosis
 from pipelines.training.ema import update_average
@@ -30,6 +30,10 @@ from pipelines.training.step import StepBatch, StepResult, TrainStep
 from pipelines.training.validate import Validator
 
 _PUSH_SECONDS = 0.5
+_PREEMPTION_SECONDS = 10.0  # between looks for a node that is about to be taken away
+_STOP, _LOOK = 1, 2  # signals of rank 0 to all
+# What follows from config, data and memory, and so comes again on another try.
+_SURE = (MemoryError, NotImplementedError, TypeError, UserError, ValueError, torch.OutOfMemoryError)
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,18 @@ class Job:
     storage: str  # folder or URI of the run's checkpoints
     attempt: str  # folder in it for those of this driver
     records: Queue  # takes lines of the record, for the driver
+    orders: Queue  # anything in it: save a checkpoint and stop
     resume_from: Checkpoint | None  # of an earlier driver; Ray Train's own latest one comes first
     threads: int
     diagnosis_uri: str  # folder for profiles, which every node reaches
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """That training ended as it was asked to."""
+
+    step: int
+    saved: bool  # a checkpoint of that step
 
 
 def train_worker(options: dict[str, Any]) -> Any:
@@ -52,7 +65,14 @@ def train_worker(options: dict[str, Any]) -> Any:
     Returns:
         Why training ended early, or None; an error Ray Train would answer by trying the same steps again.
     """
-    return Worker(options["job"]).run()
+    job: Job = options["job"]
+    worker = Worker(job)
+    try:
+        return worker.run()
+    except Exception as error:
+        if isinstance(error, _SURE):  # it would come again
+            worker.tell_fatal(error)
+        raise
 
 
 class Worker:
@@ -80,7 +100,8 @@ class Worker:
         self.validator = Validator(job.run, rank=self.rank, device=self.device)
         self.lines: list[str] = []  # of the record, since the last checkpoint
         self.pushed = 0  # of them, those the driver has
-        self.pushed_at = time.monotonic()
+        self.pushed_at = self.looked_at = time.monotonic()
+        self.preempted: float | None = None  # deadline of a preemption that was saved for
         model = ModelFile(config=job.run.model, vocabulary=job.run.vocabulary, info=job.run.info)
         self.writer = CheckpointWriter(
             uri=job.storage,
@@ -91,7 +112,7 @@ class Worker:
             tell=lambda kind, **values: self._tell(event(kind, **values)),
         )
 
-    def run(self) -> str | None:
+    def run(self) -> "str | Stopped | None":
         """Train to the last step, or until too many in a row were skipped: what the last one's figures were."""
         try:
             self._restore()
@@ -101,7 +122,7 @@ class Worker:
             self.diagnosis.close()
             self.writer.close()
 
-    def _train(self) -> str | None:
+    def _train(self) -> "str | Stopped | None":
         clock = self.diagnosis.clock
         train_step = TrainStep(self.engine, self.job.run.vocabulary, device=self.device, clock=clock)
         began, saved = time.perf_counter(), self.done == self.config.steps
@@ -110,6 +131,7 @@ class Worker:
         ):
             lr = self.config.optimizer.learning_rate(batch.step, self.config.steps)
             clock.add("data", data_wait)
+            train_step.signal = float(self._signal())
             with self.diagnosis.step(batch.step + 1):
                 result = train_step(batch, lr=lr, data_wait=data_wait)
             if self.config.ema is not None and not result.skipped:
@@ -123,11 +145,16 @@ class Worker:
                 self._push()
                 self.writer.settle()
                 return f"step {self.done}: loss {result.loss}, gradient norm {result.grad_norm}"
-            if self.done % self.config.checkpoint.every == 0 and self.done < self.config.steps:
+            saved = False
+            signal = int(train_step.signal)
+            if signal & _STOP and self.done < self.config.steps:
+                return Stopped(self.done, saved=self._save(wait=True))
+            if signal & _LOOK and self._preemption():
+                self._save(wait=True)
+            elif self.done % self.config.checkpoint.every == 0 and self.done < self.config.steps:
                 self._save(wait=False)
             else:
                 self.writer.poll()
-            saved = False
             began = time.perf_counter()
         self.writer.settle()
         if not saved and not self._save(wait=True):
@@ -175,6 +202,29 @@ class Worker:
         self.lines.append(record.to_line())
         if time.monotonic() - self.pushed_at > _PUSH_SECONDS:
             self._push()
+
+    def _signal(self) -> int:
+        """What rank 0 has to say to all workers in the next step."""
+        now, signal = time.monotonic(), 0
+        if self.rank == 0 and now - self.looked_at > _PREEMPTION_SECONDS:
+            self.looked_at, signal = now, _LOOK
+        if self.rank == 0 and not self.job.orders.empty():
+            signal |= _STOP
+        return signal
+
+    def _preemption(self) -> bool:
+        """Whether a node of a worker is about to be taken away, and no checkpoint was made for that yet."""
+        info = ray.train.get_preemption_info()
+        deadline = None if info is None else float(info.deadline_ms or 0)
+        found = deadline is not None and deadline != self.preempted
+        self.preempted = deadline
+        return found
+
+    def tell_fatal(self, error: Exception) -> None:
+        """Tell the driver of an error that would come again, and wait until it has heard."""
+        text = " ".join(str(error).split()) or "no message"
+        cause = f"{type(error).__name__}: {text}"
+        self.job.records.put(event("fatal", rank=self.rank, step=self.done + 1, cause=cause))
 
     def _push(self) -> None:
         """Hand the driver what it does not have yet; returns when the queue holds it."""

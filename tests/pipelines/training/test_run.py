@@ -8,10 +8,11 @@ from mlflow.tracking import MlflowClient
 
 from pipelines.tracking import Tracker, TrackingStore
 from pipelines.training import run as run_module
+from pipelines.training.launch import interruptible
 from pipelines.training.output import Output
 from pipelines.training.prepare import prepare
 from pipelines.training.record import History
-from pipelines.training.run import _interruptible, train
+from pipelines.training.run import train
 from pipelines.training.sender import Sender
 from tests.pipelines.training.runs import step_record, tiny_config
 from tests.pipelines.training.snapshots import write_snapshot
@@ -21,7 +22,7 @@ def test_an_interrupt_of_the_workers_is_one_of_the_driver():
     before = signal.getsignal(signal.SIGINT)
 
     def interrupted_by_ray():
-        with _interruptible():
+        with interruptible():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ray Train sets a handler, which stays, and exits with 0
             raise SystemExit(0)
 

@@ -1,5 +1,6 @@
 """Real runs: Ray Train, DeepSpeed and MLflow, two workers on two CPUs, killed in various ways."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
@@ -27,12 +30,26 @@ from pipelines.config import config_to_yaml
 from pipelines.errors import JobError, UserError
 from pipelines.streams import torch_stream
 from pipelines.training.config import OptimizerConfig, ValidationConfig
+from pipelines.training.export import export, locate
 from pipelines.training.ingest import StepLoader, pack, unpack
 from pipelines.training.prepare import prepare
 from pipelines.training.record import StepRecord
 from pipelines.training.run import TrainResult, train
 from tests.pipelines.training.runs import tiny_config
 from tests.pipelines.training.snapshots import write_snapshot
+
+
+def spoil_codes(dataset: Path) -> None:
+    """Take a code from each row of one shard, and let the manifest say that it is so."""
+    (manifest,) = dataset.glob("snapshots/*/manifest.json")
+    raw = json.loads(manifest.read_text())
+    shard = raw["buckets"][0]["shards"][0]
+    file = manifest.parent / shard["path"]
+    table = pq.read_table(file)
+    short = pa.array([codes[:-1] for codes in table["codes"].to_pylist()], table.schema.field("codes").type)
+    pq.write_table(table.set_column(table.schema.get_field_index("codes"), table.schema.field("codes"), short), file)
+    shard["bytes"], shard["sha256"] = file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(raw))
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +100,19 @@ def on_first_checkpoint(output: Path, action: Callable[[], None]) -> threading.T
 
     def wait() -> None:
         while not list(output.glob("checkpoints/*/step-*")):
+            time.sleep(0.01)
+        action()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def on_lines(output: Path, count: int, action: Callable[[], object]) -> threading.Thread:
+    """Do something as soon as so many steps are recorded."""
+
+    def wait() -> None:
+        while len(metrics_lines(output)) < count:
             time.sleep(0.01)
         action()
 
@@ -181,8 +211,6 @@ def test_a_finished_run_is_returned_and_not_repeated(uninterrupted, dataset, fol
     assert (again.run_id, again.records) == (uninterrupted.run_id, uninterrupted.records)
     with pytest.raises(UserError, match=r"holds another run \(seed: 0 there, 1 asked for\)"):
         train(tiny_config(dataset, folder / "uninterrupted", seed=1))
-    with pytest.raises(UserError, match=r"was written by 2 workers, this run has num_workers = 1: continue with num_w"):
-        train(tiny_config(dataset, folder / "uninterrupted", num_workers=1, micro_batch_tokens=512))
 
 
 def test_resume_after_a_worker_was_killed(uninterrupted, dataset, folder):
@@ -303,10 +331,89 @@ def test_resume_over_the_record_of_a_newer_program_keeps_it(two_cpus, dataset, f
     assert train(replace(config, steps=5)).records == longer.records
 
 
+def test_a_checkpoint_becomes_a_model_folder_and_another_run(uninterrupted, dataset, folder):
+    """The export of a kept step is its weights; a fork of it goes on with another rate, and names its parent."""
+    run = folder / "uninterrupted"
+    with pytest.raises(UserError, match=r"the checkpoint of step 40 was not kept; .* has those of steps 50, 60"):
+        locate(f"{run}@40")
+    export(locate(f"{run}@60"), folder / "exported", dtype="fp32")
+    export(locate(f"{run}@60"), folder / "exported-bf16", dtype="bf16")
+    there = load_file(uninterrupted.export_dir / "model.safetensors")
+    ours, half = (load_file(folder / name / "model.safetensors") for name in ("exported", "exported-bf16"))
+    assert there.keys() == ours.keys() == half.keys()
+    for key, weight in there.items():
+        assert torch.equal(weight, ours[key])
+        assert torch.equal(weight.bfloat16(), half[key])
+    assert load_checkpoint(folder / "exported-bf16").info == load_checkpoint(uninterrupted.export_dir).info
+
+    optimizer = replace(tiny_config(dataset, run).optimizer, lr=1e-4)
+    config = tiny_config(dataset, folder / "fork", optimizer=optimizer, num_workers=1, steps=55)
+    with pytest.raises(UserError, match=r"fork_from = .*was not kept"):
+        train(replace(config, fork_from=f"{run}@30"))
+    forked = train(replace(config, fork_from=f"{run}@50"))
+    assert [record.step for record in forked.records] == list(range(1, 56))
+    assert losses(forked.records)[:50] == losses(uninterrupted.records)[:50]
+    assert losses(forked.records)[50] == pytest.approx(losses(uninterrupted.records)[50], abs=1e-5)
+    assert losses(forked.records)[54] != losses(uninterrupted.records)[54]
+    tags = MlflowClient(forked.store.uri).get_run(forked.run_id).data.tags
+    assert tags["mlflow.parentRunId"] == uninterrupted.run_id
+
+
+def test_a_damaged_checkpoint_is_passed_over_in_the_same_command(uninterrupted, dataset, folder, capsys):
+    output = folder / "damaged"
+    shutil.copytree(folder / "uninterrupted", output)
+    shutil.rmtree(output / "export")
+    (newest,) = output.glob("checkpoints/*/step-00000060-*")
+    file = max((newest / "engine").iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    run = json.loads((output / "run.json").read_text())
+    (output / "run.json").write_text(json.dumps(run | {"storage": ""}))
+    result = train(tiny_config(dataset, output, progress=True))
+    said = capsys.readouterr().err
+    assert "warning: the checkpoint of step 60 is damaged (engine/" in said
+    assert "that of step 50 is used" in said
+    assert losses(result.records) == losses(uninterrupted.records)
+    ours, theirs = (load_file(each.export_dir / "model.safetensors") for each in (result, uninterrupted))
+    assert all(torch.equal(weight, theirs[key]) for key, weight in ours.items())
+
+
+def test_world_size_changes_between_two_commands(uninterrupted, dataset, folder):
+    """2 workers, then 1, then 2: stopped by SIGTERM, which saves a checkpoint first."""
+    output = folder / "resized"
+    steps = []
+    for workers in (2, 1):
+        stopper = on_lines(output, (steps[-1] if steps else 0) + 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(JobError, match=r"stopped by SIGTERM at step \d+; its checkpoint is saved"):
+            train(tiny_config(dataset, output, num_workers=workers))
+        stopper.join(timeout=1)
+        steps.append(len(metrics_lines(output)))
+    result = train(tiny_config(dataset, output))
+    assert 0 < steps[0] < steps[1] < 60
+    assert losses(result.records) == pytest.approx(losses(uninterrupted.records), abs=1e-4)
+    assert [record.masked_tokens for record in result.records] == [r.masked_tokens for r in uninterrupted.records]
+    assert {record.workers for record in result.records} == {1, 2}
+    check_tracked_once(result)
+
+
+def test_an_error_that_would_come_again_is_told_and_not_tried_again(two_cpus, dataset, folder, monkeypatch):
+    output = folder / "bad-row"
+    broken = folder / "broken"
+    shutil.copytree(dataset, broken)
+    spoil_codes(broken)
+    with pytest.raises(JobError, match=r"training failed at rank \d, step \d+: .*It is not tried again"):
+        train(tiny_config(broken, output))
+    assert len(json.loads((output / "run.json").read_text())["starts"]) == 1
+
+
 def test_a_loss_that_is_no_number_ends_the_run_with_a_reason(two_cpus, dataset, folder):
     config = tiny_config(dataset, folder / "nan", num_workers=1, optimizer=OptimizerConfig(lr=1e30))
-    with pytest.raises(JobError, match=r"training stopped at step 2: loss is nan.*Lower optimizer.lr.*1 steps are in"):
+    with pytest.raises(
+        JobError, match=r"after 4 steps in a row .*at step 5: loss nan.*lower optimizer.lr.*5 steps are"
+    ):
         train(config)
+    assert [json.loads(line).get("skipped", 0) for line in metrics_lines(folder / "nan")] == [0, 1, 1, 1, 1]
     run = json.loads((folder / "nan" / "run.json").read_text())
     tracked = MlflowClient(f"sqlite:///{folder / 'mlruns.db'}").get_run(run["run_id"])
     assert tracked.info.status == "FAILED"

@@ -1,0 +1,119 @@
+"""Ray Train around the workers: resources, failures that are survived, interrupts and signals that are not lost."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.util.queue import Queue
+
+from pipelines import storage
+from pipelines.cluster import lacking
+from pipelines.errors import UserError
+from pipelines.training.checkpoints import next_attempt
+from pipelines.training.config import TrainConfig
+from pipelines.training.output import Output
+from pipelines.training.prepare import PreparedRun
+from pipelines.training.progress import Progress
+from pipelines.training.resume import find_beginning
+from pipelines.training.worker import Job, train_worker
+
+
+def check_cluster(config: TrainConfig) -> None:
+    """Refuse a cluster on which the run would wait for ever."""
+    lack = lacking([_worker_resources(config), {"CPU": config.resources.cpus_per_loader}] * config.num_workers)
+    if lack:
+        raise UserError(
+            f"num_workers = {config.num_workers} workers and their loaders need {lack}: lower num_workers, "
+            "resources.cpus_per_worker or resources.cpus_per_loader, or set resources.device"
+        )
+
+
+def _worker_resources(config: TrainConfig) -> dict[str, float]:
+    gpus = {"GPU": 1.0} if config.resources.device == "gpu" else {}
+    return {"CPU": config.resources.cpus_per_worker, **gpus}
+
+
+def fit_with_patience(job: Job, prepared: PreparedRun, output: Output, progress: Progress) -> Any:
+    """Ray Train's ``fit``, begun anew after its last failure if there is a newer checkpoint than it began with."""
+    begun = job.resume_from.path if job.resume_from else None
+    while True:
+        try:
+            return _trainer(job, output).fit()
+        except ray.train.TrainingFailedError as error:
+            beginning = find_beginning(prepared, output)
+            newest = beginning.checkpoint.checkpoint if beginning.checkpoint else None
+            if newest is None or newest.path == begun:
+                raise
+            begun = newest.path
+            progress.say(f"failed ({reason_of(error)}), but went on since: continuing from step {beginning.step}")
+            job = replace(job, resume_from=newest, attempt=next_attempt(output.storage))
+
+
+@contextmanager
+def saved_on_sigterm(orders: Queue, progress: Progress) -> Iterator[None]:
+    """A first SIGTERM lets the workers save a checkpoint and stop; a second one ends the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stop(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, before)
+        progress.say("SIGTERM: saving a checkpoint, then ending")
+        actor: Any = orders.actor
+        actor.put_nowait.remote("stop")
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ray Train's handler of Ctrl-C ends the process with status 0, and stays; here it is an interrupt as any other."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
+
+
+def _trainer(job: Job, output: Output) -> TorchTrainer:
+    config = job.run.config
+    resources = _worker_resources(config)
+    use_gpu = "GPU" in resources
+    filesystem, path = storage.arrow_filesystem(output.storage)
+    run_config: Any = RunConfig(  # its static type in Ray is that of Train V1
+        name=job.attempt,
+        storage_path=path,
+        storage_filesystem=filesystem,
+        failure_config=FailureConfig(max_failures=config.checkpoint.max_failures),
+        checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
+        logging_config=LoggingConfig(log_level="WARNING"),
+    )
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker=resources),
+        run_config=run_config,
+    )
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong, in one line: the first worker's own error where there is one."""
+    failures = getattr(error, "worker_failures", None) or {}
+    cause: BaseException = failures[min(failures)] if failures else error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[-1]}" if lines else type(cause).__name__
