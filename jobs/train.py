@@ -17,10 +17,14 @@ from jobs.command import ConfigCommand, config_arguments, resolve, run
     examples=(
         "lumos train quickstart data.dataset=runs/dataset",
         "lumos train quickstart data.dataset=runs/dataset output=runs/mine steps=500 optimizer.lr=5e-4",
+        "lumos train quickstart data.dataset=runs/dataset --dry-run",
     ),
 )
 @config_arguments()
-def command(config: str, overrides: tuple[str, ...], print_config: bool) -> None:
+@click.option(
+    "--dry-run", "dry", is_flag=True, help="Make one step of each bucket, say what memory it took, keep nothing."
+)
+def command(config: str, overrides: tuple[str, ...], print_config: bool, dry: bool) -> None:
     """Train a model on a snapshot of token shards.
 
     Runs DeepSpeed on Ray Train workers. Writes checkpoints and, at the end, an export folder (safetensors, config.json,
@@ -33,6 +37,12 @@ def command(config: str, overrides: tuple[str, ...], print_config: bool) -> None
     from pipelines.training.config import TrainConfig
 
     resolved = resolve(TrainConfig, config, overrides, print_config)
+    if dry:
+        from pipelines.training import dry_run
+
+        for line in dry_run.lines(dry_run.dry_run(resolved)):
+            click.echo(line)
+        return
 
     from pipelines.training.run import train
 

@@ -128,7 +128,7 @@ class Diagnosis:
             self._sums.clear()
             self._steps = 0
         checkpoint = seconds.pop("checkpoint", 0.0)
-        figures: dict[str, Any] = {"phases": seconds, "checkpoint_seconds": checkpoint, "rss_gb": _peak_rss() / 1e9}
+        figures: dict[str, Any] = {"phases": seconds, "checkpoint_seconds": checkpoint, "rss_gb": peak_rss() / 1e9}
         if self.device.type == "cuda":
             figures["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         return figures
@@ -236,5 +236,6 @@ def keep_stacks(folder: Path, said: dict[str, Any]) -> Path:
     return file
 
 
-def _peak_rss() -> float:
+def peak_rss() -> float:
+    """Bytes that this process had in memory at its highest."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

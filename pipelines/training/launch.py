@@ -1,5 +1,6 @@
 """Ray Train around the workers: resources, failures that are survived, interrupts and signals that are not lost."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -20,13 +21,13 @@ from pipelines.training.config import TrainConfig
 from pipelines.training.output import Output
 from pipelines.training.prepare import PreparedRun
 from pipelines.training.progress import Progress
-from pipelines.training.resume import find_beginning
+from pipelines.training.resume import Beginning, find_beginning
 from pipelines.training.worker import Job, train_worker
 
 
 def check_cluster(config: TrainConfig) -> None:
     """Refuse a cluster on which the run would wait for ever."""
-    lack = lacking([_worker_resources(config), {"CPU": config.resources.cpus_per_loader}] * config.num_workers)
+    lack = lacking([worker_resources(config), {"CPU": config.resources.cpus_per_loader}] * config.num_workers)
     if lack:
         raise UserError(
             f"num_workers = {config.num_workers} workers and their loaders need {lack}: lower num_workers, "
@@ -34,9 +35,30 @@ def check_cluster(config: TrainConfig) -> None:
         )
 
 
-def _worker_resources(config: TrainConfig) -> dict[str, float]:
+def worker_resources(config: TrainConfig) -> dict[str, float]:
+    """What Ray reserves for each worker."""
     gpus = {"GPU": 1.0} if config.resources.device == "gpu" else {}
     return {"CPU": config.resources.cpus_per_worker, **gpus}
+
+
+def make_job(
+    prepared: PreparedRun, output: Output, *, records: Queue | None, orders: Queue | None, beginning: Beginning | None = None
+) -> Job:
+    """What the workers are told."""
+    resources, num_workers = prepared.config.resources, prepared.config.num_workers
+    checkpoint = beginning.checkpoint if beginning else None
+    return Job(
+        run=prepared,
+        identity_hash=output.identity_hash,
+        storage=output.storage,
+        attempt=next_attempt(output.storage),
+        records=records,
+        orders=orders,
+        resume_from=checkpoint.checkpoint if checkpoint else None,
+        # Unless named, as if all workers shared this machine.
+        threads=resources.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // num_workers),
+        diagnosis_uri=output.profile,
+    )
 
 
 def fit_with_patience(job: Job, prepared: PreparedRun, output: Output, progress: Progress) -> Any:
@@ -91,7 +113,7 @@ def interruptible() -> Iterator[None]:
 
 def _trainer(job: Job, output: Output) -> TorchTrainer:
     config = job.run.config
-    resources = _worker_resources(config)
+    resources = worker_resources(config)
     use_gpu = "GPU" in resources
     filesystem, path = storage.arrow_filesystem(output.storage)
     run_config: Any = RunConfig(  # its static type in Ray is that of Train V1

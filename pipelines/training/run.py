@@ -125,18 +125,7 @@ def _fit(prepared: PreparedRun, output: Output, history: History, *, beginning: 
         progress.say(f"continuing from the checkpoint of step {step}{again}")
     if lacks := validate.describe(prepared):
         progress.say(lacks)
-    job = Job(
-        run=prepared,
-        identity_hash=output.identity_hash,
-        storage=output.storage,
-        attempt=next_attempt(output.storage),
-        records=records,
-        orders=orders,
-        resume_from=beginning.checkpoint.checkpoint if beginning.checkpoint else None,
-        # Unless named, as if all workers shared this machine.
-        threads=config.resources.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // config.num_workers),
-        diagnosis_uri=output.profile,
-    )
+    job = make_job(prepared, output, records=records, orders=orders, beginning=beginning)
 
     def show(record: StepRecord) -> None:
         if record.skipped:

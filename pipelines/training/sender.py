@@ -158,8 +158,13 @@ class Sender:
         provenance = output.run.provenance
         versions = {"lumos": provenance["lumos"], **provenance["packages"]}
         tracker.log_params(config_to_dict(config) | {"versions": versions})
+        fork = output.run.fork
+        parent = {"fork_from": fork["from"]} if fork else {}
+        if fork and "run_id" in fork:
+            parent["mlflow.parentRunId"] = fork["run_id"]  # shown as nested below it
         tracker.set_tags(
             {
+                **parent,
                 "git_commit": provenance["git_commit"],
                 "dataset_digest": self.prepared.dataset_digest,
                 "num_parameters": str(self.prepared.model.num_parameters),

@@ -44,8 +44,8 @@ class Job:
     identity_hash: str
     storage: str  # folder or URI of the run's checkpoints
     attempt: str  # folder in it for those of this driver
-    records: Queue  # takes lines of the record, for the driver
-    orders: Queue  # anything in it: save a checkpoint and stop
+    records: Queue | None  # takes lines of the record, for the driver; None: nobody does
+    orders: Queue | None  # anything in it: save a checkpoint and stop
     resume_from: Checkpoint | None  # of an earlier driver; Ray Train's own latest one comes first
     threads: int
     diagnosis_uri: str  # folder for profiles, which every node reaches
@@ -208,7 +208,7 @@ class Worker:
         now, signal = time.monotonic(), 0
         if self.rank == 0 and now - self.looked_at > _PREEMPTION_SECONDS:
             self.looked_at, signal = now, _LOOK
-        if self.rank == 0 and not self.job.orders.empty():
+        if self.rank == 0 and self.job.orders is not None and not self.job.orders.empty():
             signal |= _STOP
         return signal
 
@@ -224,19 +224,21 @@ class Worker:
         """Tell the driver of an error that would come again, and wait until it has heard."""
         text = " ".join(str(error).split()) or "no message"
         cause = f"{type(error).__name__}: {text}"
-        self.job.records.put(event("fatal", rank=self.rank, step=self.done + 1, cause=cause))
+        if self.job.records is not None:
+            self.job.records.put(event("fatal", rank=self.rank, step=self.done + 1, cause=cause))
 
     def _push(self) -> None:
         """Hand the driver what it does not have yet; returns when the queue holds it."""
-        if self.rank == 0:
+        if self.rank == 0 and self.job.records is not None:
             self.job.records.put_nowait_batch(self.lines[self.pushed :])
             self.pushed = len(self.lines)
             self.pushed_at = time.monotonic()
 
     def _tell(self, line: str) -> None:
         """Hand the driver a line at once, without waiting for it."""
-        actor: Any = self.job.records.actor
-        actor.put_nowait.remote(line)
+        if self.job.records is not None:
+            actor: Any = self.job.records.actor
+            actor.put_nowait.remote(line)
 
     def _tell_start(self) -> None:
         if self.rank == 0:

@@ -101,6 +101,14 @@ def test_every_nth_step_has_a_row_also_after_a_resume(dataset, tmp_path):
     assert History(output.metrics_file).last_step == 10
 
 
+def test_a_fork_hangs_below_its_parent(dataset, tmp_path):
+    output, _, sender = open_run(dataset, tmp_path / "out")
+    output.update(fork={"from": "runs/one@20", "digest": "x", "run_id": "abc"})
+    sender.end("FINISHED")
+    tags = MlflowClient(output.store.uri).get_run(output.run.run_id).data.tags
+    assert (tags["fork_from"], tags["mlflow.parentRunId"]) == ("runs/one@20", "abc")
+
+
 def test_a_store_that_cannot_be_is_refused_before_training(dataset, tmp_path):
     _, _, sender = open_run(dataset, tmp_path / "out", uri=f"file://{tmp_path}/mlruns")
     with sender, pytest.raises(UserError, match=r"tracking.uri = file:.*name a server or a database"):

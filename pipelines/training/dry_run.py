@@ -1,0 +1,147 @@
+"""A training that is set up to the last detail, makes one step of each bucket, and leaves nothing behind.
+
+Each step is the first that the plan has of its bucket, with its own rows. So the data was read, and the model, its
+optimizer's state and the longest sequences were in the memory of every worker. Nothing is written to the output, and
+MLflow is not asked.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import LoggingConfig, RunConfig, ScalingConfig
+
+from pipelines.cluster import connect
+from pipelines.errors import JobError
+from pipelines.training.batch_plan import BatchPlan
+from pipelines.training.config import DiagnosisConfig, TrainConfig
+from pipelines.training.diagnosis import peak_rss
+from pipelines.training.ingest import StepLoader, unpack
+from pipelines.training.output import Output
+from pipelines.training.prepare import PreparedRun, prepare
+from pipelines.training.resume import describe_fork
+from pipelines.training.launch import check_cluster, make_job, reason_of, worker_resources
+from pipelines.training.step import TrainStep
+from pipelines.training.validate import describe
+from pipelines.training.worker import Job, Worker
+
+_SEARCHED_STEPS = 100_000  # of the plan, for one of each bucket
+
+
+@dataclass(frozen=True)
+class BucketStep:
+    """One step of a bucket."""
+
+    bucket: str  # latent shape, TxHxW
+    tokens: int  # of the global batch
+    loss: float
+    seconds: float  # of a first step, which makes ready what later ones find
+    device_gb: float  # highest memory of any worker's device so far; 0 on CPU
+    rss_gb: float  # highest resident memory of any worker's process so far
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a dry run found."""
+
+    steps: tuple[BucketStep, ...]  # the bucket with the most latent cells first
+    device: str
+    device_gb: float  # memory of a device; 0 on CPU
+    remarks: tuple[str, ...]
+
+
+def dry_run(config: TrainConfig) -> DryRun:
+    """Do all that a training does up to and including one step of each bucket.
+
+    Raises:
+        UserError: for anything wrong that can be known before.
+        JobError: if a worker fails, such as for want of memory.
+    """
+    # Whatever a step tells the driver besides is left out, for there is no record that would take it.
+    quiet = replace(config, diagnosis=DiagnosisConfig(phases_every=0, hang_seconds=0.0))
+    prepared = prepare(quiet)
+    output = Output(quiet, snapshot_digest=prepared.snapshot.digest, fork=describe_fork)
+    resources, job = worker_resources(quiet), make_job(prepared, output, records=None, orders=None)
+    use_gpu = "GPU" in resources
+    with connect(), tempfile.TemporaryDirectory(prefix="lumos-dry-run-") as scratch:
+        check_cluster(quiet)
+        run_config: Any = RunConfig(  # its static type in Ray is that of Train V1
+            name="dry-run", storage_path=scratch, logging_config=LoggingConfig(log_level="WARNING")
+        )
+        trainer = TorchTrainer(
+            dry_worker,
+            train_loop_config={"job": replace(job, storage=scratch, diagnosis_uri=scratch)},
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=quiet.num_workers, use_gpu=use_gpu, resources_per_worker=resources
+            ),
+            run_config=run_config,
+        )
+        try:
+            result: Any = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise JobError(f"the dry run failed: {reason_of(error)}") from error
+    found: DryRun = result.return_value
+    remark = describe(prepared)
+    return replace(found, remarks=(remark,) if remark else ())
+
+
+def dry_worker(options: dict[str, Any]) -> Any:
+    """Entry point of a Ray Train worker."""
+    job: Job = options["job"]
+    worker = Worker(job)
+    try:
+        step = TrainStep(worker.engine, job.run.vocabulary, device=worker.device)
+        loader = StepLoader(job.run, worker.rank)
+        steps = tuple(_try(worker, step, loader, index) for index in first_steps(job.run))
+    finally:
+        worker.diagnosis.close()
+        worker.writer.close()
+    cuda = worker.device.type == "cuda"
+    return DryRun(
+        steps=steps,
+        device=torch.cuda.get_device_name(worker.device) if cuda else "cpu",
+        device_gb=torch.cuda.get_device_properties(worker.device).total_memory / 1e9 if cuda else 0.0,
+        remarks=(),
+    )
+
+
+def first_steps(run: PreparedRun) -> list[int]:
+    """The first step of each bucket, that with the most latent cells first; a bucket that never comes has none."""
+    plan = BatchPlan.from_manifest(run.snapshot.manifest, run.config)
+    found: dict[tuple[int, int, int], int] = {}
+    for index in range(min(run.config.steps, _SEARCHED_STEPS)):
+        found.setdefault(plan.step(index).bucket.shape, index)
+        if len(found) == len(plan.buckets):
+            break
+    return [index for shape, index in sorted(found.items(), key=lambda item: -item[0][0] * item[0][1] * item[0][2])]
+
+
+def _try(worker: Worker, step: TrainStep, loader: StepLoader, index: int) -> BucketStep:
+    batch = unpack(loader(pa.table({"step": [index]})), worker.config.micro_batch)
+    began = time.perf_counter()
+    with worker.diagnosis.step(index + 1):
+        result = step(batch, lr=worker.config.optimizer.learning_rate(index, worker.config.steps), data_wait=0.0)
+    seconds = time.perf_counter() - began
+    device = torch.cuda.max_memory_allocated(worker.device) if worker.device.type == "cuda" else 0
+    highest = torch.tensor([device / 1e9, peak_rss() / 1e9], device=worker.device)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    shape = loader.plan.step(index).bucket.shape
+    return BucketStep("x".join(map(str, shape)), result.tokens, result.loss, seconds, *highest.tolist())
+
+
+def lines(found: DryRun) -> Iterator[str]:
+    """What a dry run found, for people."""
+    for step in found.steps:
+        memory = f"{step.rss_gb:.1f} GB of a process"
+        if found.device_gb:
+            memory = f"{step.device_gb:.1f} of {found.device_gb:.1f} GB of a device, {memory}"
+        yield f"{step.bucket}: {step.tokens:,} tokens, loss {step.loss:.3f}, {step.seconds:.1f} s, {memory}"
+    yield from found.remarks
