@@ -5,13 +5,13 @@ optimizer's state and the longest sequences were in the memory of every worker. 
 MLflow is not asked.
 """
 
+import math
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyarrow as pa
 import ray.train
 import torch
 import torch.distributed as dist
@@ -20,14 +20,14 @@ from ray.train.v2.api.config import LoggingConfig, RunConfig, ScalingConfig
 
 from pipelines.cluster import connect
 from pipelines.errors import JobError
-from pipelines.training.batch_plan import BatchPlan
+from pipelines.training.batch_plan import PlanBucket
 from pipelines.training.config import DiagnosisConfig, TrainConfig
 from pipelines.training.diagnosis import peak_rss
-from pipelines.training.ingest import StepLoader, unpack
+from pipelines.training.ingest import StepLoader, pack, unpack
+from pipelines.training.launch import check_cluster, make_job, reason_of, worker_resources
 from pipelines.training.output import Output
 from pipelines.training.prepare import PreparedRun, prepare
 from pipelines.training.resume import describe_fork
-from pipelines.training.launch import check_cluster, make_job, reason_of, worker_resources
 from pipelines.training.step import TrainStep
 from pipelines.training.validate import describe
 from pipelines.training.worker import Job, Worker
@@ -67,7 +67,7 @@ def dry_run(config: TrainConfig) -> DryRun:
     # Whatever a step tells the driver besides is left out, for there is no record that would take it.
     quiet = replace(config, diagnosis=DiagnosisConfig(phases_every=0, hang_seconds=0.0))
     prepared = prepare(quiet)
-    output = Output(quiet, snapshot_digest=prepared.snapshot.digest, fork=describe_fork)
+    output = Output(quiet, snapshot_digest=prepared.dataset_digest, fork=describe_fork)
     resources, job = worker_resources(quiet), make_job(prepared, output, records=None, orders=None)
     use_gpu = "GPU" in resources
     with connect(), tempfile.TemporaryDirectory(prefix="lumos-dry-run-") as scratch:
@@ -99,7 +99,7 @@ def dry_worker(options: dict[str, Any]) -> Any:
     worker = Worker(job)
     try:
         step = TrainStep(worker.engine, job.run.vocabulary, device=worker.device)
-        loader = StepLoader(job.run, worker.rank)
+        loader = StepLoader(job.run, worker.rank, dist.get_world_size())
         steps = tuple(_try(worker, step, loader, index) for index in first_steps(job.run))
     finally:
         worker.diagnosis.close()
@@ -115,17 +115,17 @@ def dry_worker(options: dict[str, Any]) -> Any:
 
 def first_steps(run: PreparedRun) -> list[int]:
     """The first step of each bucket, that with the most latent cells first; a bucket that never comes has none."""
-    plan = BatchPlan.from_manifest(run.snapshot.manifest, run.config)
-    found: dict[tuple[int, int, int], int] = {}
+    plan = run.plan()
+    found: dict[PlanBucket, int] = {}
     for index in range(min(run.config.steps, _SEARCHED_STEPS)):
-        found.setdefault(plan.step(index).bucket.shape, index)
+        found.setdefault(plan.step(index).bucket, index)
         if len(found) == len(plan.buckets):
             break
-    return [index for shape, index in sorted(found.items(), key=lambda item: -item[0][0] * item[0][1] * item[0][2])]
+    return [found[bucket] for bucket in sorted(found, key=lambda bucket: math.prod(bucket.shape), reverse=True)]
 
 
 def _try(worker: Worker, step: TrainStep, loader: StepLoader, index: int) -> BucketStep:
-    batch = unpack(loader(pa.table({"step": [index]})), worker.config.micro_batch)
+    (batch,) = unpack(pack([loader.load(index)]))
     began = time.perf_counter()
     with worker.diagnosis.step(index + 1):
         result = step(batch, lr=worker.config.optimizer.learning_rate(index, worker.config.steps), data_wait=0.0)
@@ -133,8 +133,7 @@ def _try(worker: Worker, step: TrainStep, loader: StepLoader, index: int) -> Buc
     device = torch.cuda.max_memory_allocated(worker.device) if worker.device.type == "cuda" else 0
     highest = torch.tensor([device / 1e9, peak_rss() / 1e9], device=worker.device)
     dist.all_reduce(highest, dist.ReduceOp.MAX)
-    shape = loader.plan.step(index).bucket.shape
-    return BucketStep("x".join(map(str, shape)), result.tokens, result.loss, seconds, *highest.tolist())
+    return BucketStep(result.bucket, result.tokens, result.loss, seconds, *highest.tolist())
 
 
 def lines(found: DryRun) -> Iterator[str]:

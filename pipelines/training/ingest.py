@@ -59,7 +59,6 @@ class StepLoader:
     """Turns step numbers into one worker's packed batches; opened in the actor that runs it."""
 
     def __init__(self, run: PreparedRun, rank: int, num_workers: int) -> None:
-        torch.set_num_threads(1)
         self.run, self.rank, self.num_workers = run, rank, num_workers
         self.plan = run.plan()
         self.text_tokenizer = TextTokenizer(run.text_tokenizer)
@@ -141,6 +140,14 @@ class StepLoader:
         return ids, layout, len(text_ids)
 
 
+class _LoaderActor(StepLoader):
+    """A loader in a process of its own, beside a worker that needs the cores."""
+
+    def __init__(self, run: PreparedRun, rank: int, num_workers: int) -> None:
+        torch.set_num_threads(1)
+        super().__init__(run, rank, num_workers)
+
+
 _SCHEMA = pa.schema(
     [
         ("step", pa.int64()),
@@ -198,7 +205,7 @@ def step_batches(run: PreparedRun, *, rank: int, num_workers: int, start: int) -
     dataset = ray.data.read_datasource(
         StepSource(start, stop), num_cpus=resources.cpus_per_loader, concurrency=1
     ).map_batches(
-        StepLoader,
+        _LoaderActor,
         batch_size=None,
         batch_format="pyarrow",
         fn_constructor_args=(run, rank, num_workers),

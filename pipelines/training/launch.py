@@ -42,7 +42,12 @@ def worker_resources(config: TrainConfig) -> dict[str, float]:
 
 
 def make_job(
-    prepared: PreparedRun, output: Output, *, records: Queue | None, orders: Queue | None, beginning: Beginning | None = None
+    prepared: PreparedRun,
+    output: Output,
+    *,
+    records: Queue | None,
+    orders: Queue | None,
+    beginning: Beginning | None = None,
 ) -> Job:
     """What the workers are told."""
     resources, num_workers = prepared.config.resources, prepared.config.num_workers

@@ -15,11 +15,18 @@ from pipelines.cluster import connect
 from pipelines.errors import JobError
 from pipelines.tracking import TrackingStore
 from pipelines.training import validate
-from pipelines.training.checkpoints import StoredCheckpoint, find_checkpoints, next_attempt, prune
+from pipelines.training.checkpoints import StoredCheckpoint, find_checkpoints, prune
 from pipelines.training.config import TrainConfig
 from pipelines.training.diagnosis import keep_phases, keep_stacks
 from pipelines.training.export import copy_export, has_ema
-from pipelines.training.launch import check_cluster, fit_with_patience, interruptible, reason_of, saved_on_sigterm
+from pipelines.training.launch import (
+    check_cluster,
+    fit_with_patience,
+    interruptible,
+    make_job,
+    reason_of,
+    saved_on_sigterm,
+)
 from pipelines.training.output import Output
 from pipelines.training.prepare import PreparedRun, prepare
 from pipelines.training.progress import Progress
@@ -28,7 +35,7 @@ from pipelines.training.resume import Beginning, describe_fork, find_beginning, 
 from pipelines.training.rows import row_names
 from pipelines.training.sample import Sampler
 from pipelines.training.sender import Sender
-from pipelines.training.worker import Job, Stopped
+from pipelines.training.worker import Stopped
 
 _OPENING_SECONDS = 60.0  # that the start waits for MLflow, beside joining Ray; then training begins without
 

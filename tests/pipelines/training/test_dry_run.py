@@ -4,7 +4,6 @@ from click.testing import CliRunner
 
 from jobs.train import command
 from pipelines.config import config_to_yaml
-from pipelines.training.batch_plan import BatchPlan
 from pipelines.training.dry_run import first_steps
 from pipelines.training.prepare import prepare
 from tests.pipelines.training.runs import tiny_config
@@ -17,7 +16,7 @@ def test_the_largest_bucket_is_tried_first_and_each_once(tmp_path):
     run = prepare(tiny_config(write_snapshot(tmp_path / "dataset", BUCKETS), tmp_path / "out"))
     steps = first_steps(run)
     assert len(steps) == 2
-    plan = BatchPlan.from_manifest(run.snapshot.manifest, run.config)
+    plan = run.plan()
     assert [plan.step(step).bucket.shape for step in steps] == [(3, 4, 6), (2, 4, 4)]
     for step in steps:
         shape = plan.step(step).bucket.shape

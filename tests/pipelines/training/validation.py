@@ -42,12 +42,13 @@ def train(run: PreparedRun, *, every: int) -> tuple[list[float], list[dict[str, 
         losses.append(step(batch, lr=3e-3, data_wait=0.0).loss)
         if every and (index + 1) % every == 0:
             validations.append(validator(engine))
+            assert torch.get_num_threads() == 2
     return losses, validations, gather_weights(module.decoder, keep=True)
 
 
 def main(stage: str, dataset: Path, folder: Path) -> None:
     dist.init_process_group("gloo")
-    prepare_process(CPU, threads=1)
+    prepare_process(CPU, threads=2)
     if stage == "zero3":
         file = folder / "zero3.json"
         settings = {"stage": 3, "stage3_param_persistence_threshold": 0}
