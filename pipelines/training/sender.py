@@ -12,6 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import av
+
 from pipelines.config import config_to_dict
 from pipelines.errors import UserError
 from pipelines.tracking import MetricRow, ModelLink, Tracker
@@ -222,10 +224,16 @@ class Sender:
 
     def _send_samples(self, tracker: Tracker) -> None:
         for file in sorted(self.output.samples.glob(f"step-*/{SAMPLES_FILE}")):
-            if int(file.parent.name.removeprefix("step-")) <= self.output.run.samples_sent:
+            step = int(file.parent.name.removeprefix("step-"))
+            if step <= self.output.run.samples_sent:
                 continue
-            said, strips = read_samples(file.parent)
-            step, time = said["step"], said["time"]
+            try:
+                said, strips = read_samples(file.parent)
+            except (OSError, ValueError, KeyError, av.error.FFmpegError) as error:  # it would be as bad the next time
+                logger.warning("the samples in %s are left out of MLflow: %s", file.parent, error)
+                self.output.update(samples_sent=step)
+                continue
+            time = said["time"]
             for number, strip in enumerate(strips):
                 tracker.log_image(strip, key=f"samples/{number:02d}", step=step, time=time)
             tracker.log_artifact(file.parent, "samples")

@@ -1,15 +1,26 @@
+import re
 from dataclasses import replace
 
 from pipelines.training.progress import Progress
 from tests.pipelines.training.runs import step_record
 
 
-def test_cut_captions_are_told_once(capsys):
-    with Progress(5, done=0, enabled=True) as progress:
-        for step in range(1, 6):
-            cut = {"cut_captions": 2, "longest_caption": 300 + step} if step > 2 else {}
-            progress.show(replace(step_record(step), clips=8, **cut))
-    told = [line for line in capsys.readouterr().err.splitlines() if "captions" in line]
-    assert len(told) == 1
-    assert "step 3: 2 of 8 captions did not fit" in told[0]
-    assert "the longest prompt has 303 tokens" in told[0]
+def test_lines_with_the_time_stand_where_there_is_no_terminal(capsys):
+    with Progress(100, done=0, enabled=True) as progress:
+        progress.say("something happened")
+        for step in range(1, 101):
+            progress.show(replace(step_record(step), val_loss=2.5 if step == 50 else None))
+    lines = capsys.readouterr().err.splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines)
+    assert lines[0][20:] == "something happened"
+    steps = [re.search(r"step (\d+)/100: loss 1.000, 5 tokens/s", line) for line in lines[1:]]
+    assert [int(step.group(1)) for step in steps if step] == [1, 50, 100], "the first, a validation, the last"
+    assert "validation 2.500" in lines[2]
+
+
+def test_nothing_is_said_where_progress_is_off(capsys):
+    with Progress(2, done=0, enabled=False) as progress:
+        progress.say("quiet")
+        progress.show(step_record(1))
+        progress.show(step_record(2))
+    assert capsys.readouterr().err == ""

@@ -98,8 +98,11 @@ def test_videos_are_drawn_judged_and_sent_once(dataset, stored, tmp_path):
     assert sum("samples" in path and "00" in path and path.endswith(".png") for path in images) >= 1
     history = client.get_metric_history(output.run.run_id, "samples/judge_color")
     assert [(metric.step, metric.value) for metric in history] == [(10, found.metrics["judge_color"])]
+    damaged = write_samples(output.samples, 30, found, time=1030.0)
+    (damaged / "00.mp4").write_bytes(b"no video")
     again, _, sender = open_run(dataset, tmp_path / "out")
     sender.end("FINISHED")
+    assert (again.run.samples_sent, again.run.finished) == (30, True), "damaged ones hold nothing up"
     assert {item.path for item in client.list_artifacts(again.run.run_id, "images")} == set(images)
 
 

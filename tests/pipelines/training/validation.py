@@ -15,7 +15,7 @@ import torch.distributed as dist
 from lumos.decoder import Decoder
 from lumos.losses import LossModule
 from pipelines.training.config import ValidationConfig
-from pipelines.training.engine import gather_weights, make_engine, prepare_process
+from pipelines.training.engine import make_engine, prepare_process
 from pipelines.training.ingest import StepLoader, pack, unpack
 from pipelines.training.prepare import PreparedRun, prepare
 from pipelines.training.step import TrainStep
@@ -43,7 +43,13 @@ def train(run: PreparedRun, *, every: int) -> tuple[list[float], list[dict[str, 
         if every and (index + 1) % every == 0:
             validations.append(validator(engine))
             assert torch.get_num_threads() == 2
-    return losses, validations, gather_weights(module.decoder, keep=True)
+    return losses, validations, whole_weights(module.decoder)
+
+
+def whole_weights(model: Decoder) -> dict[str, torch.Tensor]:
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {name: safe_get_full_fp32_param(weight).clone() for name, weight in model.named_parameters()}
 
 
 def main(stage: str, dataset: Path, folder: Path) -> None:
