@@ -219,9 +219,8 @@ class _LaneLap:
     def __init__(self, bucket: PlanBucket, stream: np.random.Generator, *, window_bytes: int) -> None:
         self._firsts, self._starts = _shuffled_groups(bucket, stream)
         self._lanes = bucket.batch
-        self._length, self._longer = divmod(
-            bucket.num_rows, bucket.batch
-        )  # of a lane; lanes with a row more, at its end
+        # Rows of a lane, and how many lanes have one more, at their end.
+        self._length, self._longer = divmod(bucket.num_rows, bucket.batch)
         # A window reaches over a quarter of its lane at most, so that also short lanes read little but their own rows.
         window = min(window_bytes // (self._lanes * bucket.row_bytes), self._length // 4)
         window = max(window, bucket.group_rows, 1)
