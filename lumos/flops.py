@@ -122,7 +122,8 @@ def exact_flops(
         attention=_attention(config, work.exact_pairs),
         head=2.0 * config.hidden_size * classes,
     )
-    # The attention kernels form the scores, one of two forward products, again; whatever is recomputed besides.
+    # The attention kernels form the scores, one of two forward products, again; whatever is recomputed besides. The
+    # loss forms its gradients while the logits are there, so of the head nothing is.
     recomputed = Parts(attention=forward.attention / 2)
     if checkpointing != "none":
         # The last product of a block is not repeated: its own output is kept as the next block's input.

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lumos.config import ModelConfig
-from lumos.cross_entropy import working_bytes
 from lumos.flops import Checkpointing, ParameterCounts
 
 _LIVE_PARAMETERS = 1e9  # DeepSpeed's default of stage3_max_live_parameters, in elements
+_LOGITS_BYTES = {False: 2**26, True: 2**29}  # held by the loss on a CPU and a GPU: see ``lumos.cross_entropy``
 _BUCKET = 5e8  # its default of reduce_bucket_size
 
 
@@ -25,6 +25,7 @@ class Setup:
     workers: int
     parameter_bytes: int  # 2 or 4
     checkpointing: Checkpointing
+    on_gpu: bool = True
     muon: bool = False
     ema: bool = False
     train_text: bool = False
@@ -69,7 +70,7 @@ class Pass:
 def worker_memory(model: ModelConfig, counts: ParameterCounts, setup: Setup, one: Pass) -> Memory:
     """Memory of a worker at the highest moment of a step whose passes are like ``one``."""
     lasting, host = _lasting(model, counts, setup)
-    moments = [_loss_moment(model, setup, one), _backward_moment(model, counts, setup, one)]
+    moments = [_loss_moment(model, counts, setup, one), _backward_moment(model, counts, setup, one)]
     moments.append(_update_moment(counts, setup))
     highest = max(moments, key=lambda parts: sum(parts.values()))
     device = {name: size for name, size in (lasting | highest).items() if size}
@@ -96,6 +97,8 @@ def _lasting(model: ModelConfig, counts: ParameterCounts, setup: Setup) -> tuple
     weights = setup.parameter_bytes * (share if setup.stage == 3 else size)
     device = {"weights": weights, "text rows of the head": 4 * (counts.total - size)}
     host = {}
+    if _gradients_last(setup):
+        device["gradients"] = _gradients(counts, setup)
     if setup.offloads_optimizer:
         host = optimizer | {"gradients": 4 * share}
     else:
@@ -104,7 +107,7 @@ def _lasting(model: ModelConfig, counts: ParameterCounts, setup: Setup) -> tuple
         if setup.offloads_weights:
             host["weights"] = device.pop("weights")
         live = min(size, float(setup.zero.get("stage3_max_live_parameters", _LIVE_PARAMETERS)))
-        device["gathered weights"] = setup.parameter_bytes * live
+        device |= {"gathered weights": setup.parameter_bytes * live, "communication buckets": _buckets(counts, setup)}
     return device, host
 
 
@@ -115,13 +118,20 @@ def _buckets(counts: ParameterCounts, setup: Setup) -> float:
     elements = float(setup.zero.get("reduce_bucket_size", _BUCKET))
     if not setup.zero.get("contiguous_gradients", True):
         elements = min(elements, trained(counts, setup))
-    return setup.parameter_bytes * elements * (2 if setup.zero.get("overlap_comm", setup.stage == 3) else 1)
+    width = 4 if setup.stage == 3 else setup.parameter_bytes
+    return width * elements * (2 if setup.zero.get("overlap_comm", setup.stage == 3) else 1)
+
+
+def _gradients_last(setup: Setup) -> bool:
+    """Whether gradients keep their memory from step to step: float32 sums beside bf16 parameters, and in ZeRO-3."""
+    return setup.stage == 3 or (setup.stage == 1 and setup.parameter_bytes == 2)
 
 
 def _gradients(counts: ParameterCounts, setup: Setup) -> float:
     size = trained(counts, setup)
+    copies = 2 if setup.stage == 3 else 1  # sums of every tensor's part, and those that the optimizer is given
     if setup.stage >= 2:
-        return 0.0 if setup.offloads_optimizer else 4 * size / setup.workers
+        return 0.0 if setup.offloads_optimizer else copies * 4 * size / setup.workers
     return 4.0 * size
 
 
@@ -145,34 +155,37 @@ def _activations(model: ModelConfig, setup: Setup, one: Pass) -> float:
     return blocks + 3 * one.tokens * model.hidden_size * setup.parameter_bytes
 
 
-def _loss_moment(model: ModelConfig, setup: Setup, one: Pass) -> dict[str, float]:
-    classes, width = model.vocab_size - _text_rows(model), setup.parameter_bytes
-    logits = working_bytes(
-        one.predictions, classes, model.hidden_size, itemsize=width, device="cuda" if width == 2 else "cpu"
-    )
-    return {"activations": _activations(model, setup, one), "logits": logits}
+def _loss_moment(model: ModelConfig, counts: ParameterCounts, setup: Setup, one: Pass) -> dict[str, float]:
+    """Logits of a block of rows, while the head's gradient is summed."""
+    classes = counts.visual_head // model.hidden_size
+    block = min(_LOGITS_BYTES[setup.on_gpu], one.predictions * classes * setup.parameter_bytes)
+    product = 0 if setup.parameter_bytes == 4 else setup.parameter_bytes * counts.visual_head
+    return {
+        "activations": _activations(model, setup, one),
+        "logits": 2 * block + product + one.predictions * model.hidden_size * 2 * setup.parameter_bytes,
+        "gradient of the head": 4 * counts.visual_head,
+    }
 
 
 def _backward_moment(model: ModelConfig, counts: ParameterCounts, setup: Setup, one: Pass) -> dict[str, float]:
-    width = setup.parameter_bytes
-    working = 1.0 * one.tokens * width * (3 * model.intermediate_size + 3 * model.hidden_size)
+    """Activations go as gradients come, so they are at their highest at one end or the other."""
+    width, activations = setup.parameter_bytes, _activations(model, setup, one)
+    working: float = one.tokens * width * (2 * model.intermediate_size + model.hidden_size)
     if setup.checkpointing != "none":
         working += block_activations(model, one.tokens, width, "none")
-    return {
-        "activations": _activations(model, setup, one),
+    gradients: float = 0.0 if _gradients_last(setup) else _gradients(counts, setup)
+    parts = {
         "block at work": working,
-        "gradients": _gradients(counts, setup),
         "gradient of the head": width * counts.visual_head,
         "communication buckets": _buckets(counts, setup),
     }
+    if activations >= gradients:
+        return parts | {"activations": activations}
+    return parts | {"gradients": gradients}
 
 
 def _update_moment(counts: ParameterCounts, setup: Setup) -> dict[str, float]:
     size = trained(counts, setup)
-    share = size / setup.workers if setup.stage else size
-    working = 0.0 if setup.offloads_optimizer else 3 * 4 * share  # gradients of its part, two results of Adam
-    return {"gradients": _gradients(counts, setup), "update at work": working}
-
-
-def _text_rows(model: ModelConfig) -> int:
-    return getattr(model, "visual_start", 0)
+    share = size / setup.workers if setup.stage else float(size)
+    working: float = 0.0 if setup.offloads_optimizer else 12 * share  # gradients of its part, two results of Adam
+    return {"update at work": working, "gradients": _gradients(counts, setup)}  # once, should they last

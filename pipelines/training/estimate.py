@@ -41,6 +41,7 @@ class BucketPlan:
     rows_per_step: int
     rows_per_pass: int
     tokens_per_row: int
+    bare_tokens: int  # of a row without its caption
     exact: StepFlops  # of a step, all workers together
     dense: StepFlops
     memory: Memory  # of a worker
@@ -170,9 +171,10 @@ def setup_of(config: TrainConfig) -> Setup:
         zero=read_deepspeed_file(config.deepspeed).get("zero_optimization", {}),
         workers=config.num_workers,
         parameter_bytes=2 if in_bf16 else 4,
+        on_gpu=config.resources.device == "gpu",
         checkpointing=config.model.recompute,
         muon=config.optimizer.kind == "muon",
-        ema=bool(getattr(config, "ema", None)),
+        ema=config.ema is not None,
         train_text=config.optimizer.text_loss_weight > 0,
     )
 
@@ -180,11 +182,16 @@ def setup_of(config: TrainConfig) -> Setup:
 def _buckets(config: TrainConfig, question: Question, setup: Setup, counts: ParameterCounts) -> Iterator[BucketPlan]:
     ratio = mean_mask_ratio(config.mask)
     for rows, share in zip(question.rows, _shares(config, question.rows), strict=True):
-        per_step = _batch_rows(config, rows)
+        per_step = config.batch_rows(rows.shape[0])
         bare = video_layout(_HEADER, rows.shape, tail=TAIL)
         layout = video_layout(_HEADER + question.caption_tokens, rows.shape, tail=TAIL)
+        if bare.length > config.micro_batch_tokens:
+            raise UserError(
+                f"micro_batch_tokens = {config.micro_batch_tokens} is less than the {bare.length} tokens of a row of "
+                f"{rows}: set it to at least {bare.length}"
+            )
         per_worker = per_step // config.num_workers
-        per_pass = _rows_per_pass(config, bare.length, per_worker)
+        per_pass = max(1, min(per_worker, config.micro_batch_tokens // bare.length))
         one = Workload.of([layout], visual_predictions=ratio * math.prod(rows.shape))
         step = one.scaled(per_step)
         yield BucketPlan(
@@ -193,6 +200,7 @@ def _buckets(config: TrainConfig, question: Question, setup: Setup, counts: Para
             rows_per_step=per_step,
             rows_per_pass=per_pass,
             tokens_per_row=layout.length,
+            bare_tokens=bare.length,
             exact=exact_flops(
                 question.model, step, visual_classes=question.codebook_size, checkpointing=setup.checkpointing
             ),
@@ -205,12 +213,12 @@ def _buckets(config: TrainConfig, question: Question, setup: Setup, counts: Para
 
 def _shares(config: TrainConfig, rows: Sequence[Rows]) -> list[float]:
     """Share of the steps of each shape: by the mixture between kinds, by their number within one."""
-    steps = [each.weight / _batch_rows(config, each) for each in rows]
+    steps = [each.weight / config.batch_rows(each.shape[0]) for each in rows]
     by_kind = {kind: sum(s for s, each in zip(steps, rows, strict=True) if each.kind == kind) for kind in
                {each.kind for each in rows}}  # fmt: skip
-    if _mix(config) is None:
+    if config.data.mix is None:
         return [step / sum(steps) for step in steps]
-    wanted = {kind: getattr(_mix(config), kind) or 0.0 for kind in by_kind}
+    wanted = {kind: getattr(config.data.mix, kind) or 0.0 for kind in by_kind}
     if not sum(wanted.values()):
         raise UserError(f"data.mix asks for other rows than {', '.join(by_kind)}: give --rows of those kinds")
     total = sum(wanted.values())
@@ -221,13 +229,18 @@ def _remedies(plan: Plan) -> Iterator[tuple[str, float]]:
     """Changes of keys with which the largest shape would have room, the mildest first, and their peak."""
     config, question = plan.config, plan.question
     recompute = {"none": ("selective", "full"), "selective": ("full",), "full": ()}[plan.setup.checkpointing]
-    fewer = [tokens for tokens in (_pass_tokens(config) // 2, 1) if plan.peak.rows_per_pass > 1]
-    zeros = [stage for stage in (1, 2, 3) if stage > plan.setup.stage]
+    longest = max(bucket.bare_tokens for bucket in plan.buckets)
+    fewer = sorted({max(longest, config.micro_batch_tokens // 2), longest}, reverse=True)
+    fewer = fewer if plan.peak.rows_per_pass > 1 else []
+    suffix = "-gpu" if plan.setup.on_gpu else ""
+    zeros = [f"zero{stage}{suffix}" for stage in (1, 2, 3) if stage > plan.setup.stage]
     choices: list[Mapping[str, Any]] = [{"micro_batch_tokens": tokens} for tokens in fewer]
     choices += [{"model.checkpoint_activations": _CHECKPOINT_KEYS[kept]} for kept in recompute]
-    choices += [{"deepspeed": f"zero{stage}"} for stage in zeros]
-    strongest = {"micro_batch_tokens": 1, "model.checkpoint_activations": True}
-    choices += [{**strongest, "deepspeed": name} for name in (config.deepspeed, "zero2", "zero3", "zero3-offload")]
+    choices += [{"deepspeed": name} for name in zeros]
+    strongest = {"model.checkpoint_activations": True, **({"micro_batch_tokens": fewer[-1]} if fewer else {})}
+    offloading = ["zero2-offload-gpu", "zero3-offload-gpu"] if plan.setup.on_gpu and not plan.setup.muon else []
+    choices += [strongest] if fewer else []
+    choices += [{**strongest, "deepspeed": name} for name in (*zeros, *offloading)]
     for changes in choices:
         tried = _changed(config, changes)
         setup, counts = setup_of(tried), plan.counts
@@ -247,22 +260,3 @@ def _changed(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
         else:
             config = replace(config, **{name: value})
     return config
-
-
-# Adapters to the config before and after token budgets (to go with the merge).
-def _batch_rows(config: Any, rows: Rows) -> int:
-    return int(config.batch_rows(rows.shape[0])) if hasattr(config, "batch_rows") else int(config.global_batch)
-
-
-def _pass_tokens(config: Any) -> int:
-    return int(getattr(config, "micro_batch_tokens", 1))
-
-
-def _rows_per_pass(config: Any, length: int, per_worker: int) -> int:
-    if hasattr(config, "micro_batch_tokens"):
-        return max(1, min(per_worker, int(config.micro_batch_tokens) // length))
-    return int(config.micro_batch)
-
-
-def _mix(config: Any) -> Any:
-    return getattr(config.data, "mix", None)

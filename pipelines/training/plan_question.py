@@ -113,7 +113,7 @@ def make_question(
     except ValueError as error:
         raise UserError(str(error)) from error
     return Question(
-        model=config.model.resolve(vocabulary.vocab_size),
+        model=config.model.resolve(vocabulary.vocab_size, vocabulary.visual_start),
         codebook_size=codebook_size,
         rows=tuple(map(parse_rows, rows)) if rows else _rows_of(manifests, config),
         cluster=cluster,
@@ -127,8 +127,7 @@ def make_question(
 
 
 def _manifests(config: TrainConfig) -> list[Manifest]:
-    sources = getattr(config.data, "sources", ())
-    uris = [source.dataset for source in sources] or [str(config.data.dataset)]
+    uris = [source.dataset for source in config.data.sources] or [str(config.data.dataset)]
     try:
         return [open_snapshot(uri).manifest for uri in uris]
     except UserError as error:
