@@ -82,3 +82,14 @@ def write_chameleon(folder: Path) -> dict[str, Tensor]:
         state[key] = state[key].repeat(config.num_heads if "q_norm" in key else config.num_kv_heads, 1)
     write_folder(folder, state, {"model_type": "chameleon", **to_release_config(config)})
     return state
+
+
+def full_weights(decoder: Decoder) -> dict[str, Tensor]:
+    """Trained weights in float32, whatever the ZeRO stage, named as parameters. Every worker must call it."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    state = {}
+    for name, parameter in decoder.named_parameters():
+        full = safe_get_full_fp32_param(parameter)  # the optimizer's own copy where there is one
+        state[name] = (parameter.detach() if full is None else full).float().cpu().clone()
+    return state

@@ -20,8 +20,7 @@ from pipelines.streams import torch_stream
 from pipelines.training.engine import make_engine, prepare_process
 from pipelines.training.initialize import build_decoder
 from pipelines.training.step import StepBatch, TrainStep
-from tests.pipelines.training.foreign import TEXT_ROWS, VOCABULARY, small_model
-from tests.pipelines.training.gathering import gather_weights
+from tests.pipelines.training.foreign import TEXT_ROWS, VOCABULARY, full_weights, small_model
 from tests.pipelines.training.runs import tiny_config
 
 CPU = torch.device("cpu")
@@ -42,7 +41,7 @@ def run(folder: Path, source: str | None, zero: str, model: ModelConfig, vocabul
     if zero == "zero3":
         assert all(parameter.numel() == 0 for parameter in decoder.parameters()), "not partitioned"
     engine = make_engine(LossModule(decoder, vocabulary, 0.0), config)
-    before = join_weights(gather_weights(decoder), decoder.lm_head)
+    before = join_weights(full_weights(decoder), decoder.lm_head)
     if source is None:
         plain = Decoder(model)
         plain.init_weights(torch_stream(config.seed, "init"))
@@ -54,7 +53,7 @@ def run(folder: Path, source: str | None, zero: str, model: ModelConfig, vocabul
         assert float(before["lm_head.weight"][:TEXT_ROWS].std()) > 0.5, "text rows are not the Llama's"
     result = TrainStep(engine, vocabulary, device=CPU)(batch(vocabulary), lr=1e-3, data_wait=0.0)
     assert np.isfinite(result.loss)
-    after = join_weights(gather_weights(decoder), decoder.lm_head)
+    after = join_weights(full_weights(decoder), decoder.lm_head)
     key = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(before[key], after[key]), "the step changed nothing"
     if dist.get_rank() == 0:

@@ -18,11 +18,12 @@ from lumos.checkpoint import load_checkpoint, save_checkpoint
 from lumos.losses import LossModule
 from pipelines.config import load_config
 from pipelines.training.config import TrainConfig
-from pipelines.training.engine import gather_weights, make_engine, prepare_process
+from pipelines.training.engine import make_engine, prepare_process
 from pipelines.training.ingest import StepLoader, unpack
 from pipelines.training.initialize import build_decoder
 from pipelines.training.prepare import prepare
 from pipelines.training.step import TrainStep
+from tests.pipelines.training.foreign import full_weights
 from tests.pipelines.training.snapshots import write_snapshot
 
 CPU = torch.device("cpu")
@@ -65,7 +66,7 @@ def run(config: TrainConfig) -> set[str]:
     for batch in (batch for table in tables for batch in unpack(table)):
         shapes.add("x".join(map(str, batch.shape)))
         assert math.isfinite(step(batch, lr=1e-3, data_wait=0.0).loss)
-    weights = gather_weights(decoder, keep=True)
+    weights = full_weights(decoder)
     assert not torch.equal(weights["lm_head.visual"], first["lm_head.visual"])
     save_checkpoint(
         Path(config.output) / "export", decoder, prepared.vocabulary, state=weights, info=prepared.info,

@@ -1,4 +1,4 @@
-"""The shipped runs: complete, what the paper says, fitting their devices, and each kind of stage trained at CPU size."""
+"""The shipped runs: complete, as the paper has them, fitting their devices; each kind of stage trained at CPU size."""
 
 import json
 import subprocess
