@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lumos.attention import attend, attention_mask
+from lumos.kernels import KERNELS
 
 from .models import VOCABULARY, documents, tiny_model
 
@@ -81,3 +83,17 @@ def test_activation_checkpointing_changes_no_gradient():
         grads.append([p.grad for name, p in model.named_parameters() if "lm_head" not in name])
     for kept, *recomputed in zip(*grads, strict=True):
         assert all(torch.equal(kept, other) for other in recomputed)
+
+
+@pytest.mark.parametrize("backend", ["fused_flash", "fused_cudnn"])
+def test_cuda_kernels_are_called_as_they_are_declared(backend):
+    """Arguments and shapes alone, on tensors without values: the kernels themselves need a GPU."""
+    kernel = KERNELS[backend]
+    with FakeTensorMode():
+        q, k = (torch.empty(1, heads, n, 64, device="cuda", dtype=torch.bfloat16) for heads, n in ((4, 20), (2, 50)))
+        out, state = kernel.forward(q, k, k, None, False)
+        assert out.shape == q.shape
+        gradients = kernel.backward(torch.empty_like(out), q, k, k, out, state, None, False)
+        assert [g.shape for g in gradients] == [q.shape, k.shape, k.shape]
+    with pytest.raises(ValueError, match="cut the tail"):
+        KERNELS["fused_flash"].forward(q, k, k, q, False)
