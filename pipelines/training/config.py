@@ -16,6 +16,7 @@ from pipelines.training.data_config import SourceConfig as SourceConfig
 _OPERATIONAL = (
     "output",
     "num_workers",
+    "min_workers",
     "micro_batch_tokens",
     "recommended_sampling",
     "resources",
@@ -314,7 +315,8 @@ class TrainConfig:
     global_batch: int  # rows per step, over all workers
     image_batch: int | None = None  # rows per step of images; none: global_batch
     micro_batch_tokens: int  # most tokens of a worker's forward pass, those of frames and markup; captions come on top
-    num_workers: int = 1
+    num_workers: int = 1  # at most, where min_workers is set
+    min_workers: int | None = None  # fewest to train with while nodes are missing; none: exactly num_workers
     seed: int = 0
     fork_from: str | None = None  # RUN@STEP or a checkpoint's folder: go on from there, with this config
     init_from: str | None = None  # an exported or released checkpoint folder to start from
@@ -357,7 +359,13 @@ class TrainConfig:
             not self.validation.every or self.validation.split != self.data.split,
             f"validation.split = {self.validation.split} is trained on: name another, or set validation.every=0",
         )
-        self.check_workers(self.num_workers)
+        least = self.num_workers if self.min_workers is None else self.min_workers
+        require(
+            1 <= least <= self.num_workers,
+            f"min_workers must be from 1 to num_workers = {self.num_workers}, got {least}",
+        )
+        for count in range(least, self.num_workers + 1):  # Ray Train takes any number between them
+            self.check_workers(count)
 
     def check_workers(self, count: int) -> None:
         """Check that the rows of every step can be divided evenly among so many workers.

@@ -27,7 +27,8 @@ from pipelines.training.worker import Job, train_worker
 
 def check_cluster(config: TrainConfig) -> None:
     """Refuse a cluster on which the run would wait for ever."""
-    lack = lacking([worker_resources(config), {"CPU": config.resources.cpus_per_loader}] * config.num_workers)
+    processes = [worker_resources(config), {"CPU": config.resources.cpus_per_loader}]
+    lack = lacking(processes * (config.min_workers or config.num_workers))
     if lack:
         raise UserError(
             f"num_workers = {config.num_workers} workers and their loaders need {lack}: lower num_workers, "
@@ -121,6 +122,8 @@ def _trainer(job: Job, output: Output) -> TorchTrainer:
     resources = worker_resources(config)
     use_gpu = "GPU" in resources
     filesystem, path = storage.arrow_filesystem(output.storage)
+    elastic = config.min_workers is not None and config.min_workers < config.num_workers
+    workers: Any = (config.min_workers, config.num_workers) if elastic else config.num_workers
     run_config: Any = RunConfig(  # its static type in Ray is that of Train V1
         name=job.attempt,
         storage_path=path,
@@ -133,7 +136,7 @@ def _trainer(job: Job, output: Output) -> TorchTrainer:
         train_worker,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
         run_config=run_config,
     )
 

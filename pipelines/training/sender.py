@@ -173,10 +173,6 @@ class Sender:
                 "output": str(output.folder),
             }
         )
-        if output.run.fork is not None:
-            parent = output.run.fork.get("run_id")
-            nested = {"mlflow.parentRunId": parent} if parent else {}
-            tracker.set_tags({"fork_from": output.run.fork["from"], **nested})
         for snapshot in self.prepared.datasets:
             name, digest = snapshot.manifest.snapshot_id, snapshot.digest
             tracker.log_dataset(name=name, digest=digest, source=snapshot.uri, context=config.data.split)

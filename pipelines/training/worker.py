@@ -127,7 +127,7 @@ class Worker:
         train_step = TrainStep(self.engine, self.job.run.vocabulary, device=self.device, clock=clock)
         began, saved = time.perf_counter(), self.done == self.config.steps
         for batch, data_wait in _timed(
-            step_batches(self.job.run, rank=self.rank, num_workers=self.config.num_workers, start=self.done)
+            step_batches(self.job.run, rank=self.rank, num_workers=dist.get_world_size(), start=self.done)
         ):
             lr = self.config.optimizer.learning_rate(batch.step, self.config.steps)
             clock.add("data", data_wait)

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from pipelines.training.checkpoints import (
     next_attempt,
     prune,
     read_history,
+    record_part,
     write_record,
 )
+from pipelines.training.record import History
 from tests.pipelines.training.runs import step_record
 
 STEP = "step-0000000{}-0123abcd"
@@ -133,3 +136,26 @@ def test_no_storage_yet_means_no_checkpoints(tmp_path):
     assert find_checkpoints(storage) == []
     assert next_attempt(storage) == "attempt-00001"
     prune(storage, [])
+
+
+@pytest.mark.parametrize("steps", [20_000, pytest.param(200_000, marks=pytest.mark.slow)])
+def test_long_runs_cost_no_more_at_their_end(tmp_path, steps):
+    """A run's bookkeeping of so many steps: what a checkpoint adds, and what a driver that begins at its end needs."""
+    line, every = step_record(1).to_line(), 500
+    added = []
+    for last in range(every, steps + 1, every):
+        lines = [line.replace('"step": 1,', f'"step": {step},') for step in range(last - every + 1, last + 1)]
+        write_record(str(tmp_path), last - every + 1, lines)
+        added.append((tmp_path / record_part(last - every + 1, last)).stat().st_size)
+    name = f"attempt-00001/step-{steps:08d}-0123abcd"
+    folder = write_checkpoint(tmp_path, name, steps, after=steps)
+    assert max(added) - min(added) <= every * 6, "digits of the step alone"
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 1000
+    history = History(tmp_path / "metrics.jsonl")
+    tracemalloc.start()
+    (found,) = find_checkpoints(str(tmp_path))
+    history.take_over(read_history(found, str(tmp_path)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert history.last_step == steps
+    assert peak < 8 << 20, "one part at a time is in memory"
