@@ -333,20 +333,12 @@ class TrainConfig:
     progress: bool = True  # on standard error: a bar on a terminal, else a line with the time now and then
 
     def __post_init__(self) -> None:
-        require(
-            self.optimizer.warmup_steps + self.optimizer.decay_steps <= self.steps,
-            f"optimizer.warmup_steps = {self.optimizer.warmup_steps}"
-            + (f" and decay_steps = {self.optimizer.decay_steps} exceed" if self.optimizer.decay_steps else " exceeds")
-            + f" steps = {self.steps}",
-        )
-        require(
-            self.fork_from is None or self.init_from is None,
-            f"fork_from = {self.fork_from} and init_from = {self.init_from}: weights can come from one of them only",
-        )
-        require(
-            self.max_skipped_in_a_row >= 0,
-            f"max_skipped_in_a_row must not be negative, got {self.max_skipped_in_a_row}",
-        )
+        phases = self.optimizer.warmup_steps + self.optimizer.decay_steps
+        require(phases <= self.steps, f"optimizer.warmup_steps + decay_steps = {phases} exceeds steps = {self.steps}")
+        both = f"fork_from = {self.fork_from} and init_from = {self.init_from}"
+        require(not (self.fork_from and self.init_from), f"{both}: weights can come from one of them only")
+        skipped = self.max_skipped_in_a_row
+        require(skipped >= 0, f"max_skipped_in_a_row must not be negative, got {skipped}")
         for name in ("steps", "global_batch", "image_batch", "micro_batch_tokens", "num_workers"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
@@ -359,12 +351,9 @@ class TrainConfig:
             not self.validation.every or self.validation.split != self.data.split,
             f"validation.split = {self.validation.split} is trained on: name another, or set validation.every=0",
         )
-        least = self.num_workers if self.min_workers is None else self.min_workers
-        require(
-            1 <= least <= self.num_workers,
-            f"min_workers must be from 1 to num_workers = {self.num_workers}, got {least}",
-        )
-        for count in range(least, self.num_workers + 1):  # Ray Train takes any number between them
+        least, most = self.num_workers if self.min_workers is None else self.min_workers, self.num_workers
+        require(1 <= least <= most, f"min_workers must be from 1 to num_workers = {most}, got {least}")
+        for count in range(least, most + 1):  # Ray Train takes any number between them
             self.check_workers(count)
 
     def check_workers(self, count: int) -> None:
@@ -413,8 +402,8 @@ class TrainConfig:
 
     def older_identity(self) -> dict[str, Any]:
         """What :meth:`identity` was while programs took how it is computed for part of what is."""
-        plain = config_to_dict(self)
-        kept = {key: value for key, value in plain.items() if key not in _OPERATIONAL or key == "deepspeed"}
+        kept = {k: v for k, v in config_to_dict(self).items() if k not in _OPERATIONAL or k == "deepspeed"}
+        del kept["model"]["compile"]
         return self._without_neutral(kept)
 
     def _without_neutral(self, kept: dict[str, Any]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def test_shipped_configs_are_valid(name):
         ("data.sources=[{dataset: a, weight: 1, repeat: 1}]", r"a has a weight and a repeat: set one of them"),
         ("data.order=3", r"data.order: .*1 or 2"),
         ("optimizer.lr=0.0", "lr must be positive, got 0.0"),
-        ("optimizer.warmup_steps=21", "warmup_steps = 21 exceeds steps = 20"),
+        ("optimizer.warmup_steps=21", "decay_steps = 21 exceeds steps = 20"),
         ("model.head_dim=48", "head_dim must be a multiple of 32, got 48"),
         ("data.grid_unit=12", "grid_unit must be a positive multiple of 8 px, got 12"),
         ("recommended_sampling.num_steps=0", "recommended_sampling: num_steps must be at least 1, got 0"),
@@ -153,7 +153,7 @@ def test_wsd_warms_up_stays_and_decays():
     assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4])
     with pytest.raises(ValueError, match="decay_steps is 3 with schedule cosine: it belongs to wsd"):
         OptimizerConfig(schedule="cosine", decay_steps=3)
-    with pytest.raises(ValueError, match="exceed steps = 4"):
+    with pytest.raises(ValueError, match="exceeds steps = 4"):
         replace(CONFIG, optimizer=options, steps=4)
 
 
