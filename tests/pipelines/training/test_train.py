@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from pipelines.cluster import connect
 from pipelines.config import config_to_yaml
 from pipelines.errors import JobError, UserError
 from pipelines.streams import torch_stream
-from pipelines.training.config import OptimizerConfig, ValidationConfig
+from pipelines.training.config import CheckpointConfig, OptimizerConfig, ValidationConfig
 from pipelines.training.export import export, locate
 from pipelines.training.ingest import StepLoader, pack, unpack
 from pipelines.training.prepare import prepare
@@ -422,3 +423,35 @@ def test_a_loss_that_is_no_number_ends_the_run_with_a_reason(two_cpus, dataset, 
 def test_a_cluster_that_is_too_small_is_an_error(two_cpus, dataset, folder):
     with pytest.raises(UserError, match=r"num_workers = 4 workers and their loaders need 3 CPU \(there is 2\): lower"):
         train(tiny_config(dataset, folder / "wide", num_workers=4))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)  # some twenty starts of Ray
+def test_resume_under_ten_kills(uninterrupted, dataset, folder):
+    """Workers and the driver in turn, each at a step drawn at random; then the curve is the uninterrupted one."""
+    output, draws = folder / "ten-kills", random.Random(0)
+    config = folder / "ten-kills.yaml"
+    config.write_text(config_to_yaml(tiny_config(dataset, output, checkpoint=CheckpointConfig(every=3))))
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-m", "jobs.train", str(config)]
+    driver: subprocess.Popen[bytes] | None = None
+    for kill in range(10):
+        if driver is None:
+            driver = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        target = len(metrics_lines(output)) + draws.randint(1, 5)
+        while len(metrics_lines(output)) < target:
+            assert driver.poll() is None, "the driver ended by itself"
+            time.sleep(0.01)
+        if kill % 2:
+            driver.kill()
+            driver.wait()
+            driver = None
+        else:
+            processes = psutil.Process(driver.pid).children(recursive=True)
+            draws.choice([p for p in processes if "RayTrainWorker" in " ".join(p.cmdline())]).kill()
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = train(tiny_config(dataset, output, checkpoint=CheckpointConfig(every=3)))
+    assert losses(result.records) == pytest.approx(losses(uninterrupted.records), abs=1e-6)
+    assert [record.masked_tokens for record in result.records] == [r.masked_tokens for r in uninterrupted.records]
+    check_tracked_once(result)
