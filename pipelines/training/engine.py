@@ -181,7 +181,8 @@ def _make_optimizer(module: nn.Module, options: OptimizerConfig, *, offload: boo
         parameter.use_muon = False  # type: ignore[attr-defined]
         if not parameter.requires_grad:
             continue
-        if parameter.ndim != 2 or "norm" in name or "embed" in name:
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # of one that ZeRO-3 has partitioned already
+        if len(shape) != 2 or "norm" in name or "embed" in name:
             plain.append(parameter)
         elif use_muon and "lm_head" not in name:
             parameter.use_muon = True  # type: ignore[attr-defined]
