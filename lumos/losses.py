@@ -149,5 +149,8 @@ class LossModule(nn.Module):
             total = loss.total
             if self.text_loss_weight:
                 text = text_loss(hidden, self.decoder.lm_head, batch.ids, batch.layouts, self.vocabulary)
-                total = total if text is None else total + self.text_loss_weight * text.total
+                if text is None:  # the rows have a gradient on every worker or on none: workers reduce them together
+                    total = total + self.decoder.lm_head.text_rows(self.vocabulary)[:0].sum()
+                else:
+                    total = total + self.text_loss_weight * text.total
         return total, *loss.per_frame(num_frames)
