@@ -95,7 +95,7 @@ class Diagnosis:
         """Watch a step, 1-based, and what follows it until the next one.
 
         Raises:
-            RuntimeError: for a device or machine that is out of memory; it says which keys would help.
+            MemoryError: for a device or machine that is out of memory; it says which keys would help.
         """
         self._hang.begin(number)
         first, last = self.config.profile.steps or (0, 0)
@@ -108,7 +108,7 @@ class Diagnosis:
             if not out_of_memory(error):
                 raise
             self._save_memory(f"step-{number:08d}")
-            raise RuntimeError(
+            raise MemoryError(
                 f"rank {self.rank}, step {number}: out of memory ({str(error).splitlines()[0]}). "
                 f"{memory_hint(self.config)}"
             ) from error

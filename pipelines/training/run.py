@@ -144,7 +144,8 @@ def _fit(prepared: PreparedRun, output: Output, history: History, *, beginning: 
 
     def hear(said: dict[str, Any]) -> None:
         if said["event"] == "fatal":
-            fatal.append(f"rank {said['rank']}, step {said['step']}: {said['cause']}")
+            where = "start" if said["step"] is None else f"step {said['step']}"
+            fatal.append(f"rank {said['rank']}, {where}: {said['cause']}")
             stop()
         else:
             _hear(said, output, sender, sampler, progress)

@@ -66,12 +66,13 @@ def train_worker(options: dict[str, Any]) -> Any:
         Why training ended early, or None; an error Ray Train would answer by trying the same steps again.
     """
     job: Job = options["job"]
-    worker = Worker(job)
+    worker: Worker | None = None
     try:
+        worker = Worker(job)
         return worker.run()
     except Exception as error:
         if isinstance(error, _SURE):  # it would come again
-            worker.tell_fatal(error)
+            _tell_fatal(job, error, step=worker.done + 1 if worker else None)
         raise
 
 
@@ -220,13 +221,6 @@ class Worker:
         self.preempted = deadline
         return found
 
-    def tell_fatal(self, error: Exception) -> None:
-        """Tell the driver of an error that would come again, and wait until it has heard."""
-        text = " ".join(str(error).split()) or "no message"
-        cause = f"{type(error).__name__}: {text}"
-        if self.job.records is not None:
-            self.job.records.put(event("fatal", rank=self.rank, step=self.done + 1, cause=cause))
-
     def _push(self) -> None:
         """Hand the driver what it does not have yet; returns when the queue holds it."""
         if self.rank == 0 and self.job.records is not None:
@@ -260,6 +254,15 @@ class Worker:
         if written:
             self.lines, self.pushed = [], 0
         return written
+
+
+def _tell_fatal(job: Job, error: Exception, *, step: int | None) -> None:
+    """Tell the driver of an error that would come again, and wait until it has heard; without step, of the start."""
+    text = " ".join(str(error).split()) or "no message"
+    cause = f"{type(error).__name__}: {text}"
+    if job.records is not None:
+        rank = ray.train.get_context().get_world_rank()
+        job.records.put(event("fatal", rank=rank, step=step, cause=cause))
 
 
 def _timed(batches: Iterator[StepBatch]) -> Iterator[tuple[StepBatch, float]]:

@@ -99,7 +99,7 @@ def test_the_steps_asked_for_are_profiled(tmp_path):
 def test_out_of_memory_names_the_keys_that_would_help(tmp_path):
     watch = diagnosis(tmp_path, [], model=replace(TINY, checkpoint_activations=False))
     said = r"rank 1, step 5: out of memory .*model.checkpoint_activations=true.*zero2"
-    with pytest.raises(RuntimeError, match=said), watch.step(5):
+    with pytest.raises(MemoryError, match=said), watch.step(5):  # which a worker does not try again
         torch.empty(1 << 60, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="another"), watch.step(6):
         raise RuntimeError("another")

@@ -408,6 +408,15 @@ def test_an_error_that_would_come_again_is_told_and_not_tried_again(two_cpus, da
     assert len(json.loads((output / "run.json").read_text())["starts"]) == 1
 
 
+def test_an_engine_that_cannot_be_made_is_not_tried_again(two_cpus, dataset, folder):
+    settings = folder / "bad.json"
+    settings.write_text('{"zero_optimization": {"stage": 1, "reduce_bucket_size": "many"}}')
+    with pytest.raises(
+        JobError, match=r"training failed at rank 0, start: .*reduce_bucket_size.*It is not tried again"
+    ):
+        train(tiny_config(dataset, folder / "bad-engine", num_workers=1, deepspeed=str(settings)))
+
+
 def test_a_loss_that_is_no_number_ends_the_run_with_a_reason(two_cpus, dataset, folder):
     config = tiny_config(dataset, folder / "nan", num_workers=1, optimizer=OptimizerConfig(lr=1e30))
     with pytest.raises(
