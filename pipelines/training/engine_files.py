@@ -69,7 +69,8 @@ class EngineFiles:
 
     def scalar(self, name: str, key: str) -> float | None:
         """A number of the optimizer about a tensor, such as its count of steps."""
-        return self._scalars.get((name, key))
+        held = name if (name, key) in self._scalars else self._rows.get(name, (name,))[0]
+        return self._scalars.get((held, key))
 
     def read(self, name: str, key: str = MASTER, *, start: int = 0, numel: int | None = None) -> Tensor:
         """Values of the flattened tensor from ``start`` on; by default all of them, and then in its shape.
@@ -176,11 +177,31 @@ def _by_rank(folder: Path, pattern: str) -> list[Path]:
 
 
 def save_engine(engine: Engine, folder: Path) -> None:
-    """Write an engine's files to ``folder/engine``: each worker its own. Every worker must call it."""
+    """Write an engine's files to ``folder/engine``: each worker its own. Every worker must call it.
+
+    Raises:
+        OSError: if this worker could not write one of its own; only after all have come to the end together.
+    """
     client: dict[str, Any] = {}
     if engine.zero_optimization_stage() == 0:
         client[ORDER] = [fragment.name for _, fragments in master_weights(engine) for fragment in fragments]
-    engine.save_checkpoint(str(folder), tag=ENGINE_DIR, client_state=client)
+    files, failed = engine.checkpoint_engine, []
+    write = files.save
+
+    def write_or_note(*arguments: Any, **named: Any) -> None:
+        try:
+            write(*arguments, **named)
+        except (OSError, RuntimeError) as error:  # torch.save raises either where there is no space
+            failed.append(error)
+
+    files.save = write_or_note  # the others wait for this worker where DeepSpeed has its barriers
+    engine._copy_recovery_script = lambda _: None  # not needed, and it could fail likewise
+    try:
+        engine.save_checkpoint(str(folder), tag=ENGINE_DIR, client_state=client, save_latest=False)
+    finally:
+        files.save = write
+    if failed:
+        raise OSError(f"{folder}: {failed[0]}") from failed[0]
 
 
 def older_order(engine: Engine) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pipelines import storage
 from pipelines.config import config_hash
 from pipelines.errors import UserError
 from pipelines.storage.lock import dataset_lock
@@ -63,7 +64,7 @@ def held(output: Output) -> Iterator[None]:
         UserError: if another one trains there.
     """
     with output.held():
-        if output.storage.startswith(str(output.folder)):
+        if storage.is_local(output.storage) and Path(output.storage).is_relative_to(output.folder):
             yield
             return
         with dataset_lock(output.storage, name=f"checkpoint.storage {output.storage}"):

@@ -29,11 +29,11 @@ from pipelines import storage
 from pipelines.training.checkpoints import STATE_FILE, LoopState, list_name, write_record
 from pipelines.training.config import CheckpointConfig
 from pipelines.training.engine import Engine
-from pipelines.training.engine_files import master_weights, save_engine
+from pipelines.training.engine_files import ENGINE_DIR, master_weights, optimizer_state, save_engine
 
 logger = logging.getLogger(__name__)
 
-_PREFIX = f"lumos-scratch-{socket.gethostname()}-"
+_PREFIX = f"lumos-scratch-{socket.gethostname()}-{os.getuid()}-"  # others' locks cannot be opened
 _LOCK = ".lock"
 _SPARE = 1.05  # of the space that is counted on, for what is not counted
 _ATTEMPTS = 5  # at writing a file; the store's own tries come on top
@@ -112,19 +112,21 @@ class CheckpointWriter:
         folder = self.scratch.folder / f"step-{state.step:08d}"
         needed = max(self._size, _expected_size(engine, self.rank))
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if not self._all(self.scratch.free() > needed * _SPARE * here):
+        if not self._all(self._makes_room(folder) > needed * _SPARE * here):
+            shutil.rmtree(folder, ignore_errors=True)
             self._warn(state.step, f"{self.scratch.root} has not the {needed * here / 1e9:.2f} GB of space it needs")
             return False
-        part = list(lines) if self.rank == 0 else []
+        part, error = list(lines) if self.rank == 0 else [], None
         try:
             save_engine(engine, folder)
             write_record(self.uri, state.step - len(part) + 1, part)
-            error = None
         except OSError as raised:
             error = raised
         if not self._all(error is None):
             shutil.rmtree(folder, ignore_errors=True)
-            self._warn(state.step, f"{self.scratch.root} or {self.uri} cannot be written to ({error})")
+            self._warn(
+                state.step, f"{self.scratch.root} or {self.uri} cannot be written to ({error or 'by another worker'})"
+            )
             return False
         if self.rank == 0:
             for name, content in {STATE_FILE: json.dumps(asdict(state)), **self.files}.items():
@@ -134,6 +136,14 @@ class CheckpointWriter:
         upload = self._pool.submit(self._upload, folder, target)
         self._pending = (upload, target, folder)
         return self.settle() if wait or not self.asynchronous else True
+
+    def _makes_room(self, folder: Path) -> int:
+        """Make a checkpoint's folder; bytes that may be written, 0 where it cannot be made."""
+        try:
+            (folder / ENGINE_DIR).mkdir(parents=True, exist_ok=True)
+            return self.scratch.free()
+        except OSError:
+            return 0
 
     def poll(self) -> None:
         """Between steps: report an upload that has ended."""
@@ -205,10 +215,11 @@ class CheckpointWriter:
 
 
 def _expected_size(engine: Engine, rank: int) -> int:
-    """Bytes of this worker's files: float32 weights and two moments of its part, and on rank 0 the module."""
-    part = sum(flat.numel() for flat, _ in master_weights(engine))
-    module = sum(p.numel() * p.element_size() for p in engine.module.parameters()) if rank == 0 else 0
-    return 12 * part + module
+    """Bytes of this worker's files: the weights and what the optimizer keeps of its part, and on rank 0 the module."""
+    state = optimizer_state(engine)
+    part = [value for flat, _ in master_weights(engine) for value in (flat, *state[flat].values())]
+    module = list(engine.module.parameters()) if rank == 0 else []
+    return sum(x.numel() * x.element_size() for x in [*part, *module] if isinstance(x, torch.Tensor))
 
 
 def _may_pass(error: BaseException) -> bool:

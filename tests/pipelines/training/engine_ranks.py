@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import resource
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,10 +21,12 @@ from lumos.layout import build_sequence
 from lumos.losses import LossModule, PackedBatch
 from lumos.masking import sample_masked_positions
 from lumos.vocabulary import Vocabulary
-from pipelines.training.config import EmaConfig, OptimizerConfig, ResourceConfig, TrainConfig
+from pipelines.training.checkpoints import LoopState, find_checkpoints
+from pipelines.training.config import CheckpointConfig, EmaConfig, OptimizerConfig, ResourceConfig, TrainConfig
 from pipelines.training.ema import update_average
 from pipelines.training.engine import Engine, autocast_dtype, make_engine, prepare_process
 from pipelines.training.engine_files import EngineFiles, load_engine, master_weights, optimizer_state, save_engine
+from pipelines.training.saving import CheckpointWriter
 from pipelines.training.step import StepBatch, StepResult, TrainStep
 from tests.pipelines.training.runs import tiny_config
 
@@ -34,9 +38,11 @@ ROWS = 4  # of a global batch, whatever the number of processes
 
 
 def new_engine(config: TrainConfig) -> Engine:
-    model = Decoder(config.model.resolve(VOCABULARY.vocab_size, VOCABULARY.visual_start))
+    text = config.optimizer.text_loss_weight
+    model = Decoder(config.model.resolve(VOCABULARY.vocab_size, VOCABULARY.visual_start), train_text=text > 0)
     model.init_weights(torch.Generator().manual_seed(0))
-    return make_engine(LossModule(model, VOCABULARY, autocast=autocast_dtype(config)), config)
+    module = LossModule(model, VOCABULARY, text_loss_weight=text, autocast=autocast_dtype(config))
+    return make_engine(module, config)
 
 
 def config_for(
@@ -189,11 +195,59 @@ def average(folder: Path) -> None:
                 torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
 
 
+def text(folder: Path) -> None:
+    """A worker whose rows have no caption takes part in reducing the gradients of the text rows, on every stage."""
+    curves = []
+    for stage in (0, 1, 2, 3):
+        config = config_for(folder, f"zero{stage}", optimizer=replace(ADAMW, text_loss_weight=0.5))
+        step, results = TrainStep(new_engine(config), VOCABULARY, device=torch.device("cpu")), []
+        for batch in batches(0, 3):
+            if dist.get_rank():
+                ids, layout = build_sequence(VOCABULARY, [], np.full((2, 4, 4), 3), fps=12.0, drop_text=True)
+                masked = sample_masked_positions(layout, MaskConfig(), torch.Generator().manual_seed(0))
+                batch = replace(batch, micro_batches=(PackedBatch(ids, masked, (layout,)),) * 2)
+            results.append(step(batch, lr=LR, data_wait=0.0))
+        curves.append(losses(results))
+    assert all(abs(a - b) < 1e-5 for curve in curves[1:] for a, b in zip(curves[0], curve, strict=True)), curves
+
+
+def full_disk(folder: Path) -> None:
+    """A worker that cannot write its file has the checkpoint left out; all go on, and the next one is written."""
+    for stage in (0, 1, 3):
+        config, own = config_for(folder, f"zero{stage}", optimizer=ADAMW), folder / f"disk-{stage}"
+        engine, told = new_engine(config), []
+        train(engine, config, 0, 1)
+        writer = CheckpointWriter(
+            uri=str(own / "store"),
+            attempt="attempt-00001",
+            options=CheckpointConfig(scratch=str(own / "scratch"), upload="sync"),
+            device=torch.device("cpu"),
+            files={},
+            tell=lambda kind, told=told, **values: told.append((kind, values)),
+        )
+        place = LoopState(step=1, num_workers=dist.get_world_size(), identity_hash="x")
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        no_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if dist.get_rank() == (0 if stage == 0 else 1):  # of ZeRO-0, process 0 writes all
+            resource.setrlimit(resource.RLIMIT_FSIZE, (3000, no_limit[1]))
+        written = writer.save(engine, place, ["{}"], wait=False)
+        resource.setrlimit(resource.RLIMIT_FSIZE, no_limit)
+        assert not written, stage
+        assert find_checkpoints(str(own / "store")) == []
+        assert list(writer.scratch.folder.glob("step-*")) == []
+        if dist.get_rank() == 0:
+            ((kind, said),) = told
+            assert kind == "warning", kind
+            assert "the checkpoint of step 1 is left out" in said["message"]
+        train(engine, config, 1, 2)
+        writer.close()
+
+
 def optimizer_named(kind: str) -> OptimizerConfig:
     return MUON if kind == "muon" else ADAMW
 
 
-SCENARIOS = {"skip": skip, "agree": agree, "average": average, "write": write, "resume": resume}
+SCENARIOS = {each.__name__: each for each in (skip, agree, average, text, full_disk, write, resume)}
 
 
 def main(scenario: str, folder: Path, *arguments: str) -> None:

@@ -30,6 +30,14 @@ def test_the_average_of_the_weights_on_any_stage(tmp_path: Path):
     run_ranks("engine_ranks", "average", tmp_path)
 
 
+def test_text_is_trained_where_a_worker_has_no_caption(tmp_path: Path):
+    run_ranks("engine_ranks", "text", tmp_path)
+
+
+def test_a_checkpoint_that_one_worker_cannot_write_is_left_out(tmp_path: Path):
+    run_ranks("engine_ranks", "full_disk", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("written", "resumed"),
     [
