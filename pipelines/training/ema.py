@@ -23,3 +23,9 @@ def update_average(engine: Engine, config: EmaConfig, *, step: int) -> None:
             state[flat][EMA] = flat.detach().clone()
         else:
             average.lerp_(flat.detach(), 1.0 - config.decay)
+
+
+def forget_average(engine: Engine) -> None:
+    """Drop an average that a checkpoint brought, as that of another run from which this one is forked."""
+    for held in optimizer_state(engine).values():
+        held.pop(EMA, None)

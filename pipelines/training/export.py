@@ -123,9 +123,15 @@ def locate(where: str) -> StoredCheckpoint:
     Raises:
         UserError: if there is none; the message names the steps that are kept.
     """
-    found = open_checkpoint(where)
-    if found is not None:
-        return found
+    chosen = open_checkpoint(where) or _named(where)
+    damaged = damaged_files(chosen)
+    if damaged:
+        raise UserError(f"{chosen.checkpoint.path} is damaged ({', '.join(damaged)}): name another step")
+    return chosen
+
+
+def _named(where: str) -> StoredCheckpoint:
+    """What RUN@STEP or RUN names."""
     run, at, step = where.rpartition("@")
     if not at:
         run, step = where, ""
@@ -139,9 +145,6 @@ def locate(where: str) -> StoredCheckpoint:
     if chosen is None:
         steps = ", ".join(str(stored.state.step) for stored in reversed(kept))
         raise UserError(f"{where}: the checkpoint of step {step} was not kept; {run} has those of steps {steps}")
-    damaged = damaged_files(chosen)
-    if damaged:
-        raise UserError(f"{chosen.checkpoint.path} is damaged ({', '.join(damaged)}): name another step")
     return chosen
 
 

@@ -21,7 +21,7 @@ from pipelines.training.checkpoints import (
     read_history,
     write_record,
 )
-from pipelines.training.export import locate, read_model_file, storage_of
+from pipelines.training.export import locate, read_model_file
 from pipelines.training.output import Output
 from pipelines.training.prepare import PreparedRun
 from pipelines.training.record import History
@@ -52,8 +52,11 @@ def describe_fork(where: str) -> dict[str, str]:
         raise UserError(f"fork_from = {error}") from error
     run_file = Path(where.rpartition("@")[0] or where).expanduser() / "run.json"
     parent = json.loads(run_file.read_text()).get("run_id") if run_file.is_file() else None
-    digest = config_hash([stored.name, stored.state.identity_hash])
-    return {"from": where, "digest": digest, **({"run_id": parent} if parent else {})}
+    return {"from": where, "digest": _digest(stored), **({"run_id": parent} if parent else {})}
+
+
+def _digest(stored: StoredCheckpoint) -> str:
+    return config_hash([stored.name, stored.state.identity_hash])
 
 
 @contextmanager
@@ -98,6 +101,11 @@ def find_beginning(prepared: PreparedRun, output: Output) -> Beginning:
     if config.fork_from is None:
         return Beginning(None, [])
     parent = locate(config.fork_from)
+    if output.fork is not None and output.fork["digest"] != _digest(parent):
+        raise UserError(
+            f"fork_from = {config.fork_from} is now {parent.checkpoint.path}, and was another checkpoint when this run "
+            "began, which has none of its own yet: name another output, and in fork_from a step that stays"
+        )
     _check_fork(prepared, parent)
     return Beginning(parent, [])
 
@@ -137,9 +145,6 @@ def take_over_record(beginning: Beginning, prepared: PreparedRun, output: Output
 
 
 def _storage_of_parent(prepared: PreparedRun, stored: StoredCheckpoint) -> str:
-    where = str(prepared.config.fork_from)
-    run, at, _ = where.rpartition("@")
-    if at:
-        return storage_of(run)
-    scheme = where.partition("://")[0] + "://" if "://" in where else ""
-    return scheme + stored.checkpoint.path.rstrip("/").rsplit("/", 2)[0]
+    scheme, there, _ = str(prepared.config.fork_from).partition("://")
+    folder = stored.checkpoint.path.rstrip("/").rsplit("/", 2)[0]  # of its attempt
+    return f"{scheme}://{folder}" if there else folder

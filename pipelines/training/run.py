@@ -130,6 +130,9 @@ def _fit(prepared: PreparedRun, output: Output, history: History, *, beginning: 
         step, last = beginning.step, history.last_step
         again = f"; steps up to {last}, which are recorded, are computed once more" if last > step else ""
         progress.say(f"continuing from the checkpoint of step {step}{again}")
+    elif history.last_step:
+        last = history.last_step
+        progress.say(f"{output.storage} has no checkpoint: from step 1; steps up to {last} are recorded and not again")
     if lacks := validate.describe(prepared):
         progress.say(lacks)
     job = make_job(prepared, output, records=records, orders=orders, beginning=beginning)

@@ -33,7 +33,6 @@ from pipelines.training.engine_files import ENGINE_DIR, master_weights, optimize
 
 logger = logging.getLogger(__name__)
 
-_PREFIX = f"lumos-scratch-{socket.gethostname()}-{os.getuid()}-"  # others' locks cannot be opened
 _LOCK = ".lock"
 _SPARE = 1.05  # of the space that is counted on, for what is not counted
 _ATTEMPTS = 5  # at writing a file; the store's own tries come on top
@@ -46,10 +45,12 @@ class Scratch:
     def __init__(self, root: str | None) -> None:
         self.root = Path(root).expanduser() if root else Path(tempfile.gettempdir())
         self.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.root / f".{_PREFIX}lock"):  # so that nobody takes a folder for left that is being made
-            for folder in self.root.glob(f"{_PREFIX}*"):
+        # Of this host and user, for the locks of others cannot be opened.
+        prefix = f"lumos-scratch-{socket.gethostname()}-{os.getuid()}-"
+        with FileLock(self.root / f".{prefix}lock"):  # so that nobody takes a folder for left that is being made
+            for folder in self.root.glob(f"{prefix}*"):
                 self._remove_if_left(folder)
-            self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self.root))
+            self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.root))
             self._lock = FileLock(self.folder / _LOCK)
             self._lock.acquire()  # the system lets go of it however this process ends
 

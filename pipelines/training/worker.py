@@ -18,7 +18,7 @@ from lumos.losses import LossModule
 from pipelines.errors import JobError, UserError
 from pipelines.training.checkpoints import MODEL_FILE, STATE_FILE, TEXT_TOKENIZER_FILE, LoopState, ModelFile, read_state
 from pipelines.training.diagnosis import Diagnosis
-from pipelines.training.ema import update_average
+from pipelines.training.ema import forget_average, update_average
 from pipelines.training.engine import Engine, autocast_dtype, make_engine, prepare_process
 from pipelines.training.engine_files import ENGINE_DIR, EngineFiles, load_engine, older_order
 from pipelines.training.ingest import step_batches
@@ -179,6 +179,8 @@ class Worker:
         with checkpoint.as_directory() as folder:
             load_engine(self.engine, EngineFiles(Path(folder) / ENGINE_DIR, order=older_order(self.engine)))
             found = read_state((Path(folder) / STATE_FILE).read_bytes(), folder)
+        if self.config.ema is None or found.step <= self.config.ema.start:
+            forget_average(self.engine)
         self.done, self.skipped_in_a_row = found.step, found.skipped_in_a_row
 
     def _record(

@@ -23,7 +23,7 @@ from lumos.masking import sample_masked_positions
 from lumos.vocabulary import Vocabulary
 from pipelines.training.checkpoints import LoopState, find_checkpoints
 from pipelines.training.config import CheckpointConfig, EmaConfig, OptimizerConfig, ResourceConfig, TrainConfig
-from pipelines.training.ema import update_average
+from pipelines.training.ema import forget_average, update_average
 from pipelines.training.engine import Engine, autocast_dtype, make_engine, prepare_process
 from pipelines.training.engine_files import EngineFiles, load_engine, master_weights, optimizer_state, save_engine
 from pipelines.training.saving import CheckpointWriter
@@ -193,6 +193,11 @@ def average(folder: Path) -> None:
             found = [optimizer_state(each)[flat]["ema"] for flat, _ in master_weights(each)]
             for ours, theirs in zip(found, expected, strict=True):
                 torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+        forget_average(resumed)  # as a fork without an average does
+        assert losses(train(resumed, config, 4, 5)) == losses(train(engine, config, 4, 5))
+        save_engine(resumed, folder / f"forgotten-{stage}")
+        files = EngineFiles(folder / f"forgotten-{stage}" / "engine")
+        assert not any("ema" in files.keys(name) for name in files.shapes)
 
 
 def text(folder: Path) -> None:

@@ -3,6 +3,7 @@ import json
 import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,8 +18,11 @@ from pipelines.training.checkpoints import (
     record_part,
     write_record,
 )
+from pipelines.training.export import locate
+from pipelines.training.output import Output
 from pipelines.training.record import History
-from tests.pipelines.training.runs import step_record
+from pipelines.training.resume import describe_fork, find_beginning
+from tests.pipelines.training.runs import step_record, tiny_config
 
 STEP = "step-0000000{}-0123abcd"
 
@@ -106,6 +110,21 @@ def test_a_flipped_byte_is_found(tmp_path):
     (folder / "engine" / "part-1").write_bytes(b"0" * 50 + b"1" + b"0" * 49)
     assert [stored.state.step for stored in find_checkpoints(str(tmp_path))] == [3], "its size is as it was"
     assert damaged_files(found) == ["engine/part-1"]
+    with pytest.raises(UserError, match=r"is damaged \(engine/part-1\): name another step"):
+        locate(str(folder))
+
+
+def test_a_fork_begins_where_it_began(tmp_path):
+    """Named without a step, the parent's newest checkpoint is another one later on."""
+    parent = tmp_path / "parent"
+    write_checkpoint(parent, f"attempt-00001/{STEP.format(1)}", 3)
+    config = tiny_config(tmp_path, tmp_path / "fork", fork_from=str(parent))
+    begun = Output(config, snapshot_digest="d", fork=describe_fork)
+    begun.begin(config)
+    write_checkpoint(parent, f"attempt-00001/{STEP.format(2)}", 6, after=3)
+    again = Output(config, snapshot_digest="d", fork=describe_fork)
+    with pytest.raises(UserError, match=r"fork_from = .* is now .*step-00000002.* was another checkpoint"):
+        find_beginning(SimpleNamespace(config=config), again)
 
 
 def test_prune_keeps_what_it_is_told_to(tmp_path):
