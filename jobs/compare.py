@@ -30,9 +30,11 @@ def command(
     from pipelines.evaluation.compare.figures import as_json, compare_runs
     from pipelines.evaluation.compare.report import PAGE, as_text, write_report
     from pipelines.evaluation.compare.runs import RunStore
+    from pipelines.training.config import ADDED
 
     store = RunStore(tracking_uri)
-    comparison = compare_runs(store.find(runs), last=last)
+    neutral = {key: str(value) for key, value in ADDED.items()}
+    comparison = compare_runs(store.find(runs), last=last, neutral=neutral)
     click.echo(json.dumps(as_json(comparison), indent=2) if as_values else as_text(comparison))
     if out is not None:
         write_report(out, comparison, store)

@@ -28,8 +28,8 @@ from jobs.command import ConfigCommand, config_arguments, resolve, run
 @click.option("--rows", multiple=True, help="Latent shapes, such as image:32x56, video:7x32x56; else the dataset's.")
 @click.option("--tokens", type=float, help="Budget, such as 100e9; else the steps of the config.")
 @click.option("--mfu", type=float, default=0.4, show_default=True, help="Share of the peak that is reached.")
-@click.option("--caption-tokens", type=int, default=200, show_default=True, help="Of a prompt.")
-@click.option("--devices-per-node", type=int, default=8, show_default=True)
+@click.option("--caption-tokens", type=click.IntRange(min=0), default=200, show_default=True, help="Of a prompt.")
+@click.option("--devices-per-node", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(config: str, overrides: tuple[str, ...], print_config: bool, as_json: bool, **options: Any) -> None:
     """Tell FLOPs, memory, time and storage of a training run, without starting it.

@@ -23,12 +23,6 @@ class PackedBatch:
     layouts: tuple[SequenceLayout, ...]
     loss_positions: Int64[Tensor, " masked"] | None = None  # of the masked visual tokens; None: to be found
     loss_frames: Int64[Tensor, " masked"] | None = None  # the 0-based frame of each in its document; None likewise
-    filler: int = 0  # tokens at the end that belong to no sample
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all samples, markup and text included."""
-        return len(self.ids) - self.filler
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The batch on a device."""
@@ -50,14 +44,10 @@ def pack(
     masked_positions: Bool[Tensor, " tokens"],
     layouts: tuple[SequenceLayout, ...],
     vocabulary: Vocabulary,
-    *,
-    pad_to_multiple: int = 1,
 ) -> PackedBatch:
     """A batch of training samples that lie one after another, without what changes no loss.
 
-    What follows a sample's last frame is cut off: nothing before attends to it, and no loss is taken there. With
-    ``pad_to_multiple`` a filler document, whose tokens nobody attends to, brings the length to a multiple of it, so
-    that lengths repeat.
+    What follows a sample's last frame is cut off: nothing before attends to it, and no loss is taken there.
     """
     kept, cut, start = [], [], 0
     for layout in layouts:
@@ -65,11 +55,4 @@ def pack(
         kept.append(torch.arange(start, start + cut[-1].length))
         start += layout.length
     index = torch.cat(kept)
-    ids, masked_positions = ids[index], masked_positions[index]
-    filler = -len(ids) % pad_to_multiple
-    if filler:
-        ids = torch.cat([ids, ids.new_full((filler,), vocabulary.pad)])
-        masked_positions = torch.cat([masked_positions, masked_positions.new_zeros(filler)])
-        cut.append(SequenceLayout(filler))
-    batch = PackedBatch(ids, masked_positions, tuple(cut), filler=filler)
-    return batch.with_loss_positions(vocabulary)
+    return PackedBatch(ids[index], masked_positions[index], tuple(cut)).with_loss_positions(vocabulary)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 # Of the block of logits held at a time (on a CPU 256 rows of 64,000 columns in float32, 512 in bfloat16), and of those
 # normalised at a time: on a CPU they stay in its caches, on a GPU kernels are to be large.
-_LOGITS_BYTES = {"cpu": 2**26, "cuda": 2**29}
+LOGITS_BYTES = {"cpu": 2**26, "cuda": 2**29}
 _SOFTMAX_BYTES = {"cpu": 2**23, "cuda": 2**28}
 _ROW_STEP = 64  # blocks are whole multiples of so many rows
 
@@ -62,20 +62,8 @@ def cross_entropy(
 
 
 def _block_rows(device: str, classes: int, itemsize: int) -> int:
-    budget = _LOGITS_BYTES.get(device, _LOGITS_BYTES["cpu"])
+    budget = LOGITS_BYTES.get(device, LOGITS_BYTES["cpu"])
     return max(_ROW_STEP, budget // (classes * itemsize) // _ROW_STEP * _ROW_STEP)
-
-
-def working_bytes(rows: float, classes: int, channels: int, *, itemsize: int, device: str) -> float:
-    """Bytes that the cross entropy of so many rows holds at its highest, besides its inputs; for plans.
-
-    ``itemsize`` is of the products' dtype. The gradients it hands on are counted.
-    """
-    block = min(rows, _block_rows(device, classes, itemsize)) * classes
-    held = float(block * itemsize + rows * channels * itemsize + 4 * classes * channels)
-    if itemsize < 4:  # logits in float32 for the softmax, and a block's gradient of the weight before it is added
-        held += min(4.0 * block, _SOFTMAX_BYTES[device]) + classes * channels * itemsize
-    return held
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ class Accelerator:
     name: str
     tflops: float  # 1e12 bf16 FLOP/s of the matrix units, float32 sums, dense
     memory_gb: float  # 1e9 bytes
-    bandwidth_gb_s: float  # of its memory
-    link_gb_s: float  # to the other devices of its node, one direction
 
     @property
     def flops(self) -> float:
@@ -22,34 +20,38 @@ class Accelerator:
         return self.tflops * 1e12
 
 
-# NVIDIA's data sheets: A100 (2021-06), A800, H100 (2023-04), H200 (2024-11), B200 (DGX B200, 2024-12), L40S (2023-08),
-# L20, GeForce RTX 4090 (Ada whitepaper, table 2, with float32 sums). H20's sheet is not public; its figures are those
-# that resellers print alike and that papers which used it quote (Lumos-1's among them, without figures of its own).
+# NVIDIA's data sheets: A100 (2021-06), H100 SXM (2023-04), H200 SXM (2024-11), B200 (DGX B200, 2024-12), L40S
+# (2023-08), GeForce RTX 4090 (Ada whitepaper, table 2, with float32 sums). A800 and H800 compute as A100 and H100
+# SXM, over slower links. Sheets of H20 and L20 are not public; their figures are those that press and resellers print alike.
 _TABLE = (
-    Accelerator("A100-40GB", 312.0, 40.0, 1555.0, 300.0),
-    Accelerator("A100-80GB", 312.0, 80.0, 2039.0, 300.0),
-    Accelerator("A800-80GB", 312.0, 80.0, 2039.0, 200.0),
-    Accelerator("H20", 148.0, 96.0, 4000.0, 450.0),
-    Accelerator("H100-80GB", 989.4, 80.0, 3350.0, 450.0),
-    Accelerator("H800-80GB", 989.4, 80.0, 3350.0, 200.0),
-    Accelerator("H200", 989.4, 141.0, 4800.0, 450.0),
-    Accelerator("B200", 2250.0, 180.0, 7700.0, 900.0),
-    Accelerator("L20", 119.5, 48.0, 864.0, 32.0),
-    Accelerator("L40S", 362.1, 48.0, 864.0, 32.0),
-    Accelerator("RTX-4090", 165.2, 24.0, 1008.0, 32.0),
+    Accelerator("A100-40GB", 312.0, 40.0),
+    Accelerator("A100-80GB", 312.0, 80.0),
+    Accelerator("A800-80GB", 312.0, 80.0),
+    Accelerator("H20", 148.0, 96.0),
+    Accelerator("H100-80GB", 989.4, 80.0),
+    Accelerator("H800-80GB", 989.4, 80.0),
+    Accelerator("H200", 989.4, 141.0),
+    Accelerator("B200", 2250.0, 180.0),
+    Accelerator("L20", 119.5, 48.0),
+    Accelerator("L40S", 362.1, 48.0),
+    Accelerator("RTX-4090", 165.2, 24.0),
 )
+_OTHER_CARDS = {"pcie", "nvl", "d", "laptop"}
 
 
 def find_accelerator(name: str) -> Accelerator | None:
     """The device of a name: ours (``H100-80GB``, ``h100``), or as CUDA tells it (``NVIDIA H100 80GB HBM3``).
 
-    Of several sizes of memory the name says which; without, the largest is meant.
+    Of several sizes of memory the name says which; without, the largest is meant. None for a size that is not known,
+    and for cards that share a name with a faster one (PCIe and NVL cards of the H family, the 4090 D and laptops').
     """
     words = _words(name)
+    if words & _OTHER_CARDS and not words & {"a100", "a800"}:
+        return None
     # The memory is no part of a device's name: "H100-80GB" is found as h100, "RTX-4090" as rtx and 4090.
     matches = [each for each in _TABLE if {word for word in _words(each.name) if not word.endswith("gb")} <= words]
     sized = [each for each in matches if f"{each.memory_gb:.0f}gb" in words]
-    best = sized or matches
+    best = sized if any(re.fullmatch(r"\d+gb", word) for word in words) else matches
     return max(best, key=lambda each: each.memory_gb) if best else None
 
 

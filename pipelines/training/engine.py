@@ -101,6 +101,9 @@ def check_engine(config: TrainConfig) -> None:
         raise UserError(
             f"{where} is ZeRO-2, which would accumulate Muon's gradients in bf16: take zero1, or optimizer.kind adamw"
         )
+    if stage == 3 and config.model.compile:
+        # Its compiler follows DeepSpeed's hooks that gather every module's weights: more graphs than it keeps.
+        raise UserError(f"{where} is ZeRO-3, with which model.compile does not work: set it to false, or take zero1")
     for key, device in offload.items():
         if device not in ("none", "cpu"):
             raise UserError(f"{where}: {key}.device is {device!r}, which is not supported: cpu, or leave it out")

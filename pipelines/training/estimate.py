@@ -22,7 +22,7 @@ from pipelines.errors import UserError
 from pipelines.training.accelerators import Cluster
 from pipelines.training.config import TrainConfig
 from pipelines.training.device_memory import Memory, Pass, Setup, trained, worker_memory
-from pipelines.training.engine import read_deepspeed_file
+from pipelines.training.engine import check_engine, read_deepspeed_file
 from pipelines.training.plan_question import Question, Rows
 
 _HEADER = 5  # tokens of markup before the first frame
@@ -150,13 +150,14 @@ def make_plan(config: TrainConfig, question: Question) -> Plan:
     """Work a run out.
 
     Raises:
-        UserError: if the config's batch does not divide among the cluster's devices.
+        UserError: if the config's batch does not divide among the cluster's devices, or a run of it is refused.
     """
     if question.cluster.count != config.num_workers:
         try:
             config = replace(config, num_workers=question.cluster.count)
         except ValueError as error:
             raise UserError(f"on {question.cluster.count} devices: {error}") from error
+    check_engine(config)
     setup = setup_of(config)
     counts = count_parameters(question.model, visual_classes=question.codebook_size)
     buckets = tuple(_buckets(config, question, setup, counts))
@@ -189,6 +190,11 @@ def _buckets(config: TrainConfig, question: Question, setup: Setup, counts: Para
             raise UserError(
                 f"micro_batch_tokens = {config.micro_batch_tokens} is less than the {bare.length} tokens of a row of "
                 f"{rows}: set it to at least {bare.length}"
+            )
+        if bare.length > question.model.max_seq_len:
+            raise UserError(
+                f"a row of {rows} has {bare.length} tokens and more, model.max_seq_len is "
+                f"{question.model.max_seq_len}: raise it, or plan for smaller rows"
             )
         per_worker = per_step // config.num_workers
         per_pass = max(1, min(per_worker, config.micro_batch_tokens // bare.length))
@@ -238,11 +244,15 @@ def _remedies(plan: Plan) -> Iterator[tuple[str, float]]:
     choices += [{"model.checkpoint_activations": _CHECKPOINT_KEYS[kept]} for kept in recompute]
     choices += [{"deepspeed": name} for name in zeros]
     strongest = {"model.checkpoint_activations": True, **({"micro_batch_tokens": fewer[-1]} if fewer else {})}
-    offloading = ["zero2-offload-gpu", "zero3-offload-gpu"] if plan.setup.on_gpu and not plan.setup.muon else []
+    offloading = ["zero2-offload-gpu", "zero3-offload-gpu"] if plan.setup.on_gpu else []
     choices += [strongest] if fewer else []
     choices += [{**strongest, "deepspeed": name} for name in (*zeros, *offloading)]
     for changes in choices:
         tried = _changed(config, changes)
+        try:
+            check_engine(tried)
+        except UserError:
+            continue
         setup, counts = setup_of(tried), plan.counts
         peak = max(bucket.memory.peak for bucket in _buckets(tried, question, setup, counts))
         if peak <= plan.room:

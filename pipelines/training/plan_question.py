@@ -1,5 +1,6 @@
 """What a plan of a training run is asked for: cluster, rows, model; from the command line, and the run's dataset."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from lumos.vocabulary import Vocabulary
 from pipelines.data.snapshot.read import Manifest, open_snapshot
 from pipelines.errors import UserError
 from pipelines.training.accelerators import Accelerator, Cluster, parse_cluster
+from pipelines.training.batch_plan import BatchPlan
 from pipelines.training.config import TrainConfig
 
 
@@ -20,7 +22,7 @@ class Rows:
     """Rows of one latent shape."""
 
     shape: tuple[int, int, int]
-    weight: float = 1.0  # how many there are, to those of the same kind
+    weight: float = 1.0  # how many are seen in an epoch, to those of the same kind
 
     @property
     def kind(self) -> str:
@@ -37,6 +39,7 @@ class Question:
 
     model: ModelConfig
     codebook_size: int
+    cells_per_unit: int  # sizes of frames are multiples of it
     rows: tuple[Rows, ...]
     cluster: Cluster
     mfu: float = 0.4  # of the exact count, over the whole step
@@ -51,8 +54,18 @@ class Question:
             raise UserError(f"--mfu is a share above 0 and at most 1, got {self.mfu}")
         if not self.rows:
             raise UserError("no rows to plan for: give --rows, such as --rows image:32x56 --rows video:7x32x56")
-        if self.tokens is not None and self.tokens <= 0:
-            raise UserError(f"--tokens must be positive, got {self.tokens:g}")
+        if self.tokens is not None and not _is_size(self.tokens):
+            raise UserError(f"--tokens must be a number above 0, got {self.tokens:g}")
+        unit = self.cells_per_unit
+        for rows in self.rows:
+            if rows.shape[1] % unit or rows.shape[2] % unit:
+                raise UserError(
+                    f"--rows {rows}: the run's frames are whole numbers of {unit} cells each way (data.grid_unit)"
+                )
+
+
+def _is_size(value: float) -> bool:
+    return 0 < value < math.inf
 
 
 def parse_rows(text: str) -> Rows:
@@ -77,12 +90,18 @@ def find_cluster(text: str, tflops: float | None, memory_gb: float | None) -> Cl
     if tflops is None and memory_gb is None:
         return parse_cluster(text)
     match = re.match(r"\s*(\d+)", text)
-    if match is None or int(match[1]) < 1 or not tflops or not memory_gb or min(tflops, memory_gb) <= 0:
+    if (
+        match is None
+        or int(match[1]) < 1
+        or tflops is None
+        or memory_gb is None
+        or not (_is_size(tflops) and _is_size(memory_gb))
+    ):
         raise UserError(
             f"--cluster {text!r} with --tflops {tflops} and --memory-gb {memory_gb}: for a device that is not known "
             "give both, above 0, and the number of devices"
         )
-    return Cluster(int(match[1]), Accelerator("device", tflops, memory_gb, 0.0, 0.0))
+    return Cluster(int(match[1]), Accelerator("device", tflops, memory_gb))
 
 
 def make_question(
@@ -98,7 +117,7 @@ def make_question(
     """The question about a run, its rows told or those of its dataset.
 
     Raises:
-        UserError: if its dataset or text tokenizer cannot be read.
+        UserError: if its dataset or text tokenizer cannot be read, or there is too little to train on.
     """
     manifests = [] if rows else _manifests(config)
     codebook_size = manifests[0].tokenizer.codebook_size if manifests else Vocabulary.lumos1().codebook_size
@@ -115,6 +134,7 @@ def make_question(
     return Question(
         model=config.model.resolve(vocabulary.vocab_size, vocabulary.visual_start),
         codebook_size=codebook_size,
+        cells_per_unit=vocabulary.cells_per_unit,
         rows=tuple(map(parse_rows, rows)) if rows else _rows_of(manifests, config),
         cluster=cluster,
         mfu=mfu,
@@ -136,8 +156,7 @@ def _manifests(config: TrainConfig) -> list[Manifest]:
 
 def _rows_of(manifests: Sequence[Manifest], config: TrainConfig) -> tuple[Rows, ...]:
     counts: Counter[tuple[int, int, int]] = Counter()
-    for manifest in manifests:
-        for bucket in manifest.buckets:
-            if bucket.split == config.data.split:
-                counts[bucket.t, bucket.h, bucket.w] += bucket.rows
-    return tuple(Rows(shape, float(number)) for shape, number in sorted(counts.items()) if number)
+    plan = BatchPlan.from_manifests(manifests, config)  # which heeds the weights of sources
+    for bucket, steps in zip(plan.buckets, plan.steps, strict=True):
+        counts[bucket.shape] += steps * bucket.batch  # type: ignore[assignment]
+    return tuple(Rows(shape, float(number)) for shape, number in sorted(counts.items()))

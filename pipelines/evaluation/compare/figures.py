@@ -4,13 +4,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 from pipelines.evaluation.compare.runs import Curve, Run
 from pipelines.statistics import mean_interval
 
-# Parameters of how a run is carried out and called, which never make two runs two things.
-_NAMES_AND_PLACES = re.compile(r"output|progress|tracking\..*|resources\.(?!device).*|checkpoint\..*")
+# Parameters of how a run is carried out, watched and called, which never make two runs two things.
+_NAMES_AND_PLACES = re.compile(
+    r"output|progress|(tracking|checkpoint|samples|diagnosis|profile|recommended_sampling|versions)(\..*)?|"
+    r"resources\.(?!device).*|validation\.every|export_dtype|max_skipped_in_a_row|min_workers|device|world_size"
+)
 _SEED = "seed"
 _NOT_FINAL = re.compile(r"system/.*|seconds_.*|steps_of/.*|rows_of/.*|lr.*|tokens_seen|clips_seen|epoch|restarts")
 _FRAME = re.compile(r"(?:loss_frame_|val/frame_)(\d+)")
@@ -100,23 +104,27 @@ class Comparison:
         return min(rated, key=lambda group: group.final[metric].mean) if len(rated) > 1 else None
 
 
-def compare_runs(runs: Sequence[Run], *, last: int | None = None) -> Comparison:
+def compare_runs(
+    runs: Sequence[Run], *, last: int | None = None, neutral: Mapping[str, str] = MappingProxyType({})
+) -> Comparison:
     """Group runs and work out what is told of them.
 
     Args:
         runs: to compare.
+        neutral: of parameters that older programs did not have, the value that is the same as having none.
         last: steps at the end that final figures are means of; None: a tenth of the shortest run, 100 at most.
     """
     last = last or min(100, max(1, min(run.steps for run in runs) // 10))
     grouped: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
-        key = tuple(sorted((name, value) for name, value in run.params.items() if _matters(name)))
+        params = {name: value for name, value in run.params.items() if neutral.get(name) != value}
+        key = tuple(sorted((name, value) for name, value in params.items() if _matters(name)))
         grouped.setdefault(key, []).append(run)
     names = sorted({name for key in grouped for name, _ in key})
     differing = [name for name in names if len({dict(key).get(name) for key in grouped}) > 1]
     groups = []
     for key, members in grouped.items():
-        differences = {name: dict(key).get(name, "not set") for name in differing}
+        differences = {name: dict(key).get(name, neutral.get(name, "not set")) for name in differing}
         groups.append(
             Group(
                 label=_label(differences, members),

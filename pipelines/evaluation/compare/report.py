@@ -127,6 +127,9 @@ def _legend(comparison: Comparison) -> str:
         words += " ± is half of a 95 % interval of the mean over seeds (Student's t)."
     if len({steps for group in comparison.groups for steps in group.steps}) > 1:
         words += " Runs have different numbers of steps: each figure is of its own run's end."
+    going = [run.name for group in comparison.groups for run in group.runs if run.status == "RUNNING"]
+    if going:
+        words += f" Not ended yet, so as far as they are: {', '.join(going)}."
     return words + " FLOPs: 6 per weight of a matrix and token, attention left out."
 
 

@@ -1,6 +1,8 @@
 """Finding training runs in MLflow by whatever names them, and reading what they recorded."""
 
 import json
+import logging
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ import yaml
 
 from pipelines.errors import UserError
 from pipelines.tracking import TrackingStore
+
+logger = logging.getLogger(__name__)
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _CURVES = re.compile(r"loss|loss_frame_\d+|step_seconds|tokens_per_s|tokens_seen|val/(loss|frame_\d+)")
@@ -78,6 +82,8 @@ class RunStore:
             del found[run_id]
         if not found:
             raise UserError(f"no step is recorded of {', '.join(empty)}: wait until they have trained, or name others")
+        if empty:
+            logger.warning("left out, since no step is recorded of them: %s", ", ".join(empty))
         return list(found.values())
 
     def artifact(self, run: Run, path: str, folder: Path) -> Path:
@@ -98,10 +104,15 @@ class RunStore:
             return
         experiment = client.get_experiment_by_name(name)
         homes = [experiment] if experiment else client.search_experiments()
-        runs = []
+        quote = '"' if "'" in name else "'"  # MLflow knows no way to write one within the other
+        everything = bool(experiment) or quote in name
+        query = "" if everything else f"attributes.run_name = {quote}{name}{quote}"
+        runs: list[Any] = []
         for home in homes:
-            query = "" if experiment else f"attributes.run_name = '{name.replace(chr(39), '')}'"
             runs += client.search_runs([home.experiment_id], query, order_by=["attributes.start_time ASC"])
+        runs = [run for run in runs if experiment or run.info.run_name == name]
+        if experiment and not runs:
+            raise UserError(f"the experiment {name!r} of {uri} has no runs: wait until one has begun, or name another")
         if not runs:
             known = [home.name for home in client.search_experiments() if home.name != "Default"]
             raise UserError(
@@ -174,7 +185,7 @@ class RunStore:
         for key in run.data.metrics:
             if _CURVES.fullmatch(key):
                 history = client.get_metric_history(run_id, key)
-                curves[key] = dict(sorted((point.step, point.value) for point in history))
+                curves[key] = dict(sorted((p.step, p.value) for p in history if math.isfinite(p.value)))
         experiment = client.get_experiment(run.info.experiment_id)
         return Run(
             run_id=run_id,
@@ -183,7 +194,7 @@ class RunStore:
             status=run.info.status,
             params=dict(run.data.params),
             tags={key: value for key, value in run.data.tags.items() if not key.startswith("mlflow.")},
-            last=dict(run.data.metrics),
+            last={key: value for key, value in run.data.metrics.items() if math.isfinite(value)},
             curves=curves,
             samples=tuple(_samples(client, run_id)),
         )

@@ -161,3 +161,62 @@ def test_the_page_and_the_files_say_the_same(compared, tmp_path):
     text = as_text(comparison)
     assert "lr 0.001" in text
     assert "optimizer.lr" in text
+
+
+@pytest.fixture
+def odd_store(store, request):
+    """An experiment to which a test adds runs: name, parameters and losses of each."""
+    client, name = MlflowClient(f"sqlite:///{store}/mlruns.db"), request.node.name
+    home = client.create_experiment(name, (store / "artifacts").as_uri())
+
+    def add(name, losses, *, ended=True, **params):
+        run = client.create_run(home, run_name=name)
+        metrics = [Metric("loss", value, 1000 * step, step) for step, value in enumerate(losses, start=1)]
+        logged = [Param(key, str(value)) for key, value in ({"optimizer.lr": 0.1, "seed": 0} | params).items()]
+        client.log_batch(run.info.run_id, metrics=metrics, params=logged)
+        if ended:
+            client.set_terminated(run.info.run_id)
+
+    add.found = lambda *names: RunStore(f"sqlite:///{store}/mlruns.db").find(names or [name])
+    return add
+
+
+def test_versions_devices_and_older_programs_make_no_other_group(odd_store):
+    odd_store("old", [2.0, 1.0])
+    odd_store(
+        "new",
+        [2.0, 1.0],
+        seed=1,
+        device="cpu",
+        **{"versions.torch": "3", "data.order": 1, "ema": None, "samples.every": 0},
+    )
+    runs = odd_store.found()
+    neutral = {"data.order": "1", "ema": "None"}
+    assert [len(group.runs) for group in compare_runs(runs, neutral=neutral).groups] == [2]
+    odd_store("other", [2.0, 1.0], **{"data.order": 2})
+    comparison = compare_runs(odd_store.found(), neutral=neutral)
+    assert [dict(group.differences) for group in comparison.groups] == [{"data.order": "1"}, {"data.order": "2"}]
+
+
+def test_a_loss_that_is_no_number_never_wins(odd_store):
+    odd_store("broken", [2.0, float("nan"), float("nan")])
+    odd_store("sound", [2.0, 1.0, 1.0], **{"optimizer.lr": 0.2})
+    comparison = compare_runs(odd_store.found(), last=2)
+    assert comparison.best("loss").runs[0].name == "sound"
+    json.dumps(as_json(comparison), allow_nan=False)
+
+
+def test_quotes_in_names_runs_that_go_on_and_those_without_steps(odd_store, caplog):
+    odd_store("it's \"it", [1.0])
+    odd_store("it's one", [1.0], ended=False)
+    odd_store("not begun", [])
+    for name in ("it's one", "it's \"it"):
+        assert [run.name for run in odd_store.found(name)] == [name]
+    comparison = compare_runs(odd_store.found())
+    assert "no step is recorded of them: not begun" in caplog.text
+    assert "Not ended yet, so as far as they are: it's one." in as_text(comparison)
+
+
+def test_an_experiment_without_runs_is_told_as_such(store):
+    with pytest.raises(UserError, match=r"the experiment 'empty' of .* has no runs: wait until one has begun"):
+        RunStore(f"sqlite:///{store}/mlruns.db").find(["empty"])

@@ -91,7 +91,7 @@ def measure(folder: Path, case: str) -> dict[str, float]:
         _, highest, left = allocated(lambda: step(StepBatch(0, 0, (one,), shape, 0, 2, 0, 0), lr=1e-3, data_wait=0.0))
         peak, held = held + highest, held + left
     counts = count_parameters(model, visual_classes=VOCABULARY.codebook_size)
-    planned = worker_memory(model, counts, setup, Pass(one.num_tokens, len(one.loss_positions)))
+    planned = worker_memory(model, counts, setup, Pass(len(one.ids), len(one.loss_positions)))
     return {"measured": peak, "planned": planned.peak, "lasting": held, **planned.device}
 
 

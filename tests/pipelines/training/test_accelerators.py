@@ -13,7 +13,11 @@ from pipelines.training.accelerators import find_accelerator, parse_cluster
         ("NVIDIA H20", "H20"),
         ("NVIDIA GeForce RTX 4090", "RTX-4090"),
         ("NVIDIA L40S", "L40S"),
+        ("NVIDIA A100 80GB PCIe", "A100-80GB"),
         ("Tesla T4", None),
+        ("NVIDIA H100 PCIe", None),  # three quarters of the SXM card's FLOP/s
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("H100-40GB", None),
     ],
 )
 def test_a_device_is_found_by_our_name_and_by_cudas(name, found):

@@ -147,6 +147,13 @@ def test_what_deepspeed_is_not_able_to_do_is_refused(tmp_path, zero, optimizer, 
         check_engine(config)
 
 
+def test_compiled_blocks_are_refused_under_zero_3():
+    compiled = replace(CONFIG, deepspeed="zero3", model=replace(CONFIG.model, compile=True))
+    with pytest.raises(UserError, match=r"is ZeRO-3, with which model.compile does not work: set it to false"):
+        check_engine(compiled)
+    check_engine(replace(compiled, deepspeed="zero1"))
+
+
 def test_wsd_warms_up_stays_and_decays():
     options = OptimizerConfig(lr=1.0, schedule="wsd", warmup_steps=2, decay_steps=3, min_lr_ratio=0.2)
     rates = [options.learning_rate(step, 9) for step in range(9)]

@@ -13,7 +13,7 @@ from lumos.flops import Workload, count_parameters, dense_flops, exact_flops, me
 from lumos.layout import TAIL, video_layout
 from pipelines.errors import UserError
 from pipelines.training.accelerators import parse_cluster
-from pipelines.training.config import CheckpointConfig, ResourceConfig
+from pipelines.training.config import CheckpointConfig, ResourceConfig, SourceConfig
 from pipelines.training.device_memory import Pass, Setup, block_activations, worker_memory
 from pipelines.training.estimate import make_plan
 from pipelines.training.estimate_text import as_text, as_values
@@ -127,6 +127,26 @@ def test_rows_are_those_of_the_dataset_unless_told(tmp_path):
     assert found.dataset_tokens == 12 * 32 + 4 * 16
 
 
+def test_shares_follow_the_weights_of_the_sources(tmp_path):
+    images = write_snapshot(tmp_path / "images", {(1, 4, 4): 12})
+    videos = write_snapshot(tmp_path / "videos", {(2, 4, 4): 12})
+    sources = (SourceConfig(dataset=str(images), weight=1), SourceConfig(dataset=str(videos), weight=3))
+    config = tiny_config(images, tmp_path / "out")
+    config = replace(config, data=replace(config.data, dataset=None, sources=sources))
+    plan = make_plan(config, make_question(config, parse_cluster("2xH20")))
+    assert [(bucket.rows.kind, bucket.share) for bucket in plan.buckets] == [("image", 0.25), ("video", 0.75)]
+
+
+def test_what_training_would_refuse_is_refused(tmp_path):
+    gpu = tiny_config(tmp_path, tmp_path, precision="bf16", global_batch=16, resources=ResourceConfig(device="gpu"))
+    refused = replace(gpu, deepspeed="zero0")
+    with pytest.raises(UserError, match="take zero1"):
+        make_plan(refused, question(refused))
+    large = replace(gpu, micro_batch_tokens=100_000)
+    with pytest.raises(UserError, match=r"a row of video 9x64x64 has \d+ tokens and more, model.max_seq_len is 512"):
+        make_plan(large, question(large, rows=["video:9x64x64"]))
+
+
 def test_bad_questions_are_told(tmp_path):
     config = tiny_config(tmp_path / "none", tmp_path)
     with pytest.raises(UserError, match="To plan without it, give --rows"):
@@ -135,6 +155,13 @@ def test_bad_questions_are_told(tmp_path):
         parse_rows("32x56")
     with pytest.raises(UserError, match="--mfu is a share"):
         question(config, mfu=1.5)
+    for tokens in (math.nan, math.inf, 0.0):
+        with pytest.raises(UserError, match="--tokens must be a number above 0"):
+            question(config, tokens=tokens)
+    with pytest.raises(UserError, match="whole numbers of 2 cells each way"):
+        question(config, rows=["video:7x5x4"])
+    with pytest.raises(UserError, match="give both"):
+        find_cluster("8", math.nan, 80.0)
     with pytest.raises(UserError, match="on 3 devices: global_batch"):
         make_plan(config, question(config, "3xH20"))
     with pytest.raises(UserError, match="give both"):
