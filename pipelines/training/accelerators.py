@@ -22,7 +22,7 @@ class Accelerator:
 
 # NVIDIA's data sheets: A100 (2021-06), H100 SXM (2023-04), H200 SXM (2024-11), B200 (DGX B200, 2024-12), L40S
 # (2023-08), GeForce RTX 4090 (Ada whitepaper, table 2, with float32 sums). A800 and H800 compute as A100 and H100
-# SXM, over slower links. Sheets of H20 and L20 are not public; their figures are those that press and resellers print alike.
+# SXM, over slower links. Sheets of H20 and L20 are not public: their figures are those of press and resellers.
 _TABLE = (
     Accelerator("A100-40GB", 312.0, 40.0),
     Accelerator("A100-80GB", 312.0, 80.0),
