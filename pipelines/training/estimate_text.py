@@ -33,6 +33,7 @@ def as_text(plan: Plan) -> str:
         f"memory of a device at its highest, with {plan.peak.rows}: {_bytes(plan.peak.memory.peak)} of "
         f"{_bytes(plan.room)} usable",
         *_parts(plan.peak.memory.device),
+        *(["  under ZeRO-3 up to a fifth more has been measured: leave room"] if plan.setup.stage == 3 else []),
         f"host memory of a node ({min(question.devices_per_node, question.cluster.count)} devices): "
         f"{_bytes(sum(plan.node_memory.values()))}",
         *_parts(plan.node_memory),
