@@ -36,7 +36,7 @@ def test_planned_memory_is_within_15_percent_of_what_a_step_takes(tmp_path):
     off = {case: found["planned"] / found["measured"] - 1 for case, found in figures.items()}
     zero3 = off.pop(
         "bf16 zero3"
-    )  # measured 10 to 18 % above the plan: what is in flight there varies; the plan says so
+    )  # measured 10 to 18 % above the plan, which says so
     assert max(map(abs, off.values())) < 0.15, (off, figures)
     assert abs(zero3) < 0.25, figures
 
