@@ -34,9 +34,7 @@ def test_planned_memory_is_within_15_percent_of_what_a_step_takes(tmp_path):
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert len(figures) == 4
     off = {case: found["planned"] / found["measured"] - 1 for case, found in figures.items()}
-    zero3 = off.pop(
-        "bf16 zero3"
-    )  # measured 10 to 18 % above the plan, which says so
+    zero3 = off.pop("bf16 zero3")  # measured 10 to 18 % above the plan, which says so
     assert max(map(abs, off.values())) < 0.15, (off, figures)
     assert abs(zero3) < 0.25, figures
 
