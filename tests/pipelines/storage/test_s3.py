@@ -236,7 +236,8 @@ def test_checkpoints_are_kept_in_a_store_that_fails(proxy, direct, bucket, tmp_p
     assert checkpoints.next_attempt(uri) == "attempt-00003"
     checkpoints.prune(uri, found[:1])
     assert [stored.state.step for stored in checkpoints.find_checkpoints(uri)] == [3]
-    assert all(name.startswith(f"{path}/attempt-00002/{STEP.format(3)}/") for name in direct.find(path))
+    left = [name for name in direct.find(path) if not name.startswith(f"{path}/record/")]
+    assert all(name.startswith(f"{path}/attempt-00002/{STEP.format(3)}/") for name in left)
     assert bool(proxy.faults) == bool(share)
 
 
