@@ -51,8 +51,16 @@ def right(answers):
     return all(not a.failure and a.caption == caption_of(number_of(a)) for a in answers)
 
 
+OTHERS: set[threading.Thread] = set()  # threads that tests of other modules left in this process, such as s3fs's
+
+
+@pytest.fixture(autouse=True)
+def others():
+    OTHERS.update(threading.enumerate())
+
+
 def no_thread_left():
-    return not [thread for thread in threading.enumerate() if thread.name.startswith("asyncio")]
+    return not [thread for thread in set(threading.enumerate()) - OTHERS if thread.name.startswith("asyncio")]
 
 
 def test_caption_identity_under_faults_every_caption_is_on_its_own_clip_and_none_is_lost(server):
