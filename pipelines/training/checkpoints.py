@@ -235,7 +235,10 @@ def _folders(filesystem: Any, path: str, name: re.Pattern[str]) -> list[str]:
 def _complete_state(filesystem: Any, path: str) -> LoopState | None:
     """The state of a checkpoint folder, or None if any worker's files are not all there."""
     try:
-        state = read_state(_read(filesystem, f"{path}/{STATE_FILE}"), path)
+        data = _read(filesystem, f"{path}/{STATE_FILE}")
+        if _is_damaged_state(filesystem, path, data):  # before it is taken for one of a newer program
+            return None
+        state = read_state(data, path)
         for rank in range(state.num_workers):
             files = json.loads(_read(filesystem, f"{path}/{list_name(rank)}"))
             infos = filesystem.get_file_info([f"{path}/{name}" for name in files])
@@ -245,6 +248,14 @@ def _complete_state(filesystem: Any, path: str) -> LoopState | None:
     except (AttributeError, FileNotFoundError, KeyError, NotADirectoryError, ValueError, TypeError):
         return None
     return state
+
+
+def _is_damaged_state(filesystem: Any, path: str, data: bytes) -> bool:
+    """Whether rank 0 wrote down another SHA-256 of the state than that of its file."""
+    with suppress(FileNotFoundError):
+        entry = json.loads(_read(filesystem, f"{path}/{list_name(0)}")).get(STATE_FILE)
+        return isinstance(entry, dict) and entry["sha256"] != hashlib.sha256(data).hexdigest()
+    return False
 
 
 def _read(filesystem: Any, path: str) -> bytes:

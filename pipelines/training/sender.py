@@ -210,12 +210,15 @@ class Sender:
 
     def _send_metrics(self, tracker: Tracker, *, to_the_end: bool) -> None:
         while True:
+            before = self._read
             if not self._rows:
                 for record in islice(self.history.read(after=self._read), _BATCH):
                     self._rows += self._stream.add(record)
                     self._read = record.step
                 if to_the_end and self._read == self.history.last_step:
                     self._rows += self._stream.flush()
+            if not self._rows and self._read > before:
+                continue  # none of these steps ends a row
             if not self._rows:
                 return
             tracker.log_metrics(self._rows)

@@ -65,6 +65,17 @@ def test_a_checkpoint_of_a_newer_program_is_refused_and_kept(tmp_path):
         find_checkpoints(str(tmp_path))
 
 
+def test_a_state_with_a_flipped_byte_is_damage_and_no_newer_program(tmp_path):
+    whole = write_checkpoint(tmp_path, f"attempt-00001/{STEP.format(1)}", 3)
+    folder = write_checkpoint(tmp_path, f"attempt-00001/{STEP.format(2)}", 6)
+    for each in (whole, folder):
+        data, listed = (each / "state.json").read_bytes(), json.loads((each / "worker-00000.json").read_text())
+        entry = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        (each / "worker-00000.json").write_text(json.dumps(listed | {"state.json": entry}))
+    (folder / "state.json").write_bytes(data.replace(b'"step"', b'"stex"'))
+    assert [stored.state.step for stored in find_checkpoints(str(tmp_path))] == [3]
+
+
 def test_the_record_comes_in_parts_however_often_it_began_anew(tmp_path):
     """10, 20, then again from 10 with other intervals; the parts of what was lost stay, and do no harm."""
     for first, step, attempt in ((0, 10, 1), (10, 20, 1), (10, 25, 2), (25, 30, 2)):

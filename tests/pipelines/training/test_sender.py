@@ -87,7 +87,9 @@ def test_what_is_recorded_is_sent_while_training_goes_on(dataset, tmp_path):
     assert {metric.key: metric.value for metric in model.metrics} == {"loss": 1.0}
 
 
-def test_every_nth_step_has_a_row_also_after_a_resume(dataset, tmp_path):
+@pytest.mark.parametrize("batch", [1000, 2])
+def test_every_nth_step_has_a_row_also_after_a_resume(dataset, tmp_path, monkeypatch, batch):
+    monkeypatch.setattr("pipelines.training.sender._BATCH", batch)  # fewer than make a row: it goes on to the next
     output, history, sender = open_run(dataset, tmp_path / "out", log_every=3)
     history.add(replace(step_record(step), clips=8) for step in range(1, 8))
     sender.end("FAILED")
