@@ -31,6 +31,7 @@ from pipelines.training.validate import Validator
 
 _PUSH_SECONDS = 0.5
 _PREEMPTION_SECONDS = 10.0  # between looks for a node that is about to be taken away
+_ORDER_SECONDS = 0.2  # between two looks for an order to stop
 _STOP, _LOOK = 1, 2  # signals of rank 0 to all
 # What follows from config, data and memory, and so comes again on another try.
 _SURE = (MemoryError, NotImplementedError, TypeError, UserError, ValueError, torch.OutOfMemoryError)
@@ -101,7 +102,7 @@ class Worker:
         self.validator = Validator(job.run, rank=self.rank, device=self.device)
         self.lines: list[str] = []  # of the record, since the last checkpoint
         self.pushed = 0  # of them, those the driver has
-        self.pushed_at = self.looked_at = time.monotonic()
+        self.pushed_at = self.looked_at = self.asked_at = time.monotonic()
         self.preempted: float | None = None  # deadline of a preemption that was saved for
         model = ModelFile(config=job.run.model, vocabulary=job.run.vocabulary, info=job.run.info)
         self.writer = CheckpointWriter(
@@ -209,10 +210,14 @@ class Worker:
     def _signal(self) -> int:
         """What rank 0 has to say to all workers in the next step."""
         now, signal = time.monotonic(), 0
-        if self.rank == 0 and now - self.looked_at > _PREEMPTION_SECONDS:
+        if self.rank:
+            return signal
+        if now - self.looked_at > _PREEMPTION_SECONDS:
             self.looked_at, signal = now, _LOOK
-        if self.rank == 0 and self.job.orders is not None and not self.job.orders.empty():
-            signal |= _STOP
+        if self.job.orders is not None and now - self.asked_at > _ORDER_SECONDS:
+            self.asked_at = now
+            if not self.job.orders.empty():  # a call of another process
+                signal |= _STOP
         return signal
 
     def _preemption(self) -> bool:
