@@ -305,13 +305,16 @@ def _check_rows(buckets: Sequence[PlanBucket], config: TrainConfig) -> None:
 
 
 def rank_rows(rows: Sequence[int], *, rank: int, num_workers: int, micro_batches: int) -> list[tuple[int, ...]]:
-    """The part of a step's rows that one worker takes, cut as evenly as possible into its micro-batches.
+    """The part of a step's rows that one worker takes, cut as evenly as possible into at most so many micro-batches.
+
+    Fewer where a worker has fewer rows than that, which happens if they do not divide evenly.
 
     Raises:
-        ValueError: if the rows do not divide evenly among workers (the config's check comes first).
+        ValueError: if there are fewer rows than workers (the config's check comes first).
     """
-    share, rest = divmod(len(rows), num_workers)
-    if rest:
-        raise ValueError(f"{len(rows)} rows do not divide by {num_workers} workers")
-    cuts = [rank * share + share * i // micro_batches for i in range(micro_batches + 1)]
-    return [tuple(rows[start:stop]) for start, stop in pairwise(cuts)]
+    if len(rows) < num_workers:
+        raise ValueError(f"{len(rows)} rows are too few for {num_workers} workers")
+    first, stop = (len(rows) * i // num_workers for i in (rank, rank + 1))
+    parts = min(micro_batches, stop - first)
+    cuts = [first + (stop - first) * i // parts for i in range(parts + 1)]
+    return [tuple(rows[start:end]) for start, end in pairwise(cuts)]

@@ -353,8 +353,7 @@ class TrainConfig:
         )
         least, most = self.num_workers if self.min_workers is None else self.min_workers, self.num_workers
         require(1 <= least <= most, f"min_workers must be from 1 to num_workers = {most}, got {least}")
-        for count in range(least, most + 1):  # Ray Train takes any number between them
-            self.check_workers(count)
+        self.check_workers(most)  # fewer may have an uneven share
 
     def check_workers(self, count: int) -> None:
         """Check that the rows of every step can be divided evenly among so many workers.

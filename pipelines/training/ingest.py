@@ -82,18 +82,23 @@ class StepLoader:
         for rows in share:
             # Documents of equal length have equal layouts, and neighbours of equal layout are attended together.
             documents += sorted((self.document(step, row) for row in rows), key=lambda document: len(document.ids))
+        idle = passes - len(share)
+        again = documents[: len(share[0])] * idle  # for passes in which other workers have rows and this one has none
+        cut, longest = sum(document.cut for document in documents), max(each.text_tokens for each in documents)
+        documents += again
         return {
             "step": index,
             "epoch": step.epoch,
             "shape": list(step.bucket.shape),
             "dataset": step.bucket.dataset,
             "rows": len(step.rows),
-            "sizes": [len(rows) for rows in share],
+            "idle": idle,
+            "sizes": [len(rows) for rows in share] + [len(share[0])] * idle,
             "lengths": [len(document.ids) for document in documents],
             "ids": np.concatenate([document.ids for document in documents]),
             "masked": np.concatenate([document.masked for document in documents]),
-            "cut_captions": sum(document.cut for document in documents),
-            "longest_caption": max(document.text_tokens for document in documents),
+            "cut_captions": cut,
+            "longest_caption": longest,
         }
 
     def document(self, step: PlannedStep, row: int) -> Document:
@@ -155,6 +160,7 @@ _SCHEMA = pa.schema(
         ("shape", pa.list_(pa.int32())),
         ("dataset", pa.int32()),
         ("rows", pa.int32()),
+        ("idle", pa.int32()),  # of the micro-batches, those at the end that count nothing
         ("sizes", pa.list_(pa.int32())),  # documents of each micro-batch
         ("lengths", pa.list_(pa.int32())),  # tokens of each document
         ("ids", pa.list_(pa.int32())),

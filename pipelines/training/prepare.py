@@ -61,7 +61,7 @@ class PreparedRun:
 
     def micro_batches(self, shape: tuple[int, int, int], num_workers: int) -> int:
         """Forward passes of a worker in a step of a bucket, as many on every worker."""
-        rows = self.config.batch_rows(shape[0]) // num_workers
+        rows = -(-self.config.batch_rows(shape[0]) // num_workers)
         return -(-rows // self.rows_per_pass(shape))
 
     def rows_per_pass(self, shape: tuple[int, int, int]) -> int:

@@ -29,6 +29,12 @@ class StepBatch:
     rows: int  # of all workers
     cut_captions: int  # of this worker's rows: captions cut to what the model can read
     longest_caption: int  # of this worker's rows: tokens of the longest prompt before it was cut
+    idle: int = 0  # micro-batches at the end that count nothing: rows that do not divide evenly among workers
+
+    @property
+    def counted(self) -> tuple[PackedBatch, ...]:
+        """The micro-batches that the loss is taken over."""
+        return self.micro_batches[: len(self.micro_batches) - self.idle]
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,9 @@ class TrainStep:
         batch, is for the record.
         """
         packed = [pack(x.ids, x.masked_positions, x.layouts, self.vocabulary) for x in batch.micro_batches]
-        predicted = sum(len(x.loss_frames) for x in packed if x.loss_frames is not None)  # known before any device is
+        counted = len(batch.counted)
+        # Known before any device is.
+        predicted = sum(len(x.loss_frames) for x in packed[:counted] if x.loss_frames is not None)
         micro_batches = [x.to(self.device) for x in packed]
         num_frames = len(micro_batches[0].layouts[0].frames)
         count = self._sum(torch.tensor(float(predicted)))
@@ -81,12 +89,13 @@ class TrainStep:
             self.engine.set_gradient_accumulation_boundary(index == len(micro_batches))
             with self.clock("forward"):
                 loss, sums, counts = self.engine(micro, num_frames)
-            totals += torch.stack([sums, counts])
+            weight = float(index <= counted)
+            totals += weight * torch.stack([sums, counts])
             # A loss so far that is no number makes every gradient one, on all workers alike once they are reduced, even
             # where its own gradients happen to be finite: what is decided on the gradients is decided on both.
             finite = 1.0 + 0.0 * totals[0].sum().float()
             with self.clock("backward"):
-                self.engine.backward(loss * scale * finite, scale_wrt_gas=False)
+                self.engine.backward(loss * (scale * weight) * finite, scale_wrt_gas=False)
         with self.clock("optimizer"):
             grad_norm, updated = self._update()
         return self._result(batch, totals, data_wait, grad_norm=grad_norm, updated=updated)
@@ -117,7 +126,7 @@ class TrainStep:
         grad_norm: float,
         updated: bool,
     ) -> StepResult:
-        micro_batches = batch.micro_batches
+        micro_batches = batch.counted
         cells = sum(frame.grid_size for micro in micro_batches for doc in micro.layouts for frame in doc.frames)
         masked = sum(int(micro.masked_positions.sum()) for micro in micro_batches)
         tokens = sum(len(micro.ids) for micro in micro_batches)

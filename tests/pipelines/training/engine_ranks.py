@@ -60,14 +60,16 @@ def batches(first: int, stop: int) -> Iterator[StepBatch]:
     """This process' share of the steps: the same rows on any number of processes."""
     share = ROWS // dist.get_world_size()
     for step in range(first, stop):
-        micro_batches = []
-        for row in range(dist.get_rank() * share, (dist.get_rank() + 1) * share):
-            seed = step * ROWS + row
-            codes = np.random.default_rng(seed).integers(0, 16, (2, 4, 4)) % (seed % 4 + 2)
-            ids, layout = build_sequence(VOCABULARY, [1, 2 + seed % 4], codes, fps=12.0)
-            masked = sample_masked_positions(layout, MaskConfig(), torch.Generator().manual_seed(seed))
-            micro_batches.append(PackedBatch(ids, masked, (layout,)))
-        yield StepBatch(step, 0, tuple(micro_batches), (2, 4, 4), 0, ROWS, 0, 0)
+        own = [row_of(step, dist.get_rank() * share + row) for row in range(share)]
+        yield StepBatch(step, 0, tuple(own), (2, 4, 4), 0, ROWS, 0, 0)
+
+
+def row_of(step: int, row: int) -> PackedBatch:
+    seed = step * ROWS + row
+    codes = np.random.default_rng(seed).integers(0, 16, (2, 4, 4)) % (seed % 4 + 2)
+    ids, layout = build_sequence(VOCABULARY, [1, 2 + seed % 4], codes, fps=12.0)
+    masked = sample_masked_positions(layout, MaskConfig(), torch.Generator().manual_seed(seed))
+    return PackedBatch(ids, masked, (layout,))
 
 
 def train(engine: Engine, config: TrainConfig, first: int, stop: int) -> list[StepResult]:
@@ -89,6 +91,28 @@ def everything(engine: Engine) -> list[torch.Tensor]:
             value = state[flat][key]
             found.append(value.clone() if isinstance(value, torch.Tensor) else torch.tensor(value))
     return found + [p.detach().clone() for p in engine.module.parameters()]
+
+
+def uneven(folder: Path) -> None:
+    """Three rows on two processes: it does not matter whose pass counts nothing, nor that there is one."""
+    for deepspeed in ("zero1", "zero3"):
+        config = config_for(folder, deepspeed, optimizer=ADAMW)
+        found = []
+        for alone in (0, 1):  # the process with one row
+            engine, results = new_engine(config), []
+            step = TrainStep(engine, VOCABULARY, device=torch.device("cpu"))
+            for index in range(3):
+                rows = [row_of(index, row) for row in range(3)]
+                own = rows[2:] if dist.get_rank() == alone else rows[:2]
+                idle = 2 - len(own)
+                batch = StepBatch(index, 0, tuple(own + own[:idle]), (2, 4, 4), 0, 3, 0, 0, idle)
+                results.append(step(batch, lr=LR, data_wait=0.0))
+            found.append([(result.loss, result.grad_norm, result.tokens) for result in results])
+        assert np.allclose(found[0], found[1], rtol=1e-5), (deepspeed, found)
+        module = LossModule(new_engine(config_for(folder, "zero0")).module.decoder, VOCABULARY)
+        sums, counts = zip(*(module(row_of(0, row), 2)[1:] for row in range(3)), strict=True)
+        plain = float(torch.stack(sums).sum() / torch.stack(counts).sum())
+        assert abs(plain - found[0][0][0]) < 1e-5, (deepspeed, plain, found)
 
 
 def poison(engine: Engine, *, gradient: bool) -> Any:
@@ -252,7 +276,7 @@ def optimizer_named(kind: str) -> OptimizerConfig:
     return MUON if kind == "muon" else ADAMW
 
 
-SCENARIOS = {each.__name__: each for each in (skip, agree, average, text, full_disk, write, resume)}
+SCENARIOS = {each.__name__: each for each in (skip, agree, uneven, average, text, full_disk, write, resume)}
 
 
 def main(scenario: str, folder: Path, *arguments: str) -> None:

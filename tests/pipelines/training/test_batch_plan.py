@@ -260,6 +260,8 @@ def test_rank_rows_divide_a_step_for_any_number_of_workers(workers, micro_batche
     assert min(sizes) >= 1
 
 
-def test_rank_rows_refuses_an_uneven_division():
-    with pytest.raises(ValueError, match="8 rows do not divide by 3 workers"):
-        rank_rows(range(8), rank=0, num_workers=3, micro_batches=1)
+def test_rank_rows_may_be_uneven():
+    shares = [rank_rows(range(8), rank=rank, num_workers=3, micro_batches=3) for rank in range(3)]
+    assert shares == [[(0,), (1,)], [(2,), (3,), (4,)], [(5,), (6,), (7,)]]
+    with pytest.raises(ValueError, match="8 rows are too few for 9 workers"):
+        rank_rows(range(8), rank=0, num_workers=9, micro_batches=1)

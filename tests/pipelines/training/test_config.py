@@ -164,10 +164,11 @@ def test_wsd_warms_up_stays_and_decays():
         replace(CONFIG, optimizer=options, steps=4)
 
 
-def test_a_run_may_have_fewer_workers_if_all_counts_divide_its_batch():
+def test_a_run_may_have_fewer_workers_whose_number_need_not_divide_its_batch():
     elastic = replace(CONFIG, num_workers=2, min_workers=1)
     assert elastic.identity_hash() == CONFIG.identity_hash()
+    assert replace(CONFIG, num_workers=4, min_workers=2).min_workers == 2
     with pytest.raises(ValueError, match="global_batch = 8 is not a multiple of num_workers = 3"):
-        replace(CONFIG, num_workers=4, min_workers=2)
+        replace(CONFIG, num_workers=3, min_workers=2)
     with pytest.raises(ValueError, match="min_workers must be from 1 to num_workers = 2, got 3"):
         replace(CONFIG, num_workers=2, min_workers=3)

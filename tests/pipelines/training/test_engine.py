@@ -26,6 +26,10 @@ def test_stages_agree_with_partitioned_tensors_too(tmp_path: Path):
     run_ranks("engine_ranks", "agree", tmp_path)
 
 
+def test_rows_need_not_divide_evenly_among_workers(tmp_path: Path):
+    run_ranks("engine_ranks", "uneven", tmp_path)
+
+
 def test_the_average_of_the_weights_on_any_stage(tmp_path: Path):
     run_ranks("engine_ranks", "average", tmp_path)
 
