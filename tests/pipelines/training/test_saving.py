@@ -31,21 +31,19 @@ def test_a_killed_process_leaves_its_scratch_to_the_next_one(tmp_path: Path):
     assert list(tmp_path.glob("lumos-scratch-*")) == []
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
-def test_two_users_share_a_folder_for_scratch(tmp_path: Path):
-    """As /tmp is; in a child, for the way back is closed."""
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o1777)
+def test_two_users_share_a_folder_for_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As /tmp is: no file of one is opened by the other, who might not."""
     ours = Scratch(str(tmp_path))
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setuid(65534)
-            Scratch(str(tmp_path)).remove()
-            os._exit(0)
-        except BaseException:  # noqa: BLE001 - the status tells
-            os._exit(1)
-    assert os.waitpid(child, 0)[1] == 0
+    of_ours = {path.name for path in tmp_path.iterdir()}
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    opened: list[str] = []
+    monkeypatch.setattr(os, "open", lambda path, *more, was=os.open: opened.append(str(path)) or was(path, *more))
+    theirs = Scratch(str(tmp_path))
+    monkeypatch.undo()
+    names = {Path(path).relative_to(tmp_path).parts[0] for path in opened if Path(path).is_relative_to(tmp_path)}
+    assert names, "the lock is opened by another function now"
+    assert not names & of_ours
+    theirs.remove()
     ours.remove()
 
 
