@@ -248,6 +248,9 @@ class Sender:
         every = self.prepared.config.validation.every
         links = []
         for step, uri in sorted(self.kept().items()):
+            if step > self.history.last_step:  # kept already, and its record still on the way
+                self._models_due = True
+                continue
             values: dict[str, float] = {}
             time = 0.0
             for record in islice(self.history.read(after=max(0, step - max(1, every))), max(1, every)):
