@@ -12,9 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-# Of the block of logits held at a time (on a CPU 256 rows of 64,000 columns in float32, 512 in bfloat16), and of those
-# normalised at a time: on a CPU they stay in its caches, on a GPU kernels are to be large.
-LOGITS_BYTES = {"cpu": 2**26, "cuda": 2**29}
+# Of the logits normalised at a time: on a CPU they stay in its caches, on a GPU kernels are to be large.
 _SOFTMAX_BYTES = {"cpu": 2**23, "cuda": 2**28}
 _ROW_STEP = 64  # blocks are whole multiples of so many rows
 
@@ -47,7 +45,7 @@ def cross_entropy(
         weight: one row for each class.
         targets: 0..classes-1.
         z_loss_weight: holds normalisers near zero.
-        block_rows: rows of logits held at a time; None is what 64 MiB hold, on a GPU 512 MiB.
+        block_rows: rows of logits held at a time; None is what :func:`logits_bytes` hold.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -61,9 +59,17 @@ def cross_entropy(
     return CrossEntropy(total, losses, normalisers)
 
 
+def logits_bytes(device: str, itemsize: int) -> int:
+    """Bytes of the block of logits held at a time, by the bytes of one.
+
+    On a GPU 512 MiB. On a CPU 64 MiB in float32, and 128 in bfloat16, where every block costs a pass over the weight's
+    gradient in float32.
+    """
+    return 2**29 if device == "cuda" else 2**28 // itemsize
+
+
 def _block_rows(device: str, classes: int, itemsize: int) -> int:
-    budget = LOGITS_BYTES.get(device, LOGITS_BYTES["cpu"])
-    return max(_ROW_STEP, budget // (classes * itemsize) // _ROW_STEP * _ROW_STEP)
+    return max(_ROW_STEP, logits_bytes(device, itemsize) // (classes * itemsize) // _ROW_STEP * _ROW_STEP)
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,8 @@ class _CrossEntropy(torch.autograd.Function):
         x, w = hidden.to(options.dtype), weight.to(options.dtype)
         buffer = w.new_empty(min(options.block_rows, len(x)), len(w))
         grad_hidden = torch.empty_like(hidden) if options.hidden_gradient else None
-        grad_weight = torch.zeros_like(weight, dtype=exact) if options.weight_gradient else None
+        new = torch.empty_like if len(x) else torch.zeros_like
+        grad_weight = new(weight, dtype=exact) if options.weight_gradient else None
         product = torch.empty_like(w) if options.weight_gradient and options.dtype != exact else None
         for start in range(0, len(x), options.block_rows):
             rows = slice(start, start + options.block_rows)
@@ -99,10 +106,8 @@ class _CrossEntropy(torch.autograd.Function):
             _normalise(block, targets[rows], losses[rows], normalisers[rows], options)
             if grad_hidden is not None:
                 grad_hidden[rows] = torch.mm(block, w)
-            if grad_weight is not None and product is None:
-                torch.addmm(grad_weight, block.T, x[rows], out=grad_weight)
-            elif grad_weight is not None:
-                grad_weight += torch.mm(block.T, x[rows], out=product)
+            if grad_weight is not None:
+                _add_product(grad_weight, block.T, x[rows], product, first=start == 0)
         ctx.gradients = grad_hidden, grad_weight
         ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(losses, normalisers)
@@ -122,6 +127,17 @@ class _CrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_total).to(ctx.dtype)
         return grad_hidden, grad_weight, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, product: Tensor | None, *, first: bool) -> None:
+    """Add ``a @ b``, formed in ``product`` if there is one; the first one is written over what is there."""
+    if product is not None:
+        torch.mm(a, b, out=product)
+        total.copy_(product) if first else total.add_(product)
+    elif first:
+        torch.mm(a, b, out=total)
+    else:
+        torch.addmm(total, a, b, out=total)
 
 
 def _normalise(logits: Tensor, targets: Tensor, losses: Tensor, normalisers: Tensor, options: _Options) -> None:

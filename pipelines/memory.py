@@ -1,10 +1,25 @@
-"""Memory of processes, sampled while work goes on."""
+"""Memory of processes: what they hold, sampled while work goes on, and what they give back."""
 
 import contextlib
+import ctypes
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
 import psutil
+
+_M_MMAP_THRESHOLD = -3  # of mallopt(3)
+_LARGE = 4 * 2**20
+
+
+def give_back_large_buffers() -> None:
+    """Let buffers of 4 MiB and more go back to the system as soon as they are free (glibc; nothing elsewhere).
+
+    Left alone, glibc comes to keep them for later, up to 32 MiB each. A pass with checkpointing then holds 2.6 GB where
+    2.1 do, and is 2 to 5 % faster (`jobs/benchmark.py train`).
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 def own_memory() -> float:

@@ -32,6 +32,7 @@ from pipelines.benchmarks.clips import (
 )
 from pipelines.benchmarks.machine import describe_machine, product_ms
 from pipelines.config import PROJECT_DIR
+from pipelines.memory import give_back_large_buffers
 
 _THREADS = 2
 _MEMORY_STEPS = 3  # the second one meets the gradients' memory of the first
@@ -167,6 +168,8 @@ def _peak_rss_gb(preset: str, precision: str, recompute: str) -> float:
 def memory_steps(preset: str, precision: str, recompute: Recompute) -> None:
     """What that process does."""
     torch.set_num_threads(_THREADS)
+    if recompute != "none":  # as a worker does
+        give_back_large_buffers()
     module = new_module(PRESETS[preset].model(), autocast=_AUTOCAST[precision])
     module.decoder.recompute = recompute
     batch = training_batch(whole_clips(PRESETS[preset].shape))

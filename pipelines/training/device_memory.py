@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lumos.config import ModelConfig
-from lumos.cross_entropy import LOGITS_BYTES
+from lumos.cross_entropy import logits_bytes
 from lumos.flops import Checkpointing, ParameterCounts
 
 _LIVE_PARAMETERS = 1e9  # DeepSpeed's default of stage3_max_live_parameters, in elements
@@ -158,7 +158,10 @@ def _activations(model: ModelConfig, setup: Setup, one: Pass) -> float:
 def _loss_moment(model: ModelConfig, counts: ParameterCounts, setup: Setup, one: Pass) -> dict[str, float]:
     """Logits of a block of rows, while the head's gradient is summed."""
     classes = counts.visual_head // model.hidden_size
-    block = min(LOGITS_BYTES["cuda" if setup.on_gpu else "cpu"], one.predictions * classes * setup.parameter_bytes)
+    block = min(
+        logits_bytes("cuda" if setup.on_gpu else "cpu", setup.parameter_bytes),
+        one.predictions * classes * setup.parameter_bytes,
+    )
     product = 0 if setup.parameter_bytes == 4 else setup.parameter_bytes * counts.visual_head
     return {
         "activations": _activations(model, setup, one),

@@ -16,6 +16,7 @@ from ray.util.queue import Queue
 from lumos.decoder import Decoder
 from lumos.losses import LossModule
 from pipelines.errors import JobError, UserError
+from pipelines.memory import give_back_large_buffers
 from pipelines.training.checkpoints import MODEL_FILE, STATE_FILE, TEXT_TOKENIZER_FILE, LoopState, ModelFile, read_state
 from pipelines.training.diagnosis import Diagnosis
 from pipelines.training.ema import forget_average, update_average
@@ -86,6 +87,8 @@ class Worker:
         self.rank = ray.train.get_context().get_world_rank()
         self.device = ray.train.torch.get_device()
         prepare_process(self.device, threads=job.threads)
+        if self.config.checkpoint_activations:  # memory is short
+            give_back_large_buffers()
         self.module = LossModule(
             self._make_model(),
             job.run.vocabulary,
