@@ -87,7 +87,7 @@ class Worker:
         self.rank = ray.train.get_context().get_world_rank()
         self.device = ray.train.torch.get_device()
         prepare_process(self.device, threads=job.threads)
-        if self.config.checkpoint_activations:  # memory is short
+        if self.config.model.checkpoint_activations:  # memory is short
             give_back_large_buffers()
         self.module = LossModule(
             self._make_model(),
