@@ -21,6 +21,7 @@ from pipelines.errors import UserError
 
 # Read when MLflow is imported, which happens in functions here: its import takes seconds.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one bar for every small file
 # A job tries again by itself; by MLflow's own defaults a call to a server that is away takes many minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
