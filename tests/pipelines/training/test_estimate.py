@@ -11,6 +11,7 @@ from jobs.plan import command
 from lumos.config import lumos_1b, lumos_3b
 from lumos.flops import Workload, count_parameters, dense_flops, exact_flops, mean_mask_ratio
 from lumos.layout import TAIL, video_layout
+from lumos.tokenizers import FsqTokenizer
 from pipelines.errors import UserError
 from pipelines.training.accelerators import parse_cluster
 from pipelines.training.config import CheckpointConfig, ResourceConfig, SourceConfig
@@ -145,7 +146,7 @@ def test_shares_follow_the_weights_of_the_sources(tmp_path):
 
 def test_rows_that_are_told_have_the_codes_of_the_runs_tokenizer(tmp_path):
     config = tiny_config(tmp_path, tmp_path)
-    assert question(config).codebook_size == 1000  # of the tokenizer in the package
+    assert question(config).codebook_size == FsqTokenizer().codebook_size  # that of the package
     paper = replace(config.data, vocabulary="lumos1", text_tokenizer="nowhere.json")
     assert question(replace(config, data=paper), rows=["video:7x4x4"]).codebook_size == 64000
 
