@@ -23,7 +23,7 @@ from jobs.command import ConfigCommand, config_arguments, resolve, run
 )
 @config_arguments()
 @click.option("--cluster", required=True, help="Devices, such as 48xH20 or 8xH100-80GB.")
-@click.option("--tflops", type=float, help="Of a device that is not known: dense bf16 TFLOP/s; --cluster is a number.")
+@click.option("--tflops", type=float, help="Of a device that is not known, dense; --cluster is a number.")
 @click.option("--memory-gb", type=float, help="Of a device that is not known.")
 @click.option("--rows", multiple=True, help="Latent shapes, such as image:32x56, video:7x32x56; else the dataset's.")
 @click.option("--tokens", type=float, help="Budget, such as 100e9; else the steps of the config.")
@@ -42,11 +42,12 @@ def command(config: str, overrides: tuple[str, ...], print_config: bool, as_json
 
     resolved = resolve(TrainConfig, config, overrides, print_config)
 
+    from pipelines.training.accelerators import parse_cluster
     from pipelines.training.estimate import make_plan
     from pipelines.training.estimate_text import as_text, as_values
-    from pipelines.training.plan_question import find_cluster, make_question
+    from pipelines.training.plan_question import make_question
 
-    cluster = find_cluster(options.pop("cluster"), options.pop("tflops"), options.pop("memory_gb"))
+    cluster = parse_cluster(options.pop("cluster"), options.pop("tflops"), options.pop("memory_gb"))
     plan = make_plan(resolved, make_question(resolved, cluster, **options))
     click.echo(json.dumps(as_values(plan), indent=2) if as_json else as_text(plan))
     sys.exit(0 if plan.fits else 1)

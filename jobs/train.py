@@ -38,10 +38,9 @@ def command(config: str, overrides: tuple[str, ...], print_config: bool, dry: bo
 
     resolved = resolve(TrainConfig, config, overrides, print_config)
     if dry:
-        from pipelines.training import dry_run
+        from pipelines.training.dry_run import dry_run
 
-        for line in dry_run.lines(dry_run.dry_run(resolved)):
-            click.echo(line)
+        click.echo("\n".join(dry_run(resolved)))
         return
 
     from pipelines.training.run import train

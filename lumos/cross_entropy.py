@@ -51,11 +51,9 @@ def cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     if block_rows is None:
         block_rows = _block_rows(device, len(weight), dtype.itemsize)
-    with_gradients = torch.is_grad_enabled()
-    needed = (with_gradients and hidden.requires_grad, with_gradients and weight.requires_grad)
-    total, losses, normalisers = _CrossEntropy.apply(
-        hidden, weight, targets, _Options(dtype, z_loss_weight, block_rows, *needed)
-    )
+    needed = (torch.is_grad_enabled() and hidden.requires_grad, torch.is_grad_enabled() and weight.requires_grad)
+    options = _Options(dtype, z_loss_weight, block_rows, *needed)
+    total, losses, normalisers = _CrossEntropy.apply(hidden, weight, targets, options)
     return CrossEntropy(total, losses, normalisers)
 
 

@@ -157,18 +157,16 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
 
-@dataclass(frozen=True)
-class Normal:
-    """Draws around 0."""
+def fill_initially(weight: Tensor, name: str, num_layers: int, generator: torch.Generator | None) -> None:
+    """Give a parameter of that name, or a part of it, its first values.
 
-    std: float
-
-
-def initial_value(name: str, num_layers: int) -> Normal | float:
-    """What a parameter of that name begins with: draws, residual outputs scaled down by the depth, or a constant."""
+    Normal, std 0.02, with residual outputs scaled down by the depth; norms at identity.
+    """
     if "norm" in name:
-        return 0.0 if name.endswith("bias") else 1.0
-    return Normal(0.02 / (2 * num_layers) ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02)
+        weight.fill_(0.0 if name.endswith("bias") else 1.0)
+    else:
+        depth = 2 * num_layers if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+        weight.normal_(0.0, 0.02 / depth**0.5, generator=generator)
 
 
 class Decoder(nn.Module):
@@ -224,14 +222,10 @@ class Decoder(nn.Module):
         return KVCache(weight.new_zeros(shape), weight.new_zeros(shape), lengths=[0] * rows)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw weights: normal, std 0.02, with residual outputs scaled down by the depth; norms at identity."""
+        """Draw weights (:func:`fill_initially`)."""
         with torch.no_grad():
             for weight, key, _ in self.weight_parts():
-                value = initial_value(key, self.config.num_layers)
-                if isinstance(value, Normal):
-                    weight.normal_(0.0, value.std, generator=generator)
-                else:
-                    weight.fill_(value)
+                fill_initially(weight, key, self.config.num_layers, generator)
 
     def weight_parts(self) -> Iterator[tuple[Tensor, str, slice]]:
         """Every weight, the authors' key it belongs to, and which rows of that key's matrix it holds.

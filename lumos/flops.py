@@ -5,22 +5,18 @@ gate are below 1 % of them. There are two counts of one step. ``dense`` is the u
 over L x L), as if every position were predicted over the whole vocabulary and every pair of tokens attended; with it,
 figures compare with those of other programs. ``exact`` is what the block-causal mask and the loss ask for: the prefix
 products of ``SequenceLayout.segments`` and the head on masked visual tokens and visual classes alone. In a causal
-segment the whole rectangle is counted, as the counters of kernels do; captions are short beside frames.
+segment the whole rectangle is counted, as the counters of kernels do; captions are short beside frames. A text loss
+is not counted.
 
-Nothing here computes with tensors. Every figure is linear in a :class:`Workload`, so workloads of several workers and
-steps may be added first.
+Nothing here computes with tensors.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import acos, pi, sqrt
-from typing import Literal
 
-from lumos.config import MaskConfig, ModelConfig
+from lumos.config import MaskConfig, ModelConfig, Recompute
 from lumos.layout import SequenceLayout
-
-# What is computed a second time in the backward pass: nothing; whole blocks; or blocks but for their attention.
-Checkpointing = Literal["none", "full", "selective"]
 
 
 @dataclass(frozen=True)
@@ -36,48 +32,29 @@ class Parts:
         """Sum of the parts."""
         return self.linear + self.attention + self.head
 
-    def __add__(self, other: "Parts") -> "Parts":
-        return Parts(self.linear + other.linear, self.attention + other.attention, self.head + other.head)
-
-    def scaled(self, factor: float) -> "Parts":
-        """Every part times a factor."""
-        return Parts(self.linear * factor, self.attention * factor, self.head * factor)
-
 
 @dataclass(frozen=True)
 class Workload:
-    """Counts of a batch that FLOPs follow from. They add up over documents, workers and steps."""
+    """Counts of a batch that FLOPs follow from, all linearly."""
 
-    tokens: int = 0  # of all documents, markup and text included
-    exact_pairs: int = 0  # of a query and a key, in the prefix products
-    dense_pairs: int = 0  # the same, if every token met every token of its document
-    visual_predictions: float = 0  # positions at which the visual loss is taken
-    text_predictions: float = 0  # positions at which the text loss is taken
+    tokens: int  # of all documents, markup and text included
+    exact_pairs: int  # of a query and a key, in the prefix products
+    dense_pairs: int  # the same, if every token met every token of its document
+    visual_predictions: float  # positions at which the visual loss is taken
 
     @classmethod
-    def of(
-        cls, layouts: Iterable[SequenceLayout], *, visual_predictions: float, text_predictions: float = 0
-    ) -> "Workload":
+    def of(cls, layouts: Iterable[SequenceLayout], *, visual_predictions: float) -> "Workload":
         """The counts of packed documents."""
         tokens = exact = dense = 0
         for layout in layouts:
             tokens += layout.length
             exact += sum((segment.stop - segment.start) * segment.stop for segment in layout.segments)
             dense += layout.length**2
-        return cls(tokens, exact, dense, visual_predictions, text_predictions)
+        return cls(tokens, exact, dense, visual_predictions)
 
-    def __add__(self, other: "Workload") -> "Workload":
-        return Workload(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
-
-    def scaled(self, factor: float) -> "Workload":
-        """That many of it; counts of a fraction are rounded."""
-        return Workload(
-            round(self.tokens * factor),
-            round(self.exact_pairs * factor),
-            round(self.dense_pairs * factor),
-            self.visual_predictions * factor,
-            self.text_predictions * factor,
-        )
+    def times(self, count: int) -> "Workload":
+        """So many of it."""
+        return Workload(*(count * value for value in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -85,13 +62,12 @@ class StepFlops:
     """FLOPs of a training step. MFU is :attr:`model` per second by the peak; the hardware's share, :attr:`hardware`."""
 
     forward: Parts
-    backward: Parts  # gradients of inputs and weights alone
     recomputed: Parts  # in the backward pass, of what the forward pass did not keep
 
     @property
     def model(self) -> float:
-        """What the step asks for, however it is computed."""
-        return self.forward.total + self.backward.total
+        """What the step asks for, however it is computed: two products in the backward pass for one in the forward."""
+        return 3 * self.forward.total
 
     @property
     def hardware(self) -> float:
@@ -100,12 +76,7 @@ class StepFlops:
 
 
 def exact_flops(
-    config: ModelConfig,
-    work: Workload,
-    *,
-    visual_classes: int,
-    text_classes: int = 0,
-    checkpointing: Checkpointing = "none",
+    config: ModelConfig, work: Workload, *, visual_classes: int, recompute: Recompute = "none"
 ) -> StepFlops:
     """FLOPs of a step as the mask and the loss ask for.
 
@@ -113,25 +84,22 @@ def exact_flops(
         config: shape of the model.
         work: of all documents of the step.
         visual_classes: size of the codebook.
-        text_classes: ids before the visual ones; needed where the text loss is taken.
-        checkpointing: what of a block is recomputed.
+        recompute: what is computed a second time in the backward pass: nothing; blocks but for their attention; blocks.
     """
-    classes = work.visual_predictions * visual_classes + work.text_predictions * text_classes
     forward = Parts(
         linear=2.0 * work.tokens * _block_weights(config) * config.num_layers,
         attention=_attention(config, work.exact_pairs),
-        head=2.0 * config.hidden_size * classes,
+        head=2.0 * config.hidden_size * work.visual_predictions * visual_classes,
     )
     # The attention kernels form the scores, one of two forward products, again; whatever is recomputed besides. The
     # loss forms its gradients while the logits are there, so of the head nothing is.
-    recomputed = Parts(attention=forward.attention / 2)
-    if checkpointing != "none":
-        # The last product of a block is not repeated: its own output is kept as the next block's input.
-        last = 2.0 * work.tokens * config.hidden_size * config.intermediate_size * config.num_layers
-        recomputed += Parts(linear=forward.linear - last)
-    if checkpointing == "full":
-        recomputed += Parts(attention=forward.attention)
-    return StepFlops(forward=forward, backward=forward.scaled(2), recomputed=recomputed)
+    # The last product of a block is not repeated: its own output is kept as the next block's input.
+    last = 2.0 * work.tokens * config.hidden_size * config.intermediate_size * config.num_layers
+    recomputed = Parts(
+        linear=0.0 if recompute == "none" else forward.linear - last,
+        attention=forward.attention * (1.5 if recompute == "full" else 0.5),
+    )
+    return StepFlops(forward, recomputed)
 
 
 def dense_flops(config: ModelConfig, work: Workload) -> StepFlops:
@@ -141,7 +109,7 @@ def dense_flops(config: ModelConfig, work: Workload) -> StepFlops:
         attention=_attention(config, work.dense_pairs),
         head=2.0 * work.tokens * config.hidden_size * config.vocab_size,
     )
-    return StepFlops(forward=forward, backward=forward.scaled(2), recomputed=Parts())
+    return StepFlops(forward, Parts())
 
 
 def mean_mask_ratio(mask: MaskConfig) -> float:

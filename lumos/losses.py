@@ -29,11 +29,6 @@ class VisualLoss:
     normalisers: Float[Tensor, " masked"]  # log-sum-exp of the visual logits
     frame_index: Int64[Tensor, " masked"]  # 0-based latent frame of each token in its document
 
-    @property
-    def count(self) -> int:
-        """Number of masked visual tokens."""
-        return len(self.token_losses)
-
     def per_frame(self, num_frames: int) -> tuple[Float[Tensor, " frames"], Float[Tensor, " frames"]]:
         """Sum of losses and number of tokens of each latent frame."""
         sums = self.token_losses.new_zeros(num_frames)

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import torch
 from lumos.batch import PackedBatch, pack
 from lumos.config import ModelConfig, lumos_1b, lumos_3b
 from lumos.decoder import Decoder
+from lumos.flops import Workload, dense_flops, exact_flops
 from lumos.layout import build_sequence
 from lumos.losses import LossModule
 from lumos.masking import loss_mask, mask_from_scores
@@ -17,22 +19,12 @@ from lumos.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.lumos1()
 MASK_RATIO = 0.8
-FPS = 12.0
 _CAPTION_TOKENS = 59  # with markup, 66 tokens besides the frames
 
 
 def cpu_156m() -> ModelConfig:
     """A model of 156 M parameters, most of them in the vocabulary, for CPUs."""
-    return ModelConfig(
-        vocab_size=VOCABULARY.vocab_size,
-        visual_start=VOCABULARY.visual_start,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_layers=8,
-        num_heads=8,
-        num_kv_heads=4,
-        head_dim=64,
-    )
+    return replace(lumos_1b(), hidden_size=512, intermediate_size=1408, num_layers=8, num_heads=8, num_kv_heads=4)
 
 
 @dataclass(frozen=True)
@@ -52,18 +44,14 @@ PRESETS = {
 }
 
 
-def whole_clips(shape: tuple[int, int, int], count: int = 1, seed: int = 0) -> PackedBatch:
+def whole_clips(shape: tuple[int, int, int], count: int = 1) -> PackedBatch:
     """Clips of random codes with a caption of random words and a tube mask, with all their tokens."""
-    generator = np.random.default_rng(seed)
-    unit = VOCABULARY.cells_per_unit
-    if shape[1] % unit or shape[2] % unit:
-        raise ValueError(f"a frame of {shape[1]}x{shape[2]} cells is not a whole number of {unit} cells each way")
+    generator = np.random.default_rng(0)
     ids, masks, layouts = [], [], []
     for _ in range(count):
         text = generator.integers(10_000, 60_000, _CAPTION_TOKENS).tolist()
-        tokens, layout = build_sequence(
-            VOCABULARY, text, generator.integers(0, VOCABULARY.codebook_size, shape), fps=FPS
-        )
+        codes = generator.integers(0, VOCABULARY.codebook_size, shape)
+        tokens, layout = build_sequence(VOCABULARY, text, codes, fps=12.0)
         mask = torch.zeros(layout.length, dtype=torch.bool)
         scores = torch.from_numpy(generator.random(layout.frames[0].grid_size, dtype=np.float32))
         mask[layout.grid_index] = mask_from_scores(scores, MASK_RATIO)
@@ -78,9 +66,12 @@ def training_batch(whole: PackedBatch) -> PackedBatch:
     return pack(whole.ids, whole.masked_positions, whole.layouts, VOCABULARY)
 
 
-def masked_tokens(batch: PackedBatch) -> int:
-    """Visual tokens that the loss is taken over."""
-    return int(loss_mask(batch.ids, batch.masked_positions, VOCABULARY).sum())
+def arithmetic(config: ModelConfig, batch: PackedBatch) -> dict[str, Any]:
+    """Visual tokens that the loss is taken over, and the model's FLOPs of a step by both counts."""
+    predicted = int(loss_mask(batch.ids, batch.masked_positions, VOCABULARY).sum())
+    work = Workload.of(batch.layouts, visual_predictions=predicted)
+    exact = exact_flops(config, work, visual_classes=VOCABULARY.codebook_size).model
+    return {"predicted": predicted, "flops": {"exact": exact, "dense": dense_flops(config, work).model}}
 
 
 def new_module(config: ModelConfig, *, autocast: torch.dtype | None = None) -> LossModule:

@@ -1,4 +1,4 @@
-"""What a training step takes on a CPU: time, in products of two matrices taken in turns with it, and memory."""
+"""What a training step takes of time and memory: on a CPU told in products of two matrices taken in turns with it."""
 
 import math
 import os
@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lumos.attention import Backend
 from lumos.batch import PackedBatch
 from lumos.config import Recompute
-from lumos.flops import Workload, dense_flops, exact_flops
 from lumos.losses import LossModule
 from lumos.masking import apply_mask
 from pipelines.benchmarks.clips import (
     MASK_RATIO,
     PRESETS,
     VOCABULARY,
-    masked_tokens,
+    arithmetic,
     new_module,
     step,
     timed,
@@ -33,12 +33,14 @@ from pipelines.benchmarks.clips import (
 from pipelines.benchmarks.machine import describe_machine, product_ms
 from pipelines.config import PROJECT_DIR
 from pipelines.memory import give_back_large_buffers
+from pipelines.training.accelerators import find_accelerator
 
 _THREADS = 2
 _MEMORY_STEPS = 3  # the second one meets the gradients' memory of the first
 _MEMORY_RUNS = {"fp32": ("fp32", "none"), "bf16": ("bf16", "none"), "fp32_ckpt": ("fp32", "full")}
 _BOUNDS = {"fp32": (1e-5, 1e-5), "bf16": (1e-2, 3e-2)}  # of loss and gradients against the dense reference
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
+_WARM_UP = 3  # steps on a GPU
 
 
 def run_cpu_train_benchmark(preset: str, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -67,8 +69,7 @@ def run_cpu_train_benchmark(preset: str, repeats: int, say: Callable[[str], None
         say(
             f"{name}: {medians[name]:.2f} s a step ({spread}), {products:.1f} products of {medians['matmul2048']:.4f} s"
         )
-    predicted = masked_tokens(batch)
-    work = Workload.of(batch.layouts, visual_predictions=predicted)
+    counted = arithmetic(config, batch)
     return {
         "schema": 1,
         "matmul2048_s": medians["matmul2048"],
@@ -80,12 +81,9 @@ def run_cpu_train_benchmark(preset: str, repeats: int, say: Callable[[str], None
         "tokens": {
             "clip": len(whole.ids),
             "trained_on": len(batch.ids),  # without what follows the last frame, as training cuts it off
-            "predicted": predicted,
+            "predicted": counted["predicted"],
         },
-        "flops": {
-            "exact": exact_flops(config, work, visual_classes=VOCABULARY.codebook_size).model,
-            "dense": dense_flops(config, work).model,
-        },
+        "flops": counted["flops"],
         "config": {"preset": preset, "shape": shape, "mask_ratio": MASK_RATIO, "repeats": repeats, **asdict(config)},
         "threads": _THREADS,
         "load": os.getloadavg(),
@@ -175,3 +173,64 @@ def memory_steps(preset: str, precision: str, recompute: Recompute) -> None:
     batch = training_batch(whole_clips(PRESETS[preset].shape))
     for _ in range(_MEMORY_STEPS):
         step(module, batch)
+
+
+def run_cuda_train_benchmark(
+    preset: str,
+    repeats: int,
+    say: Callable[[str], None],
+    *,
+    rows: int,
+    recompute: Recompute,
+    backend: Backend,
+    compiled: bool,
+) -> dict[str, Any]:
+    """Forward and backward of so many clips on a GPU, in bf16. Written without one at hand, never run.
+
+    What is to be expected of an H100 (989 TFLOP/s in bf16) if the aim is met, a mask-honest MFU of 45 %: one clip of 7
+    latent frames a pass, 80 % masked, parameters in bf16. Memory is of parameters, gradients and activations, without
+    an optimizer.
+
+        preset    tokens   TFLOP, exact       recompute    tokens/s at the aim
+        1b-256p   12,860   120                none         47,700
+        1b-384p   28,652   369                selective    34,500
+        3b-256p   12,860   327                selective    17,500
+        3b-384p   28,652   995                full         12,800
+
+    To be measured, and the table replaced: backends sdpa, fused_flash and fused_cudnn, each with and without --compile.
+
+    Returns:
+        JSON-able: ``step_s`` (samples), ``tokens_per_s``, ``mfu_exact``, ``mfu_dense`` (None for a GPU whose
+        peak is not known), ``peak_memory_gb``, and the configuration.
+    """
+    config, shape = PRESETS[preset].model(), PRESETS[preset].shape
+    module = new_module(config).to("cuda", torch.bfloat16)
+    module.decoder.recompute, module.decoder.attention_backend = recompute, backend
+    if compiled:
+        module.decoder.compile_blocks()
+    batch = training_batch(whole_clips(shape, rows))
+    flops = arithmetic(config, batch)["flops"]
+    batch = batch.to(torch.device("cuda"))
+    for _ in range(_WARM_UP):
+        step(module, batch)
+    torch.cuda.reset_peak_memory_stats()
+    samples = [timed(partial(step, module, batch)) for _ in range(repeats)]
+    seconds, device = statistics.median(samples), torch.cuda.get_device_name()
+    accelerator = find_accelerator(device)
+    found: dict[str, float | None] = {"tokens_per_s": len(batch.ids) / seconds}
+    for name, value in flops.items():
+        found[f"mfu_{name}"] = value / seconds / accelerator.flops("bf16") if accelerator else None
+    found["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    for name, value in found.items():
+        say(f"{name} {value}")
+    options = {"rows": rows, "recompute": recompute, "backend": backend, "compiled": compiled}
+    return {
+        "schema": 1,
+        **found,
+        "step_s": samples,
+        "tokens": len(batch.ids),
+        "flops": flops,
+        "config": {"preset": preset, "repeats": repeats, **options},
+        "device": device,
+        "machine": describe_machine(),
+    }

@@ -7,11 +7,11 @@ optimizer updates. What lasts (weights, masters, moments) is there in all of the
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from lumos.config import ModelConfig
+from lumos.config import ModelConfig, Recompute
 from lumos.cross_entropy import logits_bytes
-from lumos.flops import Checkpointing, ParameterCounts
+from lumos.flops import ParameterCounts
 
 _LIVE_PARAMETERS = 1e9  # DeepSpeed's default of stage3_max_live_parameters, in elements
 _BUCKET = 5e8  # its default of reduce_bucket_size
@@ -24,7 +24,7 @@ class Setup:
     zero: Mapping[str, Any]  # section zero_optimization of the DeepSpeed file
     workers: int
     parameter_bytes: int  # 2 or 4
-    checkpointing: Checkpointing
+    recompute: Recompute
     on_gpu: bool = True
     muon: bool = False
     ema: bool = False
@@ -35,15 +35,9 @@ class Setup:
         """Of ZeRO."""
         return int(self.zero.get("stage", 0))
 
-    @property
-    def offloads_optimizer(self) -> bool:
-        """Whether masters and moments are in the host's memory."""
-        return bool((self.zero.get("offload_optimizer") or {}).get("device", "none") != "none")
-
-    @property
-    def offloads_weights(self) -> bool:
-        """Whether the partitioned weights are in the host's memory."""
-        return bool((self.zero.get("offload_param") or {}).get("device", "none") != "none")
+    def offloads(self, what: Literal["optimizer", "param"]) -> bool:
+        """Whether the host's memory has masters and moments, or the partitioned weights."""
+        return bool((self.zero.get(f"offload_{what}") or {}).get("device", "none") != "none")
 
 
 @dataclass(frozen=True)
@@ -69,9 +63,12 @@ class Pass:
 
 def worker_memory(model: ModelConfig, counts: ParameterCounts, setup: Setup, one: Pass) -> Memory:
     """Memory of a worker at the highest moment of a step whose passes are like ``one``."""
-    lasting, host = _lasting(model, counts, setup)
-    moments = [_loss_moment(model, counts, setup, one), _backward_moment(model, counts, setup, one)]
-    moments.append(_update_moment(counts, setup))
+    lasting, host = _lasting(counts, setup)
+    moments = (
+        _loss_moment(model, counts, setup, one),
+        _backward_moment(model, counts, setup, one),
+        _update_moment(counts, setup),
+    )
     highest = max(moments, key=lambda parts: sum(parts.values()))
     device = {name: size for name, size in (lasting | highest).items() if size}
     return Memory(device, {name: size for name, size in host.items() if size})
@@ -82,7 +79,7 @@ def trained(counts: ParameterCounts, setup: Setup) -> int:
     return counts.total - (0 if setup.train_text else counts.other_head)
 
 
-def _lasting(model: ModelConfig, counts: ParameterCounts, setup: Setup) -> tuple[dict[str, float], dict[str, float]]:
+def _lasting(counts: ParameterCounts, setup: Setup) -> tuple[dict[str, float], dict[str, float]]:
     """What a device and its host hold between steps."""
     size = trained(counts, setup)
     share = size / setup.workers if setup.stage else float(size)
@@ -99,12 +96,12 @@ def _lasting(model: ModelConfig, counts: ParameterCounts, setup: Setup) -> tuple
     host = {}
     if _gradients_last(setup):
         device["gradients"] = _gradients(counts, setup)
-    if setup.offloads_optimizer:
+    if setup.offloads("optimizer"):
         host = optimizer | {"gradients": 4 * share}
     else:
         device |= optimizer
     if setup.stage == 3:
-        if setup.offloads_weights:
+        if setup.offloads("param"):
             host["weights"] = device.pop("weights")
         live = min(size, float(setup.zero.get("stage3_max_live_parameters", _LIVE_PARAMETERS)))
         device |= {"gathered weights": setup.parameter_bytes * live, "communication buckets": _buckets(counts, setup)}
@@ -131,18 +128,18 @@ def _gradients(counts: ParameterCounts, setup: Setup) -> float:
     size = trained(counts, setup)
     copies = 2 if setup.stage == 3 else 1  # sums of every tensor's part, and those that the optimizer is given
     if setup.stage >= 2:
-        return 0.0 if setup.offloads_optimizer else copies * 4 * size / setup.workers
+        return 0.0 if setup.offloads("optimizer") else copies * 4 * size / setup.workers
     return 4.0 * size
 
 
-def block_activations(model: ModelConfig, tokens: int, width: int, kept: Checkpointing) -> float:
+def block_activations(model: ModelConfig, tokens: int, width: int, recompute: Recompute) -> float:
     """Bytes that one block keeps from its forward pass for its backward pass, of elements of so many bytes."""
     hidden, wide = model.hidden_size, model.intermediate_size
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    if kept == "full":
+    if recompute == "full":
         return tokens * width * hidden  # its input
     attended = tokens * (width * queries + 4 * model.num_heads)  # what attention gives, and its log-sums
-    if kept == "selective":
+    if recompute == "selective":
         return tokens * width * (hidden + queries + 2 * keys + queries) + attended
     norms = 6 * hidden  # two residuals, each normed, and each scaled
     projected = 2 * queries + 3 * keys  # q and k before and after their norm and rotation, v
@@ -151,7 +148,7 @@ def block_activations(model: ModelConfig, tokens: int, width: int, kept: Checkpo
 
 def _activations(model: ModelConfig, setup: Setup, one: Pass) -> float:
     """All blocks' after the forward pass, and the final norm's."""
-    blocks = model.num_layers * block_activations(model, one.tokens, setup.parameter_bytes, setup.checkpointing)
+    blocks = model.num_layers * block_activations(model, one.tokens, setup.parameter_bytes, setup.recompute)
     return blocks + 3 * one.tokens * model.hidden_size * setup.parameter_bytes
 
 
@@ -174,7 +171,7 @@ def _backward_moment(model: ModelConfig, counts: ParameterCounts, setup: Setup, 
     """Activations go as gradients come, so they are at their highest at one end or the other."""
     width, activations = setup.parameter_bytes, _activations(model, setup, one)
     working: float = one.tokens * width * (2 * model.intermediate_size + model.hidden_size)
-    if setup.checkpointing != "none":
+    if setup.recompute != "none":
         working += block_activations(model, one.tokens, width, "none")
     gradients: float = 0.0 if _gradients_last(setup) else _gradients(counts, setup)
     parts = {
@@ -190,5 +187,5 @@ def _backward_moment(model: ModelConfig, counts: ParameterCounts, setup: Setup, 
 def _update_moment(counts: ParameterCounts, setup: Setup) -> dict[str, float]:
     size = trained(counts, setup)
     share = size / setup.workers if setup.stage else float(size)
-    working: float = 0.0 if setup.offloads_optimizer else 12 * share  # gradients of its part, two results of Adam
+    working: float = 0.0 if setup.offloads("optimizer") else 12 * share  # gradients of its part, two results of Adam
     return {"update at work": working, "gradients": _gradients(counts, setup)}  # once, should they last

@@ -5,7 +5,6 @@ The parts of a step are timed on the device's own clock and read once a step has
 
 import contextlib
 import faulthandler
-import gzip
 import json
 import logging
 import resource
@@ -14,14 +13,16 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipelines import storage
+from pipelines.errors import UserError
 from pipelines.training.config import TrainConfig
-from pipelines.training.engine import read_deepspeed_file
+from pipelines.training.engine import check_engine, read_deepspeed_file
 from pipelines.training.record import event
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class Diagnosis:
         self.clock = PhaseClock(device)
         self._hang = _HangWatch(config.diagnosis.hang_seconds, rank=rank, put=put)
         self._profiler: Any = None
+        self._profiled_from = 0
         self._sums: dict[str, float] = defaultdict(float)
         self._steps = 0
         if config.profile.memory and device.type == "cuda":
@@ -99,7 +101,8 @@ class Diagnosis:
         """
         self._hang.begin(number)
         first, last = self.config.profile.steps or (0, 0)
-        if number == first:
+        if first <= number <= last and self._profiler is None:  # later than the first, where a run goes on from there
+            self._profiled_from = number
             self._profiler = torch.profiler.profile()  # of the CPU, and of a GPU where there is one
             self._profiler.start()
         try:
@@ -113,7 +116,7 @@ class Diagnosis:
                 f"{memory_hint(self.config)}"
             ) from error
         if self._profiler is not None and number >= last:
-            self._save_profile(f"steps-{first:08d}-{number:08d}")
+            self._save_profile(f"steps-{self._profiled_from:08d}-{number:08d}")
 
     def figures(self, step: int) -> dict[str, Any]:
         """What the record of a step says of this worker, once the step is done."""
@@ -141,23 +144,21 @@ class Diagnosis:
 
     def _save_profile(self, name: str) -> None:
         self._profiler.stop()
-        with tempfile.TemporaryDirectory() as folder:
-            trace = Path(folder) / "trace.json"
-            self._profiler.export_chrome_trace(str(trace))
-            self._keep(f"{name}-rank-{self.rank:05d}.json.gz", gzip.compress(trace.read_bytes(), compresslevel=3))
+        self._keep(f"{name}-rank-{self.rank:05d}.json.gz", self._profiler.export_chrome_trace)
         self._profiler = None
         self._save_memory(name)
 
     def _save_memory(self, name: str) -> None:
         if self.config.profile.memory and self.device.type == "cuda":
-            with tempfile.TemporaryDirectory() as folder:
-                picture = Path(folder) / "memory.pickle"
-                torch.cuda.memory._dump_snapshot(str(picture))
-                self._keep(f"memory-{name}-rank-{self.rank:05d}.pickle", picture.read_bytes())
+            self._keep(f"memory-{name}-rank-{self.rank:05d}.pickle", torch.cuda.memory._dump_snapshot)
 
-    def _keep(self, name: str, data: bytes) -> None:
+    def _keep(self, name: str, write: Callable[[str], Any]) -> None:
+        """Have a file written, and bring it to where every node reaches."""
         try:
-            storage.write_bytes_atomic(storage.join(self.uri, name), data)
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / name
+                write(str(file))
+                storage.write_bytes_atomic(storage.join(self.uri, name), file.read_bytes())
         except Exception as error:  # noqa: BLE001 - a store has many kinds; a profile is not worth a training
             logger.warning("rank %d: %s could not be kept in %s: %s", self.rank, name, self.uri, error)
 
@@ -211,13 +212,17 @@ def out_of_memory(error: BaseException) -> bool:
 def memory_hint(config: TrainConfig) -> str:
     """Which keys of a run would make it need less memory, the cheapest first."""
     zero = read_deepspeed_file(config.deepspeed).get("zero_optimization", {})
+    stage, on_gpu = zero.get("stage", 0), config.resources.device == "gpu"
     hints = [f"lower micro_batch_tokens (now {config.micro_batch_tokens}), if a pass has several rows"]
     if config.model.recompute != "full":
         hints.append("set model.checkpoint_activations=true")
-    if zero.get("stage", 0) < 3:
-        hints.append(f"set deepspeed=zero{zero.get('stage', 0) + 1} (now {config.deepspeed})")
-    if not zero.get("offload_optimizer"):
-        hints.append("name a DeepSpeed file that offloads the optimizer")
+    files = [f"zero{stage + 1}{'-gpu' if on_gpu else ''}"] if stage < 3 else []
+    if on_gpu and not zero.get("offload_optimizer"):
+        files.append(f"zero{max(2, stage)}-offload-gpu")
+    for name in files:
+        with contextlib.suppress(UserError):  # what training would refuse
+            check_engine(replace(config, deepspeed=name))
+            hints.append(f"set deepspeed={name} (now {config.deepspeed})")
     return "To need less: " + ", or ".join([*hints, "use more workers"])
 
 

@@ -8,8 +8,7 @@ MLflow is not asked.
 import math
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray.train
@@ -23,6 +22,7 @@ from pipelines.errors import JobError
 from pipelines.training.batch_plan import PlanBucket
 from pipelines.training.config import DiagnosisConfig, TrainConfig
 from pipelines.training.diagnosis import peak_rss
+from pipelines.training.ema import update_average
 from pipelines.training.ingest import StepLoader, pack, unpack
 from pipelines.training.launch import check_cluster, make_job, reason_of, worker_resources
 from pipelines.training.output import Output
@@ -35,30 +35,11 @@ from pipelines.training.worker import Job, Worker
 _SEARCHED_STEPS = 100_000  # of the plan, for one of each bucket
 
 
-@dataclass(frozen=True)
-class BucketStep:
-    """One step of a bucket."""
-
-    bucket: str  # latent shape, TxHxW
-    tokens: int  # of the global batch
-    loss: float
-    seconds: float  # of a first step, which makes ready what later ones find
-    device_gb: float  # highest memory of any worker's device so far; 0 on CPU
-    rss_gb: float  # highest resident memory of any worker's process so far
-
-
-@dataclass(frozen=True)
-class DryRun:
-    """What a dry run found."""
-
-    steps: tuple[BucketStep, ...]  # the bucket with the most latent cells first
-    device: str
-    device_gb: float  # memory of a device; 0 on CPU
-    remarks: tuple[str, ...]
-
-
-def dry_run(config: TrainConfig) -> DryRun:
+def dry_run(config: TrainConfig) -> list[str]:
     """Do all that a training does up to and including one step of each bucket.
+
+    Returns:
+        What was found, in lines for people: the bucket with the most latent cells first, remarks last.
 
     Raises:
         UserError: for anything wrong that can be known before.
@@ -68,6 +49,7 @@ def dry_run(config: TrainConfig) -> DryRun:
     quiet = replace(config, diagnosis=DiagnosisConfig(phases_every=0, hang_seconds=0.0))
     prepared = prepare(quiet)
     output = Output(quiet, snapshot_digest=prepared.dataset_digest, fork=describe_fork)
+    workers = config.min_workers or config.num_workers  # with the fewest each needs most
     resources, job = worker_resources(quiet), make_job(prepared, output, records=None, orders=None)
     use_gpu = "GPU" in resources
     with connect(), tempfile.TemporaryDirectory(prefix="lumos-dry-run-") as scratch:
@@ -79,18 +61,18 @@ def dry_run(config: TrainConfig) -> DryRun:
             dry_worker,
             train_loop_config={"job": replace(job, storage=scratch, diagnosis_uri=scratch)},
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=quiet.num_workers, use_gpu=use_gpu, resources_per_worker=resources
-            ),
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
             run_config=run_config,
         )
         try:
             result: Any = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise JobError(f"the dry run failed: {reason_of(error)}") from error
-    found: DryRun = result.return_value
+    lines = [*result.return_value]
+    if workers < config.num_workers:
+        lines.append(f"tried with the {workers} workers of min_workers, of which each needs more than of num_workers")
     remark = describe(prepared)
-    return replace(found, remarks=(remark,) if remark else ())
+    return [*lines, remark] if remark else lines
 
 
 def dry_worker(options: dict[str, Any]) -> Any:
@@ -100,17 +82,14 @@ def dry_worker(options: dict[str, Any]) -> Any:
     try:
         step = TrainStep(worker.engine, job.run.vocabulary, device=worker.device)
         loader = StepLoader(job.run, worker.rank, dist.get_world_size())
-        steps = tuple(_try(worker, step, loader, index) for index in first_steps(job.run))
+        indices = first_steps(job.run)
+        if worker.config.ema is not None:  # the average is in memory once there was an update
+            _try(worker, step, loader, indices[0])
+            update_average(worker.engine, worker.config.ema, step=worker.config.ema.start)
+        return [_try(worker, step, loader, index) for index in indices]
     finally:
         worker.diagnosis.close()
         worker.writer.close()
-    cuda = worker.device.type == "cuda"
-    return DryRun(
-        steps=steps,
-        device=torch.cuda.get_device_name(worker.device) if cuda else "cpu",
-        device_gb=torch.cuda.get_device_properties(worker.device).total_memory / 1e9 if cuda else 0.0,
-        remarks=(),
-    )
 
 
 def first_steps(run: PreparedRun) -> list[int]:
@@ -124,23 +103,19 @@ def first_steps(run: PreparedRun) -> list[int]:
     return [found[bucket] for bucket in sorted(found, key=lambda bucket: math.prod(bucket.shape), reverse=True)]
 
 
-def _try(worker: Worker, step: TrainStep, loader: StepLoader, index: int) -> BucketStep:
+def _try(worker: Worker, step: TrainStep, loader: StepLoader, index: int) -> str:
+    """What a step took of time, that of a first one, and the highest memory of any worker so far."""
     (batch,) = unpack(pack([loader.load(index)]))
     began = time.perf_counter()
     with worker.diagnosis.step(index + 1):
         result = step(batch, lr=worker.config.optimizer.learning_rate(index, worker.config.steps), data_wait=0.0)
-    seconds = time.perf_counter() - began
-    device = torch.cuda.max_memory_allocated(worker.device) if worker.device.type == "cuda" else 0
-    highest = torch.tensor([device / 1e9, peak_rss() / 1e9], device=worker.device)
+    seconds, on_gpu = time.perf_counter() - began, worker.device.type == "cuda"
+    used = torch.cuda.max_memory_allocated(worker.device) if on_gpu else 0
+    highest = torch.tensor([used / 1e9, peak_rss() / 1e9], device=worker.device)
     dist.all_reduce(highest, dist.ReduceOp.MAX)
-    return BucketStep(result.bucket, result.tokens, result.loss, seconds, *highest.tolist())
-
-
-def lines(found: DryRun) -> Iterator[str]:
-    """What a dry run found, for people."""
-    for step in found.steps:
-        memory = f"{step.rss_gb:.1f} GB of a process"
-        if found.device_gb:
-            memory = f"{step.device_gb:.1f} of {found.device_gb:.1f} GB of a device, {memory}"
-        yield f"{step.bucket}: {step.tokens:,} tokens, loss {step.loss:.3f}, {step.seconds:.1f} s, {memory}"
-    yield from found.remarks
+    device_gb, rss_gb = highest.tolist()
+    memory = f"{rss_gb:.1f} GB of a process"
+    if on_gpu:
+        there = torch.cuda.get_device_properties(worker.device).total_memory / 1e9
+        memory = f"{device_gb:.1f} of {there:.1f} GB of a device, {memory}"
+    return f"{result.bucket}: {result.tokens:,} tokens, loss {result.loss:.3f}, {seconds:.1f} s, {memory}"

@@ -4,8 +4,11 @@ Nothing is run and no weight is made. Where the run's dataset cannot be read, th
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 from lumos.flops import (
@@ -19,7 +22,6 @@ from lumos.flops import (
 )
 from lumos.layout import TAIL, video_layout
 from pipelines.errors import UserError
-from pipelines.training.accelerators import Cluster
 from pipelines.training.config import TrainConfig
 from pipelines.training.device_memory import Memory, Pass, Setup, trained, worker_memory
 from pipelines.training.engine import check_engine, read_deepspeed_file
@@ -54,14 +56,40 @@ class BucketPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is expected of a run."""
+    """What is expected of a run; :func:`make_plan` makes it."""
 
     question: Question
     config: TrainConfig
-    setup: Setup
-    counts: ParameterCounts
-    buckets: tuple[BucketPlan, ...]
-    fitting: tuple[tuple[str, float], ...]  # where it does not fit: changes with which it would, and their peak
+
+    @cached_property
+    def setup(self) -> Setup:
+        """How the config has memory used."""
+        return setup_of(self.config)
+
+    @cached_property
+    def counts(self) -> ParameterCounts:
+        """Of the model."""
+        return count_parameters(self.question.model, visual_classes=self.question.codebook_size)
+
+    @cached_property
+    def buckets(self) -> tuple[BucketPlan, ...]:
+        """One for each shape of rows."""
+        return tuple(_buckets(self))
+
+    @cached_property
+    def fitting(self) -> tuple[tuple[str, float], ...]:
+        """Where it does not fit: changes with which it would, and their peak."""
+        return () if self.fits else tuple(_remedies(self))
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a person may not have meant."""
+        if self.setup.on_gpu:
+            return ()
+        return (
+            f"planned as on CPUs, with float32 parameters and deepspeed={self.config.deepspeed}, since the config has "
+            "resources.device=cpu: if these are GPUs, add resources.device=gpu deepspeed=zero1-gpu",
+        )
 
     @property
     def peak(self) -> BucketPlan:
@@ -71,7 +99,7 @@ class Plan:
     @property
     def room(self) -> float:
         """Bytes of a device that a run may take."""
-        return room(self.question.cluster)
+        return _USABLE * (self.question.cluster.device.memory_gb * 1e9 - _RESERVED_BYTES)
 
     @property
     def fits(self) -> bool:
@@ -79,20 +107,19 @@ class Plan:
         return self.peak.memory.peak <= self.room
 
     def mean(self, of: str) -> float:
-        """Mean over the steps of a step's tokens, exact or dense FLOPs of the model, or exact ones of the hardware."""
-        figures: Mapping[str, Callable[[BucketPlan], float]] = {
-            "tokens": lambda bucket: bucket.tokens,
-            "exact": lambda bucket: bucket.exact.model,
-            "dense": lambda bucket: bucket.dense.model,
-            "hardware": lambda bucket: bucket.exact.hardware,
-        }
-        return sum(bucket.share * figures[of](bucket) for bucket in self.buckets)
+        """Mean over the steps of a figure of their buckets, such as ``exact.model``."""
+        figure = attrgetter(of)
+        return float(sum(bucket.share * figure(bucket) for bucket in self.buckets))
+
+    @property
+    def peak_flops(self) -> float:
+        """Of a device, in the run's precision."""
+        return self.question.cluster.device.flops(self.config.precision)
 
     @property
     def step_seconds(self) -> float:
         """At the MFU asked for."""
-        cluster = self.question.cluster
-        return self.mean("exact") / (self.question.mfu * cluster.count * cluster.device.flops)
+        return self.mean("exact.model") / (self.question.mfu * self.question.cluster.count * self.peak_flops)
 
     @property
     def tokens_per_s(self) -> float:
@@ -109,6 +136,13 @@ class Plan:
     def days(self) -> float:
         """For these steps."""
         return self.steps * self.step_seconds / 86400
+
+    @property
+    def epochs(self) -> float | None:
+        """Passes over the dataset in these steps; None where it is not known."""
+        if self.question.dataset_bytes is None:
+            return None
+        return self.steps * self.mean("rows_per_step") / sum(rows.weight for rows in self.question.rows)
 
     @property
     def checkpoint_bytes(self) -> float:
@@ -141,11 +175,6 @@ class Plan:
         return {name: workers * size for name, size in parts.items()}
 
 
-def room(cluster: Cluster) -> float:
-    """Bytes of a device that a run may take."""
-    return _USABLE * (cluster.device.memory_gb * 1e9 - _RESERVED_BYTES)
-
-
 def make_plan(config: TrainConfig, question: Question) -> Plan:
     """Work a run out.
 
@@ -158,11 +187,9 @@ def make_plan(config: TrainConfig, question: Question) -> Plan:
         except ValueError as error:
             raise UserError(f"on {question.cluster.count} devices: {error}") from error
     check_engine(config)
-    setup = setup_of(config)
-    counts = count_parameters(question.model, visual_classes=question.codebook_size)
-    buckets = tuple(_buckets(config, question, setup, counts))
-    plan = Plan(question=question, config=config, setup=setup, counts=counts, buckets=buckets, fitting=())
-    return plan if plan.fits else replace(plan, fitting=tuple(_remedies(plan)))
+    plan = Plan(question=question, config=config)
+    _ = plan.buckets  # which refuses rows that cannot be trained on
+    return plan
 
 
 def setup_of(config: TrainConfig) -> Setup:
@@ -173,19 +200,19 @@ def setup_of(config: TrainConfig) -> Setup:
         workers=config.num_workers,
         parameter_bytes=2 if in_bf16 else 4,
         on_gpu=config.resources.device == "gpu",
-        checkpointing=config.model.recompute,
+        recompute=config.model.recompute,
         muon=config.optimizer.kind == "muon",
         ema=config.ema is not None,
         train_text=config.optimizer.text_loss_weight > 0,
     )
 
 
-def _buckets(config: TrainConfig, question: Question, setup: Setup, counts: ParameterCounts) -> Iterator[BucketPlan]:
+def _buckets(plan: Plan) -> Iterator[BucketPlan]:
+    config, question, setup = plan.config, plan.question, plan.setup
     ratio = mean_mask_ratio(config.mask)
     for rows, share in zip(question.rows, _shares(config, question.rows), strict=True):
         per_step = config.batch_rows(rows.shape[0])
         bare = video_layout(_HEADER, rows.shape, tail=TAIL)
-        layout = video_layout(_HEADER + question.caption_tokens, rows.shape, tail=TAIL)
         if bare.length > config.micro_batch_tokens:
             raise UserError(
                 f"micro_batch_tokens = {config.micro_batch_tokens} is less than the {bare.length} tokens of a row of "
@@ -196,10 +223,11 @@ def _buckets(config: TrainConfig, question: Question, setup: Setup, counts: Para
                 f"a row of {rows} has {bare.length} tokens and more, model.max_seq_len is "
                 f"{question.model.max_seq_len}: raise it, or plan for smaller rows"
             )
-        per_worker = per_step // config.num_workers
-        per_pass = max(1, min(per_worker, config.micro_batch_tokens // bare.length))
+        caption = min(question.caption_tokens, question.model.max_seq_len - bare.length)  # longer ones are cut
+        layout = video_layout(_HEADER + caption, rows.shape, tail=TAIL)
+        per_pass = max(1, min(per_step // config.num_workers, config.micro_batch_tokens // bare.length))
         one = Workload.of([layout], visual_predictions=ratio * math.prod(rows.shape))
-        step = one.scaled(per_step)
+        step = one.times(per_step)
         yield BucketPlan(
             rows=rows,
             share=share,
@@ -207,12 +235,10 @@ def _buckets(config: TrainConfig, question: Question, setup: Setup, counts: Para
             rows_per_pass=per_pass,
             tokens_per_row=layout.length,
             bare_tokens=bare.length,
-            exact=exact_flops(
-                question.model, step, visual_classes=question.codebook_size, checkpointing=setup.checkpointing
-            ),
+            exact=exact_flops(question.model, step, visual_classes=question.codebook_size, recompute=setup.recompute),
             dense=dense_flops(question.model, step),
             memory=worker_memory(
-                question.model, counts, setup, Pass(per_pass * layout.length, per_pass * one.visual_predictions)
+                question.model, plan.counts, setup, Pass(per_pass * layout.length, per_pass * one.visual_predictions)
             ),
         )
 
@@ -220,28 +246,29 @@ def _buckets(config: TrainConfig, question: Question, setup: Setup, counts: Para
 def _shares(config: TrainConfig, rows: Sequence[Rows]) -> list[float]:
     """Share of the steps of each shape: by the mixture between kinds, by their number within one."""
     steps = [each.weight / config.batch_rows(each.shape[0]) for each in rows]
-    by_kind = {kind: sum(s for s, each in zip(steps, rows, strict=True) if each.kind == kind) for kind in
-               {each.kind for each in rows}}  # fmt: skip
     if config.data.mix is None:
         return [step / sum(steps) for step in steps]
+    by_kind: Counter[str] = Counter()
+    for each, step in zip(rows, steps, strict=True):
+        by_kind[each.kind] += step  # type: ignore[assignment]
     wanted = {kind: getattr(config.data.mix, kind) or 0.0 for kind in by_kind}
-    if not sum(wanted.values()):
-        raise UserError(f"data.mix asks for other rows than {', '.join(by_kind)}: give --rows of those kinds")
     total = sum(wanted.values())
+    if not total:
+        raise UserError(f"data.mix asks for other rows than {', '.join(by_kind)}: give --rows of those kinds")
     return [wanted[each.kind] / total * step / by_kind[each.kind] for step, each in zip(steps, rows, strict=True)]
 
 
 def _remedies(plan: Plan) -> Iterator[tuple[str, float]]:
     """Changes of keys with which the largest shape would have room, the mildest first, and their peak."""
-    config, question = plan.config, plan.question
-    recompute = {"none": ("selective", "full"), "selective": ("full",), "full": ()}[plan.setup.checkpointing]
+    config = plan.config
+    recompute: dict[str, list[Any]] = {"none": ["selective", True], "selective": [True], "full": []}
     longest = max(bucket.bare_tokens for bucket in plan.buckets)
     fewer = sorted({max(longest, config.micro_batch_tokens // 2), longest}, reverse=True)
     fewer = fewer if plan.peak.rows_per_pass > 1 else []
     suffix = "-gpu" if plan.setup.on_gpu else ""
     zeros = [f"zero{stage}{suffix}" for stage in (1, 2, 3) if stage > plan.setup.stage]
-    choices: list[Mapping[str, Any]] = [{"micro_batch_tokens": tokens} for tokens in fewer]
-    choices += [{"model.checkpoint_activations": _CHECKPOINT_KEYS[kept]} for kept in recompute]
+    choices: list[dict[str, Any]] = [{"micro_batch_tokens": tokens} for tokens in fewer]
+    choices += [{"model.checkpoint_activations": value} for value in recompute[plan.setup.recompute]]
     choices += [{"deepspeed": name} for name in zeros]
     strongest = {"model.checkpoint_activations": True, **({"micro_batch_tokens": fewer[-1]} if fewer else {})}
     offloading = ["zero2-offload-gpu", "zero3-offload-gpu"] if plan.setup.on_gpu else []
@@ -253,20 +280,14 @@ def _remedies(plan: Plan) -> Iterator[tuple[str, float]]:
             check_engine(tried)
         except UserError:
             continue
-        setup, counts = setup_of(tried), plan.counts
-        peak = max(bucket.memory.peak for bucket in _buckets(tried, question, setup, counts))
+        peak = replace(plan, config=tried).peak.memory.peak
         if peak <= plan.room:
             yield " ".join(f"{key}={str(value).lower()}" for key, value in changes.items()), peak
 
 
-_CHECKPOINT_KEYS: Mapping[str, Any] = {"selective": "selective", "full": True}
-
-
-def _changed(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
     for key, value in changes.items():
         section, _, name = key.rpartition(".")
-        if section:
-            config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
-        else:
-            config = replace(config, **{name: value})
+        value = replace(getattr(config, section), **{name: value}) if section else value
+        config = replace(config, **{section or name: value})
     return config

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lumos.checkpoint import parse_config
 from lumos.config import ModelConfig, from_release_config
-from lumos.decoder import Decoder, Normal, initial_value
+from lumos.decoder import Decoder, fill_initially
 from lumos.vocabulary import Vocabulary
 from pipelines.errors import UserError
 from pipelines.streams import torch_stream
@@ -159,16 +159,12 @@ class FirstWeights:
         yield from ((place - first, values) for place, values in self._new(key, kept, stop))
 
     def _new(self, key: str, first: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        value = initial_value(key, self.model.num_layers)
         while first < stop:
             count = min(PIECE, stop - first)
             if 0 < stop - first - count < 16:  # torch draws fewer than 16 in another way
                 count = stop - first
             piece = torch.empty(count)
-            if isinstance(value, Normal):
-                piece.normal_(0.0, value.std, generator=self._generator)
-            else:
-                piece.fill_(value)
+            fill_initially(piece, key, self.model.num_layers, self._generator)
             yield first, piece
             first += count
 

@@ -30,7 +30,7 @@ METRICS: Mapping[str, str] = {
     "epoch": "passes over the data, a fraction",
     "tokens_per_s": "tokens by seconds of the steps",
     "tokens_per_s_per_device": "the same, by the number of workers",
-    "mfu": "share of the devices' peak bf16 FLOP/s, as usual: 6 per parameter and token, attention over all pairs",
+    "mfu": "share of the devices' peak in the run's precision: 6 FLOPs per parameter and token, attention on all pairs",
     "mfu_exact": "the same of what mask and loss ask for: block-causal attention, head on masked visual tokens",
     "step_seconds": "seconds of a step, without checkpoints and validation; mean",
     "data_wait": "seconds of a step in which a worker waited for data; mean",
@@ -78,11 +78,19 @@ class MetricStream:
 
     def skip(self, record: StepRecord) -> None:
         """Count a record whose row was sent."""
-        self._count(record)
+        totals = self._totals
+        totals["tokens_seen"] += record.tokens
+        totals["clips_seen"] += record.clips
+        totals["skipped_steps"] += record.skipped
+        totals["cut_captions"] += record.cut_captions
+        if record.bucket:
+            totals[f"steps_of/{record.bucket}"] += 1
+        for dataset, rows in record.datasets.items():
+            totals[f"rows_of/{dataset}"] += rows
 
     def add(self, record: StepRecord) -> Iterator[MetricRow]:
         """The rows that a record completes."""
-        self._count(record)
+        self.skip(record)
         self._group.append(record)
         if record.val_loss is not None:
             yield MetricRow(record.step, record.time, _validation(record))
@@ -96,17 +104,6 @@ class MetricStream:
             values = {name: value for name, value in self._values(self._group).items() if math.isfinite(value)}
             yield MetricRow(last.step, last.time, values)
             self._group.clear()
-
-    def _count(self, record: StepRecord) -> None:
-        totals = self._totals
-        totals["tokens_seen"] += record.tokens
-        totals["clips_seen"] += record.clips
-        totals["skipped_steps"] += record.skipped
-        totals["cut_captions"] += record.cut_captions
-        if record.bucket:
-            totals[f"steps_of/{record.bucket}"] += 1
-        for dataset, rows in record.datasets.items():
-            totals[f"rows_of/{dataset}"] += rows
 
     def _values(self, group: Sequence[StepRecord]) -> dict[str, float]:
         last, seconds = group[-1], sum(record.step_seconds for record in group)
@@ -145,8 +142,8 @@ class MetricStream:
         shape = tuple(map(int, record.bucket.split("x")))
         assert len(shape) == 3
         header = max(0, round(record.tokens / record.clips) - video_layout(0, shape).length)
-        one = Workload.of([video_layout(header, shape)], visual_predictions=0)
-        work = one.scaled(record.clips) + Workload(visual_predictions=record.masked_tokens)
+        masked = record.masked_tokens / record.clips
+        work = Workload.of([video_layout(header, shape)], visual_predictions=masked).times(record.clips)
         exact = exact_flops(self.facts.model, work, visual_classes=self.facts.codebook_size)
         return exact.model, dense_flops(self.facts.model, work).model
 

@@ -6,13 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lumos.config import ModelConfig
+from lumos.config import ModelConfig, TokenizerConfig
+from lumos.tokenizers import load_video_tokenizer
 from lumos.tokenizers.text import EMBEDDED_FILE, TextTokenizer
 from lumos.vocabulary import Vocabulary
 from pipelines.data.snapshot.read import Manifest, open_snapshot
 from pipelines.errors import UserError
-from pipelines.training.accelerators import Accelerator, Cluster, parse_cluster
+from pipelines.training.accelerators import Cluster
 from pipelines.training.batch_plan import BatchPlan
 from pipelines.training.config import TrainConfig
 
@@ -46,15 +48,14 @@ class Question:
     tokens: float | None = None  # budget; None: the config's steps
     caption_tokens: int = 200
     devices_per_node: int = 8
-    dataset_bytes: float | None = None  # on disk, if known
-    dataset_tokens: float | None = None
+    dataset_bytes: float | None = None  # on disk; None: it was not read, and the weights of rows say nothing of it
 
     def __post_init__(self) -> None:
         if not 0 < self.mfu <= 1:
             raise UserError(f"--mfu is a share above 0 and at most 1, got {self.mfu}")
         if not self.rows:
             raise UserError("no rows to plan for: give --rows, such as --rows image:32x56 --rows video:7x32x56")
-        if self.tokens is not None and not _is_size(self.tokens):
+        if self.tokens is not None and not 0 < self.tokens < math.inf:
             raise UserError(f"--tokens must be a number above 0, got {self.tokens:g}")
         unit = self.cells_per_unit
         for rows in self.rows:
@@ -62,10 +63,6 @@ class Question:
                 raise UserError(
                     f"--rows {rows}: the run's frames are whole numbers of {unit} cells each way (data.grid_unit)"
                 )
-
-
-def _is_size(value: float) -> bool:
-    return 0 < value < math.inf
 
 
 def parse_rows(text: str) -> Rows:
@@ -81,68 +78,35 @@ def parse_rows(text: str) -> Rows:
     return Rows(sizes)
 
 
-def find_cluster(text: str, tflops: float | None, memory_gb: float | None) -> Cluster:
-    """The cluster that is named, or a number of devices whose figures are told.
+def make_question(config: TrainConfig, cluster: Cluster, *, rows: Sequence[str] = (), **options: Any) -> Question:
+    """The question about a run, its rows told or those of its dataset; ``options`` are fields of :class:`Question`.
 
     Raises:
-        UserError: if neither is the case.
-    """
-    if tflops is None and memory_gb is None:
-        return parse_cluster(text)
-    match = re.match(r"\s*(\d+)", text)
-    if (
-        match is None
-        or int(match[1]) < 1
-        or tflops is None
-        or memory_gb is None
-        or not (_is_size(tflops) and _is_size(memory_gb))
-    ):
-        raise UserError(
-            f"--cluster {text!r} with --tflops {tflops} and --memory-gb {memory_gb}: for a device that is not known "
-            "give both, above 0, and the number of devices"
-        )
-    return Cluster(int(match[1]), Accelerator("device", tflops, memory_gb))
-
-
-def make_question(
-    config: TrainConfig,
-    cluster: Cluster,
-    *,
-    rows: Sequence[str] = (),
-    tokens: float | None = None,
-    mfu: float = 0.4,
-    caption_tokens: int = 200,
-    devices_per_node: int = 8,
-) -> Question:
-    """The question about a run, its rows told or those of its dataset.
-
-    Raises:
-        UserError: if its dataset or text tokenizer cannot be read, or there is too little to train on.
+        UserError: if its dataset or a tokenizer cannot be read, or there is too little to train on.
     """
     manifests = [] if rows else _manifests(config)
-    codebook_size = manifests[0].tokenizer.codebook_size if manifests else Vocabulary.lumos1().codebook_size
+    lumos1, text_file = config.data.vocabulary == "lumos1", Path(config.data.text_tokenizer or EMBEDDED_FILE)
     try:
-        text_size = TextTokenizer.load(Path(config.data.text_tokenizer or EMBEDDED_FILE)).vocab_size
-    except (FileNotFoundError, ValueError) as error:
-        if config.data.vocabulary == "compact":
-            raise UserError(f"data.text_tokenizer: {error}") from error
-        text_size = 1  # the Lumos-1 vocabulary has its size, wherever the tokenizer is
-    try:
+        if manifests:
+            codebook_size = manifests[0].tokenizer.codebook_size
+        elif lumos1:
+            codebook_size = Vocabulary.lumos1().codebook_size
+        else:
+            codebook_size = load_video_tokenizer(config.data.tokenizer or TokenizerConfig()).codebook_size
+        # The Lumos-1 vocabulary has its size, wherever the tokenizer is.
+        text_size = 1 if lumos1 and not text_file.exists() else TextTokenizer.load(text_file).vocab_size
         vocabulary = config.make_vocabulary(text_vocab_size=text_size, codebook_size=codebook_size)
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from error
+    sizes = [bucket.bytes for each in manifests for bucket in each.buckets if bucket.split == config.data.split]
     return Question(
         model=config.model.resolve(vocabulary.vocab_size, vocabulary.visual_start),
         codebook_size=codebook_size,
         cells_per_unit=vocabulary.cells_per_unit,
         rows=tuple(map(parse_rows, rows)) if rows else _rows_of(manifests, config),
         cluster=cluster,
-        mfu=mfu,
-        tokens=tokens,
-        caption_tokens=caption_tokens,
-        devices_per_node=devices_per_node,
-        dataset_bytes=float(sum(b.bytes for m in manifests for b in m.buckets if b.split == config.data.split)),
-        dataset_tokens=float(sum(b.tokens for m in manifests for b in m.buckets if b.split == config.data.split)),
+        dataset_bytes=float(sum(sizes)) if manifests else None,
+        **options,
     )
 
 

@@ -93,7 +93,8 @@ def prepare(config: TrainConfig) -> PreparedRun:
     info = ModelInfo(
         prompt_template=config.data.prompt_template,
         motion_prefix=config.data.motion_prefix,
-        shapes=tuple(dict.fromkeys(bucket.shape for bucket in plan.buckets)),
+        # The first is what is drawn unless another is asked for: of a joint training a video.
+        shapes=tuple(sorted(dict.fromkeys(bucket.shape for bucket in plan.buckets), key=lambda shape: shape[0] == 1)),
         fps=fps,
         tokenizer=tokenizer,
         text_tokenizer_hash=text.hash,

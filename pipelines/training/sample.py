@@ -8,7 +8,6 @@ A set lies in ``samples/step-XXXXXXXX`` of the output: ``NN.mp4`` for each promp
 """
 
 import json
-import logging
 import tempfile
 import threading
 import time
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 import lumos
 from pipelines.data.models.open_clip import load_open_clip
 from pipelines.data.settings import OpenClipConfig
+from pipelines.evaluation.compare.runs import SAMPLES_FILE
 from pipelines.evaluation.judge import asked_for, judge_video, score
 from pipelines.media import encode_video
 from pipelines.training.checkpoints import StoredCheckpoint
@@ -35,9 +35,6 @@ from pipelines.training.prepare import PreparedRun
 from pipelines.training.rows import open_rows
 from pipelines.training.validate import choose_rows
 
-logger = logging.getLogger(__name__)
-
-SAMPLES_FILE = "samples.json"
 _STRIP_FRAMES = 8  # of a video, side by side in its filmstrip
 _CLIP_FRAMES = 4  # of a video that CLIP sees, evenly spaced
 _LAST_SECONDS = 900.0  # that the end of a training waits for the last set
@@ -58,7 +55,7 @@ def choose_prompts(run: PreparedRun) -> tuple[str, ...]:
     if config.prompts:
         return config.prompts
     readers, captions = open_rows(run, ["captions"]), []
-    for chosen in choose_rows(run.datasets, run.config.validation):
+    for chosen in choose_rows(run):
         record = readers[chosen.dataset].row(chosen.bucket, chosen.row)
         if record["captions"]:
             captions.append(record["captions"][0]["text"])
@@ -178,7 +175,8 @@ class Sampler:
             self._task = task.options(**options).remote(self.run, checkpoint, self._prompts)
             write_samples(self.folder, step, ray.get(self._task), time=began)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is no reason to end a training
-            self.say(f"no samples of step {step}: {type(error).__name__}: {str(error).strip().splitlines()[-1]}")
+            cause = str(error).strip() or "no message"
+            self.say(f"no samples of step {step}: {type(error).__name__}: {cause.splitlines()[-1]}")
 
 
 def write_samples(folder: Path, step: int, found: SampleSet, *, time: float) -> Path:

@@ -16,13 +16,14 @@ import av
 
 from pipelines.config import config_to_dict
 from pipelines.errors import UserError
+from pipelines.evaluation.compare.runs import SAMPLES_FILE
 from pipelines.tracking import MetricRow, ModelLink, Tracker
 from pipelines.training.accelerators import find_accelerator
 from pipelines.training.metrics import MetricStream, RunFacts
 from pipelines.training.output import Output
 from pipelines.training.prepare import PreparedRun
 from pipelines.training.record import History
-from pipelines.training.sample import SAMPLES_FILE, read_samples
+from pipelines.training.sample import read_samples
 
 logger = logging.getLogger(__name__)
 
@@ -197,8 +198,9 @@ class Sender:
         if len(starts) == self._starts:
             return
         device, workers = starts[-1]["device"], starts[-1]["workers"]
-        peak, found = self.prepared.config.tracking.peak_tflops, find_accelerator(device)
-        self._stream.peak_flops = peak * 1e12 if peak else found.flops if found else None
+        precision, peak = self.prepared.config.precision, self.prepared.config.tracking.peak_tflops
+        found = find_accelerator(device)
+        self._stream.peak_flops = peak * 1e12 if peak else found.flops(precision) if found else None
         tracker.log_params({"device": device, "world_size": workers})
         restarts = [
             MetricRow(start["step"], start["time"], {"restarts": float(number)})

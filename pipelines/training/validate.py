@@ -6,27 +6,26 @@ the training draws or keeps is touched, so its curve is bitwise the same without
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lumos.batch import PackedBatch, pack
 from lumos.config import MaskConfig
-from lumos.layout import SequenceLayout
+from lumos.layout import SequenceLayout, frame_tokens
 from lumos.masking import sample_masked_positions
-from pipelines.data.snapshot.read import Bucket, Snapshot
+from pipelines.data.snapshot.read import Bucket
 from pipelines.streams import numpy_stream, torch_stream
-from pipelines.training.config import ValidationConfig
 from pipelines.training.engine import Engine
 from pipelines.training.ingest import StepLoader
 from pipelines.training.prepare import PreparedRun
 
 _MASK = MaskConfig()  # the paper's, whatever the run trains with
-_MAX_FRAMES = 256  # latent frames whose losses are told apart
 
 
 @dataclass(frozen=True)
@@ -38,17 +37,34 @@ class HeldOutRow:
     row: int  # in the bucket
 
 
-def choose_rows(datasets: Sequence[Snapshot], config: ValidationConfig) -> list[HeldOutRow]:
-    """The rows of the split that a validation takes of some datasets, those of one bucket together."""
+def choose_rows(run: PreparedRun) -> list[HeldOutRow]:
+    """The rows of the split that a validation takes, those of one bucket together, without what the run cannot read."""
+    wanted = run.config.validation
     rows = [
         HeldOutRow(dataset, index, row)
-        for dataset, snapshot in enumerate(datasets)
-        for index, bucket in enumerate(snapshot.manifest.buckets)
-        if bucket.split == config.split
+        for dataset, index, bucket in _held_out(run)
+        if _fits(run, bucket)
         for row in range(bucket.rows)
     ]
-    order = numpy_stream(config.seed, "validation").permutation(len(rows))[: config.rows]
+    order = numpy_stream(wanted.seed, "validation").permutation(len(rows))[: wanted.rows]
     return [rows[index] for index in sorted(order)]
+
+
+def _held_out(run: PreparedRun) -> Iterator[tuple[int, int, Bucket]]:
+    """Dataset, number and bucket of all held-out rows."""
+    for dataset, snapshot in enumerate(run.datasets):
+        for index, bucket in enumerate(snapshot.manifest.buckets):
+            if bucket.split == run.config.validation.split:
+                yield dataset, index, bucket
+
+
+def _fits(run: PreparedRun, bucket: Bucket) -> bool:
+    """Whether the run's vocabulary can write rows of a bucket, and its model read them."""
+    try:
+        frame_tokens(run.vocabulary, np.zeros((bucket.h, bucket.w), dtype=np.int64))
+    except ValueError:
+        return False
+    return run.row_tokens(bucket.shape) <= run.model.max_seq_len
 
 
 class Validator:
@@ -56,7 +72,8 @@ class Validator:
 
     def __init__(self, run: PreparedRun, *, rank: int, device: torch.device) -> None:
         self.run, self.rank, self.device = run, rank, device
-        self.rows = choose_rows(run.datasets, run.config.validation) if run.config.validation.every else []
+        self.rows = choose_rows(run) if run.config.validation.every else []
+        self._num_frames = max((self._bucket(row).t for row in self.rows), default=0)
         self._batches: list[tuple[PackedBatch, float]] | None = None  # with their weight, made when first needed
 
     def due(self, step: int) -> bool:
@@ -69,20 +86,18 @@ class Validator:
         began = time.perf_counter()
         if self._batches is None:
             self._batches = self._make_batches()
-        totals = torch.zeros(2, _MAX_FRAMES, dtype=torch.float64, device=self.device)
+        totals = torch.zeros(2, self._num_frames, dtype=torch.float64, device=self.device)
         engine.eval()
         with torch.no_grad():
             for batch, weight in self._batches:
-                num_frames = min(len(batch.layouts[0].frames), _MAX_FRAMES)
-                _, sums, counts = engine(batch.to(self.device), num_frames)
-                totals[:, :num_frames] += weight * torch.stack([sums, counts])
+                _, sums, counts = engine(batch.to(self.device), self._num_frames)
+                totals += weight * torch.stack([sums, counts])
         engine.train()
         dist.all_reduce(totals)
         sums, counts = totals.tolist()
-        frames = sum(1 for count in counts if count)
         return {
             "val_loss": sum(sums) / sum(counts),
-            "val_frame_losses": tuple(total / count for total, count in zip(sums[:frames], counts, strict=False)),
+            "val_frame_losses": tuple(total / count for total, count in zip(sums, counts, strict=True)),
             "val_tokens": int(sum(counts)),
             "val_seconds": time.perf_counter() - began,
         }
@@ -125,11 +140,20 @@ class Validator:
 
 
 def describe(run: PreparedRun) -> str | None:
-    """Why there is no validation although one is asked for; None if there is one."""
+    """What is missing of a validation that is asked for; None if nothing is."""
     wanted = run.config.validation
-    if not wanted.every or choose_rows(run.datasets, wanted):
+    buckets = [bucket for _, _, bucket in _held_out(run) if bucket.rows]
+    unread = [bucket for bucket in buckets if not _fits(run, bucket)]
+    if not wanted.every or (buckets and not unread):
         return None
+    if not unread:
+        return (
+            f"no validation: {', '.join(run.dataset_names)} has no rows of the split {wanted.split!r}; training goes "
+            "on without"
+        )
+    shapes = ", ".join(dict.fromkeys("x".join(map(str, bucket.shape)) for bucket in unread))
+    left_out, there = (sum(bucket.rows for bucket in some) for some in (unread, buckets))
     return (
-        f"no validation: {', '.join(run.dataset_names)} has no rows of the split {wanted.split!r}; training goes on "
-        "without"
+        f"validation is without {left_out} rows of {there} ({shapes}): they are longer than model.max_seq_len = "
+        f"{run.model.max_seq_len}, or no multiple of data.grid_unit"
     )

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from jobs.benchmark import command
 from lumos.config import ModelConfig
 from pipelines.benchmarks import clips, layers, train
+from pipelines.errors import UserError
 
 
 def small_model() -> ModelConfig:
@@ -35,6 +37,33 @@ def test_a_benchmark_checks_itself_and_writes_its_samples(name, tmp_path):
         "loss": lambda: found["fp32"]["ours_s"],
     }
     assert len(samples[name]()) == 2
+
+
+def test_the_product_that_others_are_told_in_is_float32(monkeypatch):
+    products = []
+
+    def timed(work):
+        result = work()
+        products.extend([result.dtype] if isinstance(result, torch.Tensor) else [])
+        return 1.0
+
+    monkeypatch.setattr(layers, "timed", timed)
+    layers.run_loss_benchmark("cpu-156m", 1, str, device="cpu")
+    assert products == [torch.float32] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--rows", "2", "--compile"], "--rows, --compile: only with --device cuda"),
+        (["attention", "--backend", "fused_flash"], "--backend fused_flash is not for --device cpu"),
+        *(([name, "--device", "cuda"], "torch finds no CUDA device") for name in ("train", "attention", "loss")),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here")
+def test_what_cannot_be_measured_here_is_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        CliRunner().invoke(command, arguments, catch_exceptions=False)
 
 
 def test_a_wrong_gradient_is_found_out(monkeypatch):

@@ -25,10 +25,10 @@ def dense(hidden, weight, targets):
     return losses.sum() + Z * normalisers.square().sum(), losses, normalisers
 
 
-def gradients_of(function, hidden, weight, targets, scale=0.7, **options):
+def gradients_of(function, hidden, weight, targets, **options):
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     total, losses, normalisers = function(h, w, targets, **options)
-    (scale * total).backward()
+    (0.7 * total).backward()
     return total.detach(), losses.detach(), normalisers.detach(), h.grad, w.grad
 
 
@@ -44,19 +44,6 @@ def test_values_and_gradients_equal_the_dense_form(dtype, tolerance, block_rows)
     expected = gradients_of(dense, *inputs)
     for found, reference in zip(gradients_of(ours, *inputs, block_rows=block_rows), expected, strict=True):
         torch.testing.assert_close(found, reference, atol=tolerance, rtol=tolerance)
-
-
-def test_gradients_are_those_of_finite_differences():
-    hidden, weight, targets = rows_and_weight(torch.float64, rows=6, classes=5)
-    gradients = gradients_of(ours, hidden, weight, targets, scale=1.0, block_rows=4)[3:]
-    for which, gradient in enumerate(gradients):
-        for index in range(0, gradient.numel(), 7):
-            ends = []
-            for step in (1e-6, -1e-6):
-                inputs = [hidden.clone(), weight.clone()]
-                inputs[which].view(-1)[index] += step
-                ends.append(float(ours(*inputs, targets)[0]))
-            assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(float(gradient.view(-1)[index]), rel=1e-6, abs=1e-8)
 
 
 def test_under_autocast_products_are_bfloat16_and_what_comes_of_them_is_float32():

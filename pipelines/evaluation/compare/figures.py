@@ -1,6 +1,7 @@
 """What a comparison of runs says: groups that differ in more than the seed, their final figures, curves and cost."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -17,7 +18,7 @@ _NAMES_AND_PLACES = re.compile(
 )
 _SEED = "seed"
 _NOT_FINAL = re.compile(r"system/.*|seconds_.*|steps_of/.*|rows_of/.*|lr.*|tokens_seen|clips_seen|epoch|restarts")
-_FRAME = re.compile(r"(?:loss_frame_|val/frame_)(\d+)")
+_FRAME = re.compile(r"(loss_frame_|val/frame_)\d+")
 _POINTS = 400  # of a curve that is drawn
 # Shown first, with what they are called on the page; smaller is better of all of them.
 HEADLINES = {"val/loss": "validation loss", "loss": "training loss"}
@@ -93,7 +94,9 @@ class Comparison:
         names = {name for group in self.groups for name in group.final if _FRAME.fullmatch(name)}
         found = {}
         for prefix, headline in (("val/frame_", "val/loss"), ("loss_frame_", "loss")):
-            members = sorted((name for name in names if name.startswith(prefix)), key=_frame_number)
+            members = sorted(
+                (name for name in names if name.startswith(prefix)), key=lambda name: int(name.removeprefix(prefix))
+            )
             if members:
                 found[headline] = members
         return found
@@ -123,11 +126,14 @@ def compare_runs(
     names = sorted({name for key in grouped for name, _ in key})
     differing = [name for name in names if len({dict(key).get(name) for key in grouped}) > 1]
     groups = []
+    labels: Counter[str] = Counter()
     for key, members in grouped.items():
         differences = {name: dict(key).get(name, neutral.get(name, "not set")) for name in differing}
+        label = _label(differences, members)
+        labels[label] += 1
         groups.append(
             Group(
-                label=_label(differences, members),
+                label=label if labels[label] == 1 else f"{label} ({labels[label]})",
                 runs=tuple(members),
                 differences=differences,
                 final=_final(members, last),
@@ -158,27 +164,30 @@ def _final(runs: Sequence[Run], last: int) -> dict[str, Figure]:
 
 
 def _final_value(run: Run, name: str, last: int) -> float | None:
-    """Mean over the last steps; of what is not measured at every step, the last value."""
-    curve = run.curves.get(name)
-    if not curve:
-        return run.last.get(name)
+    """Mean over the last steps of what was read of every step; of all else the last value."""
+    curve = {} if name.startswith("val/") else run.curves.get(name, {})
     recent = [value for step, value in curve.items() if step > run.steps - last]
-    return fmean(recent) if recent else list(curve.values())[-1]
+    return fmean(recent) if recent else run.last.get(name)
 
 
 def run_cost(run: Run) -> Cost:
     """Cost of a run from its curves; a value that stands for several steps counts for all of them."""
-    seconds, rates = run.curves.get("step_seconds", {}), run.curves.get("tokens_per_s", {})
-    time = tokens = 0.0
-    before = 0
+    seconds, rates, rates_of_one = (
+        run.curves.get(name, {}) for name in ("step_seconds", "tokens_per_s", "tokens_per_s_per_device")
+    )
+    time = tokens = device_seconds = 0.0
+    before, num_workers = 0, int(run.params.get("num_workers", "1"))
     for step, value in seconds.items():
-        time += value * (step - before)
-        tokens += value * (step - before) * rates.get(step, 0.0)
+        taken, rate = value * (step - before), rates.get(step, 0.0)
+        time += taken
+        tokens += taken * rate
+        # Of a run with min_workers there may have been fewer.
+        device_seconds += taken * (rate / rates_of_one[step] if rates_of_one.get(step) else num_workers)
         before = step
     tokens = max(run.curves.get("tokens_seen", {}).values(), default=tokens)
     weights = _matrix_weights(run)
     return Cost(
-        device_hours=time * int(run.params.get("num_workers", "1")) / 3600,
+        device_hours=device_seconds / 3600,
         tokens=tokens,
         flops=None if weights is None else 6.0 * weights * tokens,
         tokens_per_s=tokens / time if time else 0.0,
@@ -226,13 +235,6 @@ def thinned(curve: Curve) -> list[tuple[float, float]]:
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
     """The comparison as plain values."""
-
-    def figure(value: Figure) -> dict[str, Any]:
-        return {"mean": value.mean, "interval95": value.interval, "values": list(value.values)}
-
-    def cost(value: Cost) -> dict[str, Any]:
-        return dict(vars(value))
-
     return {
         "schema": 1,
         "last_steps": comparison.last,
@@ -241,8 +243,11 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
             {
                 "label": group.label,
                 "differences": dict(group.differences),
-                "final": {name: figure(value) for name, value in group.final.items()},
-                "cost": cost(group.cost),
+                "final": {
+                    name: {"mean": figure.mean, "interval95": figure.interval, "values": list(figure.values)}
+                    for name, figure in group.final.items()
+                },
+                "cost": dict(vars(group.cost)),
                 "runs": [
                     {
                         "run_id": run.run_id,
@@ -251,7 +256,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
                         "status": run.status,
                         "seed": run.params.get(_SEED),
                         "steps": run.steps,
-                        "cost": cost(run_cost(run)),
+                        "cost": dict(vars(run_cost(run))),
                     }
                     for run in group.runs
                 ],
@@ -263,29 +268,16 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 def table_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """One flat row per run for a CSV file: what it is, what differs, its final figures, its cost."""
-    rows = []
-    for group in comparison.groups:
-        for index, run in enumerate(group.runs):
-            cost = run_cost(run)
-            rows.append(
-                {
-                    "run_id": run.run_id,
-                    "name": run.name,
-                    "group": group.label,
-                    "status": run.status,
-                    "seed": run.params.get(_SEED),
-                    "steps": run.steps,
-                    **group.differences,
-                    **{name: group.final[name].values[index] for name in group.final},
-                    "device_hours": cost.device_hours,
-                    "total_tokens": cost.tokens,
-                    "flops": cost.flops,
-                }
-            )
-    return rows
-
-
-def _frame_number(name: str) -> int:
-    match = _FRAME.fullmatch(name)
-    assert match is not None
-    return int(match[1])
+    return [
+        {
+            **{name: value for name, value in run.items() if name != "cost"},
+            "group": group["label"],
+            **group["differences"],
+            **{name: figure["values"][index] for name, figure in group["final"].items()},
+            "device_hours": run["cost"]["device_hours"],
+            "total_tokens": run["cost"]["tokens"],
+            "flops": run["cost"]["flops"],
+        }
+        for group in as_json(comparison)["groups"]
+        for index, run in enumerate(group["runs"])
+    ]

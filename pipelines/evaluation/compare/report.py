@@ -3,12 +3,12 @@
 import csv
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
 from markupsafe import Markup
 
+from pipelines.amounts import amount, columns
 from pipelines.errors import UserError
 from pipelines.evaluation.compare.figures import (
     HEADLINES,
@@ -21,7 +21,7 @@ from pipelines.evaluation.compare.figures import (
     table_rows,
     thinned,
 )
-from pipelines.evaluation.compare.runs import Run, RunStore, Sample
+from pipelines.evaluation.compare.runs import Curve, RunStore
 from pipelines.pages.plots import Points, line_chart, smooth
 from pipelines.pages.render import data_uri, write_page
 
@@ -29,7 +29,9 @@ PAGE, TABLE, VALUES = "compare.html", "runs.csv", "compare.json"
 _SMOOTH = 20  # a curve is smoothed over one part in so many of it
 _MAX_PROMPTS = 24  # shown
 _MAX_BYTES = 40_000_000  # of samples on a page
-_MEDIA = {".mp4": "video/mp4", ".png": "image/png"}
+
+# A sample on the page: label of its group, step, and the video's URI, None where there is no room; None: no sample.
+Shown = tuple[str, int, str | None] | None
 
 
 def as_text(comparison: Comparison) -> str:
@@ -44,7 +46,7 @@ def as_text(comparison: Comparison) -> str:
             [
                 group.label,
                 str(len(group.runs)),
-                steps_text(group),
+                _steps(group),
                 *(figure_text(group.final.get(name)) for name in heads),
                 f"{cost.device_hours:.3g}",
                 amount(cost.tokens),
@@ -52,18 +54,18 @@ def as_text(comparison: Comparison) -> str:
                 f"{cost.tokens_per_s:,.0f}",
             ]
         )
-    lines = _columns(rows)
+    lines = columns(rows)
     if comparison.differing:
         head = ["differs", *(group.label for group in comparison.groups)]
         body = [[key, *(group.differences[key] for group in comparison.groups)] for key in comparison.differing]
-        lines += ["", *_columns([head, *body])]
+        lines += ["", *columns([head, *body])]
     for headline, members in comparison.frame_metrics.items():
         head = [f"{HEADLINES[headline]} by frame", *(str(index + 1) for index in range(len(members)))]
         body = [
             [group.label, *(f"{group.final[name].mean:.3f}" if name in group.final else "-" for name in members)]
             for group in comparison.groups
         ]
-        lines += ["", *_columns([head, *body])]
+        lines += ["", *columns([head, *body])]
     return "\n".join([*lines, "", _legend(comparison)])
 
 
@@ -93,7 +95,6 @@ def write_report(folder: Path, comparison: Comparison, store: RunStore) -> None:
         charts=_charts(comparison),
         samples=_samples(comparison, store),
         figure_text=figure_text,
-        steps_text=steps_text,
         legend=_legend(comparison),
     )
 
@@ -106,23 +107,17 @@ def figure_text(figure: Figure | None) -> str:
     return mean if figure.interval is None else f"{mean} ± {_number((figure.interval[1] - figure.interval[0]) / 2)}"
 
 
-def steps_text(group: Group) -> str:
-    """Steps of a group's runs."""
+def _steps(group: Group) -> str:
     low, high = min(group.steps), max(group.steps)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def amount(count: float) -> str:
-    """A large count in thousands, millions, billions or trillions."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f}"
-
-
 def _legend(comparison: Comparison) -> str:
     several = any(len(group.runs) > 1 for group in comparison.groups)
-    words = f"Figures are means of the last {comparison.last} steps; of what is measured less often, the last value."
+    words = (
+        f"Training losses, seconds of a step and tokens/s are means over the last {comparison.last} steps; other "
+        "figures are the last value."
+    )
     if several:
         words += " ± is half of a 95 % interval of the mean over seeds (Student's t)."
     if len({steps for group in comparison.groups for steps in group.steps}) > 1:
@@ -131,11 +126,6 @@ def _legend(comparison: Comparison) -> str:
     if going:
         words += f" Not ended yet, so as far as they are: {', '.join(going)}."
     return words + " FLOPs: 6 per weight of a matrix and token, attention left out."
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _number(value: float) -> str:
@@ -147,22 +137,19 @@ def _charts(comparison: Comparison) -> list[tuple[str, str, Markup]]:
     charts = []
     for name, words in HEADLINES.items():
         lines: dict[str, Points] = {}
-        faint = []
+        faint: list[str] = []
         for group in comparison.groups:
             window = max(1, max(group.steps) // _SMOOTH) if name == "loss" else 1
+            curves: dict[str, Curve] = {}
             if len(group.runs) > 1:
                 for run in group.runs:
-                    label = f"{group.label}, seed {run.params.get('seed', '?')}"
-                    lines[label] = _smoothed(run.curves.get(name, {}), window)
-                    faint.append(label)
-            lines[group.label] = _smoothed(mean_curve(group.runs, name), window)
+                    curves[f"{group.label}, seed {run.params.get('seed', '?')}"] = run.curves.get(name, {})
+                faint += curves
+            curves[group.label] = mean_curve(group.runs, name)
+            lines |= {label: _smoothed(curve, window) for label, curve in curves.items() if curve}
         caption = "Nats per masked visual token; the axis is logarithmic." + (" Smoothed." if name == "loss" else "")
         caption += " Pale lines: single seeds; bold: their mean." if faint else ""
-        drawn = {label: points for label, points in lines.items() if points}
-        chart = line_chart(
-            drawn, title=f"{words} by step", x_label="step", y_label="nats per token",
-            faint=[label for label in faint if label in drawn],
-        ) if drawn else None  # fmt: skip
+        chart = line_chart(lines, title=f"{words} by step", x_label="step", y_label="nats per token", faint=faint)
         if chart is not None:
             charts.append((words.capitalize(), caption, chart))
     for headline, members in comparison.frame_metrics.items():
@@ -184,40 +171,26 @@ def _charts(comparison: Comparison) -> list[tuple[str, str, Markup]]:
     return charts
 
 
-def _smoothed(curve: Mapping[int, float], window: int) -> Points:
+def _smoothed(curve: Curve, window: int) -> Points:
     points = thinned(curve)
-    if not points:
-        return []
-    return smooth(points, max(1, round(window * len(points) / max(1, len(curve)))))
+    return smooth(points, max(1, round(window * len(points) / len(curve))))
 
 
-def _samples(comparison: Comparison, store: RunStore) -> list[tuple[str, list[tuple[str, int, str, str] | None]]]:
-    """By what was asked for: of every group's first run, label, step, media type and URI of its newest sample."""
-    newest: list[dict[str, Sample]] = []
-    for group in comparison.groups:
-        found: dict[str, Sample] = {}
-        for sample in sorted(group.runs[0].samples, key=lambda sample: sample.step):
-            found[sample.key] = sample
-        newest.append(found)
-    keys = list(dict.fromkeys(chain.from_iterable(newest)))[:_MAX_PROMPTS]
-    shown: list[tuple[str, list[tuple[str, int, str, str] | None]]] = []
+def _samples(comparison: Comparison, store: RunStore) -> list[tuple[str, list[Shown]]]:
+    """By prompt, the newest sample of every group's first run."""
+    shown: list[tuple[str, list[Shown]]] = []
     size = 0
     with tempfile.TemporaryDirectory(prefix="lumos-compare-") as scratch:
-        for key in keys:
-            row: list[tuple[str, int, str, str] | None] = []
-            for group, found in zip(comparison.groups, newest, strict=True):
-                if key not in found:
+        newest = [store.newest_samples(group.runs[0], Path(scratch)) for group in comparison.groups]
+        prompts = dict.fromkeys(chain.from_iterable(videos for _, videos in newest))
+        for prompt in list(prompts)[:_MAX_PROMPTS]:
+            row: list[Shown] = []
+            for group, (step, videos) in zip(comparison.groups, newest, strict=True):
+                if prompt not in videos:
                     row.append(None)
                     continue
-                file = _fetch(store, group.runs[0], found[key], Path(scratch))
-                size += file.stat().st_size
-                uri = data_uri(file, _MEDIA[file.suffix]) if size <= _MAX_BYTES else None
-                row.append((group.label, found[key].step, _MEDIA[file.suffix], uri) if uri else None)
-            shown.append((key, row))
+                size += videos[prompt].stat().st_size
+                uri = data_uri(videos[prompt], "video/mp4") if size <= _MAX_BYTES else None
+                row.append((group.label, step, uri))
+            shown.append((prompt, row))
     return shown
-
-
-def _fetch(store: RunStore, run: Run, sample: Sample, scratch: Path) -> Path:
-    folder = scratch / run.run_id
-    folder.mkdir(exist_ok=True)
-    return store.artifact(run, sample.path, folder)

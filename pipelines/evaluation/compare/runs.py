@@ -17,21 +17,12 @@ from pipelines.tracking import TrackingStore
 logger = logging.getLogger(__name__)
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
-_CURVES = re.compile(r"loss|loss_frame_\d+|step_seconds|tokens_per_s|tokens_seen|val/(loss|frame_\d+)")
-_IMAGE = re.compile(r"(?P<key>.+)[+%]step[+%](?P<step>\d+)[+%]timestamp[+%][^/]*(?<![+%]compressed)\.png")
-_VIDEO_STEP = re.compile(r"step[-_]?(\d+)")
+_CURVES = re.compile(r"loss|loss_frame_\d+|step_seconds|tokens_per_s(_per_device)?|tokens_seen|val/loss")
 _MAX_NAMES = 8  # listed in a message
+# Videos drawn beside a training are artifacts in SAMPLES/step-XXXXXXXX, with a file that says what they were drawn of.
+SAMPLES, SAMPLES_FILE = "samples", "samples.json"
 
 Curve = Mapping[int, float]  # step -> value
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A video or a picture of one that a run logged."""
-
-    key: str  # what was asked for; equal keys of several runs stand side by side
-    step: int
-    path: str  # among the run's artifacts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +30,7 @@ class Run:
     """One run as MLflow has it."""
 
     run_id: str
+    uri: str  # of its store
     name: str
     experiment: str
     status: str
@@ -46,7 +38,6 @@ class Run:
     tags: Mapping[str, str]
     last: Mapping[str, float]  # last value of every metric
     curves: Mapping[str, Curve]
-    samples: tuple[Sample, ...]
 
     @property
     def steps(self) -> int:
@@ -77,19 +68,26 @@ class RunStore:
             for uri, run_id in self._resolve(name):
                 if run_id not in found:
                     found[run_id] = self._read(uri, run_id)
-        empty = [run.name for run in found.values() if not run.curves["loss"]]
-        for run_id in [run_id for run_id, run in found.items() if not run.curves["loss"]]:
-            del found[run_id]
-        if not found:
-            raise UserError(f"no step is recorded of {', '.join(empty)}: wait until they have trained, or name others")
+        runs = [run for run in found.values() if run.curves["loss"]]
+        empty = ", ".join(run.name for run in found.values() if not run.curves["loss"])
+        if not runs:
+            raise UserError(f"no step is recorded of {empty}: wait until they have trained, or name others")
         if empty:
-            logger.warning("left out, since no step is recorded of them: %s", ", ".join(empty))
-        return list(found.values())
+            logger.warning("left out, since no step is recorded of them: %s", empty)
+        return runs
 
-    def artifact(self, run: Run, path: str, folder: Path) -> Path:
-        """A copy of an artifact of a run, in a folder."""
-        client = next(client for client in self._clients.values() if self._has(client, run.run_id))
-        return Path(client.download_artifacts(run.run_id, path, str(folder)))
+    def newest_samples(self, run: Run, folder: Path) -> tuple[int, dict[str, Path]]:
+        """The newest videos drawn beside a run, copied into a folder: their step, and each by its prompt."""
+        client, folder = self._client(run.uri), folder / run.run_id
+        folder.mkdir()
+        for path in sorted((each.path for each in client.list_artifacts(run.run_id, SAMPLES)), reverse=True):
+            copied = Path(client.download_artifacts(run.run_id, path, str(folder)))
+            if (copied / SAMPLES_FILE).is_file():  # else it is still being sent
+                said = json.loads((copied / SAMPLES_FILE).read_text(encoding="utf-8"))
+                return said["step"], {
+                    prompt: copied / name for prompt, name in zip(said["prompts"], said["files"], strict=True)
+                }
+        return 0, {}
 
     def _resolve(self, name: str) -> Iterator[tuple[str, str]]:
         """Stores and ids of the runs of a name."""
@@ -99,7 +97,7 @@ class RunStore:
             return
         uri = self._default_uri()
         client = self._client(uri)
-        if _RUN_ID.fullmatch(name) and self._has(client, name):
+        if _RUN_ID.fullmatch(name) and self._get(client, name):
             yield uri, name
             return
         experiment = client.get_experiment_by_name(name)
@@ -124,7 +122,10 @@ class RunStore:
             yield uri, run.info.run_id
 
     def _of_output(self, folder: Path) -> tuple[str, str]:
-        run_id = json.loads((folder / "run.json").read_text()).get("run_id")
+        try:
+            run_id = json.loads((folder / "run.json").read_text()).get("run_id")
+        except (AttributeError, ValueError) as error:
+            raise UserError(f"{folder / 'run.json'} cannot be read ({error}): name the run by its id") from error
         if run_id is None:
             raise UserError(
                 f"{folder} is the output of a run that MLflow does not have yet: begin it with `lumos train`"
@@ -167,47 +168,32 @@ class RunStore:
         return self._clients[uri]
 
     @staticmethod
-    def _has(client: Any, run_id: str) -> bool:
+    def _get(client: Any, run_id: str) -> Any:
         from mlflow.exceptions import MlflowException
 
         try:
-            client.get_run(run_id)
+            return client.get_run(run_id)
         except MlflowException:
-            return False
-        return True
+            return None
 
     def _read(self, uri: str, run_id: str) -> Run:
         client = self._client(uri)
-        if not self._has(client, run_id):
+        run = self._get(client, run_id)
+        if run is None:
             raise UserError(f"{uri} has no run {run_id}: name the store that has it by --tracking-uri")
-        run = client.get_run(run_id)
         curves: dict[str, Curve] = {"loss": {}}
         for key in run.data.metrics:
             if _CURVES.fullmatch(key):
                 history = client.get_metric_history(run_id, key)
                 curves[key] = dict(sorted((p.step, p.value) for p in history if math.isfinite(p.value)))
-        experiment = client.get_experiment(run.info.experiment_id)
         return Run(
             run_id=run_id,
+            uri=uri,
             name=run.info.run_name or run_id[:8],
-            experiment=experiment.name,
+            experiment=client.get_experiment(run.info.experiment_id).name,
             status=run.info.status,
             params=dict(run.data.params),
             tags={key: value for key, value in run.data.tags.items() if not key.startswith("mlflow.")},
             last={key: value for key, value in run.data.metrics.items() if math.isfinite(value)},
             curves=curves,
-            samples=tuple(_samples(client, run_id)),
         )
-
-
-def _samples(client: Any, run_id: str, folder: str | None = None) -> Iterator[Sample]:
-    """Videos, and pictures logged by step, among a run's artifacts; the export's files are none."""
-    for entry in client.list_artifacts(run_id, folder):
-        if entry.is_dir:
-            if entry.path not in ("export", "checkpoints"):
-                yield from _samples(client, run_id, entry.path)
-        elif image := _IMAGE.fullmatch(entry.path.removeprefix("images/")):
-            yield Sample(image["key"].replace("~", "/"), int(image["step"]), entry.path)
-        elif entry.path.endswith(".mp4"):
-            step = _VIDEO_STEP.search(entry.path)
-            yield Sample(Path(entry.path).stem, int(step[1]) if step else 0, entry.path)

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
 
 from pipelines.errors import UserError
+from pipelines.evaluation.compare import report
 from pipelines.evaluation.compare.figures import as_json, compare_runs, run_cost
 from pipelines.evaluation.compare.report import as_text, write_report
 from pipelines.evaluation.compare.runs import RunStore
@@ -58,9 +60,14 @@ def store(tmp_path_factory):
             params=[Param(key, str(value)) for key, value in params.items()],
             tags=[RunTag("num_parameters", "100000")],
         )
-        for step in (20, 40):
-            picture = np.full((4, 8, 3), 5 * step, dtype=np.uint8)
-            client.log_image(run.info.run_id, picture, key="prompts/a red ball", step=step, synchronous=True)
+        for step in (20, 40, 60):
+            drawn = folder / name / f"step-{step:08d}"
+            drawn.mkdir(parents=True)
+            (drawn / "00.mp4").write_bytes(b"a video")
+            if step < 60:  # which is still being sent
+                said = {"step": step, "prompts": ["a red ball"], "files": ["00.mp4"]}
+                (drawn / "samples.json").write_text(json.dumps(said))
+            client.log_artifacts(run.info.run_id, str(drawn), f"samples/{drawn.name}")
         client.set_terminated(run.info.run_id)
         output = folder / "runs" / name
         output.mkdir(parents=True)
@@ -139,7 +146,7 @@ def test_what_names_nothing_is_told_with_what_there_is(store, tmp_path, monkeypa
         RunStore(None).find(["lr"])
 
 
-def test_the_page_and_the_files_say_the_same(compared, tmp_path):
+def test_the_page_and_the_files_say_the_same(compared, tmp_path, monkeypatch):
     opened, comparison = compared
     write_report(tmp_path / "out", comparison, opened)
     values = json.loads((tmp_path / "out" / "compare.json").read_text())
@@ -154,13 +161,17 @@ def test_the_page_and_the_files_say_the_same(compared, tmp_path):
     page = (tmp_path / "out" / "compare.html").read_text()
     assert page.count("<svg") == 3  # training loss, validation loss, loss by frame
     assert "Lowest validation loss: <b>lr 0.01</b>" in page
-    assert "prompts/a red ball" in page
-    assert page.count("data:image/png") == 2  # the newest of each group
+    assert "<h3>a red ball</h3>" in page
+    assert page.count("data:video/mp4") == 2  # the newest of each group
     assert page.count("step 40</figcaption>") == 2
     assert not re.search(r'(src|href)="(?!data:|#)', page), "the page needs something from elsewhere"
     text = as_text(comparison)
     assert "lr 0.001" in text
     assert "optimizer.lr" in text
+    monkeypatch.setattr(report, "_MAX_BYTES", 7)
+    write_report(tmp_path / "out", comparison, opened)
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert page.count("data:video/mp4") == page.count("no room on this page for the sample of lr 0.001, step 40") == 1
 
 
 @pytest.fixture
@@ -198,6 +209,21 @@ def test_versions_devices_and_older_programs_make_no_other_group(odd_store):
     assert [dict(group.differences) for group in comparison.groups] == [{"data.order": "1"}, {"data.order": "2"}]
 
 
+def test_groups_of_one_name_stay_apart(odd_store):
+    for letter in "ab":
+        odd_store("one name", [2.0, 1.0], **{"data.dataset": letter * 70})
+    comparison = compare_runs(odd_store.found())
+    assert [group.label for group in comparison.groups] == ["one name", "one name (2)"]
+
+
+def test_device_hours_are_of_the_workers_that_took_part(compared):
+    run = compared[1].groups[1].runs[0]
+    rates = run.curves["tokens_per_s"]
+    halved = {step: rate / (1 if step <= STEPS / 2 else 2) for step, rate in rates.items()}  # one of 2 at first
+    elastic = replace(run, curves={**run.curves, "tokens_per_s_per_device": halved})
+    assert run_cost(elastic).device_hours == pytest.approx(0.75 * run_cost(run).device_hours)
+
+
 def test_a_loss_that_is_no_number_never_wins(odd_store):
     odd_store("broken", [2.0, float("nan"), float("nan")])
     odd_store("sound", [2.0, 1.0, 1.0], **{"optimizer.lr": 0.2})
@@ -215,6 +241,12 @@ def test_quotes_in_names_runs_that_go_on_and_those_without_steps(odd_store, capl
     comparison = compare_runs(odd_store.found())
     assert "no step is recorded of them: not begun" in caplog.text
     assert "Not ended yet, so as far as they are: it's one." in as_text(comparison)
+
+
+def test_a_run_file_that_cannot_be_read_is_told(tmp_path):
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run.json cannot be read .*: name the run by its id"):
+        RunStore(None).find([str(tmp_path)])
 
 
 def test_an_experiment_without_runs_is_told_as_such(store):

@@ -1,21 +1,18 @@
 """Run by two processes: what a step takes of memory, beside what the plan says (test_estimate.py).
 
-Memory is that of torch's allocator on the CPU: every allocation and release since the engine began to be built, as the
-profiler records them, summed in order; the highest sum is the peak. Another process' or Python's memory is not in it.
+Memory is that of torch's allocator on the CPU: every allocation and release since the engine began to be built, summed
+in order; the highest sum is the peak. Another process' or Python's memory is not in it.
 """
 
 import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
 
 from lumos.batch import pack
 from lumos.config import MaskConfig
@@ -24,6 +21,7 @@ from lumos.layout import build_sequence
 from lumos.losses import LossModule
 from lumos.masking import sample_masked_positions
 from lumos.vocabulary import Vocabulary
+from pipelines.benchmarks.layers import allocations
 from pipelines.training.config import ModelShape, ResourceConfig, TrainConfig
 from pipelines.training.device_memory import Pass, worker_memory
 from pipelines.training.engine import make_engine, prepare_process
@@ -44,17 +42,7 @@ CASES = {
     "bf16 zero1 grouped": (1, "gpu", {"hidden_size": 384, "num_heads": 12, "num_kv_heads": 4}, (5, 16, 16)),
     "bf16 zero3": (3, "gpu", {"checkpoint_activations": True}, (7, 16, 24)),
 }
-ResultT = TypeVar("ResultT")
-_ALIVE: list[TrainStep] = []
-
-
-def allocated(run: Callable[[], ResultT]) -> tuple[ResultT, int, int]:
-    """What was run; the highest and the last number of bytes allocated since it began."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = run()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    sizes = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-    return result, int(sizes.max()), int(sizes[-1])
+_ALIVE: list[TrainStep] = []  # what one case releases would be counted in the next
 
 
 def config_of(folder: Path, case: str) -> tuple[TrainConfig, tuple[int, int, int]]:
@@ -76,20 +64,19 @@ def measure(folder: Path, case: str) -> dict[str, float]:
     model = config.model.resolve(VOCABULARY.vocab_size, VOCABULARY.visual_start)
     setup = setup_of(config)
 
-    def build() -> TrainStep:
+    def build() -> None:
         decoder = build_decoder(config, model, VOCABULARY, device=CPU)
-        decoder.recompute = setup.checkpointing
-        return TrainStep(make_engine(LossModule(decoder, VOCABULARY), config), VOCABULARY, device=CPU)
+        decoder.recompute = setup.recompute
+        _ALIVE.append(TrainStep(make_engine(LossModule(decoder, VOCABULARY), config), VOCABULARY, device=CPU))
 
-    step, _, held = allocated(build)
-    _ALIVE.append(step)  # what one case releases would be counted in the next
+    held = allocations(build)[-1]
     ids, layout = build_sequence(VOCABULARY, [1] * 20, np.zeros(shape, dtype=np.int64), fps=12.0)
     masked = sample_masked_positions(layout, MaskConfig(), torch.Generator().manual_seed(0))
     one = pack(ids, masked, (layout,), VOCABULARY)
-    peak = 0
+    batch, peak = StepBatch(0, 0, (one,), shape, 0, 2, 0, 0), 0
     for _ in range(2):  # the first makes the optimizer's state, the second is as all that follow
-        _, highest, left = allocated(lambda: step(StepBatch(0, 0, (one,), shape, 0, 2, 0, 0), lr=1e-3, data_wait=0.0))
-        peak, held = held + highest, held + left
+        sizes = allocations(lambda: _ALIVE[-1](batch, lr=1e-3, data_wait=0.0))
+        peak, held = held + max(sizes), held + sizes[-1]
     counts = count_parameters(model, visual_classes=VOCABULARY.codebook_size)
     planned = worker_memory(model, counts, setup, Pass(len(one.ids), len(one.loss_positions)))
     return {"measured": peak, "planned": planned.peak, "lasting": held, **planned.device}

@@ -4,6 +4,7 @@ from click.testing import CliRunner
 
 from jobs.train import command
 from pipelines.config import config_to_yaml
+from pipelines.training.config import EmaConfig, ResourceConfig
 from pipelines.training.dry_run import first_steps
 from pipelines.training.prepare import prepare
 from tests.pipelines.training.runs import tiny_config
@@ -24,7 +25,10 @@ def test_the_largest_bucket_is_tried_first_and_each_once(tmp_path):
 
 
 def test_a_dry_run_tells_of_each_bucket_and_leaves_nothing(ray_cluster, tmp_path):
-    config = tiny_config(write_snapshot(tmp_path / "dataset", BUCKETS), tmp_path / "runs" / "out")
+    dataset = write_snapshot(tmp_path / "dataset", BUCKETS)
+    # 8 workers have no room on the 6 CPUs of the cluster: training would begin with fewer.
+    scale = {"num_workers": 8, "min_workers": 2, "resources": ResourceConfig(cpus_per_worker=1.0)}
+    config = tiny_config(dataset, tmp_path / "runs" / "out", ema=EmaConfig(start=50), **scale)
     file = tmp_path / "config.yaml"
     file.write_text(config_to_yaml(config))
     before = sorted(tmp_path.rglob("*"))
@@ -34,5 +38,6 @@ def test_a_dry_run_tells_of_each_bucket_and_leaves_nothing(ray_cluster, tmp_path
     assert told[0].startswith("3x4x6: ")
     assert told[1].startswith("2x4x4: ")
     assert all(" tokens, loss " in line and " GB of a process" in line for line in told[:2])
-    assert "no validation" in told[2]
+    assert told[2].startswith("tried with the 2 workers of min_workers")
+    assert "no validation" in told[3]
     assert sorted(tmp_path.rglob("*")) == before

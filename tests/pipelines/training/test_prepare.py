@@ -106,6 +106,7 @@ def test_several_datasets_are_prepared_in_their_order(config, dataset, tmp_path)
     assert prepared.info.dataset_digest == prepared.dataset_digest
     turned = prepare(two_sources(config, other, dataset, weight=1))
     assert turned.dataset_digest != prepared.dataset_digest, "rows have other ids then"
+    assert turned.info.shapes == ((2, 4, 4), (3, 4, 6), (1, 4, 4)), "a video is what is drawn by default"
     heavier = prepare(two_sources(config, dataset, other, repeat=1))
     assert heavier.config.identity_hash() != prepared.config.identity_hash()
     elsewhere = two_sources(config, tmp_path / "a copy", other, weight=1)

@@ -18,13 +18,12 @@ from lumos.tokenizers import load_video_tokenizer
 from lumos.tokenizers.text import EMBEDDED_FILE, TextTokenizer
 from lumos.vocabulary import Vocabulary
 from pipelines import sample_corpus
+from pipelines.evaluation.compare.runs import SAMPLES_FILE
 from pipelines.training.checkpoints import LoopState, StoredCheckpoint
 from pipelines.training.config import CheckpointConfig, SamplesConfig
 from pipelines.training.prepare import prepare
 from pipelines.training.sample import (
-    SAMPLES_FILE,
     Sampler,
-    SampleSet,
     choose_prompts,
     draw_samples,
     judge_samples,
@@ -136,17 +135,19 @@ def test_a_task_draws_beside_and_one_that_is_slow_has_the_next_left_out(ray_clus
     sampler.close(finished=True)
     sampler.offer(40, lambda _: None)
     sampler.close(finished=True)
+
+    def silent(_: int) -> StoredCheckpoint:
+        raise TimeoutError
+
+    sampler.offer(50, silent)
+    sampler.close(finished=True)
     assert said[1].startswith("no samples of step 30: ")
-    assert said[2:] == ["no samples of step 40: there is no checkpoint of it"]
+    assert said[2:] == [
+        "no samples of step 40: there is no checkpoint of it",
+        "no samples of step 50: TimeoutError: no message",
+    ]
 
 
 def test_samples_are_drawn_where_there_are_checkpoints(dataset, tmp_path):
     with pytest.raises(ValueError, match=r"samples.every = 15 is not a multiple of checkpoint.every = 10"):
         tiny_config(dataset, Path(tmp_path), checkpoint=CheckpointConfig(every=10), samples=SamplesConfig(every=15))
-
-
-def test_a_set_is_the_same_after_it_was_written(tmp_path):
-    found = SampleSet(prompts=("p",), videos=(b"",), metrics={"judge_all": 0.5})
-    folder = write_samples(tmp_path, 3, found, time=5.0)
-    said = json.loads((folder / SAMPLES_FILE).read_text())
-    assert (said["step"], said["time"], said["metrics"]) == (3, 5.0, {"judge_all": 0.5})

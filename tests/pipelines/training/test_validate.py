@@ -38,7 +38,7 @@ def alone(dataset, folder, weights):
     model.load_state_dict(weights, strict=False)  # without the rows of text, which play no part
     module, loader = LossModule(model, run.vocabulary, 0.0), StepLoader(run, 0, 1)
     totals = torch.zeros(2, 3, dtype=torch.float64)
-    for chosen in choose_rows(run.datasets, config.validation):
+    for chosen in choose_rows(run):
         bucket = run.datasets[0].manifest.buckets[chosen.bucket]
         record = loader.rows[0].row(chosen.bucket, chosen.row)
         assert record["clip_id"].startswith("val-")
@@ -69,11 +69,15 @@ def test_validation_is_that_of_a_plain_model_and_leaves_training_bitwise_the_sam
 
 def test_rows_depend_on_the_validations_seed_alone(dataset, tmp_path):
     run = prepare(tiny_config(dataset, tmp_path))
-    few = choose_rows(run.datasets, ValidationConfig(rows=5))
+
+    def chosen(**wanted):
+        return choose_rows(replace(run, config=replace(run.config, validation=ValidationConfig(**wanted))))
+
+    few = chosen(rows=5)
     assert len(set(few)) == 5
     assert few == sorted(few, key=lambda row: (row.bucket, row.row))
-    assert few != choose_rows(run.datasets, ValidationConfig(rows=5, seed=1))
-    everything = choose_rows(run.datasets, ValidationConfig(rows=100))
+    assert few != chosen(rows=5, seed=1)
+    everything = chosen(rows=100)
     assert len(everything) == sum(HELD_OUT.values())
     assert set(few) <= set(everything)
 
@@ -83,6 +87,14 @@ def test_a_snapshot_without_held_out_rows_is_told(tmp_path):
     run = prepare(config)
     assert "has no rows of the split 'val'; training goes on without" in describe(run)
     assert describe(replace(run, config=replace(config, validation=ValidationConfig(every=0)))) is None
+
+
+def test_held_out_rows_that_the_run_cannot_read_are_left_out_and_told(tmp_path):
+    held_out = {(2, 4, 4): 3, (2, 4, 5): 2, (9, 16, 16): 4}  # an odd width, and more than 512 tokens
+    run = prepare(tiny_config(write_snapshot(tmp_path / "dataset", TRAIN, held_out=held_out), tmp_path))
+    shapes = [run.datasets[0].manifest.buckets[row.bucket].shape for row in choose_rows(run)]
+    assert shapes == [(2, 4, 4)] * 3
+    assert describe(run).startswith("validation is without 6 rows of 9 (2x4x5, 9x16x16): they are longer than")
 
 
 def test_validation_is_no_part_of_what_a_run_computes(dataset, tmp_path):
