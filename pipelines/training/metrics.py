@@ -73,12 +73,14 @@ class MetricStream:
     facts: RunFacts
     log_every: int
     peak_flops: float | None = None  # of one device; None: no MFU
+    complete: int = 0  # the last step that is in a row, or was skipped
     _group: list[StepRecord] = field(default_factory=list)
     _totals: Counter[str] = field(default_factory=Counter)
 
     def skip(self, record: StepRecord) -> None:
         """Count a record whose row was sent."""
         self._count(record)
+        self.complete = record.step
 
     def add(self, record: StepRecord) -> Iterator[MetricRow]:
         """The rows that a record completes."""
@@ -96,6 +98,7 @@ class MetricStream:
             values = {name: value for name, value in self._values(self._group).items() if math.isfinite(value)}
             yield MetricRow(last.step, last.time, values)
             self._group.clear()
+            self.complete = last.step
 
     def _count(self, record: StepRecord) -> None:
         totals = self._totals
