@@ -23,11 +23,13 @@ def command(checkpoint: str, out: Path | None, dtype: str, ema: bool) -> None:
     OUT is the folder to write, export-STEP where none is named. `lumos generate` and `lumos serve` read it. No training
     is started, and no more than one file of weights is in memory.
     """
+    from pipelines.errors import UserError, storage_errors_as
     from pipelines.training.export import export, locate
 
     stored = locate(checkpoint)
     target = out or Path(f"export-{stored.state.step}")
-    export(stored, target, dtype="bf16" if dtype == "bf16" else "fp32", ema=ema)
+    with storage_errors_as(UserError, "no model was made"):
+        export(stored, target, dtype="bf16" if dtype == "bf16" else "fp32", ema=ema)
     click.echo(f"model of step {stored.state.step}: {target}")
 
 

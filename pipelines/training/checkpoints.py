@@ -20,19 +20,15 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Any
-
-import pyarrow.fs
-from ray.train import Checkpoint
 
 from lumos.checkpoint import ModelInfo
 from lumos.config import ModelConfig
 from lumos.vocabulary import Vocabulary
 from pipelines import storage
 from pipelines.errors import UserError
-from pipelines.training.record import StepRecord, read_records
+from pipelines.training.record import StepRecord, check_record
 
 STATE_FILE = "state.json"
 MODEL_FILE = "model.json"
@@ -61,18 +57,13 @@ class LoopState:
 class StoredCheckpoint:
     """A complete checkpoint in storage."""
 
-    checkpoint: Checkpoint
+    uri: str  # of its folder; of a local one, the whole path
     state: LoopState
-
-    @property
-    def filesystem(self) -> Any:
-        """Arrow's, that it is in."""
-        return self.checkpoint.filesystem
 
     @property
     def name(self) -> str:
         """Of its folder; no two are alike."""
-        return str(self.checkpoint.path.rstrip("/").rsplit("/", 1)[1])
+        return self.uri.rpartition("/")[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,20 +99,37 @@ def find_checkpoints(uri: str) -> list[StoredCheckpoint]:
     Raises:
         UserError: if one is of a newer program.
     """
-    filesystem, root = storage.arrow_filesystem(uri)
-    found = []
-    for attempt in _folders(filesystem, root, _ATTEMPT):
-        for path in _folders(filesystem, attempt, _STEP):
-            state = _complete_state(filesystem, path)
-            if state is not None:
-                found.append(StoredCheckpoint(Checkpoint(path, filesystem), state))
-    return sorted(found, key=lambda stored: (stored.state.step, stored.checkpoint.path), reverse=True)
+    folders = [folder for attempt in _folders(uri, _ATTEMPT) for folder in _folders(attempt, _STEP)]
+    found = [stored for folder in folders if (stored := open_checkpoint(folder)) is not None]
+    return sorted(found, key=lambda stored: (stored.state.step, stored.uri), reverse=True)
+
+
+def open_checkpoint(uri: str) -> StoredCheckpoint | None:
+    """The checkpoint in a folder, or None if there is none, or one whose files are not all there.
+
+    Raises:
+        UserError: if it is of a newer program.
+    """
+    uri = storage.filesystem(uri)[1] if storage.is_local(uri) else uri.rstrip("/")
+    try:
+        data = storage.read_bytes(storage.join(uri, STATE_FILE))
+        entry = _listed_files(uri, 1).get(STATE_FILE)
+        if isinstance(entry, dict) and entry["sha256"] != hashlib.sha256(data).hexdigest():
+            return None  # damaged, and not of a newer program
+        state = read_state(data, uri)
+        listed = _listed_files(uri, state.num_workers)
+        sizes = {name: entry["size"] if isinstance(entry, dict) else entry for name, entry in listed.items()}
+        there = {file.path: file.size for file in storage.list_files(uri)}
+        if any(there.get(name) != size for name, size in sizes.items()):
+            return None
+    except (AttributeError, FileNotFoundError, KeyError, NotADirectoryError, ValueError, TypeError):
+        return None
+    return StoredCheckpoint(uri, state)
 
 
 def next_attempt(uri: str) -> str:
     """Name for the checkpoints of one more driver: ``attempt-00001`` and so on."""
-    filesystem, root = storage.arrow_filesystem(uri)
-    numbers = [int(path.rsplit("-", 1)[1]) for path in _folders(filesystem, root, _ATTEMPT)]
+    numbers = [int(folder.rsplit("-", 1)[1]) for folder in _folders(uri, _ATTEMPT)]
     return f"attempt-{max(numbers, default=0) + 1:05d}"
 
 
@@ -130,40 +138,33 @@ def prune(uri: str, keep: Sequence[StoredCheckpoint]) -> None:
 
     What is not named as a checkpoint or an attempt is not touched.
     """
-    filesystem, root = storage.arrow_filesystem(uri)
-    kept = {stored.checkpoint.path for stored in keep}
-    for attempt in _folders(filesystem, root, _ATTEMPT):
-        folders = _folders(filesystem, attempt, _STEP)
-        for path in folders:
-            if path not in kept:
-                filesystem.delete_dir(path)
-        if not kept & set(folders):
-            with suppress(FileNotFoundError):  # in an object store, a folder goes with the last of what is in it
-                filesystem.delete_dir(attempt)
+    kept = {stored.name for stored in keep}
+    for attempt in _folders(uri, _ATTEMPT):
+        others = [folder for folder in _folders(attempt, _STEP) if folder.rpartition("/")[2] not in kept]
+        for folder in others:
+            storage.remove(folder)
+        if not _folders(attempt, _STEP):
+            storage.remove(attempt)
 
 
-def open_checkpoint(uri: str) -> StoredCheckpoint | None:
-    """The checkpoint in a folder, or None if there is none, or an incomplete one."""
-    filesystem, path = storage.arrow_filesystem(uri.rstrip("/"))
-    state = _complete_state(filesystem, path)
-    return None if state is None else StoredCheckpoint(Checkpoint(path, filesystem), state)
+def checksum(uri: str) -> str:
+    """Hex SHA-256 of a file, read in pieces of which none is kept, not even on the disk."""
+    filesystem, path = storage.arrow_filesystem(uri)
+    digest = hashlib.sha256()
+    with filesystem.open_input_stream(path) as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def damaged_files(stored: StoredCheckpoint) -> list[str]:
     """Files whose SHA-256 is not the one written down, or that cannot be read; of older programs, none are known."""
-    filesystem, path = stored.filesystem, stored.checkpoint.path
-    wanted: dict[str, str] = {}
-    for rank in range(stored.state.num_workers):
-        files = json.loads(_read(filesystem, f"{path}/{list_name(rank)}"))
-        wanted |= {name: entry["sha256"] for name, entry in files.items() if isinstance(entry, dict)}
+    listed = _listed_files(stored.uri, stored.state.num_workers)
+    wanted = {name: entry["sha256"] for name, entry in listed.items() if isinstance(entry, dict)}
 
     def is_damaged(name: str) -> bool:
         try:
-            with filesystem.open_input_stream(f"{path}/{name}") as stream:
-                digest = hashlib.sha256()
-                while block := stream.read(_BLOCK):
-                    digest.update(block)
-                return digest.hexdigest() != wanted[name]
+            return bool(checksum(storage.join(stored.uri, name)) != wanted[name])
         except OSError:
             return True
 
@@ -176,43 +177,40 @@ def record_part(first: int, last: int) -> str:
     return f"{RECORD_DIR}/{first:08d}-{last:08d}.jsonl"
 
 
-def read_history(stored: StoredCheckpoint, uri: str, *, after: int = 0) -> Iterator[StepRecord]:
-    """The record up to a checkpoint's step, from the step after ``after`` on; ``uri`` is the storage folder.
+def has_whole_record(stored: StoredCheckpoint) -> bool:
+    """Whether a checkpoint holds the record of all steps, as those of older programs."""
+    return storage.exists(storage.join(stored.uri, _HISTORY_FILE))
+
+
+def read_history(stored: StoredCheckpoint, *, after: int = 0) -> Iterator[StepRecord]:
+    """The record up to a checkpoint's step, from the step after ``after`` on.
 
     Raises:
         UserError: if a part is damaged or missing.
     """
-    path = f"{stored.checkpoint.path}/{_HISTORY_FILE}"
-    filesystem = stored.filesystem
-    if filesystem.get_file_info(path).type == pyarrow.fs.FileType.File:
-        lines = _read(filesystem, path).splitlines()
-        yield from (record for record in read_records(lines, path, remedy=_MOVE_AWAY) if record.step > after)
-        return
-    for part in _parts_before(uri, stored.state.step, after=after):
-        where = storage.join(uri, RECORD_DIR, part)
-        for line in storage.read_bytes(where).splitlines():
-            try:
-                record = StepRecord.from_line(line)
-            except ValueError as error:
-                raise UserError(f"{where}: {error}. {_MOVE_AWAY}") from error
+    whole = has_whole_record(stored)
+    files = [(storage.join(stored.uri, _HISTORY_FILE), 1)] if whole else _parts_before(stored, after=after)
+    for file, first in files:
+        for number, line in enumerate(storage.read_bytes(file).splitlines()):
+            record = check_record(line, first + number, f"{file}, line {number + 1}", remedy=_MOVE_AWAY)
             if record.step > after:
                 yield record
 
 
-def _parts_before(uri: str, step: int, *, after: int) -> list[str]:
-    """Names of the parts that make up the record from ``after`` to ``step``, in order."""
-    folder = storage.join(uri, RECORD_DIR)
-    names = storage.list_names(folder) if storage.is_dir(folder) else []
+def _parts_before(stored: StoredCheckpoint, *, after: int) -> list[tuple[str, int]]:
+    """The parts that make up the record from ``after`` to a checkpoint, in order: URI and first step of each."""
+    root = stored.uri.rsplit("/", 2)[0]
+    folder = storage.join(root, RECORD_DIR)
     first_of: dict[int, int] = {}  # by last step; of several, any will do: what was recorded twice is the same steps
-    for name in names:
+    for name in storage.list_names(folder):
         if match := _PART.fullmatch(name):
             first, last = int(match[1]), int(match[2])
             first_of[last] = min(first, first_of.get(last, first))
-    found = []
+    found, step = [], stored.state.step
     while step > after:
         if step not in first_of:
             raise UserError(f"{folder} has no part that ends with step {step}, so the record has a gap. {_MOVE_AWAY}")
-        found.append(f"{first_of[step]:08d}-{step:08d}.jsonl")
+        found.append((storage.join(root, record_part(first_of[step], step)), first_of[step]))
         step = first_of[step] - 1
     return found[::-1]
 
@@ -224,43 +222,15 @@ def write_record(uri: str, first: int, lines: Sequence[str]) -> None:
         storage.write_bytes_atomic(storage.join(uri, name), "".join(line + "\n" for line in lines).encode())
 
 
-def _folders(filesystem: Any, path: str, name: re.Pattern[str]) -> list[str]:
-    """Folders in a folder, of those names."""
-    selector = pyarrow.fs.FileSelector(path, allow_not_found=True)
-    infos = filesystem.get_file_info(selector)
-    folders = [info for info in infos if info.type == pyarrow.fs.FileType.Directory]
-    return sorted(info.path for info in folders if name.fullmatch(info.base_name))
+def _folders(uri: str, name: re.Pattern[str]) -> list[str]:
+    """What is in a folder under such names."""
+    return [storage.join(uri, each) for each in storage.list_names(uri) if name.fullmatch(each)]
 
 
-def _complete_state(filesystem: Any, path: str) -> LoopState | None:
-    """The state of a checkpoint folder, or None if any worker's files are not all there."""
-    try:
-        data = _read(filesystem, f"{path}/{STATE_FILE}")
-        if _is_damaged_state(filesystem, path, data):  # before it is taken for one of a newer program
-            return None
-        state = read_state(data, path)
-        for rank in range(state.num_workers):
-            files = json.loads(_read(filesystem, f"{path}/{list_name(rank)}"))
-            infos = filesystem.get_file_info([f"{path}/{name}" for name in files])
-            sizes = [entry["size"] if isinstance(entry, dict) else entry for entry in files.values()]
-            if [info.size for info in infos] != sizes:
-                return None
-    except (AttributeError, FileNotFoundError, KeyError, NotADirectoryError, ValueError, TypeError):
-        return None
-    return state
-
-
-def _is_damaged_state(filesystem: Any, path: str, data: bytes) -> bool:
-    """Whether rank 0 wrote down another SHA-256 of the state than that of its file."""
-    with suppress(FileNotFoundError):
-        entry = json.loads(_read(filesystem, f"{path}/{list_name(0)}")).get(STATE_FILE)
-        return isinstance(entry, dict) and entry["sha256"] != hashlib.sha256(data).hexdigest()
-    return False
-
-
-def _read(filesystem: Any, path: str) -> bytes:
-    with filesystem.open_input_stream(path) as stream:
-        return bytes(stream.read())
+def _listed_files(uri: str, num_workers: int) -> dict[str, Any]:
+    """What workers wrote down of their files: size and SHA-256; older programs, the size alone."""
+    lists = [storage.read_json(storage.join(uri, list_name(rank))) for rank in range(num_workers)]
+    return {name: entry for files in lists for name, entry in files.items()}
 
 
 def read_state(data: bytes, where: str) -> LoopState:

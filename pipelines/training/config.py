@@ -39,7 +39,6 @@ _OPERATIONAL_WITHIN = ("model.checkpoint_activations", "model.compile")
 ADDED: dict[str, Any] = {
     "fork_from": None,
     "ema": None,
-    "model.compile": False,
     "optimizer.decay_steps": 0,
     "data.order": 1,
     "data.sources": [],
@@ -50,6 +49,14 @@ ADDED: dict[str, Any] = {
 }
 
 
+def _at_least(config: Any, least: int, *names: str) -> None:
+    """Check fields of a section, of which those that are none are left out."""
+    for name in names:
+        value = getattr(config, name)
+        words = f"be at least {least}" if least else "not be negative"
+        require(value is None or value >= least, f"{name} must {words}, got {value}")
+
+
 def without_operational(plain: dict[str, Any]) -> dict[str, Any]:
     """A config's plain values, or an older program's identity of it, without the keys that are operational."""
     kept = {key: value for key, value in plain.items() if key not in _OPERATIONAL}
@@ -57,9 +64,6 @@ def without_operational(plain: dict[str, Any]) -> dict[str, Any]:
         section, key = dotted.split(".")
         kept[section] = {name: value for name, value in kept[section].items() if name != key}
     return kept
-
-
-_RECOMPUTE: dict[bool, Recompute] = {False: "none", True: "full"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +90,9 @@ class ModelShape:
     @property
     def recompute(self) -> Recompute:
         """The same in the decoder's words."""
-        return "selective" if self.checkpoint_activations == "selective" else _RECOMPUTE[self.checkpoint_activations]
+        if self.checkpoint_activations == "selective":
+            return "selective"
+        return "full" if self.checkpoint_activations else "none"
 
     def resolve(self, vocab_size: int, visual_start: int = 0) -> ModelConfig:
         """The model's config with its number of token rows, and which of the head's is the first of a visual code."""
@@ -126,8 +132,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "muon_lr", "eps"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("warmup_steps", "decay_steps", "weight_decay", "clip_norm", "z_loss_weight", "text_loss_weight"):
-            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        _at_least(
+            self, 0, "warmup_steps", "decay_steps", "weight_decay", "clip_norm", "z_loss_weight", "text_loss_weight"
+        )
         for name in ("beta1", "beta2", "muon_momentum"):
             require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")
         require(
@@ -166,7 +173,7 @@ class EmaConfig:
 
     def __post_init__(self) -> None:
         require(0.0 <= self.decay < 1.0, f"decay must be in [0, 1), got {self.decay}")
-        require(self.start >= 0, f"start must not be negative, got {self.start}")
+        _at_least(self, 0, "start")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,15 +185,14 @@ class CheckpointConfig:
     max_failures: int = 3  # restarts of the workers within one command
     storage: str | None = None  # folder or s3:// URI that all nodes reach, in which each run makes a folder of its own
     # named lumos-HASH; none: in the output folder
-    scratch: str | None = (
-        None  # local folder of every node where checkpoints are made; none: the system's temporary one
-    )
+    # Local folder of every node in which checkpoints are made, and to which those of a store are fetched; none: the
+    # system's temporary one.
+    scratch: str | None = None
     upload: Literal["async", "sync"] = "async"  # to storage beside the training, or while it waits; the last one: sync
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        require(self.max_failures >= 0, f"max_failures must not be negative, got {self.max_failures}")
+        _at_least(self, 1, "every", "keep")
+        _at_least(self, 0, "max_failures")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,12 +209,7 @@ class ResourceConfig:
     def __post_init__(self) -> None:
         for name in ("cpus_per_worker", "cpus_per_loader"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("steps_per_block", "prefetch_steps"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        require(
-            self.threads_per_worker is None or self.threads_per_worker >= 1,
-            f"threads_per_worker must be at least 1, got {self.threads_per_worker}",
-        )
+        _at_least(self, 1, "steps_per_block", "prefetch_steps", "threads_per_worker")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,8 +225,8 @@ class TrackingConfig:
     peak_tflops: float | None = None  # of one device in bf16, for MFU; none: of those known by name
 
     def __post_init__(self) -> None:
-        require(self.flush_seconds >= 0, f"flush_seconds must not be negative, got {self.flush_seconds}")
-        require(self.log_every >= 1, f"log_every must be at least 1, got {self.log_every}")
+        _at_least(self, 0, "flush_seconds")
+        _at_least(self, 1, "log_every")
         require(
             self.peak_tflops is None or self.peak_tflops > 0, f"peak_tflops must be positive, got {self.peak_tflops}"
         )
@@ -241,8 +242,8 @@ class ValidationConfig:
     seed: int = 0  # of rows and masks; its own, so that runs with other seeds compare
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, f"every must not be negative, got {self.every}")
-        require(self.rows >= 1, f"rows must be at least 1, got {self.rows}")
+        _at_least(self, 0, "every")
+        _at_least(self, 1, "rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,10 +259,8 @@ class SamplesConfig:
     clip: OpenClipConfig | None = None  # measures how like their prompts the videos are; none: not measured
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, f"every must not be negative, got {self.every}")
-        require(self.count >= 1, f"count must be at least 1, got {self.count}")
-        for name in ("num_cpus", "num_gpus"):
-            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        _at_least(self, 0, "every", "num_cpus", "num_gpus")
+        _at_least(self, 1, "count")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,8 +285,7 @@ class DiagnosisConfig:
     hang_seconds: float = 1800.0  # a step that takes longer has the stacks of all workers written; 0: never
 
     def __post_init__(self) -> None:
-        for name in ("phases_every", "hang_seconds"):
-            require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        _at_least(self, 0, "phases_every", "hang_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,11 +335,8 @@ class TrainConfig:
         require(phases <= self.steps, f"optimizer.warmup_steps + decay_steps = {phases} exceeds steps = {self.steps}")
         both = f"fork_from = {self.fork_from} and init_from = {self.init_from}"
         require(not (self.fork_from and self.init_from), f"{both}: weights can come from one of them only")
-        skipped = self.max_skipped_in_a_row
-        require(skipped >= 0, f"max_skipped_in_a_row must not be negative, got {skipped}")
-        for name in ("steps", "global_batch", "image_batch", "micro_batch_tokens", "num_workers"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+        _at_least(self, 0, "max_skipped_in_a_row")
+        _at_least(self, 1, "steps", "global_batch", "image_batch", "micro_batch_tokens", "num_workers")
         require(
             self.samples.every % self.checkpoint.every == 0,
             f"samples.every = {self.samples.every} is not a multiple of checkpoint.every = {self.checkpoint.every}: "
@@ -353,21 +348,12 @@ class TrainConfig:
         )
         least, most = self.num_workers if self.min_workers is None else self.min_workers, self.num_workers
         require(1 <= least <= most, f"min_workers must be from 1 to num_workers = {most}, got {least}")
-        self.check_workers(most)  # fewer may have an uneven share
-
-    def check_workers(self, count: int) -> None:
-        """Check that the rows of every step can be divided evenly among so many workers.
-
-        Raises:
-            ValueError: if not; the message names the nearest batches that can.
-        """
-        for name in ("global_batch", "image_batch"):
-            rows = getattr(self, name)
-            below = (rows or 0) // count * count
-            nearest = f"{below} and {below + count}" if below else f"{count}"
+        for name in ("global_batch", "image_batch"):  # of fewer workers, some may have a row more than others
+            rows = getattr(self, name) or 0
+            below = rows // most * most
+            nearest = f"{below} and {below + most}" if below else f"{most}"
             require(
-                not rows or rows == below,
-                f"{name} = {rows} is not a multiple of num_workers = {count}; nearest that are: {nearest}",
+                rows == below, f"{name} = {rows} is not a multiple of num_workers = {most}; nearest that are: {nearest}"
             )
 
     def batch_rows(self, num_frames: int) -> int:

@@ -50,13 +50,15 @@ def read_deepspeed_file(name: str) -> dict[str, Any]:
         settings = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"deepspeed: {path} is not valid JSON ({error})") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):
+        raise UserError(f"deepspeed: {path} must hold a mapping of keys to values, and so must its zero_optimization")
     clash = sorted(set(_OURS) & set(settings))
     if clash:
         raise UserError(
             f"deepspeed: {path} sets {', '.join(clash)}; remove them, the run's config decides these "
             "(global_batch, micro_batch_tokens, optimizer, precision)"
         )
-    return dict(settings)
+    return settings
 
 
 def autocast_dtype(config: TrainConfig) -> torch.dtype | None:
@@ -66,11 +68,7 @@ def autocast_dtype(config: TrainConfig) -> torch.dtype | None:
 
 def parameter_dtype(config: TrainConfig) -> torch.dtype:
     """Of the model's parameters, of which a bf16 model's optimizer has float32 masters."""
-    return torch.bfloat16 if _bf16_parameters(config) else torch.float32
-
-
-def _bf16_parameters(config: TrainConfig) -> bool:
-    return config.precision == "bf16" and config.resources.device == "gpu"
+    return torch.bfloat16 if config.precision == "bf16" and config.resources.device == "gpu" else torch.float32
 
 
 def check_engine(config: TrainConfig) -> None:
@@ -80,8 +78,8 @@ def check_engine(config: TrainConfig) -> None:
         UserError: naming the keys and what to set instead.
     """
     zero = read_deepspeed_file(config.deepspeed).get("zero_optimization", {})
-    stage, muon = zero.get("stage", 0), config.optimizer.kind == "muon"
-    offload = {key: (zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
+    stage, muon, bf16 = zero.get("stage", 0), config.optimizer.kind == "muon", parameter_dtype(config) == torch.bfloat16
+    offload = {key: _offload_device(zero, key) for key in ("offload_optimizer", "offload_param")}
     where = f"deepspeed = {config.deepspeed}"
     if muon and stage == 3:
         raise UserError(f"{where} is ZeRO-3, which DeepSpeed's Muon does not work with: take zero1 or zero2, or adamw")
@@ -90,14 +88,14 @@ def check_engine(config: TrainConfig) -> None:
             f"{where} offloads the optimizer, which takes DeepSpeed's CPU Adam: set optimizer.kind to adamw, or take "
             "zero1 or zero2"
         )
-    if _bf16_parameters(config) and stage == 0:
+    if bf16 and stage == 0:
         # Besides, DeepSpeed begins with an update on zero gradients there, so Adam's bias correction is one step ahead:
         # the first update has 0.74 of its size, and runs depart from those of ZeRO-1.
         raise UserError(
             f"{where} with precision = bf16 on GPUs would accumulate and reduce gradients in bf16: take zero1 (whose "
             "gradients are float32, and its optimizer divided among the workers) or precision fp32"
         )
-    if _bf16_parameters(config) and muon and stage == 2:
+    if bf16 and muon and stage == 2:
         raise UserError(
             f"{where} is ZeRO-2, which would accumulate Muon's gradients in bf16: take zero1, or optimizer.kind adamw"
         )
@@ -126,7 +124,7 @@ def engine_settings(config: TrainConfig) -> dict[str, Any]:
         # The boundary is set by the step, whose number of micro-batches varies; this is only told from 1.
         "gradient_accumulation_steps": 2,
         "gradient_clipping": config.optimizer.clip_norm,
-        "bf16": {"enabled": _bf16_parameters(config), "check_grad_overflow": True},
+        "bf16": {"enabled": parameter_dtype(config) == torch.bfloat16, "check_grad_overflow": True},
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 2**31,  # the run's own records take its place
@@ -159,18 +157,18 @@ def make_engine(module: nn.Module, config: TrainConfig) -> Engine:
     import deepspeed
 
     settings = engine_settings(config)
+    offload = _offload_device(settings.get("zero_optimization", {}), "offload_optimizer") != "none"
     engine, *_ = deepspeed.initialize(
         model=module,
-        optimizer=_make_optimizer(module, config.optimizer, offload=_offloads_optimizer(settings)),
+        optimizer=_make_optimizer(module, config.optimizer, offload=offload),
         config=settings,
         dist_init_required=False,
     )
     return engine
 
 
-def _offloads_optimizer(settings: dict[str, Any]) -> bool:
-    section = settings.get("zero_optimization", {}).get("offload_optimizer") or {}
-    return bool(section.get("device", "none") != "none")
+def _offload_device(zero: dict[str, Any], key: str) -> str:
+    return str((zero.get(key) or {}).get("device", "none"))
 
 
 def _make_optimizer(module: nn.Module, options: OptimizerConfig, *, offload: bool) -> torch.optim.Optimizer:

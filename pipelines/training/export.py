@@ -2,13 +2,10 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-import pyarrow.fs
 import torch
 from torch import Tensor
 
@@ -26,6 +23,7 @@ from pipelines.training.checkpoints import (
     open_checkpoint,
 )
 from pipelines.training.engine_files import EMA, ENGINE_DIR, MASTER, EngineFiles
+from pipelines.training.scratch import local_folder
 
 ExportDtype = Literal["fp32", "bf16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -60,18 +58,32 @@ class _Weights(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def export(stored: StoredCheckpoint, target: Path, *, dtype: ExportDtype = "fp32", ema: bool = False) -> None:
+def export(
+    stored: StoredCheckpoint,
+    target: Path,
+    *,
+    dtype: ExportDtype = "fp32",
+    ema: bool = False,
+    scratch: str | None = None,
+) -> None:
     """Write the model of a checkpoint to a folder, complete or not at all; with ``ema``, the average of its weights.
+
+    A checkpoint that is in a store is fetched to a folder below ``scratch`` first. The last one of an older program
+    holds the finished model, which is copied as it is.
 
     Raises:
         UserError: if the checkpoint does not say of which model it is, or has no such average.
     """
-    with local_folder(stored) as folder:
+    if stored.state.exported and not ema:
+        with local_folder(storage.join(stored.uri, "export"), scratch) as folder:
+            _copy(folder, target)
+        return
+    with local_folder(stored.uri, scratch) as folder:
         model = read_model_file(stored)
         files = EngineFiles(folder / ENGINE_DIR)
         files.split_head(model.config.visual_start)
         if ema and not any(EMA in files.keys(name) for name in files.shapes):
-            raise UserError(f"{stored.checkpoint.path} has no average of the weights: its run has ema: null")
+            raise UserError(f"{stored.uri} has no average of the weights: its run has ema: null")
         with torch.device("meta"):
             decoder = Decoder(model.config)
         text_tokenizer = (folder / TEXT_TOKENIZER_FILE).read_text(encoding="utf-8")
@@ -79,6 +91,14 @@ def export(stored: StoredCheckpoint, target: Path, *, dtype: ExportDtype = "fp32
         save_checkpoint(
             target, decoder, model.vocabulary, state=weights, info=model.info, text_tokenizer=text_tokenizer
         )
+
+
+def _copy(folder: Path, target: Path) -> None:
+    building = target.with_name(f".{target.name}-new")
+    shutil.rmtree(building, ignore_errors=True)
+    shutil.copytree(folder, building)
+    shutil.rmtree(target, ignore_errors=True)
+    building.rename(target)
 
 
 def has_ema(stored: StoredCheckpoint) -> bool:
@@ -94,25 +114,12 @@ def read_model_file(stored: StoredCheckpoint) -> ModelFile:
         UserError: if it does not say, as those of older programs.
     """
     try:
-        with stored.filesystem.open_input_stream(f"{stored.checkpoint.path}/{MODEL_FILE}") as stream:
-            return ModelFile.from_json(stream.read())
+        return ModelFile.from_json(storage.read_bytes(storage.join(stored.uri, MODEL_FILE)))
     except FileNotFoundError as error:
         raise UserError(
-            f"{stored.checkpoint.path} has no {MODEL_FILE}, as an older lumos wrote it: continue its run with the "
+            f"{stored.uri} has no {MODEL_FILE}, as an older lumos wrote it: continue its run with the "
             "command that began it, which writes newer checkpoints and the model"
         ) from error
-
-
-@contextmanager
-def local_folder(stored: StoredCheckpoint) -> Iterator[Path]:
-    """The folder of a checkpoint on this machine: its own, or a copy that lives as long as the block."""
-    filesystem, path = stored.filesystem, stored.checkpoint.path
-    if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
-        yield Path(path)
-        return
-    with tempfile.TemporaryDirectory(prefix="lumos-export-") as folder:
-        pyarrow.fs.copy_files(path, folder, source_filesystem=filesystem)
-        yield Path(folder)
 
 
 def locate(where: str) -> StoredCheckpoint:
@@ -126,7 +133,7 @@ def locate(where: str) -> StoredCheckpoint:
     chosen = open_checkpoint(where) or _named(where)
     damaged = damaged_files(chosen)
     if damaged:
-        raise UserError(f"{chosen.checkpoint.path} is damaged ({', '.join(damaged)}): name another step")
+        raise UserError(f"{chosen.uri} is damaged ({', '.join(damaged)}): name another step")
     return chosen
 
 
@@ -153,17 +160,3 @@ def storage_of(run: str) -> str:
     if storage.is_local(run) and (file := Path(run).expanduser() / "run.json").is_file():
         return str(json.loads(file.read_text()).get("storage") or file.parent.resolve() / "checkpoints")
     return run
-
-
-def copy_export(stored: StoredCheckpoint, target: Path, *, dtype: ExportDtype, ema: bool = False) -> None:
-    """Bring the model of a checkpoint to ``target``: exported, or what an older program left in it."""
-    filesystem, path = stored.filesystem, f"{stored.checkpoint.path}/export"
-    if not stored.state.exported:
-        export(stored, target, dtype=dtype, ema=ema)
-        return
-    building = target.with_name(f".{target.name}-new")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    pyarrow.fs.copy_files(path, str(building), source_filesystem=filesystem)
-    shutil.rmtree(target, ignore_errors=True)
-    building.rename(target)

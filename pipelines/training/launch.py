@@ -51,34 +51,46 @@ def make_job(
     beginning: Beginning | None = None,
 ) -> Job:
     """What the workers are told."""
-    resources, num_workers = prepared.config.resources, prepared.config.num_workers
-    checkpoint = beginning.checkpoint if beginning else None
+    config = prepared.config
     return Job(
-        run=prepared,
+        run=replace(prepared, config=_with_whole_paths(config)),
         identity_hash=output.identity_hash,
         storage=output.storage,
         attempt=next_attempt(output.storage),
         records=records,
         orders=orders,
-        resume_from=checkpoint.checkpoint if checkpoint else None,
+        resume_from=beginning.checkpoint.uri if beginning and beginning.checkpoint else None,
         # Unless named, as if all workers shared this machine.
-        threads=resources.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // num_workers),
+        threads=config.resources.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // config.num_workers),
         diagnosis_uri=output.profile,
+    )
+
+
+def _with_whole_paths(config: TrainConfig) -> TrainConfig:
+    """The config for workers, which have another working directory."""
+    scratch, init_from, deepspeed = config.checkpoint.scratch, config.init_from, config.deepspeed
+    return replace(
+        config,
+        init_from=storage.filesystem(init_from)[1] if init_from and storage.is_local(init_from) else init_from,
+        deepspeed=os.path.abspath(deepspeed) if deepspeed.endswith(".json") else deepspeed,
+        checkpoint=replace(
+            config.checkpoint, scratch=os.path.abspath(os.path.expanduser(scratch)) if scratch else None
+        ),
     )
 
 
 def fit_with_patience(job: Job, prepared: PreparedRun, output: Output, progress: Progress) -> Any:
     """Ray Train's ``fit``, begun anew after its last failure if there is a newer checkpoint than it began with."""
-    begun = job.resume_from.path if job.resume_from else None
+    begun = job.resume_from
     while True:
         try:
             return _trainer(job, output).fit()
         except ray.train.TrainingFailedError as error:
             beginning = find_beginning(prepared, output)
-            newest = beginning.checkpoint.checkpoint if beginning.checkpoint else None
-            if newest is None or newest.path == begun:
+            newest = beginning.checkpoint.uri if beginning.checkpoint else None
+            if newest is None or newest == begun:
                 raise
-            begun = newest.path
+            begun = newest
             progress.say(f"failed ({reason_of(error)}), but went on since: continuing from step {beginning.step}")
             job = replace(job, resume_from=newest, attempt=next_attempt(output.storage))
 

@@ -73,6 +73,7 @@ class MetricStream:
     facts: RunFacts
     log_every: int
     peak_flops: float | None = None  # of one device; None: no MFU
+    complete: int = 0  # the last step that is in a row, or was skipped
     _group: list[StepRecord] = field(default_factory=list)
     _totals: Counter[str] = field(default_factory=Counter)
 
@@ -87,6 +88,7 @@ class MetricStream:
             totals[f"steps_of/{record.bucket}"] += 1
         for dataset, rows in record.datasets.items():
             totals[f"rows_of/{dataset}"] += rows
+        self.complete = record.step
 
     def add(self, record: StepRecord) -> Iterator[MetricRow]:
         """The rows that a record completes."""
@@ -104,6 +106,7 @@ class MetricStream:
             values = {name: value for name, value in self._values(self._group).items() if math.isfinite(value)}
             yield MetricRow(last.step, last.time, values)
             self._group.clear()
+            self.complete = last.step
 
     def _values(self, group: Sequence[StepRecord]) -> dict[str, float]:
         last, seconds = group[-1], sum(record.step_seconds for record in group)

@@ -3,7 +3,6 @@
 import json
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from pipelines.config import config_hash, config_to_yaml, provenance
 from pipelines.data.snapshot.read import MANIFEST, SNAPSHOTS, list_snapshots
 from pipelines.errors import UserError
 from pipelines.storage import s3
-from pipelines.storage.lock import local_lock
 from pipelines.tracking import TrackingStore, flatten
 from pipelines.training.config import ADDED, DataConfig, TrainConfig, without_operational
 
@@ -72,13 +70,6 @@ class Output:
         self.store = TrackingStore.choose(config.tracking.uri, self.folder)
         self.run = self._open(config, snapshot_digest, found)
         self._lock = threading.Lock()
-
-    def held(self) -> AbstractContextManager[None]:
-        """Keep other drivers from this folder within a block, which raises a UserError where another one trains here.
-
-        The system lets go of it however this process ends.
-        """
-        return local_lock(self.folder, f"output = {self.folder}")
 
     def begin(self, config: TrainConfig) -> None:
         """Make the folder and write down what will run in it."""

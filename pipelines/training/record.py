@@ -150,8 +150,8 @@ class History:
             os.truncate(self.path, self._size)
 
     def _accept(self, line: bytes) -> None:
-        check_record(line, self.last_step + 1, str(self.path), remedy=_REMEDY)
         self.last_step += 1
+        check_record(line, self.last_step, f"{self.path}, line {self.last_step}", remedy=_REMEDY)
         self._size += len(line)
 
     def add(self, records: Iterable[StepRecord]) -> list[StepRecord]:
@@ -210,16 +210,6 @@ class History:
         self._size += len(data)
 
 
-def read_records(lines: Iterable[str | bytes], where: str, *, remedy: str) -> Iterator[StepRecord]:
-    """The records of the steps 1, 2, 3, ... in as many whole lines.
-
-    Raises:
-        UserError: if a line is not the record of its step; the message says where it is, and the remedy.
-    """
-    for number, line in enumerate(lines, start=1):
-        yield check_record(line, number, where, remedy=remedy)
-
-
 def check_record(line: str | bytes, step: int, where: str, *, remedy: str) -> StepRecord:
     """The record in a line, which must be that of a step.
 
@@ -231,7 +221,7 @@ def check_record(line: str | bytes, step: int, where: str, *, remedy: str) -> St
         if record.step != step:
             raise ValueError(f"the record of step {record.step}, not of step {step}")
     except ValueError as error:
-        raise UserError(f"{where}, line {step}: {error}. {remedy}") from error
+        raise UserError(f"{where}: {error}. {remedy}") from error
     return record
 
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from tqdm import tqdm
 from pipelines import storage
 from pipelines.config import config_hash
 from pipelines.errors import UserError
-from pipelines.storage.lock import dataset_lock
+from pipelines.storage.lock import dataset_lock, local_lock
 from pipelines.training.checkpoints import (
     StoredCheckpoint,
     damaged_files,
     find_checkpoints,
+    has_whole_record,
     read_history,
     write_record,
 )
@@ -25,6 +27,8 @@ from pipelines.training.export import locate, read_model_file
 from pipelines.training.output import Output
 from pipelines.training.prepare import PreparedRun
 from pipelines.training.record import History
+
+_PART_STEPS = 10_000  # of the record, in a part of what is taken over
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def held(output: Output) -> Iterator[None]:
     Raises:
         UserError: if another one trains there.
     """
-    with output.held():
+    with local_lock(output.folder, f"output = {output.folder}"):
         if storage.is_local(output.storage) and Path(output.storage).is_relative_to(output.folder):
             yield
             return
@@ -87,15 +91,14 @@ def find_beginning(prepared: PreparedRun, output: Output) -> Beginning:
     found = find_checkpoints(output.storage)
     for index, stored in enumerate(found):
         if stored.state.identity_hash not in accepted:
-            where = stored.checkpoint.path
-            raise UserError(f"{where} is a checkpoint of another run: name another checkpoint.storage or output")
+            raise UserError(f"{stored.uri} is a checkpoint of another run: name another checkpoint.storage or output")
         files = damaged_files(stored)
         if not files:
             return Beginning(stored, found[index:])
         before = f"that of step {found[index + 1].state.step}" if index + 1 < len(found) else "the run's beginning"
         tqdm.write(
             f"warning: the checkpoint of step {stored.state.step} is damaged ({', '.join(files)} in "
-            f"{stored.checkpoint.path}); {before} is used",
+            f"{stored.uri}); {before} is used",
             file=sys.stderr,
         )
     if config.fork_from is None:
@@ -103,7 +106,7 @@ def find_beginning(prepared: PreparedRun, output: Output) -> Beginning:
     parent = locate(config.fork_from)
     if output.fork is not None and output.fork["digest"] != _digest(parent):
         raise UserError(
-            f"fork_from = {config.fork_from} is now {parent.checkpoint.path}, and was another checkpoint when this run "
+            f"fork_from = {config.fork_from} is now {parent.uri}, and was another checkpoint when this run "
             "began, which has none of its own yet: name another output, and in fork_from a step that stays"
         )
     _check_fork(prepared, parent)
@@ -130,21 +133,14 @@ def _check_fork(prepared: PreparedRun, parent: StoredCheckpoint) -> None:
         )
 
 
-def take_over_record(beginning: Beginning, prepared: PreparedRun, output: Output, history: History) -> None:
+def take_over_record(beginning: Beginning, output: Output, history: History) -> None:
     """Bring the record up to the checkpoint into the output, and where the checkpoint is not ours, into the storage."""
     stored = beginning.checkpoint
     if stored is None:
         return
-    ours = bool(beginning.kept)
-    uri = output.storage if ours else _storage_of_parent(prepared, stored)
-    history.take_over(read_history(stored, uri, after=history.last_step))
-    older = stored.filesystem.get_file_info(f"{stored.checkpoint.path}/history.jsonl").is_file
-    if older or not ours:  # later checkpoints hold the record of their own steps only
-        lines = [record.to_line() for record in history.read() if record.step <= stored.state.step]
-        write_record(output.storage, 1, lines)
-
-
-def _storage_of_parent(prepared: PreparedRun, stored: StoredCheckpoint) -> str:
-    scheme, there, _ = str(prepared.config.fork_from).partition("://")
-    folder = stored.checkpoint.path.rstrip("/").rsplit("/", 2)[0]  # of its attempt
-    return f"{scheme}://{folder}" if there else folder
+    history.take_over(read_history(stored, after=history.last_step))
+    if has_whole_record(stored) or not beginning.kept:  # later checkpoints hold the record of their own steps only
+        records, first = islice(history.read(), stored.state.step), 1
+        while lines := [record.to_line() for record in islice(records, _PART_STEPS)]:
+            write_record(output.storage, first, lines)
+            first += len(lines)

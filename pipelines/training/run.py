@@ -18,7 +18,7 @@ from pipelines.training import validate
 from pipelines.training.checkpoints import StoredCheckpoint, find_checkpoints, prune
 from pipelines.training.config import TrainConfig
 from pipelines.training.diagnosis import keep_phases, keep_stacks
-from pipelines.training.export import copy_export, has_ema
+from pipelines.training.export import export, has_ema
 from pipelines.training.launch import (
     check_cluster,
     fit_with_patience,
@@ -32,7 +32,7 @@ from pipelines.training.prepare import PreparedRun, prepare
 from pipelines.training.progress import Progress
 from pipelines.training.record import History, Recorder, StepRecord, open_queue
 from pipelines.training.resume import Beginning, describe_fork, find_beginning, held, take_over_record
-from pipelines.training.rows import row_names
+from pipelines.training.rows import clips_of_step
 from pipelines.training.sample import Sampler
 from pipelines.training.sender import Sender
 from pipelines.training.worker import Stopped
@@ -90,7 +90,7 @@ def _continue(prepared: PreparedRun, output: Output) -> TrainResult:
     beginning = find_beginning(prepared, output)
     output.begin(config)
     history = History(output.metrics_file)
-    take_over_record(beginning, prepared, output, history)
+    take_over_record(beginning, output, history)
     sender = Sender(prepared=prepared, output=output, history=history, kept=lambda: _kept_checkpoints(output))
     if beginning.kept and beginning.step >= config.steps:
         return _finish(output, history, beginning.kept[0], sender, config)
@@ -116,9 +116,8 @@ def _checkpoint_of(output: Output, step: int) -> StoredCheckpoint | None:
 
 
 def _kept_checkpoints(output: Output) -> dict[int, str]:
-    found = find_checkpoints(output.storage)
-    scheme = "" if "://" not in output.storage else output.storage.partition("://")[0] + "://"
-    return {stored.state.step: f"{scheme}{stored.checkpoint.path}" for stored in found}
+    # Of two of one step, the later attempt's: the other was damaged.
+    return {stored.state.step: stored.uri for stored in reversed(find_checkpoints(output.storage))}
 
 
 def _fit(prepared: PreparedRun, output: Output, history: History, *, beginning: Beginning, sender: Sender) -> None:
@@ -225,11 +224,9 @@ def _hear(said: dict[str, Any], output: Output, sender: Sender, sampler: Sampler
 
 def _skipped(record: StepRecord, prepared: PreparedRun) -> str:
     """For a person: a step that made no update, and what it was made of."""
-    rows = row_names(prepared, record.step - 1)
-    return (
-        f"step {record.step} skipped: loss {record.loss}, gradient norm {record.grad_norm}; its clips of "
-        f"{rows[0].dataset}: {', '.join(row.clip_id for row in rows)}"
-    )
+    snapshot, clips = clips_of_step(prepared, record.step - 1)
+    figures = f"loss {record.loss}, gradient norm {record.grad_norm}"
+    return f"step {record.step} skipped: {figures}; its clips of {snapshot}: {', '.join(clips)}"
 
 
 def _kept(output: Output, history: History) -> str:
@@ -240,8 +237,9 @@ def _finish(
     output: Output, history: History, last: StoredCheckpoint, sender: Sender, config: TrainConfig
 ) -> TrainResult:
     """Bring the finished model out of the last checkpoint and close the run."""
-    copy_export(last, output.export, dtype=config.export_dtype)
+    dtype, scratch = config.export_dtype, config.checkpoint.scratch
+    export(last, output.export, dtype=dtype, scratch=scratch)
     if not last.state.exported and has_ema(last):
-        copy_export(last, output.folder / "export-ema", dtype=config.export_dtype, ema=True)
+        export(last, output.folder / "export-ema", dtype=dtype, ema=True, scratch=scratch)
     sender.end("FINISHED", output.export)
     return TrainResult(export_dir=output.export, run_id=output.run.run_id, store=output.store, history=history)

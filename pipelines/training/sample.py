@@ -30,7 +30,7 @@ from pipelines.evaluation.judge import asked_for, judge_video, score
 from pipelines.media import encode_video
 from pipelines.training.checkpoints import StoredCheckpoint
 from pipelines.training.config import SamplesConfig
-from pipelines.training.export import copy_export
+from pipelines.training.export import export
 from pipelines.training.prepare import PreparedRun
 from pipelines.training.rows import open_rows
 from pipelines.training.validate import choose_rows
@@ -70,7 +70,8 @@ def draw_samples(run: PreparedRun, stored: StoredCheckpoint, prompts: Sequence[s
     device = "cuda" if config.num_gpus else "cpu"
     torch.set_num_threads(max(1, round(config.num_cpus)))
     with tempfile.TemporaryDirectory(prefix="lumos-samples-") as folder:
-        copy_export(stored, Path(folder) / "model", dtype="bf16" if config.num_gpus else "fp32")
+        scratch = run.config.checkpoint.scratch
+        export(stored, Path(folder) / "model", dtype="bf16" if config.num_gpus else "fp32", scratch=scratch)
         tokenizer = run.config.data.tokenizer.path if run.config.data.tokenizer else None
         dtype = torch.bfloat16 if config.num_gpus else torch.float32
         model = lumos.load(Path(folder) / "model", device=device, dtype=dtype, tokenizer=tokenizer)

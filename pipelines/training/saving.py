@@ -11,67 +11,32 @@ import logging
 import os
 import secrets
 import shutil
-import socket
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import ray.train
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 from ray.train import Checkpoint, CheckpointUploadMode
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from pipelines import storage
-from pipelines.training.checkpoints import STATE_FILE, LoopState, list_name, write_record
+from pipelines.errors import UserError
+from pipelines.training.checkpoints import STATE_FILE, LoopState, checksum, list_name, write_record
 from pipelines.training.config import CheckpointConfig
 from pipelines.training.engine import Engine
 from pipelines.training.engine_files import ENGINE_DIR, master_weights, optimizer_state, save_engine
+from pipelines.training.scratch import Scratch
 
 logger = logging.getLogger(__name__)
 
-_LOCK = ".lock"
 _SPARE = 1.05  # of the space that is counted on, for what is not counted
 _ATTEMPTS = 5  # at writing a file; the store's own tries come on top
 _WAIT = wait_exponential(multiplier=1.0, max=20.0)  # seconds between them
-
-
-class Scratch:
-    """A folder of this process alone below ``root``; those that killed processes of this host left are removed."""
-
-    def __init__(self, root: str | None) -> None:
-        self.root = Path(root).expanduser() if root else Path(tempfile.gettempdir())
-        self.root.mkdir(parents=True, exist_ok=True)
-        # Of this host and user, for the locks of others cannot be opened.
-        prefix = f"lumos-scratch-{socket.gethostname()}-{os.getuid()}-"
-        with FileLock(self.root / f".{prefix}lock"):  # so that nobody takes a folder for left that is being made
-            for folder in self.root.glob(f"{prefix}*"):
-                self._remove_if_left(folder)
-            self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.root))
-            self._lock = FileLock(self.folder / _LOCK)
-            self._lock.acquire()  # the system lets go of it however this process ends
-
-    @staticmethod
-    def _remove_if_left(folder: Path) -> None:
-        lock = FileLock(folder / _LOCK)
-        try:
-            lock.acquire(blocking=False)
-        except (Timeout, OSError):
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        lock.release()
-
-    def free(self) -> int:
-        """Bytes that may be written."""
-        return shutil.disk_usage(self.folder).free
-
-    def remove(self) -> None:
-        """At the end."""
-        self._lock.release()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class CheckpointWriter:
@@ -99,10 +64,8 @@ class CheckpointWriter:
         self.files = files
         self.tell = tell
         self.rank = dist.get_rank()
-        self.seconds = 0.0  # of the last upload
-        self._size = 0  # of the last one, here
         self._pool = ThreadPoolExecutor(1)
-        self._pending: tuple[Future[None], str, Path] | None = None
+        self._pending: tuple[Future[None], int, str, Path] | None = None  # with step, target and folder
 
     def save(self, engine: Engine, state: LoopState, lines: Sequence[str], *, wait: bool) -> bool:
         """Write a checkpoint; with ``wait``, it is in storage afterwards. Whether it was written, or is being so.
@@ -110,32 +73,26 @@ class CheckpointWriter:
         ``lines`` are those of the record since the last one, up to ``state.step``; rank 0's are used.
         """
         self.settle()
-        folder = self.scratch.folder / f"step-{state.step:08d}"
-        needed = max(self._size, _expected_size(engine, self.rank))
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if not self._all(self._makes_room(folder) > needed * _SPARE * here):
-            shutil.rmtree(folder, ignore_errors=True)
-            self._warn(state.step, f"{self.scratch.root} has not the {needed * here / 1e9:.2f} GB of space it needs")
-            return False
-        part, error = list(lines) if self.rank == 0 else [], None
+        step, folder = state.step, self.scratch.folder / f"step-{state.step:08d}"
+        needed = _expected_size(engine, self.rank)
+        if not self._all(self._makes_room(folder) > needed * _SPARE):
+            return self._leave_out(
+                step, folder, f"{self.scratch.root} has not the {needed / 1e9:.2f} GB of space it needs"
+            )
+        error: Exception | None = None
         try:
             save_engine(engine, folder)
-            write_record(self.uri, state.step - len(part) + 1, part)
-        except OSError as raised:
+            if self.rank == 0:
+                write_record(self.uri, step - len(lines) + 1, lines)
+                for name, content in {STATE_FILE: json.dumps(asdict(state)), **self.files}.items():
+                    (folder / name).write_text(content, encoding="utf-8")
+        except (OSError, UserError) as raised:
             error = raised
         if not self._all(error is None):
-            shutil.rmtree(folder, ignore_errors=True)
-            self._warn(
-                state.step, f"{self.scratch.root} or {self.uri} cannot be written to ({error or 'by another worker'})"
-            )
-            return False
-        if self.rank == 0:
-            for name, content in {STATE_FILE: json.dumps(asdict(state)), **self.files}.items():
-                (folder / name).write_text(content, encoding="utf-8")
-        self._size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        target = storage.join(self.uri, self.attempt, f"step-{state.step:08d}-{self._token()}")
-        upload = self._pool.submit(self._upload, folder, target)
-        self._pending = (upload, target, folder)
+            cause = error or "by another worker"
+            return self._leave_out(step, folder, f"{self.scratch.root} or {self.uri} cannot be written to ({cause})")
+        target = storage.join(self.uri, self.attempt, f"step-{step:08d}-{self._token()}")
+        self._pending = (self._pool.submit(self._upload, folder, target), step, target, folder)
         return self.settle() if wait or not self.asynchronous else True
 
     def _makes_room(self, folder: Path) -> int:
@@ -155,14 +112,15 @@ class CheckpointWriter:
         """Wait for the upload under way, if there is one, and report it; whether the last one succeeded."""
         if self._pending is None:
             return True
-        upload, target, folder = self._pending
+        upload, step, target, folder = self._pending
         self._pending = None
         error = upload.exception()
-        shutil.rmtree(folder, ignore_errors=True)
-        step = int(target.rsplit("step-", 1)[1].split("-")[0])
         if not self._all(error is None):
-            self._warn(step, f"{target} cannot be written to ({error or 'by another worker'})")
-            return False
+            if self.rank == 0:  # what has been written would keep a full disk full
+                with suppress(OSError, UserError):
+                    storage.remove(target)
+            return self._leave_out(step, folder, f"{target} cannot be written to ({error or 'by another worker'})")
+        shutil.rmtree(folder, ignore_errors=True)
         place = ray.train.get_context().get_storage()
         ray.train.report(
             {"step": step},
@@ -206,21 +164,28 @@ class CheckpointWriter:
         dist.all_reduce(holds, op=dist.ReduceOp.MIN)
         return bool(holds.item())
 
-    def _warn(self, step: int, reason: str) -> None:
+    def _leave_out(self, step: int, folder: Path, reason: str) -> bool:
+        """Warn of a checkpoint that cannot be written; False."""
+        shutil.rmtree(folder, ignore_errors=True)
         message = (
             f"the checkpoint of step {step} is left out: {reason}; training goes on, the next interval tries again"
         )
         logger.warning(message)
         if self.rank == 0:
             self.tell("warning", message=message)
+        return False
 
 
 def _expected_size(engine: Engine, rank: int) -> int:
-    """Bytes of this worker's files: the weights and what the optimizer keeps of its part, and on rank 0 the module."""
+    """Bytes of a checkpoint on this node: what its workers' optimizers keep, and in rank 0's files the module."""
     state = optimizer_state(engine)
     part = [value for flat, _ in master_weights(engine) for value in (flat, *state[flat].values())]
-    module = list(engine.module.parameters()) if rank == 0 else []
-    return sum(x.numel() * x.element_size() for x in [*part, *module] if isinstance(x, torch.Tensor))
+    module = [*engine.module.parameters(), *engine.module.buffers()] if rank == 0 else []
+    return _num_bytes(part) * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + _num_bytes(module)
+
+
+def _num_bytes(values: Iterable[Any]) -> int:
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -242,5 +207,5 @@ def _put(file: Path, target: str, digest: str) -> None:
             os.fsync(sink.fileno())
     else:
         fs.put_file(str(file), path)
-    if storage.sha256_file(target) != digest:
+    if checksum(target) != digest:
         raise OSError(errno.EIO, "is not there as it was written", target)

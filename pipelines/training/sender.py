@@ -97,6 +97,7 @@ class Sender:
             tracker.end(status)
             self.output.update(finished=status == "FINISHED")
 
+        self._tried.set()  # what a store is refused for now is told as any other reason
         if not self._attempt(send_all):
             logger.warning(
                 "MLflow lacks what %s holds after step %d: the next `lumos train` of this run sends it",
@@ -224,8 +225,8 @@ class Sender:
             if not self._rows:
                 return
             tracker.log_metrics(self._rows)
-            self._rows, sent = [], max(row.step for row in self._rows)
-            self.output.update(sent=max(sent, self.output.run.sent))
+            self._rows = []
+            self.output.update(sent=self._stream.complete)
 
     def _send_samples(self, tracker: Tracker) -> None:
         for file in sorted(self.output.samples.glob(f"step-*/{SAMPLES_FILE}")):

@@ -93,7 +93,10 @@ def open_source(uri: str) -> WeightsSource:
     index = storage.join(folder, INDEX_FILE)
     names = [WEIGHTS_FILE]
     if storage.exists(index):
-        names = sorted(set(_read_json(index)["weight_map"].values()))
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"init_from: {index} is damaged (it has no weight_map): copy it again")
+        names = sorted(set(weight_map.values()))
     for name in names:
         tensors |= _read_header(storage.join(folder, name))
     return WeightsSource(folder, _family(config, tensors, folder), config, tensors)

@@ -3,21 +3,27 @@
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.train import Checkpoint
 from ray.util.queue import Queue
 
 from lumos.decoder import Decoder
 from lumos.losses import LossModule
 from pipelines.errors import JobError, UserError
 from pipelines.memory import give_back_large_buffers
-from pipelines.training.checkpoints import MODEL_FILE, STATE_FILE, TEXT_TOKENIZER_FILE, LoopState, ModelFile, read_state
+from pipelines.training.checkpoints import (
+    MODEL_FILE,
+    STATE_FILE,
+    TEXT_TOKENIZER_FILE,
+    LoopState,
+    ModelFile,
+    find_checkpoints,
+    read_state,
+)
 from pipelines.training.diagnosis import Diagnosis
 from pipelines.training.ema import forget_average, update_average
 from pipelines.training.engine import Engine, autocast_dtype, make_engine, prepare_process
@@ -27,6 +33,7 @@ from pipelines.training.initialize import build_decoder
 from pipelines.training.prepare import PreparedRun
 from pipelines.training.record import StepRecord, event
 from pipelines.training.saving import CheckpointWriter
+from pipelines.training.scratch import folder_of_node
 from pipelines.training.step import StepBatch, StepResult, TrainStep
 from pipelines.training.validate import Validator
 
@@ -48,7 +55,7 @@ class Job:
     attempt: str  # folder in it for those of this driver
     records: Queue | None  # takes lines of the record, for the driver; None: nobody does
     orders: Queue | None  # anything in it: save a checkpoint and stop
-    resume_from: Checkpoint | None  # of an earlier driver; Ray Train's own latest one comes first
+    resume_from: str | None  # a checkpoint of an earlier driver; those of the attempt come first
     threads: int
     diagnosis_uri: str  # folder for profiles, which every node reaches
 
@@ -176,16 +183,25 @@ class Worker:
         return model
 
     def _restore(self) -> None:
-        """Load the latest checkpoint, if there is one."""
-        checkpoint = ray.train.get_checkpoint() or self.job.resume_from
-        if checkpoint is None:
+        """Load the newest checkpoint, if there is one."""
+        newest = self._newest_checkpoint()
+        if newest is None:
             return
-        with checkpoint.as_directory() as folder:
-            load_engine(self.engine, EngineFiles(Path(folder) / ENGINE_DIR, order=older_order(self.engine)))
-            found = read_state((Path(folder) / STATE_FILE).read_bytes(), folder)
+        with folder_of_node(newest, self.writer.scratch) as folder:
+            load_engine(self.engine, EngineFiles(folder / ENGINE_DIR, order=older_order(self.engine)))
+            found = read_state((folder / STATE_FILE).read_bytes(), newest)
         if self.config.ema is None or found.step <= self.config.ema.start:
             forget_average(self.engine)
         self.done, self.skipped_in_a_row = found.step, found.skipped_in_a_row
+
+    def _newest_checkpoint(self) -> str | None:
+        """Where it is. Of this driver's, Ray Train may not know the last one yet when it starts workers again."""
+        newest = [self.job.resume_from]
+        if self.rank == 0:
+            own = [s.uri for s in find_checkpoints(self.job.storage) if f"/{self.job.attempt}/" in s.uri]
+            newest = [*own, *newest][:1]
+        dist.broadcast_object_list(newest, src=0, device=self.device)
+        return newest[0]
 
     def _record(
         self, batch: StepBatch, result: StepResult, *, lr: float, seconds: float, validation: dict[str, Any]

@@ -32,7 +32,7 @@ from pipelines.storage import lock
 from pipelines.storage.lock import check_lock, dataset_lock
 from pipelines.storage.store import S3Store
 from pipelines.training import checkpoints
-from pipelines.training.export import copy_export
+from pipelines.training.export import export
 from tests.pipelines.data.corpora import curate_config, published, write_corpus
 from tests.pipelines.data.small_models import COCA, write_open_clip, write_text_detector
 from tests.pipelines.data.videos import still, write_video
@@ -219,10 +219,10 @@ def test_checkpoints_are_kept_in_a_store_that_fails(proxy, direct, bucket, tmp_p
     for step in range(1, 4):
         write_checkpoint(tmp_path, f"attempt-{step // 2 + 1:05d}/{STEP.format(step)}", step)
     (tmp_path / "attempt-00002" / STEP.format(2) / "engine" / "part-1").unlink()
-    export = tmp_path / "attempt-00002" / STEP.format(3) / "export"
-    export.mkdir()
-    (export / "model.safetensors").write_bytes(b"weights")
-    state = export.with_name("state.json")  # as an older program left its last one, with the model in it
+    model = tmp_path / "attempt-00002" / STEP.format(3) / "export"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    state = model.with_name("state.json")  # as an older program left its last one, with the model in it
     state.write_text(json.dumps(json.loads(state.read_text()) | {"exported": True}))
     fs, path = storage.arrow_filesystem(uri)
     fs = pickle.loads(pickle.dumps(fs))  # as it goes to workers
@@ -230,8 +230,8 @@ def test_checkpoints_are_kept_in_a_store_that_fails(proxy, direct, bucket, tmp_p
     direct.pipe_file(f"{path}/attempt-00001/", b"")  # as Arrow's own S3 filesystem marked folders
     found = checkpoints.find_checkpoints(uri)
     assert [stored.state.step for stored in found] == [3, 1]
-    assert [record.step for record in checkpoints.read_history(found[0], uri)] == [1, 2, 3]
-    copy_export(found[0], tmp_path / "export", dtype="fp32")
+    assert [record.step for record in checkpoints.read_history(found[0])] == [1, 2, 3]
+    export(found[0], tmp_path / "export")
     assert (tmp_path / "export" / "model.safetensors").read_bytes() == b"weights"
     assert checkpoints.next_attempt(uri) == "attempt-00003"
     checkpoints.prune(uri, found[:1])

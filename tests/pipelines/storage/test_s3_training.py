@@ -31,10 +31,7 @@ def test_a_run_with_checkpoints_in_a_store_goes_on_from_another_output(ray, prox
 
 @pytest.mark.slow
 def test_a_run_with_checkpoints_in_a_store_resumes_after_a_kill(ray, proxy, direct, bucket, tmp_path):
-    """A worker is killed while the eighth checkpoint is written; the run goes on from one before it in the store.
-
-    Not from the very last: a checkpoint counts for Ray Train once its controller, which looks every few seconds, knows.
-    """
+    """A worker is killed while the eighth checkpoint is written; the run goes on from the one before it, or from it."""
     dataset = write_snapshot(tmp_path / "dataset", {(2, 4, 4): 13})
     local = train(tiny_config(dataset, tmp_path / "local", steps=20, checkpoint=CheckpointConfig(every=2)))
     killed = []
@@ -57,4 +54,4 @@ def test_a_run_with_checkpoints_in_a_store_resumes_after_a_kill(ray, proxy, dire
     assert [record.loss for record in found.records] == pytest.approx([r.loss for r in local.records], abs=1e-6)
     starts = json.loads((output / "run.json").read_text())["starts"]
     assert len(starts) == 2
-    assert starts[1]["step"] >= 2
+    assert starts[1]["step"] >= 14

@@ -1,5 +1,6 @@
 """What processes under torchrun do with real engines (test_engine.py starts them); each scenario asserts by itself."""
 
+import errno
 import json
 import math
 import os
@@ -21,12 +22,14 @@ from lumos.layout import build_sequence
 from lumos.losses import LossModule, PackedBatch
 from lumos.masking import sample_masked_positions
 from lumos.vocabulary import Vocabulary
+from pipelines.training import saving
 from pipelines.training.checkpoints import LoopState, find_checkpoints
 from pipelines.training.config import CheckpointConfig, EmaConfig, OptimizerConfig, ResourceConfig, TrainConfig
 from pipelines.training.ema import forget_average, update_average
 from pipelines.training.engine import Engine, autocast_dtype, make_engine, prepare_process
 from pipelines.training.engine_files import EngineFiles, load_engine, master_weights, optimizer_state, save_engine
 from pipelines.training.saving import CheckpointWriter
+from pipelines.training.scratch import Scratch, folder_of_node
 from pipelines.training.step import StepBatch, StepResult, TrainStep
 from tests.pipelines.training.runs import tiny_config
 
@@ -272,11 +275,79 @@ def full_disk(folder: Path) -> None:
         writer.close()
 
 
+def unwritable(folder: Path) -> None:
+    """Whatever one worker cannot write, or bring to the store, has the checkpoint left out, and nothing of it stays."""
+    config = config_for(folder, "zero1", optimizer=ADAMW)
+    engine, told, no_limit = new_engine(config), [], resource.getrlimit(resource.RLIMIT_FSIZE)
+    train(engine, config, 0, 1)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    put = saving._put
+
+    def cut_short(file: Path, target: str, digest: str) -> None:
+        put(file, target, digest)
+        raise OSError(errno.ENOSPC, "no space left", target)
+
+    store = str(folder / "store")
+    for number, (uri, files, limit) in enumerate(
+        [(store, {"large.json": "x" * 20_000_000}, 10_000_000), ("nowhere://store", {}, None), (store, {}, None)]
+    ):
+        writer = CheckpointWriter(
+            uri=uri,
+            attempt="attempt-00001",
+            options=CheckpointConfig(scratch=str(folder / "scratch"), upload="sync"),
+            device=torch.device("cpu"),
+            files=files,
+            tell=lambda kind, **values: told.append(values["message"]),
+        )
+        if dist.get_rank() == 1 and number == 2:
+            saving._put = cut_short
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit or no_limit[0], no_limit[1]))
+        place = LoopState(step=1, num_workers=2, identity_hash="x")
+        assert not writer.save(engine, place, ["{}"], wait=False), number
+        resource.setrlimit(resource.RLIMIT_FSIZE, no_limit)
+        assert list(writer.scratch.folder.glob("step-*")) == []
+        assert len(told) == (0 if dist.get_rank() else number + 1)
+        dist.barrier()
+        assert list(Path(store).glob("attempt-*/step-*/*")) == [], number
+        writer.close()
+
+
+def room(folder: Path) -> None:
+    """The space that a node needs is told about right before anything is written."""
+    for stage in (1, 2, 3):
+        config, own = config_for(folder, f"zero{stage}", optimizer=ADAMW), folder / f"room-{stage}"
+        engine = new_engine(config)
+        train(engine, config, 0, 1)
+        save_engine(engine, own)
+        dist.barrier()
+        written = sum(file.stat().st_size for file in own.rglob("*") if file.is_file())
+        expected = saving._expected_size(engine, dist.get_rank())
+        most = torch.tensor(float(expected))
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        print(f"ROOM {stage}: {written} written, {most.item():.0f} expected")  # noqa: T201
+        assert 0.9 * written < most.item() < 1.15 * written, (stage, written, most)
+
+
+def fetch(folder: Path, uri: str) -> None:
+    """Both processes read one copy of a checkpoint, in the scratch folder; it is gone afterwards."""
+    scratch = Scratch(str(folder / "scratch"))
+    copies: list[Any] = [None] * 2
+    with folder_of_node(uri, scratch) as copy:
+        assert (copy / "state.json").is_file()
+        dist.all_gather_object(copies, str(copy))
+    dist.barrier()
+    assert copies[0] == copies[1]
+    assert copy.is_relative_to(folder / "scratch")
+    assert not copy.exists()
+    scratch.remove()
+
+
 def optimizer_named(kind: str) -> OptimizerConfig:
     return MUON if kind == "muon" else ADAMW
 
 
-SCENARIOS = {each.__name__: each for each in (skip, agree, uneven, average, text, full_disk, write, resume)}
+_ALL = (skip, agree, uneven, average, text, full_disk, unwritable, room, fetch, write, resume)
+SCENARIOS = {each.__name__: each for each in _ALL}
 
 
 def main(scenario: str, folder: Path, *arguments: str) -> None:

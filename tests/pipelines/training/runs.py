@@ -1,5 +1,9 @@
 """Configs and records of runs that take moments."""
 
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,3 +58,19 @@ def step_record(step: int, loss: float = 1.0) -> StepRecord:
         masked_tokens=7,
         epoch=0,
     )
+
+
+def run_ranks(module: str, *arguments: object, processes: int = 2) -> None:
+    """Processes that torchrun starts of a module beside this one, to their end."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += ["-m", f"tests.pipelines.training.{module}", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came to it")

@@ -82,15 +82,15 @@ def test_the_record_comes_in_parts_however_often_it_began_anew(tmp_path):
         write_checkpoint(tmp_path, f"attempt-0000{attempt}/step-{step:08d}-0123abcd", step, after=first)
     found = {stored.state.step: stored for stored in find_checkpoints(str(tmp_path))}
     for step, after in ((30, 0), (20, 0), (30, 27), (25, 25)):
-        records = list(read_history(found[step], str(tmp_path), after=after))
+        records = list(read_history(found[step], after=after))
         assert [record.step for record in records] == list(range(after + 1, step + 1))
-    sizes = {step: sum(f.stat().st_size for f in Path(found[step].checkpoint.path).rglob("*")) for step in found}
+    sizes = {step: sum(f.stat().st_size for f in Path(found[step].uri).rglob("*")) for step in found}
     assert max(sizes.values()) - min(sizes.values()) < 10, "a checkpoint does not grow with the steps"
     (tmp_path / "record" / "00000011-00000025.jsonl").unlink()
     with pytest.raises(
         UserError, match=r"no part that ends with step 25, so the record has a gap. Move that checkpoin"
     ):
-        list(read_history(found[30], str(tmp_path)))
+        list(read_history(found[30]))
 
 
 def test_a_damaged_part_of_the_record_is_named(tmp_path):
@@ -99,8 +99,8 @@ def test_a_damaged_part_of_the_record_is_named(tmp_path):
     lines = part.read_text().splitlines()
     part.write_text("\n".join([lines[0], lines[1][:30], lines[2]]) + "\n")
     (found,) = find_checkpoints(str(tmp_path))
-    with pytest.raises(UserError, match=r"00000003.jsonl: not the record .* Move that checkpoint away"):
-        list(read_history(found, str(tmp_path)))
+    with pytest.raises(UserError, match=r"00000003.jsonl, line 2: not the record .* Move that checkpoint away"):
+        list(read_history(found))
 
 
 def test_an_older_checkpoint_has_its_whole_record_and_only_sizes(tmp_path):
@@ -111,7 +111,7 @@ def test_an_older_checkpoint_has_its_whole_record_and_only_sizes(tmp_path):
     (tmp_path / "record" / "00000001-00000003.jsonl").unlink()
     (found,) = find_checkpoints(str(tmp_path))
     assert damaged_files(found) == []
-    assert [record.step for record in read_history(found, str(tmp_path), after=1)] == [2, 3]
+    assert [record.step for record in read_history(found, after=1)] == [2, 3]
 
 
 def test_a_flipped_byte_is_found(tmp_path):
@@ -184,7 +184,7 @@ def test_long_runs_cost_no_more_at_their_end(tmp_path, steps):
     history = History(tmp_path / "metrics.jsonl")
     tracemalloc.start()
     (found,) = find_checkpoints(str(tmp_path))
-    history.take_over(read_history(found, str(tmp_path)))
+    history.take_over(read_history(found))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert history.last_step == steps

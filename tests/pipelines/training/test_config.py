@@ -110,6 +110,10 @@ def test_deepspeed_files_are_found_and_checked(tmp_path):
     own.write_text("{")
     with pytest.raises(UserError, match="is not valid JSON"):
         read_deepspeed_file(str(own))
+    for text in ("[1]", '{"zero_optimization": 1}'):
+        own.write_text(text)
+        with pytest.raises(UserError, match=r"own.json must hold a mapping of keys to values, and so must its zero_op"):
+            read_deepspeed_file(str(own))
 
 
 @pytest.mark.parametrize(

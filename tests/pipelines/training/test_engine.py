@@ -1,17 +1,10 @@
 """The engine, in plain processes without Ray; what is asserted is in muon_resume.py and engine_ranks.py."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-
-def run_ranks(module: str, *arguments: object, processes: int = 2) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += ["-m", f"tests.pipelines.training.{module}", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+from tests.pipelines.training.runs import run_ranks
 
 
 def test_muon_under_zero1_continues_exactly(tmp_path: Path):
@@ -39,7 +32,12 @@ def test_text_is_trained_where_a_worker_has_no_caption(tmp_path: Path):
 
 
 def test_a_checkpoint_that_one_worker_cannot_write_is_left_out(tmp_path: Path):
-    run_ranks("engine_ranks", "full_disk", tmp_path)
+    for scenario in ("full_disk", "unwritable"):
+        run_ranks("engine_ranks", scenario, tmp_path)
+
+
+def test_the_space_that_a_checkpoint_needs_is_known_before(tmp_path: Path):
+    run_ranks("engine_ranks", "room", tmp_path)
 
 
 @pytest.mark.parametrize(

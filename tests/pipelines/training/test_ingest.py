@@ -13,7 +13,7 @@ from pipelines.data.snapshot.write import write_snapshot as write_published
 from pipelines.training.config import MixConfig, SourceConfig
 from pipelines.training.ingest import StepLoader, StepSource, unpack
 from pipelines.training.prepare import prepare
-from pipelines.training.rows import open_rows, row_names
+from pipelines.training.rows import clips_of_step, open_rows
 from tests.pipelines.data.snapshots import snapshot_content
 from tests.pipelines.training.runs import tiny_config
 from tests.pipelines.training.snapshots import write_snapshot
@@ -203,12 +203,12 @@ def tokens_of(batch):
 def test_the_rows_of_a_step_have_names(mixed):
     plan = mixed.plan()
     for index in range(8):
-        names, step = row_names(mixed, index), plan.step(index)
-        assert {name.dataset for name in names} == {mixed.datasets[step.bucket.dataset].uri}
+        (snapshot, clips), step = clips_of_step(mixed, index), plan.step(index)
+        assert snapshot == mixed.datasets[step.bucket.dataset].uri
         reader = open_rows(mixed, ["clip_id"])[step.bucket.dataset]
-        assert [name.clip_id for name in names] == [reader.row(step.bucket.index, row)["clip_id"] for row in step.rows]
+        assert clips == [reader.row(step.bucket.index, row)["clip_id"] for row in step.rows]
         prefix = "s" if step.bucket.dataset == 0 else "x".join(map(str, step.bucket.shape))
-        assert all(name.clip_id.startswith(prefix) for name in names)
+        assert all(clip.startswith(prefix) for clip in clips)
 
 
 def test_how_much_moves_is_said_in_prompts_of_videos(mixed):

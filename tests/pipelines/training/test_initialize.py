@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -16,7 +14,7 @@ from pipelines.training import initialize
 from pipelines.training.initialize import FirstWeights, check_init_from
 
 from .foreign import TEXT_ROWS, VOCABULARY, small_model, write_chameleon, write_llama, write_release
-from .runs import tiny_config
+from .runs import run_ranks, tiny_config
 
 LUMOS1 = Vocabulary.lumos1()
 
@@ -124,6 +122,8 @@ def test_what_does_not_fit_is_named_before_anything_is_read(tmp_path):
     refused(r"model.safetensors is damaged \(it has \d+ bytes of \d+\): copy it again")
     (folder / "model.safetensors").unlink()
     refused("is missing: the checkpoint is incomplete")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    refused(r"index.json is damaged \(it has no weight_map\): copy it again")
     refused("is not a checkpoint: it has no config.json", name=tmp_path / "none")
     (tmp_path / "running" / "checkpoints").mkdir(parents=True)
     refused("has exported no model yet: .* `lumos export`", name=tmp_path / "running")
@@ -143,7 +143,4 @@ def test_others_checkpoints_train_and_come_back_bit_for_bit(tmp_path):
     write_llama(tmp_path / "llama")
     zero3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     (tmp_path / "zero3.json").write_text(json.dumps(zero3))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "tests.pipelines.training.initialize_steps", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks("initialize_steps", tmp_path)

@@ -15,6 +15,7 @@ from pipelines.errors import UserError
 from pipelines.training.config import SourceConfig
 from pipelines.training.output import Output
 from pipelines.training.prepare import prepare
+from pipelines.training.resume import held
 from tests.pipelines.training.runs import TINY, tiny_config
 from tests.pipelines.training.snapshots import CODEBOOK, write_snapshot
 
@@ -162,11 +163,11 @@ def test_each_run_has_a_folder_of_its_own_in_shared_storage(config, tmp_path, mo
 
 def test_two_drivers_cannot_train_into_one_output(config):
     first, second = (Output(config, snapshot_digest="a" * 64) for _ in range(2))
-    with first.held():
-        with pytest.raises(UserError, match=r"is in use by another run .*: wait for it"), second.held():
+    with held(first):
+        with pytest.raises(UserError, match=r"is in use by another run .*: wait for it"), held(second):
             pass
         assert Output(config, snapshot_digest="a" * 64)  # the lock alone is no other run
-    with second.held():
+    with held(second):
         pass
 
 

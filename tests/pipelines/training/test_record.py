@@ -3,7 +3,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import MISSING, dataclass, fields, replace
 
 import pytest
@@ -12,6 +11,7 @@ from pipelines.errors import UserError
 from pipelines.training import record as record_module
 from pipelines.training.record import History, Recorder, StepRecord, event, open_queue
 from tests.pipelines.training.runs import step_record as record
+from tests.pipelines.training.runs import wait_until
 
 # What every line of `metrics.jsonl` has had from the first program on.
 FIRST_FIELDS = {
@@ -186,14 +186,6 @@ class LocalQueue:
 def recorder(history, queue, **changes) -> Recorder:
     silent = {"on_record": lambda _: None, "on_event": lambda _: None, "on_failure": lambda: None}
     return Recorder(queue=queue, history=history, **silent | changes)
-
-
-def wait_until(condition) -> None:
-    for _ in range(2000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it never came to it")
 
 
 def test_recorder_writes_records_and_hands_on_events(tmp_path):

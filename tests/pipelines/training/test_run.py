@@ -8,7 +8,7 @@ from mlflow.tracking import MlflowClient
 
 from pipelines.tracking import Tracker, TrackingStore
 from pipelines.training import run as run_module
-from pipelines.training.launch import interruptible
+from pipelines.training.launch import interruptible, make_job
 from pipelines.training.output import Output
 from pipelines.training.prepare import prepare
 from pipelines.training.record import History
@@ -37,6 +37,22 @@ def open_run(config) -> tuple[Output, Sender]:
     output = Output(config, snapshot_digest=prepared.dataset_digest)
     output.begin(config)
     return output, Sender(prepared=prepared, output=output, history=History(output.metrics_file), kept=dict)
+
+
+def test_workers_are_told_whole_paths(tmp_path, monkeypatch):
+    """They have another working directory."""
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(write_snapshot(tmp_path / "dataset", {(2, 4, 4): 13}), tmp_path / "out")
+    (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 1}}')
+    prepared = prepare(replace(config, deepspeed="own.json", checkpoint=replace(config.checkpoint, scratch="scratch")))
+    prepared = replace(prepared, config=replace(prepared.config, init_from="runs/base"))
+    output = Output(prepared.config, snapshot_digest=prepared.dataset_digest)
+    told = make_job(prepared, output, records=None, orders=None).run.config
+    assert told.init_from == str(tmp_path / "runs" / "base")
+    assert (told.deepspeed, told.checkpoint.scratch) == (str(tmp_path / "own.json"), str(tmp_path / "scratch"))
+    prepared = replace(prepared, config=replace(config, init_from="s3://bucket/base"))
+    told = make_job(prepared, output, records=None, orders=None).run.config
+    assert (told.init_from, told.deepspeed, told.checkpoint.scratch) == ("s3://bucket/base", "zero1", None)
 
 
 def test_another_store_gets_all_steps(tmp_path):

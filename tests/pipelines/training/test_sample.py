@@ -5,11 +5,9 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow.fs
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
-from ray.train import Checkpoint
 
 from lumos.checkpoint import ModelInfo, save_checkpoint
 from lumos.config import SamplingConfig, TokenizerConfig, TokenizerInfo
@@ -62,7 +60,7 @@ def stored(tmp_path_factory) -> StoredCheckpoint:
     text_file = EMBEDDED_FILE.read_text(encoding="utf-8")
     save_checkpoint(folder / "export", model, vocabulary, info=info, text_tokenizer=text_file)
     state = LoopState(step=10, num_workers=1, identity_hash="x", exported=True)
-    return StoredCheckpoint(Checkpoint(str(folder), pyarrow.fs.LocalFileSystem()), state)
+    return StoredCheckpoint(str(folder), state)
 
 
 def prepared(dataset, folder, **samples):
@@ -130,7 +128,7 @@ def test_a_task_draws_beside_and_one_that_is_slow_has_the_next_left_out(ray_clus
         "01.mp4",
     ]
 
-    gone = replace(stored, checkpoint=Checkpoint(str(tmp_path / "gone"), pyarrow.fs.LocalFileSystem()))
+    gone = replace(stored, uri=str(tmp_path / "gone"))
     sampler.offer(30, lambda _: gone)
     sampler.close(finished=True)
     sampler.offer(40, lambda _: None)

@@ -13,12 +13,12 @@ from pipelines.training.config import CheckpointConfig
 from pipelines.training.engine_files import EngineFiles
 from pipelines.training.output import Output
 from pipelines.training.resume import held
-from pipelines.training.saving import Scratch
+from pipelines.training.scratch import Scratch
 from tests.pipelines.training.runs import tiny_config
 
 
 def test_a_killed_process_leaves_its_scratch_to_the_next_one(tmp_path: Path):
-    code = f"from pipelines.training.saving import Scratch; s = Scratch({str(tmp_path)!r}); "
+    code = f"from pipelines.training.scratch import Scratch; s = Scratch({str(tmp_path)!r}); "
     code += "(s.folder / 'step').write_text('x'); import os; os.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     (left,) = tmp_path.glob("lumos-scratch-*")
@@ -29,6 +29,12 @@ def test_a_killed_process_leaves_its_scratch_to_the_next_one(tmp_path: Path):
     for each in (first, second):
         each.remove()
     assert list(tmp_path.glob("lumos-scratch-*")) == []
+
+
+def test_a_scratch_folder_that_cannot_be_made_is_named(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"checkpoint.scratch = .*/file cannot be used .*every node can write to"):
+        Scratch(str(tmp_path / "file"))
 
 
 def test_two_users_share_a_folder_for_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

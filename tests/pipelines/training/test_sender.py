@@ -18,7 +18,7 @@ from pipelines.training.output import Output
 from pipelines.training.prepare import prepare
 from pipelines.training.record import History
 from pipelines.training.sender import Sender
-from tests.pipelines.training.runs import step_record, tiny_config
+from tests.pipelines.training.runs import step_record, tiny_config, wait_until
 from tests.pipelines.training.snapshots import write_snapshot
 
 
@@ -36,14 +36,6 @@ def open_run(dataset, folder, *, kept=None, **tracking):
     output.begin(config)
     history = History(output.metrics_file)
     return output, history, Sender(prepared=prepared, output=output, history=history, kept=lambda: kept or {})
-
-
-def wait_until(condition):
-    for _ in range(6000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it never came to it")
 
 
 def steps_of(client, run_id, name="loss"):
@@ -103,6 +95,20 @@ def test_every_nth_step_has_a_row_also_after_a_resume(dataset, tmp_path, monkeyp
     assert History(output.metrics_file).last_step == 10
 
 
+def test_a_validation_within_a_row_does_not_divide_it_after_a_resume(dataset, tmp_path):
+    output, history, sender = open_run(dataset, tmp_path / "out", log_every=3)
+    history.add([replace(step_record(step, loss=step), val_loss=2.0 if step == 4 else None) for step in range(1, 5)])
+    sender._send()
+    assert output.run.sent == 3
+    output, history, sender = open_run(dataset, tmp_path / "out", log_every=3)
+    history.add([step_record(5, loss=5), step_record(6, loss=6)])
+    sender.end("FINISHED")
+    client = MlflowClient(output.store.uri)
+    found = client.get_metric_history(output.run.run_id, "loss")
+    assert [(metric.step, metric.value) for metric in found] == [(3, 2.0), (6, 5.0)]
+    assert steps_of(client, output.run.run_id, "val/loss") == [4]
+
+
 def test_a_fork_hangs_below_its_parent(dataset, tmp_path):
     output, _, sender = open_run(dataset, tmp_path / "out")
     output.update(fork={"from": "runs/one@20", "digest": "x", "run_id": "abc"})
@@ -115,6 +121,14 @@ def test_a_store_that_cannot_be_is_refused_before_training(dataset, tmp_path):
     _, _, sender = open_run(dataset, tmp_path / "out", uri=f"file://{tmp_path}/mlruns")
     with sender, pytest.raises(UserError, match=r"tracking.uri = file:.*name a server or a database"):
         sender.check(60)
+
+
+def test_a_store_that_cannot_be_is_told_at_the_end_of_a_finished_run(dataset, tmp_path, caplog):
+    _, history, sender = open_run(dataset, tmp_path / "out", uri=f"file://{tmp_path}/mlruns")
+    history.add([step_record(1)])
+    sender.end("FINISHED")
+    assert "name a server or a database" in caplog.text
+    assert "the next `lumos train` of this run sends it" in caplog.text
 
 
 class Server:

@@ -16,6 +16,7 @@ from pipelines.training.engine import DEEPSPEED_DIR, check_engine, engine_settin
 from pipelines.training.estimate import make_plan
 from pipelines.training.plan_question import make_question
 
+from .runs import run_ranks
 from .stage_steps import STAGES
 
 SIZES = {"0.5b": lumos_500m(), "1b": lumos_1b(), "3b": lumos_3b()}
@@ -106,8 +107,5 @@ def test_deepspeed_takes_the_shipped_files():
 
 def test_each_kind_of_stage_trains_from_the_one_before(tmp_path):
     """One process, without Ray: the shipped runs with a small model on a made snapshot; see stage_steps.py."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    command += ["-m", "tests.pipelines.training.stage_steps", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks("stage_steps", tmp_path, processes=1)
     assert json.loads((tmp_path / "done.json").read_text()) == list(STAGES)

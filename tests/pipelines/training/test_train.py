@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -31,6 +32,7 @@ from pipelines.cluster import connect
 from pipelines.config import config_to_yaml
 from pipelines.errors import JobError, UserError
 from pipelines.streams import torch_stream
+from pipelines.training.checkpoints import find_checkpoints
 from pipelines.training.config import CheckpointConfig, OptimizerConfig, ValidationConfig
 from pipelines.training.export import export, locate
 from pipelines.training.ingest import StepLoader, pack, unpack
@@ -97,24 +99,11 @@ def check_tracked_once(result: TrainResult) -> None:
     assert [metric.value for metric in history] == losses(result.records)
 
 
-def on_first_checkpoint(output: Path, action: Callable[[], None]) -> threading.Thread:
-    """Do something as soon as the first folder of a checkpoint appears."""
+def when(condition: Callable[[], object], action: Callable[[], object]) -> threading.Thread:
+    """Do something as soon as it is so."""
 
     def wait() -> None:
-        while not list(output.glob("checkpoints/*/step-*")):
-            time.sleep(0.01)
-        action()
-
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    return thread
-
-
-def on_lines(output: Path, count: int, action: Callable[[], object]) -> threading.Thread:
-    """Do something as soon as so many steps are recorded."""
-
-    def wait() -> None:
-        while len(metrics_lines(output)) < count:
+        while not condition():
             time.sleep(0.01)
         action()
 
@@ -224,11 +213,14 @@ def test_resume_after_a_worker_was_killed(uninterrupted, dataset, folder):
         workers[-1].kill()
         killed.append(len(metrics_lines(output)))
 
-    killer = on_first_checkpoint(output, kill)
+    checkpoints = str(output / "checkpoints")
+    killer = when(lambda: any(stored.state.step == 20 for stored in find_checkpoints(checkpoints)), kill)
     result = train(tiny_config(dataset, output))
     killer.join(timeout=1)
     assert killed, "no worker was killed"
     assert killed[0] < 60, "killed too late to matter"
+    starts = json.loads((output / "run.json").read_text())["starts"]
+    assert [start["step"] >= 20 for start in starts] == [False, True], "it goes on from the newest checkpoint"
     assert losses(result.records) == pytest.approx(losses(uninterrupted.records), abs=1e-6)
     check_tracked_once(result)
 
@@ -245,7 +237,7 @@ def test_resume_after_the_driver_was_killed_without_a_compiler(uninterrupted, da
     log = folder / "driver-killed.log"
     with log.open("w") as file, subprocess.Popen(command, env=env, stdout=file, stderr=file) as driver:
         try:
-            on_first_checkpoint(output, driver.kill)
+            when(lambda: list(output.glob("checkpoints/*/step-*")), driver.kill)
             assert driver.wait(timeout=240) == -signal.SIGKILL, log.read_text()[-3000:]
         finally:
             driver.kill()
@@ -382,7 +374,9 @@ def test_world_size_changes_between_two_commands(uninterrupted, dataset, folder)
     output = folder / "resized"
     steps = []
     for workers in (2, 1):
-        stopper = on_lines(output, (steps[-1] if steps else 0) + 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        goal = len(metrics_lines(output)) + 8
+        reached = partial(lambda goal: len(metrics_lines(output)) >= goal, goal)
+        stopper = when(reached, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(JobError, match=r"stopped by SIGTERM at step \d+; its checkpoint is saved"):
             train(tiny_config(dataset, output, num_workers=workers))
         stopper.join(timeout=1)
