@@ -79,6 +79,10 @@ class MetricStream:
 
     def skip(self, record: StepRecord) -> None:
         """Count a record whose row was sent."""
+        self._count(record)
+        self.complete = record.step
+
+    def _count(self, record: StepRecord) -> None:
         totals = self._totals
         totals["tokens_seen"] += record.tokens
         totals["clips_seen"] += record.clips
@@ -88,11 +92,10 @@ class MetricStream:
             totals[f"steps_of/{record.bucket}"] += 1
         for dataset, rows in record.datasets.items():
             totals[f"rows_of/{dataset}"] += rows
-        self.complete = record.step
 
     def add(self, record: StepRecord) -> Iterator[MetricRow]:
         """The rows that a record completes."""
-        self.skip(record)
+        self._count(record)
         self._group.append(record)
         if record.val_loss is not None:
             yield MetricRow(record.step, record.time, _validation(record))
