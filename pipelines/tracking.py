@@ -94,8 +94,12 @@ class ModelLink:
 
     step: int
     uri: str
-    time: float  # seconds since the epoch, at the end of the step
-    values: Mapping[str, float]  # its metrics
+    measured: Sequence[MetricRow]  # its metrics, each at the step at which it was measured
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Its metrics by name."""
+        return {name: value for row in self.measured for name, value in row.values.items()}
 
 
 class TrackingUnavailableError(Exception):
@@ -237,10 +241,11 @@ class Tracker:
         model = self._client.create_logged_model(
             self._home, name=name, source_run_id=self.run_id, tags=tags, model_type="lumos-checkpoint"
         )
-        for key, value in link.values.items():
-            self._client.log_metric(
-                self.run_id, key, value, timestamp=round(link.time * 1000), step=link.step, model_id=model.model_id
-            )
+        for row in link.measured:
+            for key, value in row.values.items():
+                self._client.log_metric(
+                    self.run_id, key, value, timestamp=round(row.time * 1000), step=row.step, model_id=model.model_id
+                )
         self._client.finalize_logged_model(model.model_id, "READY")
         return model
 

@@ -248,21 +248,21 @@ class Sender:
             self.output.update(samples_sent=step)
 
     def _links(self) -> list[ModelLink]:
-        every = self.prepared.config.validation.every
+        every, each_step = self.prepared.config.validation.every, self.prepared.config.tracking.log_every == 1
         links = []
         for step, uri in sorted(self.kept().items()):
             if step > self.history.last_step:  # kept already, and its record still on the way
                 self._models_due = True
                 continue
-            values: dict[str, float] = {}
-            time = 0.0
+            measured: dict[str, MetricRow] = {}  # the last of each
             for record in islice(self.history.read(after=max(0, step - max(1, every))), max(1, every)):
                 if record.step > step:
                     break
-                time, values["loss"] = record.time, record.loss
+                if each_step:  # else the loss of this step is not what the row says
+                    measured["loss"] = MetricRow(record.step, record.time, {"loss": record.loss})
                 if record.val_loss is not None:
-                    values["val/loss"] = record.val_loss
-            links.append(ModelLink(step, uri, time, values))
+                    measured["val/loss"] = MetricRow(record.step, record.time, {"val/loss": record.val_loss})
+            links.append(ModelLink(step, uri, tuple(measured.values())))
         return links
 
 

@@ -134,7 +134,11 @@ def test_logged_models_are_those_of_the_kept_checkpoints_and_the_best_is_told(tm
     client = MlflowClient(tracker.uri)
 
     def link(step: int, loss: float) -> ModelLink:
-        return ModelLink(step, f"s3://runs/step-{step}", 1000.0 + step, {"loss": loss, "val/loss": loss + 1})
+        rows = (
+            MetricRow(step, 1000.0 + step, {"loss": loss}),
+            MetricRow(step - 1, 999.0 + step, {"val/loss": loss + 1}),
+        )
+        return ModelLink(step, f"s3://runs/step-{step}", rows)
 
     def models() -> dict[str, object]:
         home = client.get_run(tracker.run_id).info.experiment_id
@@ -148,7 +152,7 @@ def test_logged_models_are_those_of_the_kept_checkpoints_and_the_best_is_told(tm
     assert found["step-00000010"].tags["uri"] == "s3://runs/step-10"
     assert {(m.key, m.value, m.step) for m in found["step-00000010"].metrics} == {
         ("loss", 1.0, 10),
-        ("val/loss", 2.0, 10),
+        ("val/loss", 2.0, 9),
     }
     assert client.get_run(tracker.run_id).data.tags["best_model"] == "step-00000010"
     tracker.log_models([link(20, 2.0), link(30, 1.5)], best_by="val/loss")

@@ -35,6 +35,14 @@ WORDS = {
     "mfu": "MFU, counted as usual",
     "mfu_exact": "MFU of what the mask asks for",
     "memory_gb": "peak device memory, GB",
+    "rss_gb": "peak memory of a process, GB",
+    "perplexity": "training perplexity",
+    "tokens": "tokens of a step",
+    "masked_tokens": "masked tokens of a step",
+    "checkpoint_seconds": "seconds that a checkpoint held up",
+    "cut_captions": "captions that were cut",
+    "skipped_steps": "skipped steps",
+    "val/seconds": "seconds of a validation",
 }
 
 

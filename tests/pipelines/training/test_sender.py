@@ -47,7 +47,7 @@ def test_what_is_recorded_is_sent_while_training_goes_on(dataset, tmp_path):
     output, history, sender = open_run(dataset, tmp_path / "out", kept=kept)
     with sender:
         sender.check(120)
-        history.add([replace(step_record(step), clips=8) for step in range(1, 4)])
+        history.add([replace(step_record(step), clips=8, val_loss=3.0 if step == 2 else None) for step in range(1, 4)])
         wait_until(lambda: output.run.sent == 3)
         output.started(step=0, time=1000.0, device="NVIDIA H100 80GB HBM3", workers=2)
         output.started(step=2, time=1002.5, device="NVIDIA H100 80GB HBM3", workers=2)
@@ -65,7 +65,7 @@ def test_what_is_recorded_is_sent_while_training_goes_on(dataset, tmp_path):
     run = client.get_run(output.run.run_id)
     assert (run.info.status, output.run.finished) == ("FINISHED", True)
     assert steps_of(client, run.info.run_id) == [1, 2, 3, 4]
-    assert steps_of(client, run.info.run_id, "val/loss") == [4]
+    assert steps_of(client, run.info.run_id, "val/loss") == [2, 4], "the model's is told at the step of the validation"
     assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "restarts")] == [(2, 1.0)]
     assert [m.value for m in client.get_metric_history(run.info.run_id, "clips_seen")] == [8.0, 16.0, 24.0, 32.0]
     params = run.data.params
@@ -76,7 +76,7 @@ def test_what_is_recorded_is_sent_while_training_goes_on(dataset, tmp_path):
     assert [item.path for item in client.list_artifacts(run.info.run_id, "export")] == ["export/config.json"]
     (model,) = client.search_logged_models([run.info.experiment_id])
     assert (model.name, model.tags["uri"]) == ("step-00000003", "/somewhere/step-3")
-    assert {metric.key: metric.value for metric in model.metrics} == {"loss": 1.0}
+    assert {(m.key, m.step, m.value) for m in model.metrics} == {("loss", 3, 1.0), ("val/loss", 2, 3.0)}
 
 
 @pytest.mark.parametrize("batch", [1000, 2])
