@@ -158,7 +158,9 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor], max_shard_bytes: i
     size = total = 0
 
     def close() -> None:
-        save_file(shard, folder / str(len(files)), {"format": "pt"})
+        file = folder / str(len(files))
+        save_file(shard, file, {"format": "pt"})
+        file.chmod(0o644)  # safetensors lets nobody else read it
         files.append(list(shard))
         shard.clear()
 

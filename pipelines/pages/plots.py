@@ -6,7 +6,6 @@ Matplotlib takes half a second to import: only what draws does so.
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ Points = Sequence[tuple[float, float]]
 
 # Variables of the stylesheet. Each is drawn in a colour that stands for it, and put in that colour's place afterwards.
 _NUM_SERIES = 6
-_NAMES = ("soft", "rule", "kept", "rejected", "threshold", "faint", *(f"series-{i}" for i in range(_NUM_SERIES)))
+_NAMES = ("soft", "rule", "kept", "rejected", "threshold", *(f"series-{i}" for i in range(_NUM_SERIES)))
 _COLORS = {name: f"#{index:06x}" for index, name in enumerate(_NAMES, start=1)}
 
 _DASHES = ("solid", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 2, 2)))
@@ -59,7 +58,8 @@ def line_chart(
         title: Read out by screen readers.
         x_label: Below the x axis.
         y_label: Above the y axis.
-        faint: Names of lines that are drawn thin and pale, as another is the mean of them.
+        faint: Names of lines that are drawn thin and pale, in the colour of the next that is not, as it is the mean of
+            them; those that begin with an underscore are not in the legend.
     """
     drawn = {name: [(x, y) for x, y in points if 0 < y < math.inf] for name, points in lines.items()}
     if not any(drawn.values()):
@@ -70,15 +70,15 @@ def line_chart(
         axes.set_yscale("log", subs=[])
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.yaxis.set_major_formatter("{x:g}")
-        strong = itertools.count()
+        index = 0
         for name, points in drawn.items():
             x, y = np.array(points).reshape(-1, 2).T
+            color, dashes = _COLORS[f"series-{index % _NUM_SERIES}"], _DASHES[index % len(_DASHES)]
             if name in faint:
-                axes.plot(x, y, color=_COLORS["faint"], linewidth=1, label=name, clip_on=False)
+                axes.plot(x, y, color=color, alpha=0.4, linewidth=1, label=name, clip_on=False)
             else:
-                index = next(strong)
-                color, dashes = _COLORS[f"series-{index % _NUM_SERIES}"], _DASHES[index % len(_DASHES)]
                 axes.plot(x, y, color=color, linestyle=dashes, linewidth=2, label=name, clip_on=False)
+                index += 1
         axes.margins(x=0)
         axes.locator_params(axis="x", integer=True)
         axes.set_xlabel(x_label)

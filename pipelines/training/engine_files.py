@@ -6,6 +6,7 @@ hyperparameters. Files are mapped and not read whole: what is copied is what is 
 """
 
 import math
+import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +168,7 @@ class EngineFiles:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the files name classes of DeepSpeed, which else warns of its guess
     # Pickles of our own checkpoints, whose hashes were compared; a checkpoint of a stranger is not to be resumed from.
     return dict(torch.load(path, map_location="cpu", mmap=True, weights_only=False))
 

@@ -51,6 +51,7 @@ def test_golden_save_then_load_is_identical(tmp_path):
     save_checkpoint(tmp_path / "m", model, Vocabulary.lumos1())
     loaded = load_checkpoint(tmp_path / "m").model
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    assert (tmp_path / "m" / "model.safetensors").stat().st_mode & 0o777 == 0o644, "others may read it"
 
 
 def test_a_released_folder_loads_without_our_section(tmp_path):

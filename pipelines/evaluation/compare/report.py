@@ -38,7 +38,16 @@ def as_text(comparison: Comparison) -> str:
     """Groups, their headline figures and costs, and what differs, in columns."""
     heads = [name for name in HEADLINES if name in comparison.metrics]
     rows = [
-        ["group", "runs", "steps", *(HEADLINES[name] for name in heads), "device hours", "tokens", "FLOPs", "tokens/s"]
+        [
+            "group",
+            "runs",
+            "steps",
+            *(HEADLINES[name] for name in heads),
+            "device hours",
+            "tokens",
+            "FLOPs",
+            "tokens/s of a run",
+        ]
     ]
     for group in comparison.groups:
         cost = group.cost
@@ -99,12 +108,14 @@ def write_report(folder: Path, comparison: Comparison, store: RunStore) -> None:
     )
 
 
-def figure_text(figure: Figure | None) -> str:
-    """A mean with half the width of its interval, if it has one."""
+def figure_text(figure: Figure | None, *, with_interval: bool = True) -> str:
+    """A mean, with half the width of its interval if it has one."""
     if figure is None:
         return "-"
     mean = _number(figure.mean)
-    return mean if figure.interval is None else f"{mean} ± {_number((figure.interval[1] - figure.interval[0]) / 2)}"
+    if figure.interval is None or not with_interval:
+        return mean
+    return f"{mean} ± {_number((figure.interval[1] - figure.interval[0]) / 2)}"
 
 
 def _steps(group: Group) -> str:
@@ -119,7 +130,9 @@ def _legend(comparison: Comparison) -> str:
         "figures are the last value."
     )
     if several:
-        words += " ± is half of a 95 % interval of the mean over seeds (Student's t)."
+        words += (
+            " ± is half of a 95 % interval of the mean over seeds (Student's t); compare.json has those of all metrics."
+        )
     if len({steps for group in comparison.groups for steps in group.steps}) > 1:
         words += " Runs have different numbers of steps: each figure is of its own run's end."
     going = [run.name for group in comparison.groups for run in group.runs if run.status == "RUNNING"]
@@ -143,7 +156,7 @@ def _charts(comparison: Comparison) -> list[tuple[str, str, Markup]]:
             curves: dict[str, Curve] = {}
             if len(group.runs) > 1:
                 for run in group.runs:
-                    curves[f"{group.label}, seed {run.params.get('seed', '?')}"] = run.curves.get(name, {})
+                    curves[f"_{group.label}, seed {run.params.get('seed', '?')}"] = run.curves.get(name, {})
                 faint += curves
             curves[group.label] = mean_curve(group.runs, name)
             lines |= {label: _smoothed(curve, window) for label, curve in curves.items() if curve}

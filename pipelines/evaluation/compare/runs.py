@@ -95,6 +95,8 @@ class RunStore:
         if (folder / "run.json").is_file():
             yield self._of_output(folder)
             return
+        if name.startswith(("/", ".", "~")) and self.tracking_uri is None:
+            raise UserError(f"{name} is no output folder of a training: it has no run.json")
         uri = self._default_uri()
         client = self._client(uri)
         if _RUN_ID.fullmatch(name) and self._get(client, name):

@@ -146,6 +146,7 @@ def codes_by_clip(result):
     return {row["clip_id"]: row["codes"] for shard in shards for row in snapshot.read_shard(shard).to_pylist()}
 
 
+@pytest.mark.slow  # a whole curation
 @pytest.mark.timeout(600)
 def test_a_remote_source_is_fetched_three_times_at_most_whoever_looks_at_it(
     ray, proxy, direct, bucket, tokenizer_file, tmp_path

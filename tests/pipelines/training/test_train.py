@@ -349,6 +349,7 @@ def test_a_checkpoint_becomes_a_model_folder_and_another_run(uninterrupted, data
     assert tags["mlflow.parentRunId"] == uninterrupted.run_id
 
 
+@pytest.mark.slow  # test_checkpoints.py and test_s3_checkpoints.py find the damage
 def test_a_damaged_checkpoint_is_passed_over_in_the_same_command(uninterrupted, dataset, folder, capsys):
     output = folder / "damaged"
     shutil.copytree(folder / "uninterrupted", output)
@@ -369,6 +370,7 @@ def test_a_damaged_checkpoint_is_passed_over_in_the_same_command(uninterrupted, 
     assert all(torch.equal(weight, theirs[key]) for key, weight in ours.items())
 
 
+@pytest.mark.slow  # three trainings; another number of workers is tested elsewhere too
 def test_world_size_changes_between_two_commands(uninterrupted, dataset, folder):
     """2 workers, then 1, then 2: stopped by SIGTERM, which saves a checkpoint first."""
     output = folder / "resized"
@@ -399,6 +401,7 @@ def test_an_error_that_would_come_again_is_told_and_not_tried_again(two_cpus, da
     assert len(json.loads((output / "run.json").read_text())["starts"]) == 1
 
 
+@pytest.mark.slow  # as the test before it, with another error
 def test_an_engine_that_cannot_be_made_is_not_tried_again(two_cpus, dataset, folder):
     settings = folder / "bad.json"
     settings.write_text('{"zero_optimization": {"stage": 1, "reduce_bucket_size": "many"}}')
