@@ -438,7 +438,7 @@ def workers_of(driver: int) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.cluster  # by hand, until it was seen to pass on a machine as slow as CI's
+@pytest.mark.slow
 @pytest.mark.timeout(3600)  # some twenty starts of Ray
 def test_resume_under_ten_kills(uninterrupted, dataset, folder):
     """Workers and the driver in turn, each at a step drawn at random; then the curve is the uninterrupted one."""
