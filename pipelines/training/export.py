@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lumos.checkpoint import save_checkpoint
+from lumos.checkpoint import CONFIG_FILE, save_checkpoint
 from lumos.decoder import Decoder
 from pipelines import storage
 from pipelines.errors import UserError
@@ -94,6 +94,8 @@ def export(
 
 
 def _copy(folder: Path, target: Path) -> None:
+    if target.exists() and not (target / CONFIG_FILE).exists() and any(target.iterdir()):
+        raise FileExistsError(f"{target} holds files that are not a checkpoint: name another folder")
     building = target.with_name(f".{target.name}-new")
     shutil.rmtree(building, ignore_errors=True)
     shutil.copytree(folder, building)

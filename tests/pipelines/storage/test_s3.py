@@ -234,6 +234,8 @@ def test_checkpoints_are_kept_in_a_store_that_fails(proxy, direct, bucket, tmp_p
     assert [record.step for record in checkpoints.read_history(found[0])] == [1, 2, 3]
     export(found[0], tmp_path / "export")
     assert (tmp_path / "export" / "model.safetensors").read_bytes() == b"weights"
+    with pytest.raises(FileExistsError, match="holds files that are not a checkpoint"):
+        export(found[0], tmp_path / "attempt-00001")
     assert checkpoints.next_attempt(uri) == "attempt-00003"
     checkpoints.prune(uri, found[:1])
     assert [stored.state.step for stored in checkpoints.find_checkpoints(uri)] == [3]
