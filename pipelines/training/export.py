@@ -160,5 +160,8 @@ def _named(where: str) -> StoredCheckpoint:
 def storage_of(run: str) -> str:
     """Where the checkpoints of a run are, by its output folder, or by the folder they are in."""
     if storage.is_local(run) and (file := Path(run).expanduser() / "run.json").is_file():
-        return str(json.loads(file.read_text()).get("storage") or file.parent.resolve() / "checkpoints")
+        try:
+            return str(json.loads(file.read_text()).get("storage") or file.parent.resolve() / "checkpoints")
+        except (AttributeError, ValueError) as error:
+            raise UserError(f"{file} cannot be read ({error}): name the folder of a checkpoint instead") from error
     return run

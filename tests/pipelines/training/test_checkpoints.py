@@ -125,6 +125,12 @@ def test_a_flipped_byte_is_found(tmp_path):
         locate(str(folder))
 
 
+def test_a_run_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run\.json cannot be read .*: name the folder of a checkpoint instead"):
+        locate(f"{tmp_path}@3")
+
+
 def test_a_fork_begins_where_it_began(tmp_path):
     """Named without a step, the parent's newest checkpoint is another one later on."""
     parent = tmp_path / "parent"
