@@ -52,14 +52,16 @@ def make_job(
 ) -> Job:
     """What the workers are told."""
     config = prepared.config
+    resume_from = beginning.checkpoint.uri if beginning and beginning.checkpoint else None
+    own = config if resume_from is None else replace(config, init_from=None)  # it may be gone
     return Job(
-        run=replace(prepared, config=_with_whole_paths(config)),
+        run=replace(prepared, config=_with_whole_paths(own)),
         identity_hash=output.identity_hash,
         storage=output.storage,
         attempt=next_attempt(output.storage),
         records=records,
         orders=orders,
-        resume_from=beginning.checkpoint.uri if beginning and beginning.checkpoint else None,
+        resume_from=resume_from,
         # Unless named, as if all workers shared this machine.
         threads=config.resources.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // config.num_workers),
         diagnosis_uri=output.profile,

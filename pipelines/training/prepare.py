@@ -88,7 +88,8 @@ def prepare(config: TrainConfig) -> PreparedRun:
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from error
     fps = _check_buckets(datasets, plan, config, vocabulary, model)
-    if config.init_from is not None:
+    begun = (Path(config.output).expanduser() / "run.json").is_file()
+    if config.init_from is not None and not begun:  # a run that goes on has its own weights
         check_init_from(config.init_from, model, vocabulary)
     info = ModelInfo(
         prompt_template=config.data.prompt_template,

@@ -89,6 +89,10 @@ def test_a_checkpoint_of_another_shape_or_vocabulary_is_an_error(config, tmp_pat
         prepare(replace(config, init_from=str(coarse)))
     with pytest.raises(UserError, match=r"init_from: .*none is not a checkpoint"):
         prepare(replace(config, init_from=str(tmp_path / "none")))
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "run.json").write_text("{}")
+    prepare(replace(config, init_from=str(tmp_path / "none"), output=str(begun)))  # its weights are not asked for
 
 
 def two_sources(config, dataset, other, **values):

@@ -8,10 +8,12 @@ from mlflow.tracking import MlflowClient
 
 from pipelines.tracking import Tracker, TrackingStore
 from pipelines.training import run as run_module
+from pipelines.training.checkpoints import LoopState, StoredCheckpoint
 from pipelines.training.launch import interruptible, make_job
 from pipelines.training.output import Output
 from pipelines.training.prepare import prepare
 from pipelines.training.record import History
+from pipelines.training.resume import Beginning
 from pipelines.training.run import train
 from pipelines.training.sender import Sender
 from tests.pipelines.training.runs import step_record, tiny_config
@@ -50,6 +52,10 @@ def test_workers_are_told_whole_paths(tmp_path, monkeypatch):
     told = make_job(prepared, output, records=None, orders=None).run.config
     assert told.init_from == str(tmp_path / "runs" / "base")
     assert (told.deepspeed, told.checkpoint.scratch) == (str(tmp_path / "own.json"), str(tmp_path / "scratch"))
+    state = LoopState(step=3, num_workers=2, identity_hash="x")
+    beginning = Beginning(StoredCheckpoint("/runs/step-3", state), [])
+    job = make_job(prepared, output, records=None, orders=None, beginning=beginning)
+    assert (job.resume_from, job.run.config.init_from) == ("/runs/step-3", None), "which may be gone by now"
     prepared = replace(prepared, config=replace(config, init_from="s3://bucket/base"))
     told = make_job(prepared, output, records=None, orders=None).run.config
     assert (told.init_from, told.deepspeed, told.checkpoint.scratch) == ("s3://bucket/base", "zero1", None)
