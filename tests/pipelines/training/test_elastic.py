@@ -44,7 +44,8 @@ def started(dataset: Path, output: Path, nodes: Cluster, **changes: Any) -> subp
     )
     file = output.with_suffix(".yaml")
     file.write_text(config_to_yaml(config))
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    # Ray sets RAY_AUTH_MODE in a process that began a cluster, and what that process begins later asks for its token.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") or "AUTH" in name}
     return subprocess.Popen(
         [sys.executable, "-m", "jobs.train", str(file)],
         env=env | {"RAY_ADDRESS": nodes.address},
