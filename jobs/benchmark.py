@@ -8,6 +8,9 @@ import click
 if __name__ == "__main__":  # run as a script: import from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from jobs.benchmark_generate import generate, sampling
+from jobs.benchmark_layout import check
+from jobs.benchmark_serving import load
 from jobs.benchmark_training import COUNT, JSON, attention, loss, train, write
 from jobs.command import run
 
@@ -41,7 +44,7 @@ def data(json_path: Path | None, repeats: int, copies: int, null_rows: int, clip
     write(json_path, found)
 
 
-for each in (train, attention, loss):
+for each in (train, attention, loss, generate, sampling, load, check):
     command.add_command(each)
 
 

@@ -46,7 +46,7 @@ def train(preset: str, repeats: int, json_path: Path | None, device: str, **opti
         if given:
             raise UserError(f"{', '.join(given)}: only with --device cuda; on a CPU what is measured is set")
     else:
-        _check_device(device, options["backend"])
+        check_device(device, options["backend"])
     from pipelines.benchmarks.train import run_cpu_train_benchmark, run_cuda_train_benchmark
 
     if device == "cuda":
@@ -63,7 +63,7 @@ def train(preset: str, repeats: int, json_path: Path | None, device: str, **opti
 @BACKEND
 def attention(preset: str, repeats: int, json_path: Path | None, device: str, backend: Any) -> None:
     """Measure forward and backward of attention: speed, gradients and memory, at 16x24 and 32x56 cells a frame."""
-    _check_device(device, backend)
+    check_device(device, backend)
     from pipelines.benchmarks.layers import run_attention_benchmark
 
     write(json_path, run_attention_benchmark(preset, repeats, click.echo, device=device, backend=backend))
@@ -76,13 +76,13 @@ def attention(preset: str, repeats: int, json_path: Path | None, device: str, ba
 @DEVICE
 def loss(preset: str, repeats: int, json_path: Path | None, device: str) -> None:
     """Measure forward and backward of head and loss: time and gradients, in float32 and bfloat16."""
-    _check_device(device)
+    check_device(device)
     from pipelines.benchmarks.layers import run_loss_benchmark
 
     write(json_path, run_loss_benchmark(preset, repeats, click.echo, device=device))
 
 
-def _check_device(device: str, backend: str = "auto") -> None:
+def check_device(device: str, backend: str = "auto") -> None:
     """Refuse a device that is not there, and a backend of another one."""
     import torch
 

@@ -1,6 +1,7 @@
 """The ``lumos`` command. A verb's module is imported only when that verb runs, so that help is immediate."""
 
 import importlib
+import os
 
 import click
 
@@ -13,6 +14,9 @@ _VERBS = {
     "export": "Make a model folder of a training's checkpoint.",
     "generate": "Generate videos: one prompt, or a file of them.",
     "serve": "Serve a model over HTTP until interrupted.",
+    "evaluate": "Measure generated videos, show them in a gallery, read official benchmarks' results.",
+    "submit": "Run a verb as a job of a Ray cluster, and follow it.",
+    "jobs": "The jobs of a Ray cluster: list, logs, stop.",
     "data": "Look after a dataset: plan, status, report, verify, repair, retry, remove, unlock, gc.",
     "tokenizer": "Train a tokenizer, or evaluate a video tokenizer.",
     "benchmark": "Measure parts of the pipeline against the least they could cost.",
@@ -47,10 +51,15 @@ def group() -> None:
     Start with `lumos demo`. `lumos VERB --help` explains a verb. CONFIG is a YAML file or the name of a shipped one;
     KEY=VALUE after it changes a key, e.g. `lumos train demo optimizer.lr=1e-4`.
 
-    Set RAY_ADDRESS to work on a Ray cluster; otherwise one is started on this machine for the command.
+    `lumos submit VERB ...` runs a verb as a job of a Ray cluster. Without it, a verb runs here, on a cluster that is
+    started for the command, or on the one that RAY_ADDRESS names.
 
     Exit status: 0 done; 1 failed; 2 bad usage or configuration, nothing begun.
     """
+    if os.environ.get("LUMOS_EXPECTED"):
+        from pipelines.config import check_expected
+
+        check_expected()
 
 
 def main() -> None:

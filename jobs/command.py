@@ -15,12 +15,11 @@ from pipelines.errors import JobError, UserError
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
 
-class ConfigCommand(click.Command):
-    """A command whose ``--help`` ends with examples and the shipped configs, each with the first line of its file."""
+class ExampleCommand(click.Command):
+    """A command whose ``--help`` ends with examples."""
 
-    def __init__(self, *args: Any, kind: str, examples: Sequence[str], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, examples: Sequence[str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.kind = kind
         self.examples = examples
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -28,6 +27,18 @@ class ConfigCommand(click.Command):
         with formatter.section("Examples"):
             for example in self.examples:
                 formatter.write(f"{'':{formatter.current_indent}}{example}\n")  # unwrapped, to be copied
+
+
+class ConfigCommand(ExampleCommand):
+    """A command whose ``--help`` ends with examples and the shipped configs, each with the first line of its file."""
+
+    def __init__(self, *args: Any, kind: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kind = kind
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write what comes after the options."""
+        super().format_epilog(ctx, formatter)
         rows = []
         for name in shipped_configs(self.kind):
             first_line = find_config(self.kind, name).read_text(encoding="utf-8").partition("\n")[0]

@@ -13,23 +13,23 @@ from jobs.command import run
 
 @click.command(epilog="Example: lumos export runs/mine@4000 models/mine --dtype bf16")
 @click.argument("checkpoint")
-@click.argument("out", required=False, type=click.Path(path_type=Path))
+@click.argument("out", required=False)
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of the weights.")
 @click.option("--ema", is_flag=True, help="The moving average of the weights, where the run keeps one.")
-def command(checkpoint: str, out: Path | None, dtype: str, ema: bool) -> None:
+def command(checkpoint: str, out: str | None, dtype: str, ema: bool) -> None:
     """Make a model folder of a CHECKPOINT: its folder, or RUN@STEP; local or s3://.
 
     RUN is the output folder of `lumos train`, or the folder that holds its checkpoints. Without @STEP, the newest one.
-    OUT is the folder to write, export-STEP where none is named. `lumos generate` and `lumos serve` read it. No training
-    is started, and no more than one file of weights is in memory.
+    OUT is the folder to write, local or s3://; export-STEP where none is named. `lumos generate` and `lumos serve` read
+    it. No training is started, and no more than one file of weights is in memory.
     """
     from pipelines.errors import UserError, storage_errors_as
-    from pipelines.training.export import export, locate
+    from pipelines.training.export import export_to, locate
 
     stored = locate(checkpoint)
-    target = out or Path(f"export-{stored.state.step}")
+    target = out or f"export-{stored.state.step}"
     with storage_errors_as(UserError, "no model was made"):
-        export(stored, target, dtype="bf16" if dtype == "bf16" else "fp32", ema=ema)
+        export_to(stored, target, dtype="bf16" if dtype == "bf16" else "fp32", ema=ema)
     click.echo(f"model of step {stored.state.step}: {target}")
 
 

@@ -29,7 +29,8 @@ def command(config: str, overrides: tuple[str, ...], print_config: bool, dry: bo
 
     Runs DeepSpeed on Ray Train workers. Writes checkpoints and, at the end, an export folder (safetensors, config.json,
     text_tokenizer.json) that `lumos generate` and `lumos serve` read. The same command again continues from the last
-    checkpoint and ends with the same curve.
+    checkpoint and ends with the same curve. SIGTERM (kill PID) saves a checkpoint before it ends; Ctrl-C ends at once,
+    and the steps since the last checkpoint are computed once more.
 
     The run is tracked in MLflow, with the other runs of the folder that holds its output (in mlruns.db there), unless
     tracking.uri names a server.
@@ -55,7 +56,7 @@ def command(config: str, overrides: tuple[str, ...], print_config: bool, dry: bo
         f"MLflow run {result.run_id}" if result.run_id else "MLflow has not been reached; the same command sends it all"
     )
     click.echo(f"{run}: {result.store.how_to_open}")
-    click.echo(f"model {result.export_dir}")
+    click.echo(f"model {result.export}")
 
 
 if __name__ == "__main__":

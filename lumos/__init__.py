@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lumos.compression import VideoSize
     from lumos.config import MaskConfig, ModelConfig, SamplingConfig
     from lumos.decoder import Decoder
-    from lumos.sampling import GenerationRequest
+    from lumos.guidance import GenerationRequest
     from lumos.tokenizers import TextTokenizer, TokenizerConfig, VideoTokenizer, load_video_tokenizer
     from lumos.vocabulary import Vocabulary
 
@@ -41,7 +41,7 @@ _MODULES = {
     "lumos.compression": ("VideoSize",),
     "lumos.config": ("MaskConfig", "ModelConfig", "SamplingConfig"),
     "lumos.decoder": ("Decoder",),
-    "lumos.sampling": ("GenerationRequest",),
+    "lumos.guidance": ("GenerationRequest",),
     "lumos.tokenizers": ("TextTokenizer", "TokenizerConfig", "VideoTokenizer", "load_video_tokenizer"),
     "lumos.vocabulary": ("Vocabulary",),
 }

@@ -5,7 +5,7 @@ frames = model.generate("a red square moves left over a blue background", seed=7
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypedDict, Unpack, overload
 
@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 from lumos.checkpoint import ModelInfo, load_checkpoint
 from lumos.compression import TEMPORAL_FACTOR, VideoSize, num_latent_frames, parse_size
-from lumos.config import SamplingConfig
+from lumos.config import SamplingConfig, ShortcutConfig
 from lumos.encoder import RequestEncoder
 from lumos.folder import ModelFolder, open_folder
+from lumos.guidance import GenerationRequest
 from lumos.layout import PromptTemplate
-from lumos.sampling import FrameCallback, GenerationRequest
+from lumos.pictures import fit_frames
+from lumos.sampling import FrameCallback
 from lumos.sampling import generate as draw_codes
 from lumos.tokenizers import load_video_tokenizer
 
@@ -35,6 +37,7 @@ class SamplingOptions(TypedDict, total=False):
     temperature: float
     release_temperature: bool
     release_given_frames: bool
+    shortcuts: ShortcutConfig | None
 
 
 class VideoOptions(SamplingOptions, total=False):
@@ -57,6 +60,7 @@ def load(
     text_tokenizer: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     tokenizer_kind: Literal["fsq", "cosmos"] | None = None,
+    compile: bool = False,
 ) -> "Model":
     """Load a folder that `lumos train` exported, or one of a released Lumos-1 checkpoint.
 
@@ -69,6 +73,7 @@ def load(
         tokenizer: weights of the video tokenizer; None is the one in the package. A released checkpoint needs the
             folder with the encoder.jit and decoder.jit of Cosmos-Tokenizer-DV4x8x8.
         tokenizer_kind: None is the kind that the model was trained with; for a released one cosmos.
+        compile: what lies around attention by ``torch.compile``, once for all sizes; the first video waits for that.
 
     Raises:
         FileNotFoundError: if the folder or a file of it is missing; the message says which, and what to do.
@@ -81,7 +86,8 @@ def load(
         tokenizer=tokenizer,
         tokenizer_kind=tokenizer_kind,
     )
-    return Model(folder, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype=dtype)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Model(folder, device=device, dtype=dtype, compile=compile)
 
 
 class Model:
@@ -94,10 +100,19 @@ class Model:
         encoder: Prompts and sizes to requests.
     """
 
-    def __init__(self, folder: ModelFolder, *, device: str | torch.device, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        folder: ModelFolder,
+        *,
+        device: str | torch.device,
+        dtype: torch.dtype = torch.float32,
+        compile: bool = False,
+    ) -> None:
         self.folder = folder
         self.encoder = RequestEncoder(folder)
         self.decoder = load_checkpoint(folder.path, device=device, dtype=dtype).model
+        if compile:
+            self.decoder.compile_blocks()
         self.tokenizer = load_video_tokenizer(replace(folder.video_tokenizer, device=str(device)))
 
     @property
@@ -138,11 +153,12 @@ class Model:
             prompt: one text or several.
             seed: of the draws; with several prompts one for all, or one for each. Equal requests give equal videos,
                 here, from `lumos generate` and from the service.
-            size: (width, height) in px, or "WIDTHxHEIGHT"; None is that of the image or clip, else the model's own.
+            size: (width, height) in px, or "WIDTHxHEIGHT"; None is the model's own.
             num_frames: frames of the video, those given included; 1 is an image. None is what the model was trained on.
             fps: frames per second to draw for; None is the rate that the model was trained on.
-            image: uint8 [H, W, 3], RGB, the first frame of the video.
-            clip: uint8 [T, H, W, 3], RGB, T = 1 + 4k, the first frames of the video.
+            image: uint8 [H, W, 3], RGB, the first frame of the video; of another size, it is cut to the video's
+                shape at its centre and scaled, as crops for training are (:func:`lumos.pictures.fit_frames`).
+            clip: uint8 [T, H, W, 3], RGB, T = 1 + 4k, the first frames of the video; likewise.
             motion: how much is to move, 0 (nothing) to 9, of a model trained with ``data.motion_prefix``.
             sampling: see :class:`SamplingOptions`.
 
@@ -151,8 +167,6 @@ class Model:
         """
         given = _given_frames(image, clip)
         width, height = parse_size(size) if isinstance(size, str) else size or (None, None)
-        if given is not None:
-            width, height = _size_of_given(given, width, height)
         full = self.encoder.size(width=width, height=height, num_frames=num_frames, fps=fps)
         codes = None if given is None else self._encode_given(given, full)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -172,15 +186,23 @@ class Model:
         return videos[0] if isinstance(prompt, str) else videos
 
     def draw(
-        self, requests: Sequence[GenerationRequest], *, on_frame: FrameCallback | None = None
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        on_frame: FrameCallback | None = None,
+        on_step: Callable[[], object] | None = None,
     ) -> list[NDArray[np.uint8]]:
         """Frames of requests that fit in one batch (see :func:`lumos.sampling.generate`), decoded one at a time.
 
         Raises:
             ValueError: if they do not fit together or the model.
         """
-        videos = draw_codes(self.decoder, self.folder.vocabulary, requests, on_frame=on_frame)
+        videos = draw_codes(self.decoder, self.folder.vocabulary, requests, on_frame=on_frame, on_step=on_step)
         return [self.tokenizer.decode(torch.from_numpy(codes)[None])[0].cpu().numpy() for codes in videos]
+
+    def encode_frames(self, frames: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """Codes [t, h, w] of frames [1 + 4k, H, W, 3]."""
+        return self.tokenizer.encode(torch.tensor(frames)[None])[0].numpy()
 
     def _encode_given(self, frames: NDArray[np.uint8], size: VideoSize) -> NDArray[np.int64]:
         if len(frames) >= size.num_frames:
@@ -188,7 +210,7 @@ class Model:
                 f"{len(frames)} frames are given and num_frames is {size.num_frames}: set num_frames to "
                 f"{len(frames) + TEMPORAL_FACTOR} or more"
             )
-        return self.tokenizer.encode(torch.from_numpy(frames)[None])[0].numpy()
+        return self.encode_frames(fit_frames(frames, (size.width, size.height)))
 
 
 def _given_frames(image: Any, clip: Any) -> NDArray[np.uint8] | None:
@@ -200,19 +222,11 @@ def _given_frames(image: Any, clip: Any) -> NDArray[np.uint8] | None:
     frames = np.asarray(frames.cpu() if isinstance(frames, torch.Tensor) else frames)
     if frames.dtype != np.uint8 or frames.ndim != shape.count(",") + 1 or frames.shape[-1] != 3:
         raise ValueError(f"{name} must be uint8 {shape} with values 0..255, got {frames.dtype} {list(frames.shape)}")
-    frames = np.array(frames if clip is not None else frames[None])  # a copy: torch takes no read-only arrays
+    frames = frames if clip is not None else frames[None]
+    if 0 in frames.shape[1:]:
+        raise ValueError(f"{name} has no pixels: {list(frames.shape)}")
     try:
         num_latent_frames(len(frames))
     except ValueError as error:
         raise ValueError(f"clip: {error}") from error
     return frames
-
-
-def _size_of_given(frames: NDArray[np.uint8], width: int | None, height: int | None) -> tuple[int, int]:
-    _, given_height, given_width, _ = frames.shape
-    if (width, height) not in ((None, None), (given_width, given_height)):
-        raise ValueError(
-            f"size is {width}x{height}, the frames given are {given_width}x{given_height}: leave size out, or resize "
-            "or crop them"
-        )
-    return given_width, given_height

@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lumos.kernels import KERNELS, Kernel
+from lumos.kernels import KERNELS, Kernel, flash_cpu
 from lumos.layout import Segment, SequenceLayout
 
 Backend = Literal["auto", "sdpa", "fused_cpu", "fused_flash", "fused_cudnn", "dense"]
@@ -100,15 +100,17 @@ def _segment_mask(segment: Segment, past: int, like: Tensor) -> tuple[Tensor | N
     return like.new_full((length, before + length), float("-inf")).triu(before + 1), False
 
 
-def _attend_segment(q: Tensor, k: Tensor, v: Tensor, segment: Segment, past: int = 0) -> Tensor:
-    mask, causal = _segment_mask(segment, past, q)
-    stop = past + segment.stop
-    queries, keys, values = q[:, :, segment.start : segment.stop], k[:, :, :stop], v[:, :, :stop]
+def _attend_segment(q: Tensor, k: Tensor, v: Tensor, segment: Segment) -> Tensor:
+    mask, causal = _segment_mask(segment, 0, q)
+    return _sdpa(q[:, :, segment.start : segment.stop], k[:, :, : segment.stop], v[:, :, : segment.stop], mask, causal)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.is_cuda and q.dtype == torch.float32:  # whose only kernel without an L x L matrix takes no groups
-        keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (keys, values))
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         grouped = False
-    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
 class _PrefixAttention(torch.autograd.Function):
@@ -149,6 +151,24 @@ class _PrefixAttention(torch.autograd.Function):
         return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype), None, None
 
 
+@dataclass(frozen=True)
+class RowPart:
+    """Tokens that a pass computes of one row of a cache: a whole stretch after what the row holds, or some of it.
+
+    With ``index``, keys and values of the other tokens of the stretch are those of an earlier pass, which was taken
+    back by :meth:`KVCache.truncate`. The stretch must then be one frame, in which every token sees every other.
+    """
+
+    row: int
+    layout: SequenceLayout  # of the whole stretch
+    index: Int64[Tensor, " tokens"] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are computed."""
+        return self.layout.length if self.index is None else len(self.index)
+
+
 @dataclass
 class KVCache:
     """Preallocated keys and values of several documents, each with its own length.
@@ -176,26 +196,39 @@ class KVCache:
         query: Float[Tensor, "tokens heads head_dim"],
         key: Float[Tensor, "tokens kv_heads head_dim"],
         value: Float[Tensor, "tokens kv_heads head_dim"],
-        layouts: Sequence[SequenceLayout],
+        parts: Sequence[RowPart],
     ) -> Float[Tensor, "tokens heads head_dim"]:
-        """Append the new tokens of every row to a layer and attend at true lengths.
+        """Put the tokens of every part into a layer and attend at true lengths.
 
         ``lengths`` stays: the caller advances it once all layers are done.
         """
         out = torch.empty_like(query)
         start = 0
-        for row, layout in enumerate(layouts):
-            past, stop = self.lengths[row], start + layout.length
-            end, capacity = past + layout.length, self.keys.shape[3]
+        for part in parts:
+            past, stop = self.lengths[part.row], start + part.num_tokens
+            end, capacity = past + part.layout.length, self.keys.shape[3]
             if end > capacity:
-                raise ValueError(f"row {row} needs {end} tokens, the cache holds {capacity}")
-            keys, values = self.keys[layer, row], self.values[layer, row]
-            keys[:, past:end] = key[start:stop].transpose(0, 1)
-            values[:, past:end] = value[start:stop].transpose(0, 1)
+                raise ValueError(f"row {part.row} needs {end} tokens, the cache holds {capacity}")
+            keys, values = self.keys[layer, part.row], self.values[layer, part.row]
+            place = slice(past, end) if part.index is None else past + part.index
+            keys[:, place] = key[start:stop].transpose(0, 1)
+            values[:, place] = value[start:stop].transpose(0, 1)
             q = query[start:stop].transpose(0, 1)[None]
             k, v = keys[None, :, :end], values[None, :, :end]
-            for segment in layout.segments:
-                part = _attend_segment(q, k, v, segment, past)
-                out[start + segment.start : start + segment.stop] = part[0].transpose(0, 1)
+            segments = part.layout.segments if part.index is None else (Segment(0, part.num_tokens, causal=False),)
+            for segment in segments:
+                seen = end if part.index is not None else past + segment.stop
+                found = _attend_after(
+                    q[:, :, segment.start : segment.stop], k[:, :, :seen], v[:, :, :seen], segment, past
+                )
+                out[start + segment.start : start + segment.stop] = found[0].transpose(0, 1)
             start = stop
         return out
+
+
+def _attend_after(q: Tensor, k: Tensor, v: Tensor, segment: Segment, past: int) -> Tensor:
+    """Queries of a segment after ``past`` tokens to the keys it sees."""
+    mask, causal = _segment_mask(segment, past, q)
+    if q.device.type == "cpu":
+        return flash_cpu(q, k, v, mask, causal)[0]
+    return _sdpa(q, k, v, mask, causal)

@@ -185,6 +185,11 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor], max_shard_bytes: i
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def is_model_file(name: str) -> bool:
+    """Whether a file in a checkpoint folder is one that :func:`save_checkpoint` writes."""
+    return name in (CONFIG_FILE, INDEX_FILE, TEXT_TOKENIZER_FILE) or name.endswith(".safetensors")
+
+
 def read_config(path: str | os.PathLike[str]) -> tuple[ModelConfig, Vocabulary, ModelInfo]:
     """Model config, vocabulary and info of a checkpoint folder, without its weights.
 
@@ -199,9 +204,11 @@ def read_config(path: str | os.PathLike[str]) -> tuple[ModelConfig, Vocabulary, 
             "or that of a released Lumos-1 checkpoint"
         )
     try:
-        raw = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{file} is not valid JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} is no JSON object; is this a Lumos-1 checkpoint?")
     return parse_config(raw, str(file))
 
 
@@ -216,7 +223,7 @@ def parse_config(raw: dict[str, Any], file: str) -> tuple[ModelConfig, Vocabular
         config, vocabulary, info = _read_section(raw.get("lumos"), config)
     except KeyError as error:
         raise ValueError(f"{file}: the section lumos lacks {error}; was it written by `lumos train`?") from error
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: lumos: {error}") from error
     if config.vocab_size != vocabulary.vocab_size:
         raise ValueError(f"{file}: vocab_size {config.vocab_size} does not fit a vocabulary of {vocabulary.vocab_size}")
@@ -308,7 +315,10 @@ def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     index = folder / INDEX_FILE
     names = [WEIGHTS_FILE]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is damaged ({error!r}): copy it again") from error
     for name in names:
         file = folder / name
         if not file.is_file():

@@ -100,6 +100,48 @@ class TokenizerInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShortcutConfig:
+    """Ways to draw a video in less time that change it. Each is off by default; steps count from 0 within a frame.
+
+    Sources: Halton order, Besnier et al. 2025; guidance over an interval, Kynkäänniemi et al. 2024; cheap passes on a
+    cached context, ReCAP (arXiv 2505.19089); a reused guidance difference, LazyMAR (arXiv 2503.12450).
+    """
+
+    # Which slots a step keeps: the most confident of all drawn, or the next ones, which alone are drawn then, of a
+    # sequence that spreads evenly over the frame.
+    order: Literal["confidence", "halton"] = "confidence"
+    threshold: float | None = None  # probability, in (0, 1], from which on a code is kept whatever the schedule says
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # shares of the steps from and until which guidance is applied
+    guidance_cache_from: float = 1.0  # share of the steps from which on the last difference of the branches is reused
+    context_refresh: int = 1  # every so many steps a pass is whole; those between compute the unknown slots alone
+    frame_steps: tuple[int, ...] = ()  # steps of each drawn frame in place of num_steps; the last holds for all further
+
+    def __post_init__(self) -> None:
+        require(
+            self.threshold is None or 0.0 < self.threshold <= 1.0,
+            f"threshold must be in (0, 1], got {self.threshold}",
+        )
+        require(
+            self.threshold is None or self.order == "confidence",
+            f"threshold is {self.threshold} with order halton, which keeps whatever it draws: leave it out",
+        )
+        low, high = self.guidance_interval
+        require(
+            0.0 <= low <= high <= 1.0,
+            f"guidance_interval must be two shares of the steps in order, in [0, 1], got [{low}, {high}]",
+        )
+        require(
+            0.0 < self.guidance_cache_from <= 1.0,
+            f"guidance_cache_from must be in (0, 1], got {self.guidance_cache_from}: the first step has no earlier one",
+        )
+        require(self.context_refresh >= 1, f"context_refresh must be at least 1, got {self.context_refresh}")
+        require(
+            all(steps >= 1 for steps in self.frame_steps),
+            f"frame_steps must be whole numbers of at least 1, got {list(self.frame_steps)}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How a video is drawn, frame by frame. The two ``release_*`` options reproduce quirks of the authors' code."""
 
@@ -109,6 +151,7 @@ class SamplingConfig:
     temperature: float = 1.0  # of the re-masking noise at the first step; the draw itself is at temperature 1
     release_temperature: bool = False  # let the re-masking temperature compound over frames, as the release does
     release_given_frames: bool = False  # show given frames unmasked in the history, as the release does
+    shortcuts: ShortcutConfig | None = None  # faster and approximate; none: the sampler of the paper
 
     def __post_init__(self) -> None:
         require(self.num_steps >= 1, f"num_steps must be at least 1, got {self.num_steps}")
@@ -118,6 +161,38 @@ class SamplingConfig:
         )
         require(0.0 <= self.history_ratio <= 1.0, f"history_ratio must be in [0, 1], got {self.history_ratio}")
         require(self.temperature >= 0.0, f"temperature must not be negative, got {self.temperature}")
+
+    @property
+    def passes(self) -> tuple[object, ...]:
+        """What decides which passes through the model are made: requests of one batch share it."""
+        short = self.shortcuts or ShortcutConfig()
+        steps = (self.num_steps, *short.frame_steps)
+        return (*steps, short.guidance_interval, short.guidance_cache_from, short.context_refresh)
+
+    def steps_of(self, drawn: int) -> int:
+        """Steps of a latent frame, the ``drawn``-th that is drawn, from 0."""
+        listed = self.shortcuts.frame_steps if self.shortcuts else ()
+        return listed[min(drawn, len(listed) - 1)] if listed else self.num_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingChoice:
+    """Some settings of a :class:`SamplingConfig`; what is left out is as somewhere else, as in a model's folder."""
+
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    history_ratio: float | None = None
+    temperature: float | None = None
+    release_temperature: bool | None = None
+    release_given_frames: bool | None = None
+    shortcuts: ShortcutConfig | None = None  # faster and approximate; none and none recommended: the full sampler
+
+    def __post_init__(self) -> None:
+        self.over(SamplingConfig())
+
+    def over(self, recommended: SamplingConfig) -> SamplingConfig:
+        """All settings, completed from those that are recommended."""
+        return replace(recommended, **{key: value for key, value in vars(self).items() if value is not None})
 
 
 _HF_NAMES = {

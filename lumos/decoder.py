@@ -5,7 +5,7 @@ another in one dimension, and a list of layouts says where each begins.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lumos.attention import Backend, KVCache, attend
+from lumos.attention import Backend, KVCache, RowPart, attend
 from lumos.config import ModelConfig, Recompute
 from lumos.head import Head
-from lumos.kernels import ATTENTION_OPS
+from lumos.kernels import ATTENTION_OPS, by_rows
 from lumos.layout import SequenceLayout
 from lumos.rope import packed_tables, rotary_tables, rotate
 
@@ -34,9 +34,10 @@ class _Pass:
 
     cos: Tensor
     sin: Tensor
-    layouts: Sequence[SequenceLayout]
-    cache: KVCache | None
+    layouts: Sequence[SequenceLayout]  # of whole documents
     backend: Backend
+    cache: KVCache | None = None  # if there is one, what is computed are parts of its rows
+    parts: Sequence[RowPart] = ()
 
 
 class RMSNorm(nn.Module):
@@ -49,6 +50,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch channels"]:
         """Normalise the last dimension, cast back, then scale."""
+        return by_rows(self._norm, x)
+
+    def _norm(self, x: Tensor) -> Tensor:
         return self.weight * F.rms_norm(x, (x.shape[-1],), eps=self.eps)  # in float32 within, without copies kept
 
 
@@ -91,7 +95,11 @@ class SelfAttention(nn.Module):
             rearrange(proj(x)[: len(cos)], "tokens (heads dim) -> tokens heads dim", dim=self.head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
+        return (
+            by_rows(partial(_turned, self.q_norm), q, cos, sin),
+            by_rows(partial(_turned, self.k_norm), k, cos, sin),
+            v,
+        )
 
     def output(self, attended: Float[Tensor, "tokens heads head_dim"], rows: int) -> Float[Tensor, "rows channels"]:
         """Back to channels; rows beyond the tokens are zeros."""
@@ -112,8 +120,16 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "rows channels"]) -> Float[Tensor, "rows channels"]:
         """Gate, project back."""
-        projected: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        projected: Tensor = self.down_proj(by_rows(_gated, self.gate_proj(x), self.up_proj(x)))
         return projected
+
+
+def _turned(norm: HeadNorm, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return rotate(norm(x), cos, sin)
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 class Block(nn.Module):
@@ -133,7 +149,7 @@ class Block(nn.Module):
         if shared.cache is None:
             attended = attend(q, k, v, shared.layouts, backend=shared.backend)
         else:
-            attended = shared.cache.attend(self.layer, q, k, v, shared.layouts)
+            attended = shared.cache.attend(self.layer, q, k, v, shared.parts)
         return self.after(x, attended)
 
     def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,27 +208,33 @@ class Decoder(nn.Module):
         Raises:
             ValueError: if the layouts' lengths do not sum to the number of tokens, or a document is too long.
         """
-        self._check(ids, layouts)
+        _check(ids, [layout.length for layout in layouts])
         longest = max(layout.length for layout in layouts)
         if longest > self.config.max_seq_len:
             raise ValueError(f"a document of {longest} tokens is longer than max_seq_len {self.config.max_seq_len}")
-        return self._run(ids, layouts, packed_tables(layouts, self.config, ids.device), None)
+        cos, sin = packed_tables(layouts, self.config, ids.device)
+        return self._run(ids, _Pass(cos, sin, layouts, self.attention_backend))
 
     def forward_cached(
         self,
         ids: Int64[Tensor, " tokens"],
-        layouts: Sequence[SequenceLayout],
+        parts: Sequence[RowPart],
         positions: Int64[Tensor, "tokens 3"],
         cache: KVCache,
     ) -> Float[Tensor, "tokens channels"]:
-        """Hidden states of tokens appended to the rows of a cache, which keeps their keys and values.
+        """Hidden states of tokens appended to rows of a cache, which keeps their keys and values.
 
-        There is one layout per row, of the new tokens alone; their positions are those in the whole document
-        (``rope.position_ids``).
+        Args:
+            ids: the tokens of all parts, one after another.
+            parts: which row each belongs to, of different rows.
+            positions: of each token, in the whole document (``rope.position_ids``).
+            cache: the rows; afterwards each is longer by the length of its part's layout.
         """
-        self._check(ids, layouts)
-        hidden = self._run(ids, layouts, rotary_tables(positions, self.config), cache)
-        cache.lengths = [past + layout.length for past, layout in zip(cache.lengths, layouts, strict=True)]
+        _check(ids, [part.num_tokens for part in parts])
+        cos, sin = rotary_tables(positions, self.config)
+        hidden = self._run(ids, _Pass(cos, sin, (), self.attention_backend, cache, parts))
+        for part in parts:
+            cache.lengths[part.row] += part.layout.length
         return hidden
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
@@ -248,25 +270,22 @@ class Decoder(nn.Module):
             for name in ("before", "after"):
                 setattr(block, name, torch.compile(getattr(block, name), dynamic=True, **options))
 
-    def _check(self, ids: Tensor, layouts: Sequence[SequenceLayout]) -> None:
-        expected = sum(layout.length for layout in layouts)
-        if expected != len(ids) or not layouts:
-            raise ValueError(f"{len(layouts)} layouts of {expected} tokens in all do not fit {len(ids)} token ids")
-
-    def _run(
-        self, ids: Tensor, layouts: Sequence[SequenceLayout], tables: tuple[Tensor, Tensor], cache: KVCache | None
-    ) -> Tensor:
-        padding = -len(ids) % _ROW_MULTIPLE if cache is not None else 0
+    def _run(self, ids: Tensor, shared: _Pass) -> Tensor:
+        padding = -len(ids) % _ROW_MULTIPLE if shared.cache is not None else 0
         x = self.model.embed_tokens(F.pad(ids, (0, padding)) if padding else ids)
         if torch.is_autocast_enabled(x.device.type):  # activations are of one kind, whatever keeps the parameters
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        cos, sin = (table.to(x.dtype) for table in tables)
-        shared = _Pass(cos, sin, layouts, cache, self.attention_backend)
+        shared = replace(shared, cos=shared.cos.to(x.dtype), sin=shared.sin.to(x.dtype))
         recompute = self.recompute if torch.is_grad_enabled() else "none"
         for block in self.model.layers:
             x = _RUN[recompute](block, x, shared)
         hidden: Tensor = self.model.norm(x)[: len(ids)]
         return hidden
+
+
+def _check(ids: Tensor, lengths: Sequence[int]) -> None:
+    if sum(lengths) != len(ids) or not lengths:
+        raise ValueError(f"{len(lengths)} layouts of {sum(lengths)} tokens in all do not fit {len(ids)} token ids")
 
 
 def _keep_attention(context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:

@@ -7,8 +7,8 @@ import numpy as np
 from lumos.compression import VideoSize, num_latent_frames
 from lumos.config import SamplingConfig
 from lumos.folder import ModelFolder
+from lumos.guidance import GenerationRequest
 from lumos.layout import header_tokens, motion_prompt, prompt_text, video_layout
-from lumos.sampling import GenerationRequest
 from lumos.tokenizers import TextTokenizer
 
 

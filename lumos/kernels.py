@@ -7,9 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_ROWS = 128  # of an elementwise chain on a CPU that are worked on at a time: they stay in its cache
 Gradients = tuple[Tensor, Tensor, Tensor]
 State = tuple[Any, ...]  # what the forward pass leaves to the backward pass besides its inputs and its output
 _aten = torch.ops.aten
+
+
+def by_rows(function: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Tensor:
+    """``function(x, *others)``, of which a row depends on the same rows alone and is as long as that of ``x``.
+
+    On a CPU, without gradients, some rows at a time: what is between the steps of a chain then stays in the cache.
+    """
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or len(x) <= _ROWS:
+        return function(x, *others)
+    out: Tensor | None = None
+    for start in range(0, len(x), _ROWS):
+        rows = slice(start, start + _ROWS)
+        part = function(x[rows], *(other[rows] for other in others))
+        out = part.new_empty(x.shape) if out is None else out  # under autocast of another type than x
+        out[rows] = part
+    assert out is not None
+    return out
 
 
 @dataclass(frozen=True)
@@ -21,7 +39,8 @@ class Kernel:
     dtype: torch.dtype | None = None  # what it computes in; None: whatever comes
 
 
-def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, State]:
+def flash_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, State]:
+    """Attention on a CPU, with the heads of a group in one product where all keys are seen."""
     queries = _folded(q, k, mask, causal)
     out, logsumexp = _aten._scaled_dot_product_flash_attention_for_cpu(queries, k, v, 0.0, causal, attn_mask=mask)
     return out.reshape(q.shape), (logsumexp,)
@@ -80,7 +99,7 @@ def _cudnn_backward(
 
 
 KERNELS = {
-    "fused_cpu": Kernel(_flash_cpu, _flash_cpu_backward, torch.float32),  # its bfloat16 backward is 3 times slower
+    "fused_cpu": Kernel(flash_cpu, _flash_cpu_backward, torch.float32),  # its bfloat16 backward is 3 times slower
     "fused_flash": Kernel(_flash, _flash_backward),
     "fused_cudnn": Kernel(_cudnn, _cudnn_backward),
 }

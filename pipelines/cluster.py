@@ -4,7 +4,10 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +20,11 @@ os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin starve the others on a busy machine
 
 import ray
+from ray.util import placement_group_table
 
-from pipelines.errors import UserError
+from pipelines.config import ClusterConfig
+from pipelines.errors import JobError, UserError, in_words
+from pipelines.storage import is_local
 
 # Train workers, Serve replicas and coordinating actors hold a CPU while they mostly wait for each other. With only as
 # many as there are cores, two of them on two cores would leave none for Ray Data, and the job would stand still.
@@ -29,6 +35,7 @@ _SPARE_CPUS = 4
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
 
 _ours = False  # whether the cluster was started by this process
+_usual = False  # whether it has the number of CPUs that it has by default
 
 
 def is_joined() -> bool:
@@ -42,7 +49,7 @@ def cluster_is_ours() -> bool:
 
 
 @contextmanager
-def connect(num_cpus: int | None = None) -> Iterator[None]:
+def connect(num_cpus: int | None = None, *, metrics: bool = True) -> Iterator[None]:
     """Be connected to Ray within the block.
 
     An existing connection is used as it is. Else the cluster that ``RAY_ADDRESS`` names is joined (``ray job submit``
@@ -52,11 +59,14 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
     Args:
         num_cpus: CPUs the local cluster declares; may exceed the cores. Default: the cores and a few more. A cluster
             that is joined keeps its own.
+        metrics: Whether a local cluster has its counts read by Prometheus, from a port that asks for no token and
+            that all on the network can reach.
 
     Raises:
         UserError: if ``RAY_ADDRESS`` names a cluster that cannot be reached.
+        JobError: if none can be started here.
     """
-    global _ours
+    global _ours, _usual
     if ray.is_initialized():
         yield
         return
@@ -66,13 +76,52 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
         # A token guards Ray's job API, which is off here: its warning would only puzzle.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         declared = num_cpus if num_cpus is not None else _cores() + _SPARE_CPUS
-        ray.init(address="local", num_cpus=declared, include_dashboard=False, **_QUIET)
-        _ours = True
+        try:
+            ray.init(
+                address="local",
+                num_cpus=declared,
+                include_dashboard=False,
+                _system_config={"enable_metrics_collection": metrics},
+                **_QUIET,
+            )
+        except Exception as error:  # of several kinds, a bare Exception where its processes are not up in time
+            ray.shutdown()
+            raise JobError(
+                f"Ray could not start on this machine ({in_words(error)}): it needs free cores and memory, and room "
+                "in /tmp; then the same command continues"
+            ) from error
+        _ours, _usual = True, num_cpus is None
     try:
         yield
     finally:
-        _ours = False
+        _ours = _usual = False
         ray.shutdown()
+
+
+@contextmanager
+def joining(paths: Mapping[str, str | None], config: ClusterConfig) -> Iterator[None]:
+    """Be connected within the block where a cluster is joined, once it can use the paths; else as without.
+
+    Args:
+        paths: by their keys, those that several machines read, or that must outlive the one where this process runs.
+        config: of the run.
+
+    Raises:
+        UserError: if the cluster has several machines, and a path is one of a single machine.
+    """
+    if not is_joined():
+        yield
+        return
+    with connect():
+        machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+        local = {key: path for key, path in paths.items() if path and is_local(path)}
+        if len(machines) > 1 and local and not config.shared_paths:
+            named = ", ".join(f"{key} = {path}" for key, path in local.items())
+            raise UserError(
+                f"{named}: a path of one machine, and this cluster has {len(machines)}. Name s3:// URIs; or set "
+                "cluster.shared_paths=true, if all of them share these folders"
+            )
+        yield
 
 
 def _join(address: str) -> None:
@@ -100,18 +149,76 @@ def lacking(processes: Sequence[Mapping[str, float]]) -> str:
     """What the cluster as it is now lacks to run processes side by side, each on one node.
 
     Each reserves CPU, GPU and memory (bytes). The answer is for a person, as "36 CPU (there is 3)", and empty where
-    nothing is lacking.
+    nothing is lacking. Before ``connect``, only CPUs can be told of, and only of a cluster that is started here.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    here = _usual
+    if ray.is_initialized():
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    elif is_joined():
+        return ""
+    else:
+        here, nodes = True, [{"CPU": _cores() + _SPARE_CPUS}]
+        processes = [{"CPU": needs.get("CPU", 0.0)} for needs in processes]
+    because = f": {_cores()} cores, and {_SPARE_CPUS} for processes that mostly wait" if here else ""
     found = []
     for name in dict.fromkeys(name for needs in processes for name in needs):
         needed = [needs.get(name, 0.0) for needs in processes]
         there = [node.get(name, 0.0) for node in nodes]
+        why = because if name == "CPU" else ""
         if sum(needed) > sum(there):
-            found.append(f"{sum(needed):g} {name} (there is {sum(there):g})")
+            found.append(f"{sum(needed):g} {name} (there is {sum(there):g}{why})")
         elif max(needed) > max(there):
-            found.append(f"{max(needed):g} {name} on one node (there is {max(there):g})")
+            found.append(f"{max(needed):g} {name} on one node (there is {max(there):g}{why})")
     return ", ".join(found)
+
+
+class Waiting:
+    """Within a block, says what processes wait for while other jobs hold it; in a thread of its own."""
+
+    def __init__(
+        self, processes: Sequence[Mapping[str, float]], say: Callable[[str], None], *, first_s: float = 15.0
+    ) -> None:
+        """Processes as in :func:`lacking`, in a placement group; ``say`` shows a line to the user, once a minute."""
+        self._processes, self._say, self._first = processes, say, first_s
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="waiting", daemon=True)
+
+    def over(self) -> None:
+        """The processes run."""
+        self._over.set()
+
+    def __enter__(self) -> "Waiting":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        begin, pause = time.monotonic(), self._first
+        while not self._over.wait(pause):
+            pause = 4 * self._first
+            busy = self._busy()
+            if busy:
+                self._say(
+                    f"waiting for {busy}, for {time.monotonic() - begin:.0f} s now and until it is there: other jobs "
+                    "hold it, or machines are being added"
+                )
+
+    def _busy(self) -> str:
+        """What is not free, while a group of processes is waited for."""
+        if not any(group.get("state") in ("PENDING", "RESCHEDULING") for group in placement_group_table().values()):
+            return ""
+        free, there = ray.available_resources(), ray.cluster_resources()
+        needed: Counter[str] = Counter()
+        for needs in self._processes:
+            needed.update(needs)
+        return ", ".join(
+            f"{amount:g} {name} ({free.get(name, 0.0):g} free of {there.get(name, 0.0):g})"
+            for name, amount in needed.items()
+            if amount > free.get(name, 0.0)
+        )
 
 
 def _cores() -> int:

@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints
@@ -25,6 +25,8 @@ from pipelines.errors import UserError
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 CONFIG_DIR = PROJECT_DIR / "infra" / "configs"
 
+EXPECTED = "LUMOS_EXPECTED"  # variable of a job that runs the installed code: "VERSION COMMIT" of who submitted it
+
 # What decides the bytes of an output, and so belongs in its provenance.
 _PACKAGES = ("av", "decord", "deepspeed", "mlflow", "numpy", "pyarrow", "ray", "safetensors", "tokenizers", "torch")
 
@@ -32,11 +34,23 @@ _PACKAGES = ("av", "decord", "deepspeed", "mlflow", "numpy", "pyarrow", "ray", "
 class RunConfig(Protocol):
     """A dataclass that describes one run."""
 
-    KIND: ClassVar[str]  # folder of infra/configs that holds its shipped files; REMOVED, if there: old keys, remedies
+    # Folder of infra/configs that holds its shipped files. If there, REMOVED: old keys, remedies; ALSO_CALLED:
+    # names that others give to keys, and ours.
+    KIND: ClassVar[str]
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """What a run may take for granted of a cluster of several machines; of one machine nothing of it matters."""
+
+    shared_paths: bool = False  # local paths are folders that all of them share; else paths must be s3:// URIs
+    autoscaling: bool = (
+        False  # machines are added for what waits; else a training that the cluster is too small for ends
+    )
 
 
 def load_config(cls: type[ConfigT], source: str, overrides: Sequence[str] = ()) -> ConfigT:
@@ -84,8 +98,12 @@ def find_config(kind: str, source: str) -> Path:
     shipped = CONFIG_DIR / kind / f"{source}.yaml"
     if re.fullmatch(r"[\w.-]+", source) and shipped.is_file():
         return shipped
-    names = ", ".join(shipped_configs(kind)) or "none"
-    raise UserError(f"config {source!r} is neither a file nor a shipped {kind} config ({names}); check the path")
+    names = shipped_configs(kind)
+    close = difflib.get_close_matches(source, names, n=1)
+    remedy = f"did you mean {close[0]!r}?" if close else "check the path"
+    raise UserError(
+        f"config {source!r} is neither a file nor a shipped {kind} config ({', '.join(names) or 'none'}); {remedy}"
+    )
 
 
 def shipped_configs(kind: str) -> list[str]:
@@ -123,6 +141,24 @@ def provenance() -> dict[str, Any]:
     """
     versions = {name: _version(name) for name in _PACKAGES}
     return {"lumos": _version("lumos-ray"), "git_commit": _git_commit(), "packages": versions}
+
+
+def check_expected() -> None:
+    """Refuse, in a job, an installed lumos that is not the one it was checked with (``LUMOS_EXPECTED``).
+
+    Commits are compared where both sides know theirs.
+
+    Raises:
+        UserError: if version or commit differ.
+    """
+    version, _, commit = os.environ.get(EXPECTED, "").partition(" ")
+    here = (_version("lumos-ray"), _git_commit())
+    known = "unknown" not in (commit or "unknown", here[1])
+    if version and (version != here[0] or (known and commit != here[1])):
+        raise UserError(
+            f"the job was checked with lumos-ray {version} (commit {commit or 'unknown'}), the cluster has "
+            f"{here[0]} (commit {here[1]}): submit it with --project upload, or install the same on both sides"
+        )
 
 
 def _version(package: str) -> str:
@@ -215,7 +251,8 @@ def _describe(cls: type[Any], raw: Any, detail: ErrorDetails) -> str:
         if name in getattr(cls, "REMOVED", {}):
             return f"key {name!r} is no more: {cls.REMOVED[name]}"
         siblings = _field_names(cls, keys[:-1])
-        close = difflib.get_close_matches(keys[-1], siblings, n=1)
+        known_as = getattr(cls, "ALSO_CALLED", {}).get(name)
+        close = [known_as] if known_as else difflib.get_close_matches(keys[-1], siblings, n=1)
         remedy = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(siblings)}"
         return f"unknown key {name!r} = {_show(value)}; {remedy}"
     if kind in ("missing", "missing_keyword_only_argument", "missing_argument"):
@@ -223,6 +260,8 @@ def _describe(cls: type[Any], raw: Any, detail: ErrorDetails) -> str:
     if kind == "value_error":  # raised by a dataclass about itself; its message names field and value
         text = message.removeprefix("Value error, ")
         return f"{name}: {text}" if name else text
+    if kind == "dataclass_type" and (names := _field_names(cls, keys)):
+        return f"{name}: it is a mapping of {', '.join(names)}; got {_show(value)}"
     hint = "; quote it to make it text" if kind == "string_type" and isinstance(value, bool | int | float) else ""
     return f"{name}: {message[:1].lower()}{message[1:]}, got {_show(value)}{hint}"
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_OF_RAY_DATA = "\nFailed to apply UDF transform after "  # begins what it adds to the text of an error of its workers
+
 
 class UserError(Exception):
     """Bad usage, configuration or input, found before any expensive work begins (exit status 2).
@@ -16,6 +18,19 @@ class JobError(Exception):
 
     The message says what failed, what is kept, and how to continue.
     """
+
+
+def in_words(error: BaseException, *, last_line: bool = False) -> str:
+    """An error in one line: of one that Ray wraps, what was raised; its kind only where it is not meant for a person.
+
+    With ``last_line``, of the latter only that line, as of what may be a traceback.
+    """
+    cause = getattr(error, "cause", None) or error
+    own = str(cause).partition(_OF_RAY_DATA)[0]
+    lines = [line.strip() for line in own.splitlines() if line.strip()]
+    if isinstance(cause, UserError | JobError):
+        return " ".join(lines)
+    return f"{type(cause).__name__}: {' '.join(lines[-1:] if last_line else lines) or 'no message'}"
 
 
 @contextmanager

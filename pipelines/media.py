@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import av
+import cv2
 import numpy as np
 from av.filter import Graph
 from av.video.reformatter import ColorRange, Colorspace
@@ -23,6 +24,9 @@ MEDIA_TYPES: dict[VideoFormat, str] = {"mp4": "video/mp4", "gif": "image/gif", "
 _X264_OPTIONS = {"crf": "10", "preset": "medium", "bf": "0", "threads": "1", "x264-params": "mbtree=0"}
 _MAX_FPS_DENOMINATOR = 1001
 _MAX_PSNR = 99.0  # dB; of equal frames
+# SSIM's window and constants (Wang et al. 2004) for values 0..255.
+_SSIM_WINDOW, _SSIM_SIGMA = 11, 1.5
+_SSIM_C1, _SSIM_C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 def encode_video(frames: np.ndarray, fps: float, file_format: VideoFormat = "mp4") -> bytes:
@@ -107,7 +111,36 @@ def _encode_png(frames: np.ndarray) -> bytes:
     return b"".join(bytes(packet) for packet in [*codec.encode(frame), *codec.encode(None)])
 
 
+def encode_jpeg(frame: np.ndarray) -> bytes:
+    """The bytes of a JPEG of one frame, uint8 [H, W, 3], RGB."""
+    picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuvj420p", threads=1)
+    codec = av.CodecContext.create("mjpeg", "w")
+    codec.width, codec.height, codec.pix_fmt = picture.width, picture.height, "yuvj420p"
+    codec.time_base = Fraction(1)
+    codec.options = {"qmin": "3", "qmax": "3", "strict": "unofficial"}
+    picture.pts = None
+    return b"".join(bytes(packet) for packet in [*codec.encode(picture), *codec.encode(None)])
+
+
 def psnr(frames: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
     """Peak signal-to-noise ratio of pixels 0..255, dB, over all frames; 99 where they are equal."""
     error = float(np.mean((frames.astype(np.float32) - other.astype(np.float32)) ** 2))
     return min(_MAX_PSNR, 10 * math.log10(255**2 / error)) if error else _MAX_PSNR
+
+
+def ssim(frame: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
+    """Structural similarity of the lumas of two RGB frames [H, W, 3]: 1 where they are equal, about 0 where unrelated.
+
+    Means, variances and covariance are weighted by a Gaussian over 11x11 px (sides less than that: mirrored).
+    """
+    one, two = (cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float64) for image in (frame, other))
+
+    def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        window = (_SSIM_WINDOW, _SSIM_WINDOW)
+        return np.asarray(cv2.GaussianBlur(values, window, _SSIM_SIGMA, borderType=cv2.BORDER_REFLECT), np.float64)
+
+    mean_one, mean_two = smooth(one), smooth(two)
+    variances = smooth(one * one) - mean_one**2 + smooth(two * two) - mean_two**2
+    covariance = smooth(one * two) - mean_one * mean_two
+    means = (2 * mean_one * mean_two + _SSIM_C1) / (mean_one**2 + mean_two**2 + _SSIM_C1)
+    return float(np.mean(means * (2 * covariance + _SSIM_C2) / (variances + _SSIM_C2)))

@@ -7,11 +7,13 @@ name, step, time and value.
 import logging
 import os
 import shlex
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from filelock import FileLock
@@ -34,6 +36,7 @@ _MAX_PARAMS = 100
 _MAX_VALUE = 6000  # characters of a parameter
 _CHANGED = "changed."  # begins the tag of a parameter that is another now than when the run began
 _SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")  # of a store, before any "+driver"
+_KNOCK_SECONDS = 5.0  # until a server takes a connection
 _LOCK_SECONDS = 300.0  # to wait for others that open the same file; making its tables takes seconds
 
 
@@ -68,6 +71,18 @@ class TrackingStore:
         if self.uri.startswith(("http://", "https://")):
             return self.uri
         return f"mlflow ui --backend-store-uri {shlex.quote(self.uri)}"
+
+    def silence(self) -> str:
+        """For a person: that nobody listens where a server should; empty where one does, or none is meant."""
+        address = urlsplit(self.uri)
+        if address.scheme not in ("http", "https"):
+            return ""
+        try:
+            port = address.port or (443 if address.scheme == "https" else 80)
+            socket.create_connection((address.hostname or "", port), timeout=_KNOCK_SECONDS).close()
+        except (OSError, ValueError) as error:
+            return f"tracking.uri = {self.uri}: MLflow does not answer there ({error})"
+        return ""
 
     def opening(self) -> AbstractContextManager[Any]:
         """Within the block no other process makes the tables or experiments of a file: MLflow itself does not look.

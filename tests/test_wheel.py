@@ -30,7 +30,7 @@ def test_wheel_holds_every_file_of_the_packages_and_no_other(wheel):
     assert {"lumos/py.typed", "pipelines/py.typed", "jobs/py.typed"} <= held
     assert [name for name in held if name.startswith("infra/configs/train/")]
     assert [name for name in held if name.startswith("infra/deepspeed/")]
-    assert {"pipelines/pages/base.html.j2", "pipelines/pages/style.css"} <= held
+    assert {"pipelines/pages/base.html.j2", "pipelines/pages/style.css", "pipelines/pages/gallery.js"} <= held
 
 
 def test_installed_wheel_finds_its_configs_templates_and_embedded_tokenizers(wheel, tmp_path):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from av.video.reformatter import VideoReformatter
 
 from pipelines.data.video.fingerprint import small_size
-from pipelines.data.video.reader import VideoFile
+from pipelines.decoding.video_file import VideoFile
 
 
 def decode_only(path: str, target: int, *, beat: Callable[[], None]) -> int:

@@ -3,8 +3,6 @@
 import math
 import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
@@ -31,13 +29,17 @@ from pipelines.benchmarks.clips import (
     whole_clips,
 )
 from pipelines.benchmarks.machine import describe_machine, product_ms
-from pipelines.config import PROJECT_DIR
+from pipelines.benchmarks.processes import peak_rss_gb
 from pipelines.memory import give_back_large_buffers
 from pipelines.training.accelerators import find_accelerator
 
 _THREADS = 2
 _MEMORY_STEPS = 3  # the second one meets the gradients' memory of the first
-_MEMORY_RUNS = {"fp32": ("fp32", "none"), "bf16": ("bf16", "none"), "fp32_ckpt": ("fp32", "full")}
+_MEMORY_RUNS = {
+    "fp32": {"precision": "fp32", "recompute": "none"},
+    "bf16": {"precision": "bf16", "recompute": "none"},
+    "fp32_ckpt": {"precision": "fp32", "recompute": "full"},
+}
 _BOUNDS = {"fp32": (1e-5, 1e-5), "bf16": (1e-2, 3e-2)}  # of loss and gradients against the dense reference
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 _WARM_UP = 3  # steps on a GPU
@@ -53,7 +55,10 @@ def run_cpu_train_benchmark(preset: str, repeats: int, say: Callable[[str], None
     torch.set_num_threads(_THREADS)
     before = product_ms()
     config, shape = PRESETS[preset].model(), PRESETS[preset].shape
-    memory = {name: _peak_rss_gb(preset, *run) for name, run in _MEMORY_RUNS.items()}  # while this process is small
+    memory = {
+        name: peak_rss_gb("pipelines.benchmarks.train", "memory_steps", {"preset": preset, **run})
+        for name, run in _MEMORY_RUNS.items()
+    }  # while this process is small
     for name, peak in memory.items():
         say(f"{name}: peak of memory {peak:.2f} GB")
     whole = whole_clips(shape)
@@ -149,18 +154,6 @@ def _dense_gradients(module: LossModule, whole: PackedBatch) -> tuple[float, dic
     gradients = _gradients(module)
     module.zero_grad(set_to_none=True)
     return float(loss.detach()), gradients
-
-
-def _peak_rss_gb(preset: str, precision: str, recompute: str) -> float:
-    """Peak of memory of a process that does nothing but a few steps, as the system tells its parent."""
-    code = "import sys; from pipelines.benchmarks.train import memory_steps; memory_steps(*sys.argv[1:])"
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT_DIR)}
-    process = subprocess.Popen([sys.executable, "-c", code, preset, precision, recompute], env=environment)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"the process whose memory was to be measured ended with {process.returncode}")
-    return usage.ru_maxrss * 1024 / 1e9
 
 
 def memory_steps(preset: str, precision: str, recompute: Recompute) -> None:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from lumos.compression import CELL, num_latent_frames, parse_size
 from lumos.config import TokenizerConfig, require
+from pipelines.config import ClusterConfig
 from pipelines.data.scores import DECISIVE, Thresholds, scores_of
 from pipelines.data.settings import (
     CaptionConfig,
@@ -123,6 +124,7 @@ class CurateConfig:
     publish: PublishConfig = field(default_factory=PublishConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     resources: ResourceConfig = field(default_factory=ResourceConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     progress: bool = True  # bars on stderr
 
     def __post_init__(self) -> None:

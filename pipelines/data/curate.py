@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.cluster import connect
+from pipelines.cluster import connect, joining
 from pipelines.data.captions.captioner import CaptionSource
 from pipelines.data.captions.given import find_captions
 from pipelines.data.captions.registry import captioner_named
@@ -73,7 +73,17 @@ def curate(config: CurateConfig) -> CurateResult:
     """
     with storage_errors_as(JobError, CONTINUE):
         listing, curation = prepare(config)
-        with dataset_lock(config.dataset), connect(), RunLog(config.dataset).record() as log:
+        places = {
+            "source.path": config.source.path,
+            "dataset": config.dataset,
+            "tokens.tokenizer.path": config.tokens.tokenizer.path,
+        }
+        with (
+            joining(places, config.cluster),
+            dataset_lock(config.dataset),
+            connect(),
+            RunLog(config.dataset).record() as log,
+        ):
             done = curation.run(listing, log)
             content = curation.content(done)
             snapshot = write_snapshot(config.dataset, content, config.publish)

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.decoding.errors import VideoError
+
 REMOVED = "removed: taken out of the dataset"
 CLASSES = ("transient", "permanent")  # of failures
 
@@ -44,6 +46,11 @@ class Failure:
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.detail}"
+
+
+def reason_of(error: VideoError) -> str:
+    """As the ledger tells why a file yields no usable video."""
+    return str(Failure(error.code, error.detail, transient=error.transient))
 
 
 def parse_failure(reason: str) -> Failure:

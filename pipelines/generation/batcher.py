@@ -83,7 +83,8 @@ class Batcher(Generic[RequestT, ResultT]):
     async def submit(self, request: RequestT, *, timeout_s: float | None = None) -> ResultT:
         """The result of a request, once its batch is done, or whatever ``run`` raised.
 
-        A request that is given up after ``timeout_s``, or whose caller is cancelled, leaves the queue at once.
+        A request that is given up after ``timeout_s``, or whose caller is cancelled, leaves the queue at once. One that
+        runs already is drawn with its batch to the end, unless all of the batch are given up.
 
         Raises:
             QueueFullError: if too many requests wait.

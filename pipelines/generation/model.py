@@ -10,25 +10,48 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lumos.api import Model
 from lumos.checkpoint import check_weights
 from lumos.config import SamplingConfig
 from lumos.folder import ModelFolder, open_folder
+from pipelines import storage
 from pipelines.errors import UserError
 from pipelines.generation.config import ModelRunConfig, ReplicaConfig
 from pipelines.generation.request import VideoRequest
-from pipelines.media import encode_video
+from pipelines.media import encode_jpeg, encode_video
+from pipelines.storage import s3
+from pipelines.storage.cache import local_path
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
     """A model folder, checked, and how this run draws with it."""
 
-    folder: ModelFolder
+    folder: ModelFolder  # on the machine that read it
+    config: ModelRunConfig
     sampling: SamplingConfig  # of requests that say nothing: the run's, completed from what the model recommends
     identity: dict[str, Any]  # hashes and settings on the model's side that decide a video
+
+    def folder_here(self) -> ModelFolder:
+        """The folder on the machine of this process, fetched from a store if need be.
+
+        Raises:
+            UserError: if its weights are not those of the card, as where a replica is lost and another loads them
+                later: videos would be of another model than their hashes say.
+        """
+        remote = not all(map(storage.is_local, model_places(self.config).values()))
+        folder = _open(self.config) if remote else self.folder
+        if _digest(Path(folder.path)) != self.identity["weights"]:
+            damaged = f", or remove {folder.path} where it was damaged" if remote else ""
+            raise UserError(
+                f"the weights in {self.config.model} are not those that this run began with: put them back, or begin "
+                f"again (a service: by SIGHUP){damaged}"
+            )
+        return folder
 
 
 def read_card(config: ModelRunConfig) -> ModelCard:
@@ -38,18 +61,8 @@ def read_card(config: ModelRunConfig) -> ModelCard:
         UserError: if it is missing or damaged, or its tokenizers are missing or not those it was trained with; the
             message names both sides.
     """
-    try:
-        folder = open_folder(
-            config.model,
-            prompt_template=config.prompt_template,
-            text_tokenizer=config.text_tokenizer,
-            tokenizer=config.tokenizer.path,
-            tokenizer_kind=config.tokenizer.kind,
-        )
-        check_weights(folder.path)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(str(error)) from error
-    identity = {
+    folder = _open(config)
+    identity: dict[str, Any] = {
         "weights": _digest(Path(folder.path)),
         "text_tokenizer": folder.text_tokenizer_hash,
         "video_tokenizer": folder.video_tokenizer_hash,
@@ -57,7 +70,55 @@ def read_card(config: ModelRunConfig) -> ModelCard:
         "device": config.replicas.torch_device,
         "dtype": config.replicas.dtype,
     }
-    return ModelCard(folder=folder, sampling=config.sampling.over(folder.info.sampling), identity=identity)
+    if config.replicas.compile:  # rounds in another way
+        identity["compile"] = True
+    return ModelCard(
+        folder=folder, config=config, sampling=config.sampling.over(folder.info.sampling), identity=identity
+    )
+
+
+def model_places(config: ModelRunConfig) -> dict[str, str]:
+    """Where the files of a model are that every replica reads, by the keys that name them."""
+    places = {"model": config.model, "text_tokenizer": config.text_tokenizer, "tokenizer.path": config.tokenizer.path}
+    return {key: place for key, place in places.items() if place}
+
+
+def _open(config: ModelRunConfig) -> ModelFolder:
+    """The folder on this machine, and what is wrong with it as a ``UserError``, under the names of the config."""
+    here: dict[str, str] = {}
+    try:
+        for place in model_places(config).values():
+            if not storage.is_local(place):
+                _check_model(place, of_model=place == config.model)
+                here[place] = local_path(place)
+        folder = open_folder(
+            here.get(config.model, config.model),
+            prompt_template=config.prompt_template,
+            text_tokenizer=here.get(config.text_tokenizer or "", config.text_tokenizer),
+            tokenizer=here.get(config.tokenizer.path or "", config.tokenizer.path),
+            tokenizer_kind=config.tokenizer.kind,
+        )
+        check_weights(folder.path)
+    except (OSError, ValueError) as error:
+        message = str(error)
+        for place, path in here.items():
+            message = message.replace(path, place)
+        raise UserError(message) from error
+    return folder
+
+
+def _check_model(uri: str, *, of_model: bool) -> None:
+    """Refuse what would be fetched in vain; what uploads a model writes its config last."""
+    s3.check_store(uri)
+    if of_model and not storage.exists(storage.join(uri, "config.json")):
+        export = storage.join(uri, "export", "config.json")
+        hint = (
+            f"it is a training's output, whose model is {uri.rstrip('/')}/export"
+            if storage.exists(export)
+            else "name the export folder of a finished training, or of a released Lumos-1 checkpoint; one that is "
+            "being written has it last"
+        )
+        raise FileNotFoundError(f"model: {uri} has no config.json: {hint}")
 
 
 def _digest(folder: Path) -> str:
@@ -76,28 +137,49 @@ class AbandonedError(Exception):
 class Engine:
     """A model, loaded, and what it draws written as files."""
 
-    def __init__(self, card: ModelCard, replicas: ReplicaConfig) -> None:
-        self._model = Model(card.folder, device=replicas.torch_device, dtype=getattr(torch, replicas.dtype))
+    def __init__(self, folder: ModelFolder, replicas: ReplicaConfig) -> None:
+        dtype = getattr(torch, replicas.dtype)
+        self._model = Model(folder, device=replicas.torch_device, dtype=dtype, compile=replicas.compile)
         self.encoder = self._model.encoder
 
-    def run(self, requests: Sequence[VideoRequest], abandoned: Callable[[], bool]) -> list[bytes]:
-        """Files of a batch of requests, which share a size and a number of steps.
+    def run(
+        self,
+        requests: Sequence[VideoRequest],
+        abandoned: Callable[[], bool],
+        on_frame: Callable[[int, NDArray[np.int64]], None] | None = None,
+    ) -> list[bytes]:
+        """Files of a batch of requests, of one kind.
 
         On CPU in float32 each file depends on its own request only: the sampler sees to it for the codes, and videos
-        are decoded and written one at a time. ``abandoned`` is asked after every latent frame; if it says so, an
-        ``AbandonedError`` ends the work.
+        are decoded and written one at a time. ``abandoned`` is asked before every step; if it says so, an
+        ``AbandonedError`` ends the work. ``on_frame`` is called, after every latent frame, with the place of a request
+        and its codes so far.
         """
 
-        def stop_if_abandoned(*_: object) -> None:
+        def stop_if_abandoned() -> None:
             if abandoned():
                 raise AbandonedError
 
-        encoded = [request.encode(self.encoder) for request in requests]
-        videos = self._model.draw(encoded, on_frame=stop_if_abandoned)
+        def keep(index: int, _latent: int, codes: NDArray[np.int64]) -> None:
+            drawn[index].append(codes)
+            if on_frame:
+                on_frame(index, np.stack(drawn[index]))
+
+        encoded = [request.encode(self.encoder, self._codes(request)) for request in requests]
+        drawn = [[] if request.given is None else list(request.given) for request in encoded]
+        videos = self._model.draw(encoded, on_frame=keep, on_step=stop_if_abandoned)
         return [
             encode_video(frames, request.size.fps, request.format)
             for request, frames in zip(requests, videos, strict=True)
         ]
+
+    def _codes(self, request: VideoRequest) -> NDArray[np.int64] | None:
+        return None if request.given is None else self._model.encode_frames(request.given)
+
+    def picture(self, codes: NDArray[np.int64]) -> bytes:
+        """A JPEG of the last frame that codes [t, h, w] of the first latent frames of a video decode to."""
+        frames = self._model.tokenizer.decode(torch.from_numpy(codes)[None])[0]
+        return encode_jpeg(frames[-1].cpu().numpy())
 
 
 def set_threads(replicas: ReplicaConfig) -> None:

@@ -28,6 +28,7 @@ _COLORS = {name: f"#{index:06x}" for index, name in enumerate(_NAMES, start=1)}
 
 _DASHES = ("solid", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 2, 2)))
 _BINS = 30
+_LINE_HEIGHT = 0.08  # of a name beside a line's end, as a share of the axes' height
 _POINTS = 72  # an inch: matplotlib measures figures in inches, and SVG's units are its points
 _STYLE: dict[Any, Any] = {
     "font.size": 11,
@@ -48,27 +49,39 @@ _STYLE: dict[Any, Any] = {
 
 
 def line_chart(
-    lines: Mapping[str, Points], *, title: str, x_label: str, y_label: str, faint: Sequence[str] = ()
+    lines: Mapping[str, Points],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    faint: Sequence[str] = (),
+    at_ends: bool = False,
+    linear: bool = False,
 ) -> Markup | None:
     """Draw lines, each of its own colour and dashes, over a logarithmic y axis; None if there is nothing to draw.
 
     Args:
-        lines: (x, y) in order of x by a line's name, later lines on top; without those whose y is not finite and
-            above 0.
+        lines: (x, y) in order of x by a line's name, later lines on top; without those whose y is not finite, or,
+            over a logarithmic axis, not above 0.
         title: Read out by screen readers.
         x_label: Below the x axis.
         y_label: Above the y axis.
         faint: Names of lines that are drawn thin and pale, in the colour of the next that is not, as it is the mean of
             them; those that begin with an underscore are not in the legend.
+        at_ends: Write the names at the right ends of the lines, in their colours, and no legend.
+        linear: The y axis begins at 0 and is not logarithmic, as for shares.
     """
-    drawn = {name: [(x, y) for x, y in points if 0 < y < math.inf] for name, points in lines.items()}
+    drawn = {
+        name: [(x, y) for x, y in points if math.isfinite(y) and (linear or y > 0)] for name, points in lines.items()
+    }
     if not any(drawn.values()):
         return None
     from matplotlib.ticker import LogLocator
 
     def draw(axes: Axes) -> None:
-        axes.set_yscale("log", subs=[])
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        if not linear:
+            axes.set_yscale("log", subs=[])
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.yaxis.set_major_formatter("{x:g}")
         index = 0
         for name, points in drawn.items():
@@ -80,12 +93,32 @@ def line_chart(
                 axes.plot(x, y, color=color, linestyle=dashes, linewidth=2, label=name, clip_on=False)
                 index += 1
         axes.margins(x=0)
+        if linear:
+            axes.set_ylim(bottom=0)
         axes.locator_params(axis="x", integer=True)
         axes.set_xlabel(x_label)
         axes.set_title(y_label, loc="left")
-        axes.legend()
+        if at_ends:
+            _name_ends(axes)
+        else:
+            axes.legend()
 
-    return _plot(draw, size=(400, 260), margins=(36, 38, 24), title=title)
+    return _plot(draw, size=(400, 260), margins=(36, 38, 24), title=title, right=62 if at_ends else 10)
+
+
+def _name_ends(axes: Axes) -> None:
+    """Write each line's name beside its last point, apart from one another where lines end together."""
+    ends = sorted(
+        ((float(np.log(np.asarray(line.get_ydata())[-1])), line) for line in axes.lines), key=lambda end: end[0]
+    )
+    low, high = np.log(axes.get_ylim())
+    floor = 0.0
+    for number, (y, line) in enumerate(ends):
+        # No lower than its neighbour below allows, no higher than leaves room for those above.
+        floor = max(floor, min((y - low) / (high - low), 1 - _LINE_HEIGHT * (len(ends) - 1 - number)))
+        name, color = str(line.get_label()), line.get_color()
+        axes.text(1.02, floor, name, color=color, transform=axes.transAxes, verticalalignment="center")
+        floor += _LINE_HEIGHT
 
 
 def histogram(name: str, groups: Mapping[str, Values], thresholds: Sequence[float] = ()) -> Markup:
@@ -147,11 +180,13 @@ def _plain_range(values: Values) -> tuple[float, float]:
     return float(values.min()), float(values.max())
 
 
-def _plot(draw: Callable[[Axes], None], *, size: tuple[int, int], margins: tuple[int, int, int], title: str) -> Markup:
+def _plot(
+    draw: Callable[[Axes], None], *, size: tuple[int, int], margins: tuple[int, int, int], title: str, right: int = 10
+) -> Markup:
     """What `draw` draws on axes as an <svg> element, of a width and height in px.
 
     It must not clip, as clips are referred to by ids, of which a page has but one each. Margins are left of, below and
-    above the axes.
+    above the axes, and to their right.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -160,7 +195,7 @@ def _plot(draw: Callable[[Axes], None], *, size: tuple[int, int], margins: tuple
     buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width / _POINTS, height / _POINTS))
-        axes = figure.add_axes((left / width, bottom / height, 1 - (left + 10) / width, 1 - (bottom + top) / height))
+        axes = figure.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height))
         axes.set_axisbelow(True)
         axes.grid(axis="y", color=_COLORS["rule"], clip_on=False)
         draw(axes)

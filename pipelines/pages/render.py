@@ -11,7 +11,12 @@ from pipelines.errors import UserError
 
 def write_page(path: Path, template: str, **values: object) -> None:
     """Write (or replace) an HTML file: a template of this folder that shows these values."""
-    path.write_text(_environment().get_template(template).render(values), encoding="utf-8")
+    path.write_text(render_page(template, **values), encoding="utf-8")
+
+
+def render_page(template: str, **values: object) -> str:
+    """A template of this folder that shows these values."""
+    return _environment().get_template(template).render(values)
 
 
 def check_writable(path: Path) -> None:

@@ -128,7 +128,7 @@ def write_bytes_atomic(uri: str, data: bytes) -> None:
         return
     target = Path(filesystem(uri)[1])
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    partial = target.with_name(f".{target.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with partial.open("xb") as file:
             file.write(data)

@@ -1,7 +1,8 @@
 """One run at a time in a folder: who holds it is written there.
 
 A local lock ends with its process, however that dies. A lock in S3 is an object that the run makes where there is none
-and writes anew while it lives; left by a killed run it counts for ``EXPIRY_SECONDS`` more, or until ``unlock``.
+and writes anew while it lives; left by a killed run it counts for ``EXPIRY_SECONDS`` more, or until ``unlock``. Who
+comes meanwhile looks whether it is renewed, and waits: a job that a cluster starts again need not be told to.
 """
 
 import json
@@ -25,9 +26,11 @@ from pipelines.errors import JobError, UserError
 from pipelines.storage import s3
 
 LOCK_FILE = ".lock"
-RENEW_SECONDS = 15.0  # between the signs of life of a run that holds a dataset in S3
+RENEW_SECONDS = 5.0  # between the signs of life of a run that holds a dataset in S3
 EXPIRY_SECONDS = 60.0  # without one, the dataset may be taken
 _ROUNDS = 5  # of a contest between runs that start at once
+_LOOK_SECONDS = 1.0  # between two looks at a lock that may be a killed run's
+_LOOKS = 5  # that may fail in a row, and then one more
 
 
 @dataclass
@@ -117,6 +120,12 @@ def check_lock(dataset: str) -> None:
         _held[dataset].check()
 
 
+def is_lost(dataset: str) -> bool:
+    """Whether this process took the lock of a dataset and knows that it lost it; nobody is asked."""
+    lock = _held.get(dataset)
+    return lock is not None and lock.lost
+
+
 def unlock(dataset: str, *, force: bool = False) -> str:
     """Take away the lock that a killed run left on a dataset; returns what was done, for a person.
 
@@ -162,27 +171,51 @@ class _S3Lock:
         self._thread = threading.Thread(target=self._renew_until_end, name="dataset-lock", daemon=True)
 
     def acquire(self) -> None:
-        """Become the owner, or raise a ``UserError`` if another run is, or the object cannot be written."""
+        """Become the owner, or raise a ``UserError`` if another run lives, or the object cannot be written."""
         tag: str | None = None
         try:
             for _ in range(_ROUNDS):
                 if self._write(tag):
                     self._thread.start()
                     return
-                owner, tag, age = _read(self.uri) or (None, None, EXPIRY_SECONDS)
-                if age < EXPIRY_SECONDS:
-                    raise UserError(
-                        f"{self.name} is in use by another run ({owner}), which gave a sign of life "
-                        f"{age:.0f} s ago: wait for it, stop it, or name another. If it was killed, it "
-                        f"is free {EXPIRY_SECONDS - age:.0f} s from now, or at once by `lumos data unlock "
-                        f"{self.dataset} --force`"
-                    )
+                tag = self._outlive()
         except OSError as error:
             raise UserError(
                 f"{self.name} cannot be locked ({error.strerror}): the credentials must allow to write "
                 "there, and the store must know conditional writes (If-None-Match, If-Match)"
             ) from error
         raise UserError(f"{self.name} is in use by other runs, just starting: wait for them, or stop them")
+
+    def _outlive(self) -> str | None:
+        """Wait for the lock to expire or to go; the tag of the expired version, or None where there is none.
+
+        Raises:
+            UserError: if the run that holds it gives a sign of life.
+        """
+        first = found = _read(self.uri)
+        while found is not None and first is not None and found[2] < EXPIRY_SECONDS:
+            owner, tag, age = found
+            if tag != first[1]:
+                raise UserError(
+                    f"{self.name} is in use by another run ({owner}), which gave a sign of life just now: wait for "
+                    "it, stop it, or name another"
+                )
+            if found is first:
+                sys.stderr.write(
+                    f"{self.name} was in use by another run ({owner}), whose last sign of life is {age:.0f} s old: "
+                    f"waiting up to {EXPIRY_SECONDS - age:.0f} s for another. If it was killed, `lumos data unlock "
+                    f"{self.dataset} --force` frees it at once\n"
+                )
+            found = self._look()
+        return found[1] if found else None
+
+    def _look(self) -> tuple[Owner, str, float] | None:
+        """What the lock says in a moment; a store that fails now and then is asked again."""
+        for _ in range(_LOOKS):
+            time.sleep(_LOOK_SECONDS)
+            with suppress(OSError):
+                return _read(self.uri)
+        return _read(self.uri)
 
     def _write(self, tag: str | None) -> bool:
         """Write the object in place of a version of it, or of none; whether it is ours then."""

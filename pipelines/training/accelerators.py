@@ -17,9 +17,9 @@ class Accelerator:
     fp32_tflops: float  # 1e12 float32 FLOP/s without TF32, which training leaves off as torch does
     memory_gb: float  # 1e9 bytes
 
-    def flops(self, precision: Literal["bf16", "fp32"]) -> float:
-        """Peak FLOP/s."""
-        return 1e12 * (self.tflops if precision == "bf16" else self.fp32_tflops)
+    def flops(self, precision: Literal["auto", "bf16", "fp32"]) -> float:
+        """Peak FLOP/s; accelerators multiply in bf16 where they may."""
+        return 1e12 * (self.tflops if precision != "fp32" else self.fp32_tflops)
 
 
 # NVIDIA's data sheets: A100 (2021-06), H100 SXM (2023-04), H200 SXM (2024-11), B200 (DGX B200, 2024-12), L40S

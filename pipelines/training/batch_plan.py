@@ -127,6 +127,9 @@ class BatchPlan:
                     )
                 )
                 first_row += sum(rows)
+        splits = sorted({bucket.split for manifest in manifests for bucket in manifest.buckets if bucket.rows})
+        if splits and config.data.split not in splits:
+            raise UserError(f"data.split: no split {config.data.split!r}; there are {', '.join(splits)}")
         mix = config.data.mix
         used = [bucket for bucket in buckets if mix is None or getattr(mix, bucket.kind) is not None]
         _check_rows(used, config)

@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from lumos.config import MaskConfig, ModelConfig, Recompute, RopeKind, SamplingConfig, require
+from lumos.config import MaskConfig, ModelConfig, Recompute, RopeKind, SamplingChoice, SamplingConfig, require
 from lumos.vocabulary import Vocabulary
-from pipelines.config import config_hash, config_to_dict
+from pipelines.config import ClusterConfig, config_hash, config_to_dict
 from pipelines.data.settings import OpenClipConfig
 from pipelines.training.data_config import DataConfig as DataConfig
 from pipelines.training.data_config import MixConfig as MixConfig
@@ -19,6 +19,7 @@ _OPERATIONAL = (
     "min_workers",
     "micro_batch_tokens",
     "recommended_sampling",
+    "sampling_choice",
     "resources",
     "checkpoint",
     "validation",
@@ -26,6 +27,7 @@ _OPERATIONAL = (
     "tracking",
     "diagnosis",
     "profile",
+    "cluster",
     "progress",
     "deepspeed",
     "export_dtype",
@@ -33,6 +35,8 @@ _OPERATIONAL = (
 )
 # Such keys within sections.
 _OPERATIONAL_WITHIN = ("model.checkpoint_activations", "model.compile")
+
+LEAST_PROMPTS = 8  # of which an interval says something
 
 # Keys added later, dotted, with the value under which a run computes what it did before they were there. At that value
 # they are no part of a run's identity, so runs and checkpoints of older programs go on.
@@ -264,6 +268,39 @@ class SamplesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SamplingTrialConfig:
+    """Ways to draw videos that are tried at the end, against the configured one, for the model's folder to recommend.
+
+    The judge of the demo rates them where all prompts are its own, else CLIP (``samples.clip``).
+    """
+
+    candidates: tuple[SamplingChoice, ...]  # each a set of changes over recommended_sampling
+    # At most, captions of the rows of the validation. Of two ways, one right in 30 % of the videos and one in 50 %, the
+    # better is found by 32 prompts in 40 of 100 runs, by 64 in 70, by 128 in 95.
+    prompts: int = 64
+    seed: int = 0  # of the prompts' choice and of the first video; the next ones have the next seeds, in all ways alike
+
+    def __post_init__(self) -> None:
+        require(bool(self.candidates), "candidates is empty: name at least one, or set sampling_choice to null")
+        _at_least(self, LEAST_PROMPTS, "prompts")
+
+    def ways(self, recommended: SamplingConfig) -> tuple[SamplingConfig, ...]:
+        """The configured way and then every candidate, whole.
+
+        Raises:
+            ValueError: if two are the same.
+        """
+        ways = (recommended, *(candidate.over(recommended) for candidate in self.candidates))
+        for number, way in enumerate(ways):
+            same = ways.index(way)
+            what = "recommended_sampling itself" if same == 0 else f"the same as sampling_choice.candidates.{same - 1}"
+            require(
+                same == number, f"sampling_choice.candidates.{number - 1} is {what}: change a value, or leave it out"
+            )
+        return ways
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
     """A profile by torch of some steps, in the folder ``profile`` beside the checkpoints."""
 
@@ -301,6 +338,16 @@ class TrainConfig:
         "micro_batch": "it counted rows, and is now micro_batch_tokens: set that to micro_batch x the tokens of a row",
     }
 
+    # Names that others give to keys, where a near one would not be found.
+    ALSO_CALLED: ClassVar[dict[str, str]] = {
+        "batch_size": "global_batch",
+        "epochs": "steps",
+        "learning_rate": "optimizer.lr",
+        "lr": "optimizer.lr",
+        "max_steps": "steps",
+        "optimizer.learning_rate": "optimizer.lr",
+    }
+
     output: str  # checkpoints, metrics and the export go here; a rerun continues from it
     data: DataConfig
     model: ModelShape
@@ -308,7 +355,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig | None = None  # {decay, start}; none: no average is kept
     deepspeed: str = "zero1"  # a name in infra/deepspeed, or the path of a DeepSpeed JSON
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "bf16"  # auto: bf16 where the device multiplies in it
     steps: int
     global_batch: int  # rows per step, over all workers
     image_batch: int | None = None  # rows per step of images; none: global_batch
@@ -319,6 +366,7 @@ class TrainConfig:
     fork_from: str | None = None  # RUN@STEP or a checkpoint's folder: go on from there, with this config
     init_from: str | None = None  # an exported or released checkpoint folder to start from
     recommended_sampling: SamplingConfig = field(default_factory=SamplingConfig)  # told to all who generate with it
+    sampling_choice: SamplingTrialConfig | None = None  # ways that may be told instead; none: it stays as it is
     resources: ResourceConfig = field(default_factory=ResourceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -328,24 +376,34 @@ class TrainConfig:
     max_skipped_in_a_row: int = 3  # steps with a loss or gradients that are not finite; one more ends training
     diagnosis: DiagnosisConfig = field(default_factory=DiagnosisConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     progress: bool = True  # on standard error: a bar on a terminal, else a line with the time now and then
 
     def __post_init__(self) -> None:
+        _at_least(self, 1, "steps", "global_batch", "image_batch", "micro_batch_tokens", "num_workers")
         phases = self.optimizer.warmup_steps + self.optimizer.decay_steps
         require(phases <= self.steps, f"optimizer.warmup_steps + decay_steps = {phases} exceeds steps = {self.steps}")
         both = f"fork_from = {self.fork_from} and init_from = {self.init_from}"
         require(not (self.fork_from and self.init_from), f"{both}: weights can come from one of them only")
         _at_least(self, 0, "max_skipped_in_a_row")
-        _at_least(self, 1, "steps", "global_batch", "image_batch", "micro_batch_tokens", "num_workers")
         require(
             self.samples.every % self.checkpoint.every == 0,
             f"samples.every = {self.samples.every} is not a multiple of checkpoint.every = {self.checkpoint.every}: "
             "videos are drawn from checkpoints",
         )
+        trial = self.sampling_choice
+        without = "validation.every=0" if trial is None else "sampling_choice=null and validation.every=0"
         require(
-            not self.validation.every or self.validation.split != self.data.split,
-            f"validation.split = {self.validation.split} is trained on: name another, or set validation.every=0",
+            (trial is None and not self.validation.every) or self.validation.split != self.data.split,
+            f"validation.split = {self.validation.split} is trained on: name another, or set {without}",
         )
+        if trial is not None:
+            trial.ways(self.recommended_sampling)
+            require(
+                trial.prompts <= self.validation.rows,
+                f"sampling_choice.prompts = {trial.prompts} exceeds validation.rows = {self.validation.rows}: they are "
+                "captions of those rows",
+            )
         least, most = self.num_workers if self.min_workers is None else self.min_workers, self.num_workers
         require(1 <= least <= most, f"min_workers must be from 1 to num_workers = {most}, got {least}")
         for name in ("global_batch", "image_batch"):  # of fewer workers, some may have a row more than others

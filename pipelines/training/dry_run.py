@@ -1,8 +1,8 @@
 """A training that is set up to the last detail, makes one step of each bucket, and leaves nothing behind.
 
 Each step is the first that the plan has of its bucket, with its own rows. So the data was read, and the model, its
-optimizer's state and the longest sequences were in the memory of every worker. Nothing is written to the output, and
-MLflow is not asked.
+optimizer's state and the longest sequences were in the memory of every worker. Nothing stays in the output, and of a
+server of MLflow it is only asked whether it answers.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import LoggingConfig, RunConfig, ScalingConfig
 
 from pipelines.cluster import connect
@@ -25,9 +25,10 @@ from pipelines.training.diagnosis import peak_rss
 from pipelines.training.ema import update_average
 from pipelines.training.ingest import StepLoader, pack, unpack
 from pipelines.training.launch import check_cluster, make_job, reason_of, worker_resources
+from pipelines.training.network import NetworkConfig
 from pipelines.training.output import Output
 from pipelines.training.prepare import PreparedRun, prepare
-from pipelines.training.resume import describe_fork
+from pipelines.training.resume import describe_fork, find_beginning
 from pipelines.training.step import TrainStep
 from pipelines.training.validate import describe
 from pipelines.training.worker import Job, Worker
@@ -48,7 +49,11 @@ def dry_run(config: TrainConfig) -> list[str]:
     # Whatever a step tells the driver besides is left out, for there is no record that would take it.
     quiet = replace(config, diagnosis=DiagnosisConfig(phases_every=0, hang_seconds=0.0))
     prepared = prepare(quiet)
+    quiet = prepared.config
     output = Output(quiet, snapshot_digest=prepared.dataset_digest, fork=describe_fork)
+    output.check_writable()
+    find_beginning(prepared, output)
+    check_cluster(quiet)
     workers = config.min_workers or config.num_workers  # with the fewest each needs most
     resources, job = worker_resources(quiet), make_job(prepared, output, records=None, orders=None)
     use_gpu = "GPU" in resources
@@ -60,7 +65,7 @@ def dry_run(config: TrainConfig) -> list[str]:
         trainer = TorchTrainer(
             dry_worker,
             train_loop_config={"job": replace(job, storage=scratch, diagnosis_uri=scratch)},
-            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            torch_config=NetworkConfig(backend="nccl" if use_gpu else "gloo"),
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
             run_config=run_config,
         )
@@ -71,8 +76,14 @@ def dry_run(config: TrainConfig) -> list[str]:
     lines = [*result.return_value]
     if workers < config.num_workers:
         lines.append(f"tried with the {workers} workers of min_workers, of which each needs more than of num_workers")
-    remark = describe(prepared)
-    return [*lines, remark] if remark else lines
+    return [*lines, *_remarks(prepared, output)]
+
+
+def _remarks(prepared: PreparedRun, output: Output) -> list[str]:
+    """What a training would go on in spite of."""
+    silence = output.store.silence()
+    remarks = [describe(prepared), silence and f"{silence}; training would go on and send its record later"]
+    return [remark for remark in remarks if remark]
 
 
 def dry_worker(options: dict[str, Any]) -> Any:

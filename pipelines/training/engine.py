@@ -1,8 +1,12 @@
 """DeepSpeed: its surroundings, its configuration, the engine, and weights gathered out of it."""
 
+import difflib
 import json
 import logging
 import os
+import re
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,6 +16,7 @@ from torch import nn
 from pipelines.config import PROJECT_DIR
 from pipelines.errors import UserError
 from pipelines.training.config import OptimizerConfig, TrainConfig
+from pipelines.training.precision import has_bf16_products
 
 DEEPSPEED_DIR = PROJECT_DIR / "infra" / "deepspeed"
 
@@ -58,7 +63,40 @@ def read_deepspeed_file(name: str) -> dict[str, Any]:
             f"deepspeed: {path} sets {', '.join(clash)}; remove them, the run's config decides these "
             "(global_batch, micro_batch_tokens, optimizer, precision)"
         )
+    _check_known(path, settings)
     return settings
+
+
+def _check_known(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse keys that DeepSpeed does not know; most it would pass over without a word."""
+    top, zero = _known_keys()
+    for keys, known, prefix in (
+        (settings, top, ""),
+        (settings.get("zero_optimization", {}), zero, "zero_optimization."),
+    ):
+        for key in keys if known else ():
+            if key not in known:
+                close = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.8)
+                remedy = f"did you mean {close[0]}?" if close else "remove it, or see DeepSpeed's documentation"
+                raise UserError(f"deepspeed: {path}: unknown key {prefix}{key}; {remedy}")
+
+
+@cache
+def _known_keys() -> tuple[frozenset[str], frozenset[str]]:
+    """Keys of a DeepSpeed file, and of its zero_optimization, out of the package's source, for its import is costly.
+
+    The first are all words that its readers of configs hold, and so a few that are no keys. None where it is not
+    installed.
+    """
+    spec = find_spec("deepspeed")
+    if spec is None or spec.origin is None:
+        return frozenset(), frozenset()
+    package = Path(spec.origin).parent
+    sources = [file for name in ("*config*.py", "constants.py") for file in package.rglob(name)]
+    words = {word for file in sources for word in re.findall(r"""["']([a-z]\w+)["']""", file.read_text("utf-8"))}
+    zero = (package / "runtime" / "zero" / "config.py").read_text("utf-8")
+    fields = re.findall(r"^    ([a-z]\w*): ", zero, re.MULTILINE) + re.findall(r"""alias=["'](\w+)["']""", zero)
+    return frozenset(words), frozenset(fields)
 
 
 def autocast_dtype(config: TrainConfig) -> torch.dtype | None:
@@ -146,6 +184,11 @@ def prepare_process(device: torch.device, *, threads: int) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # DeepSpeed's Muon compiles its update, which needs a C++ compiler and gains nothing at a CPU's sizes.
         torch.compiler.set_stance("force_eager")
+        if not has_bf16_products():
+            from deepspeed.runtime.zero.muon import original_muon
+
+            # DeepSpeed takes every CPU for one that multiplies in bf16, which makes Muon 25 times slower.
+            original_muon.ns_compute_dtype = lambda *_: torch.float32
 
 
 def make_engine(module: nn.Module, config: TrainConfig) -> Engine:

@@ -26,6 +26,7 @@ from pipelines.training.config import TrainConfig
 from pipelines.training.device_memory import Memory, Pass, Setup, trained, worker_memory
 from pipelines.training.engine import check_engine, read_deepspeed_file
 from pipelines.training.plan_question import Question, Rows
+from pipelines.training.precision import with_precision
 
 _HEADER = 5  # tokens of markup before the first frame
 _RESERVED_BYTES = 1.5e9  # of a device: CUDA's context, libraries' workspaces
@@ -186,6 +187,7 @@ def make_plan(config: TrainConfig, question: Question) -> Plan:
             config = replace(config, num_workers=question.cluster.count)
         except ValueError as error:
             raise UserError(f"on {question.cluster.count} devices: {error}") from error
+    config = with_precision(config)
     check_engine(config)
     plan = Plan(question=question, config=config)
     _ = plan.buckets  # which refuses rows that cannot be trained on

@@ -2,14 +2,17 @@
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lumos.checkpoint import CONFIG_FILE, save_checkpoint
+from lumos.checkpoint import CONFIG_FILE, is_model_file, save_checkpoint
+from lumos.config import SamplingConfig
 from lumos.decoder import Decoder
 from pipelines import storage
 from pipelines.errors import UserError
@@ -23,6 +26,7 @@ from pipelines.training.checkpoints import (
     open_checkpoint,
 )
 from pipelines.training.engine_files import EMA, ENGINE_DIR, MASTER, EngineFiles
+from pipelines.training.mirror import remove_stale
 from pipelines.training.scratch import local_folder
 
 ExportDtype = Literal["fp32", "bf16"]
@@ -65,8 +69,11 @@ def export(
     dtype: ExportDtype = "fp32",
     ema: bool = False,
     scratch: str | None = None,
+    sampling: SamplingConfig | None = None,
 ) -> None:
     """Write the model of a checkpoint to a folder, complete or not at all; with ``ema``, the average of its weights.
+
+    ``sampling`` is what the folder recommends; none: what the run's config does.
 
     A checkpoint that is in a store is fetched to a folder below ``scratch`` first. The last one of an older program
     holds the finished model, which is copied as it is.
@@ -76,7 +83,7 @@ def export(
     """
     if stored.state.exported and not ema:
         with local_folder(storage.join(stored.uri, "export"), scratch) as folder:
-            _copy(folder, target)
+            _copy(folder, target, sampling)
         return
     with local_folder(stored.uri, scratch) as folder:
         model = read_model_file(stored)
@@ -88,17 +95,43 @@ def export(
             decoder = Decoder(model.config)
         text_tokenizer = (folder / TEXT_TOKENIZER_FILE).read_text(encoding="utf-8")
         weights = _Weights(files, _DTYPES[dtype], ema=ema)
-        save_checkpoint(
-            target, decoder, model.vocabulary, state=weights, info=model.info, text_tokenizer=text_tokenizer
-        )
+        info = model.info if sampling is None else replace(model.info, sampling=sampling)
+        save_checkpoint(target, decoder, model.vocabulary, state=weights, info=info, text_tokenizer=text_tokenizer)
 
 
-def _copy(folder: Path, target: Path) -> None:
+def export_to(stored: StoredCheckpoint, target: str, *, dtype: ExportDtype = "fp32", ema: bool = False) -> None:
+    """As :func:`export`, to a local folder or into a store, where a model counts once its config is there.
+
+    Raises:
+        UserError: as there, or if the place in the store holds something else.
+    """
+    if storage.is_local(target):
+        export(stored, Path(storage.filesystem(target)[1]), dtype=dtype, ema=ema)
+        return
+    names, mark = storage.list_names(target), storage.join(target, CONFIG_FILE)
+    if CONFIG_FILE not in names and not all(map(is_model_file, names)):  # all: one whose upload was cut off
+        raise UserError(f"{target} holds files that are not a checkpoint: name another place")
+    with tempfile.TemporaryDirectory(prefix="lumos-export-") as folder:
+        model = Path(folder) / "model"
+        export(stored, model, dtype=dtype, ema=ema)
+        storage.remove(mark)
+        remove_stale(target, model)
+        for path in sorted(model.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+            fs, there = storage.filesystem(storage.join(target, path.name))
+            fs.put_file(str(path), there)
+
+
+def _copy(folder: Path, target: Path, sampling: SamplingConfig | None) -> None:
     if target.exists() and not (target / CONFIG_FILE).exists() and any(target.iterdir()):
         raise FileExistsError(f"{target} holds files that are not a checkpoint: name another folder")
     building = target.with_name(f".{target.name}-new")
     shutil.rmtree(building, ignore_errors=True)
     shutil.copytree(folder, building)
+    if sampling is not None:
+        config = json.loads((building / CONFIG_FILE).read_text())
+        section = config["lumos"]
+        section["info" if "info" in section else "extra"]["sampling"] = asdict(sampling)
+        (building / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     building.rename(target)
 
@@ -159,9 +192,11 @@ def _named(where: str) -> StoredCheckpoint:
 
 def storage_of(run: str) -> str:
     """Where the checkpoints of a run are, by its output folder, or by the folder they are in."""
-    if storage.is_local(run) and (file := Path(run).expanduser() / "run.json").is_file():
+    output = str(Path(run).expanduser().resolve()) if storage.is_local(run) else run
+    file = storage.join(output, "run.json")
+    if storage.exists(file):
         try:
-            return str(json.loads(file.read_text()).get("storage") or file.parent.resolve() / "checkpoints")
+            return str(storage.read_json(file).get("storage") or storage.join(output, "checkpoints"))
         except (AttributeError, ValueError) as error:
             raise UserError(f"{file} cannot be read ({error}): name the folder of a checkpoint instead") from error
     return run

@@ -31,6 +31,7 @@ from lumos.layout import (
 )
 from lumos.masking import sample_masked_positions
 from lumos.tokenizers.text import TextTokenizer
+from pipelines.errors import UserError
 from pipelines.streams import numpy_stream, torch_stream
 from pipelines.training.batch_plan import PlannedStep, rank_rows
 from pipelines.training.prepare import PreparedRun
@@ -141,7 +142,9 @@ class StepLoader:
                 self.run.vocabulary, shown, codes, fps=record["fps"], drop_text=caption is None
             )
         except ValueError as error:
-            raise ValueError(f"clip {record['clip_id']} of {self.run.datasets[dataset].uri}: {error}") from error
+            raise UserError(
+                f"clip {record['clip_id']} of {self.run.datasets[dataset].uri}: {error}; publish the dataset again"
+            ) from error
         return ids, layout, len(text_ids)
 
 

@@ -9,15 +9,16 @@ from dataclasses import replace
 from typing import Any
 
 import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.util.queue import Queue
 
 from pipelines import storage
-from pipelines.cluster import lacking
-from pipelines.errors import UserError
+from pipelines.cluster import is_joined, lacking
+from pipelines.errors import UserError, in_words
 from pipelines.training.checkpoints import next_attempt
 from pipelines.training.config import TrainConfig
+from pipelines.training.network import NetworkConfig
 from pipelines.training.output import Output
 from pipelines.training.prepare import PreparedRun
 from pipelines.training.progress import Progress
@@ -26,20 +27,32 @@ from pipelines.training.worker import Job, train_worker
 
 
 def check_cluster(config: TrainConfig) -> None:
-    """Refuse a cluster on which the run would wait for ever."""
-    processes = [worker_resources(config), {"CPU": config.resources.cpus_per_loader}]
-    lack = lacking(processes * (config.min_workers or config.num_workers))
-    if lack:
+    """Refuse a cluster on which the run would wait for ever; before it is started, as far as that can be told."""
+    lack = lacking(processes_of(config))
+    if lack and not (is_joined() and config.cluster.autoscaling):
+        without = ", or set resources.device=cpu to train without GPUs" if config.resources.device == "gpu" else ""
         raise UserError(
             f"num_workers = {config.num_workers} workers and their loaders need {lack}: lower num_workers, "
-            "resources.cpus_per_worker or resources.cpus_per_loader, or set resources.device"
+            f"resources.cpus_per_worker or resources.cpus_per_loader{without}"
         )
+
+
+def processes_of(config: TrainConfig) -> list[dict[str, float]]:
+    """What Ray reserves for the fewest workers that train, and for their loaders."""
+    return [worker_resources(config), {"CPU": config.resources.cpus_per_loader}] * (
+        config.min_workers or config.num_workers
+    )
 
 
 def worker_resources(config: TrainConfig) -> dict[str, float]:
     """What Ray reserves for each worker."""
     gpus = {"GPU": 1.0} if config.resources.device == "gpu" else {}
     return {"CPU": config.resources.cpus_per_worker, **gpus}
+
+
+def worker_threads(config: TrainConfig) -> int:
+    """Torch's threads of each worker: unless named, as if all workers shared this machine."""
+    return config.resources.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // config.num_workers)
 
 
 def make_job(
@@ -62,8 +75,7 @@ def make_job(
         records=records,
         orders=orders,
         resume_from=resume_from,
-        # Unless named, as if all workers shared this machine.
-        threads=config.resources.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // config.num_workers),
+        threads=worker_threads(config),
         diagnosis_uri=output.profile,
     )
 
@@ -149,7 +161,7 @@ def _trainer(job: Job, output: Output) -> TorchTrainer:
     return TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        torch_config=NetworkConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
         run_config=run_config,
     )
@@ -158,6 +170,4 @@ def _trainer(job: Job, output: Output) -> TorchTrainer:
 def reason_of(error: Exception) -> str:
     """What went wrong, in one line: the first worker's own error where there is one."""
     failures = getattr(error, "worker_failures", None) or {}
-    cause: BaseException = failures[min(failures)] if failures else error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[-1]}" if lines else type(cause).__name__
+    return in_words(failures[min(failures)] if failures else error, last_line=True)

@@ -52,6 +52,7 @@ METRICS: Mapping[str, str] = {
     "val/frame_XX": "val/loss of latent frame XX",
     "val/seconds": "how long the validation took",
     "samples/NAME": "of the videos sampled beside the training, by the judge or CLIP",
+    "sampling_choice/XX": "the same, mean over the prompts of sampling_choice; 00 as configured, XX a candidate",
 }
 
 

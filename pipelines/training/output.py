@@ -1,6 +1,8 @@
 """The output folder of a run: what is in it, and whether a run may continue there."""
 
 import json
+import os
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -13,8 +15,10 @@ from pipelines.config import config_hash, config_to_yaml, provenance
 from pipelines.data.snapshot.read import MANIFEST, SNAPSHOTS, list_snapshots
 from pipelines.errors import UserError
 from pipelines.storage import s3
+from pipelines.storage.lock import check_lock, is_lost
 from pipelines.tracking import TrackingStore, flatten
 from pipelines.training.config import ADDED, DataConfig, TrainConfig, without_operational
+from pipelines.training.mirror import Mirror
 
 _SHOWN_DIFFERENCES = 6
 
@@ -39,6 +43,8 @@ class RunFile:
 class Output:
     """Paths of an output folder and its run file.
 
+    It may be in S3: the driver works in a temporary folder then, of which all that matters is carried there.
+
     Raises:
         UserError: if the folder holds a run of another config or snapshot, or something that is no run.
     """
@@ -47,16 +53,17 @@ class Output:
         self, config: TrainConfig, *, snapshot_digest: str, fork: Callable[[str], dict[str, str]] | None = None
     ) -> None:
         """``fork`` tells of what ``config.fork_from`` names, if the run does not know it yet."""
-        if "://" in config.output:
-            raise UserError(
-                f"output = {config.output!r} is not a local folder: name one, and set checkpoint.storage to an s3:// "
-                "URI if checkpoints are to go there"
-            )
-        self.folder = Path(config.output).expanduser().resolve()
+        self.mirror = None if storage.is_local(config.output) else _open_mirror(config)
+        local = storage.filesystem(os.path.expanduser(config.output))[1] if self.mirror is None else ""
+        self.folder = self.mirror.folder if self.mirror else Path(local).resolve()
+        self.place = self.mirror.uri if self.mirror else str(self.folder)  # what other machines and people call it
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"output = {self.folder} is a file; name a folder")
         self.config_file = self.folder / "config.yaml"
         self.metrics_file = self.folder / "metrics.jsonl"
         self.export = self.folder / "export"
         self.samples = self.folder / "samples"
+        self.sampling_choice = self.folder / "sampling_choice.json"
         self._file = self.folder / "run.json"
         self.identity = config.identity()  # what is computed
         found = self._read()
@@ -65,23 +72,77 @@ class Output:
             if self.fork is None or self.fork["from"] != config.fork_from:
                 self.fork = fork(config.fork_from) if fork else None
             self.identity["fork_from"] = (self.fork or {}).get("digest")  # wherever it is kept
-        self.storage = self._storage(config, snapshot_digest) or str(self.folder / "checkpoints")
-        self.profile = f"{self.storage}/profile" if config.checkpoint.storage else str(self.folder / "profile")
+        self.storage = self._storage(config, snapshot_digest) or f"{self.place}/checkpoints"
+        self.profile = f"{self.storage if config.checkpoint.storage else self.place}/profile"
         self.store = TrackingStore.choose(config.tracking.uri, self.folder)
         self.run = self._open(config, snapshot_digest, found)
         self._lock = threading.Lock()
+
+    @property
+    def begun(self) -> bool:
+        """Whether a run began here before."""
+        return self._file.exists()
+
+    def check_writable(self) -> None:
+        """Refuse folders that cannot be made or written to, as a training that takes them would; leaves nothing there.
+
+        Raises:
+            UserError: naming the folder.
+        """
+        for name, folder in (("output", self.place), ("checkpoint.storage", self.storage)):
+            if storage.is_local(folder):
+                path = Path(storage.filesystem(folder)[1])
+                there = next(parent for parent in (path, *path.parents) if os.path.exists(parent))
+                try:  # what a folder's mode says is not what root may do
+                    tempfile.TemporaryDirectory(prefix=".lumos-", dir=there).cleanup()
+                except OSError as error:
+                    raise UserError(
+                        f"{name} = {folder} cannot be written to ({error.strerror}); name another folder"
+                    ) from error
 
     def begin(self, config: TrainConfig) -> None:
         """Make the folder and write down what will run in it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.update()  # first: a folder with anything but this file is not taken for ours
         self.config_file.write_text(config_to_yaml(config))
+        self.push()
+
+    def resume(self) -> None:
+        """Once the output is held: bring what another machine's driver left of it, if it is in a store."""
+        if self.mirror:
+            before = self.run
+            self.mirror.pull(samples_after=before.samples_sent)
+            self.run = replace(self._read() or before, storage=self.storage)
+            if self.run.key != before.key:
+                raise UserError(f"output = {self.place} was begun by another run just now: give the command again")
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether this process knows that another run took over the output, or the storage of its checkpoints."""
+        return is_lost(self.place) or is_lost(self.storage)
+
+    def check_held(self) -> None:
+        """Before something is deleted: a ``JobError`` if another run took over the output or its checkpoints."""
+        check_lock(self.place)
+        check_lock(self.storage)
+
+    def keep_record(self) -> None:
+        """Before MLflow hears of steps: have their record outlive this machine, if the output is in a store."""
+        if self.mirror:
+            self.mirror.keep_record()
+
+    def push(self) -> None:
+        """Have all that is in the folder outlive this machine, if the output is in a store."""
+        if self.mirror:
+            self.mirror.push()
 
     def update(self, **changes: Any) -> None:
         """Change the run file."""
         with self._lock:
             self.run = replace(self.run, **changes)
             storage.write_json_atomic(str(self._file), asdict(self.run))
+            if self.mirror:
+                self.mirror.put(self._file.name)
 
     def started(self, **start: Any) -> None:
         """Write down that the workers began, or began again after a failure."""
@@ -100,19 +161,21 @@ class Output:
             unknown = sorted(raw.keys() - {each.name for each in fields(RunFile)})
             if unknown:
                 raise UserError(
-                    f"{self._file} was written by a newer lumos (it has {', '.join(unknown)}): install the lumos-ray "
-                    f"that wrote it ({raw.get('provenance', {}).get('lumos')}), or name another output"
+                    f"{self.place}/{self._file.name} was written by a newer lumos (it has {', '.join(unknown)}): "
+                    f"install the lumos-ray that wrote it ({raw.get('provenance', {}).get('lumos')}), or name another "
+                    "output"
                 )
             return RunFile(**raw)
         except (AttributeError, ValueError, TypeError) as error:
-            raise UserError(f"{self._file} cannot be read ({error}): name another output") from error
+            file = f"{self.place}/{self._file.name}"
+            raise UserError(f"{file} cannot be read ({error}): name another output") from error
 
     def _open(self, config: TrainConfig, snapshot_digest: str, found: RunFile | None) -> RunFile:
         if found is None:
             # A name with a dot is the lock, or what a kill left of an atomic write.
-            if self.folder.exists() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
+            if any(not name.startswith(".") for name in storage.list_names(self.place)):
                 raise UserError(
-                    f"output = {self.folder} is not empty and holds no training run: name another folder, or empty it"
+                    f"output = {self.place} is not empty and holds no training run: name another folder, or empty it"
                 )
             return RunFile(
                 key=uuid4().hex,
@@ -126,9 +189,13 @@ class Output:
         if found.snapshot_digest != snapshot_digest:
             differences.append(_other_snapshot(config.data, found.snapshot_digest))
         if differences:
+            more = len(differences) - _SHOWN_DIFFERENCES
+            shown = "; ".join([*differences[:_SHOWN_DIFFERENCES], *([f"and {more} more"] if more > 0 else [])])
+            fits = not any(difference.startswith("model.") for difference in differences)
+            fork = f", with fork_from={self.place} to begin with what that one has learnt" if fits else ""
             raise UserError(
-                f"output = {self.folder} holds another run ({'; '.join(differences[:_SHOWN_DIFFERENCES])}): "
-                "name another output, or ask for the same run to continue it"
+                f"output = {self.place} holds another run ({shown}): name another output{fork}; or ask for the same "
+                "run to continue it"
             )
         return replace(found, storage=self.storage)
 
@@ -157,6 +224,17 @@ class Output:
             for identity in (self.identity, config.older_identity())
         )
         return older if config.fork_from is None and storage.is_dir(older) and not storage.is_dir(here) else here
+
+
+def _open_mirror(config: TrainConfig) -> Mirror:
+    if config.tracking.uri is None:
+        raise UserError(
+            f"output = {config.output} is in a store, where MLflow cannot keep its database: set tracking.uri to a "
+            "server (http://HOST:PORT), or to sqlite:///PATH for a file of this machine"
+        )
+    if not s3.is_s3(config.output):  # elsewhere nothing keeps a second driver away
+        raise UserError(f"output = {config.output} is neither a local folder nor s3://: name one of these")
+    return Mirror(config.output)
 
 
 def _other_snapshot(data: DataConfig, digest: str) -> str:

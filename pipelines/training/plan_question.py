@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from lumos.config import ModelConfig, TokenizerConfig
-from lumos.tokenizers import load_video_tokenizer
 from lumos.tokenizers.text import EMBEDDED_FILE, TextTokenizer
 from lumos.vocabulary import Vocabulary
 from pipelines.data.snapshot.read import Manifest, open_snapshot
 from pipelines.errors import UserError
+from pipelines.storage.cache import local_path
+from pipelines.tokenizers import load_tokenizer
 from pipelines.training.accelerators import Cluster
 from pipelines.training.batch_plan import BatchPlan
 from pipelines.training.config import TrainConfig
@@ -85,14 +86,15 @@ def make_question(config: TrainConfig, cluster: Cluster, *, rows: Sequence[str] 
         UserError: if its dataset or a tokenizer cannot be read, or there is too little to train on.
     """
     manifests = [] if rows else _manifests(config)
-    lumos1, text_file = config.data.vocabulary == "lumos1", Path(config.data.text_tokenizer or EMBEDDED_FILE)
+    text_file = Path(local_path(config.data.text_tokenizer) if config.data.text_tokenizer else EMBEDDED_FILE)
+    lumos1 = config.data.vocabulary == "lumos1"
     try:
         if manifests:
             codebook_size = manifests[0].tokenizer.codebook_size
         elif lumos1:
             codebook_size = Vocabulary.lumos1().codebook_size
         else:
-            codebook_size = load_video_tokenizer(config.data.tokenizer or TokenizerConfig()).codebook_size
+            codebook_size = load_tokenizer(config.data.tokenizer or TokenizerConfig()).codebook_size
         # The Lumos-1 vocabulary has its size, wherever the tokenizer is.
         text_size = 1 if lumos1 and not text_file.exists() else TextTokenizer.load(text_file).vocab_size
         vocabulary = config.make_vocabulary(text_vocab_size=text_size, codebook_size=codebook_size)

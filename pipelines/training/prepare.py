@@ -13,18 +13,20 @@ from lumos.checkpoint import ModelInfo
 from lumos.compression import CELL
 from lumos.config import ModelConfig
 from lumos.layout import TAIL, build_sequence, header_tokens, video_layout
-from lumos.tokenizers import load_video_tokenizer
 from lumos.tokenizers.text import EMBEDDED_FILE, TextTokenizer
 from lumos.vocabulary import Vocabulary
 from pipelines.config import config_to_dict
-from pipelines.data.snapshot.read import Snapshot, TokenizerIdentity, open_snapshot
+from pipelines.data.snapshot.read import MANIFEST, Snapshot, TokenizerIdentity, open_snapshot
 from pipelines.data.snapshot.rows import RowReader
 from pipelines.errors import UserError
-from pipelines.storage import is_local
+from pipelines.storage import exists, is_local, join, s3
+from pipelines.storage.cache import local_path
+from pipelines.tokenizers import load_tokenizer
 from pipelines.training.batch_plan import BatchPlan
 from pipelines.training.config import TrainConfig
 from pipelines.training.engine import check_engine
 from pipelines.training.initialize import check_init_from
+from pipelines.training.precision import with_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +78,12 @@ def prepare(config: TrainConfig) -> PreparedRun:
         UserError: for anything that would stop the run later: missing paths, a snapshot of another tokenizer, too few
             rows, frames the vocabulary cannot write, a checkpoint of another shape.
     """
+    config = with_precision(config)
     check_engine(config)
     datasets = _open_snapshots(config)
     plan = BatchPlan.from_manifests([snapshot.manifest for snapshot in datasets], config)
-    text_file = Path(config.data.text_tokenizer or EMBEDDED_FILE)
+    s3.check_store(config.output)
+    text_file = Path(local_path(config.data.text_tokenizer) if config.data.text_tokenizer else EMBEDDED_FILE)
     tokenizer = datasets[0].manifest.tokenizer
     try:
         text = TextTokenizer.load(text_file)
@@ -88,8 +92,9 @@ def prepare(config: TrainConfig) -> PreparedRun:
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from error
     fps = _check_buckets(datasets, plan, config, vocabulary, model)
-    begun = (Path(config.output).expanduser() / "run.json").is_file()
+    begun = exists(join(os.path.expanduser(config.output), "run.json"))
     if config.init_from is not None and not begun:  # a run that goes on has its own weights
+        s3.check_store(config.init_from)
         check_init_from(config.init_from, model, vocabulary)
     info = ModelInfo(
         prompt_template=config.data.prompt_template,
@@ -117,12 +122,17 @@ def _open_snapshots(config: TrainConfig) -> tuple[Snapshot, ...]:
     tokenizer: TokenizerIdentity | None = None
     try:
         if config.data.tokenizer is not None:
-            tokenizer = load_video_tokenizer(config.data.tokenizer)
+            tokenizer = load_tokenizer(config.data.tokenizer)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"data.tokenizer: {error}") from error
     names = [source.dataset for source in config.data.sources] or [str(config.data.dataset)]
     snapshots: dict[str, Snapshot] = {}  # by digest
     for name in names:
+        s3.check_store(name)  # within seconds; what reads it would wait for minutes
+        if is_local(name) and os.path.isfile(name):
+            raise UserError(
+                f"data: dataset = {name} is a file; name the folder of a dataset, as `lumos curate` makes one"
+            )
         snapshot = open_snapshot(name, expected_tokenizer=tokenizer)
         if is_local(snapshot.uri):  # workers have another working directory
             snapshot = replace(snapshot, uri=os.path.abspath(snapshot.uri.removeprefix("file://")))
@@ -151,12 +161,18 @@ def _check_buckets(
 ) -> float:
     """Check that the rows of every bucket can be trained on; returns the frame rate of the largest one's first row."""
     rates: dict[int, float] = {}
-    readers = [RowReader(snapshot, ["fps"], max_bytes=0) for snapshot in datasets]
+    readers = [RowReader(snapshot, ["clip_id", "fps", "codes"], max_bytes=0) for snapshot in datasets]
     for bucket in plan.buckets:
         snapshot, shape = datasets[bucket.dataset], bucket.shape
         t, h, w = shape
         name = f"bucket {t}x{h}x{w} of snapshot {snapshot.manifest.snapshot_id}"
-        fps = rates[bucket.num_rows] = float(readers[bucket.dataset].row(bucket.index, 0)["fps"])
+        row = readers[bucket.dataset].row(bucket.index, 0)
+        fps = rates[bucket.num_rows] = float(row["fps"])
+        if (highest := int(row["codes"].max())) >= vocabulary.codebook_size:
+            raise UserError(
+                f"{join(snapshot.uri, MANIFEST)} says codebook_size = {vocabulary.codebook_size} of the tokenizer, and "
+                f"clip {row['clip_id']} has the code {highest}: the file was changed; publish the dataset again"
+            )
         try:
             build_sequence(vocabulary, [], np.zeros(shape, dtype=np.int64), fps=fps)
         except ValueError as error:

@@ -17,7 +17,7 @@ class Progress:
         self.steps = steps
         self.enabled = enabled
         self._lines = enabled and not sys.stderr.isatty()
-        self._began = (time.monotonic(), done)
+        self._began: tuple[float, int] | None = None  # when the first step was shown, and which; workers start before
         self._shown = float("-inf")
         self._cut_told = False
         self._bar = tqdm(
@@ -33,8 +33,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line of text, beside the bar."""
-        if self.enabled:
-            tqdm.write(f"{_now()} {text}" if self._lines else text, file=sys.stderr)
+        _say(text, enabled=self.enabled)
 
     def show(self, record: StepRecord) -> None:
         """A step is done."""
@@ -54,9 +53,51 @@ class Progress:
         due = now - self._shown >= _LINE_SECONDS or record.step == self.steps or record.val_loss is not None
         if self._lines and due:
             self._shown = now
-            began, first = self._began
-            left = (now - began) / max(1, record.step - first) * (self.steps - record.step)
-            self.say(f"step {record.step}/{self.steps}: {figures}, {_duration(left)} left")
+            if self._began is not None and record.step > self._began[1]:
+                began, first = self._began
+                left = (now - began) / (record.step - first) * (self.steps - record.step)
+                figures += f", {_duration(left)} left"
+            self.say(f"step {record.step}/{self.steps}: {figures}")
+        self._began = self._began or (now, record.step)
+
+
+class VideoProgress:
+    """Shows within a block how many of the videos that a trial needs are drawn."""
+
+    def __init__(self, name: str, videos: int, *, enabled: bool) -> None:
+        self.name, self.videos, self.enabled = name, videos, enabled
+        self._lines = enabled and not sys.stderr.isatty()
+        self._done, self._began = 0, time.monotonic()
+        self._shown = self._began
+        self._bar = tqdm(
+            total=videos, desc=name, unit="video", disable=not enabled or self._lines or not videos, file=sys.stderr,
+            dynamic_ncols=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> "VideoProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def say(self, text: str) -> None:
+        """A line of text, beside the bar."""
+        _say(text, enabled=self.enabled)
+
+    def advance(self, videos: int) -> None:
+        """So many more are drawn."""
+        self._done += videos
+        self._bar.update(videos)
+        now = time.monotonic()
+        if self._lines and now - self._shown >= _LINE_SECONDS:
+            self._shown = now
+            left = (now - self._began) / self._done * (self.videos - self._done)
+            self.say(f"{self.name}: {self._done}/{self.videos} videos, {_duration(left)} left")
+
+
+def _say(text: str, *, enabled: bool) -> None:
+    if enabled:
+        tqdm.write(text if sys.stderr.isatty() else f"{_now()} {text}", file=sys.stderr)
 
 
 def _now() -> str:

@@ -1,12 +1,11 @@
 """Where a run goes on from: its own newest good checkpoint, or that of another run from which it is forked."""
 
-import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from pipelines import storage
 from pipelines.config import config_hash
 from pipelines.errors import UserError
+from pipelines.storage import s3
 from pipelines.storage.lock import dataset_lock, local_lock
 from pipelines.training.checkpoints import (
     StoredCheckpoint,
@@ -51,11 +51,12 @@ def describe_fork(where: str) -> dict[str, str]:
         UserError: if there is no such checkpoint; the message names the steps that are kept.
     """
     try:
+        s3.check_store(where)
         stored = locate(where)
     except UserError as error:
         raise UserError(f"fork_from = {error}") from error
-    run_file = Path(where.rpartition("@")[0] or where).expanduser() / "run.json"
-    parent = json.loads(run_file.read_text()).get("run_id") if run_file.is_file() else None
+    run_file = storage.join(os.path.expanduser(where.rpartition("@")[0] or where), "run.json")
+    parent = storage.read_json(run_file).get("run_id") if storage.exists(run_file) else None
     return {"from": where, "digest": _digest(stored), **({"run_id": parent} if parent else {})}
 
 
@@ -70,8 +71,10 @@ def held(output: Output) -> Iterator[None]:
     Raises:
         UserError: if another one trains there.
     """
-    with local_lock(output.folder, f"output = {output.folder}"):
-        if storage.is_local(output.storage) and Path(output.storage).is_relative_to(output.folder):
+    name = f"output = {output.place}"
+    with dataset_lock(output.place, name=name) if output.mirror else local_lock(output.folder, name):
+        output.resume()
+        if output.storage.startswith(f"{output.place}/"):
             yield
             return
         with dataset_lock(output.storage, name=f"checkpoint.storage {output.storage}"):

@@ -3,18 +3,21 @@
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray.train
 from tqdm import tqdm
 
-from pipelines.cluster import connect
-from pipelines.errors import JobError
+from lumos.config import SamplingConfig
+from pipelines import storage
+from pipelines.cluster import Waiting, connect, joining
+from pipelines.errors import JobError, UserError
 from pipelines.tracking import TrackingStore
-from pipelines.training import validate
+from pipelines.training import sampling_choice, validate
 from pipelines.training.checkpoints import StoredCheckpoint, find_checkpoints, prune
 from pipelines.training.config import TrainConfig
 from pipelines.training.diagnosis import keep_phases, keep_stacks
@@ -24,16 +27,19 @@ from pipelines.training.launch import (
     fit_with_patience,
     interruptible,
     make_job,
+    processes_of,
     reason_of,
     saved_on_sigterm,
 )
 from pipelines.training.output import Output
+from pipelines.training.precision import slow_precision
 from pipelines.training.prepare import PreparedRun, prepare
 from pipelines.training.progress import Progress
 from pipelines.training.record import History, Recorder, StepRecord, open_queue
 from pipelines.training.resume import Beginning, describe_fork, find_beginning, held, take_over_record
 from pipelines.training.rows import clips_of_step
 from pipelines.training.sample import Sampler
+from pipelines.training.sampling_choice import recommend
 from pipelines.training.sender import Sender
 from pipelines.training.worker import Stopped
 
@@ -44,10 +50,28 @@ _OPENING_SECONDS = 60.0  # that the start waits for MLflow, beside joining Ray; 
 class TrainResult:
     """A finished run."""
 
-    export_dir: Path
-    run_id: str | None  # of MLflow; None while that was never reached
-    store: TrackingStore  # of MLflow
+    output: Output
     history: History
+
+    @property
+    def export(self) -> str:
+        """Folder of the finished model, where the output is: local or s3://."""
+        return storage.join(self.output.place, self.output.export.name)
+
+    @property
+    def export_dir(self) -> Path:
+        """That folder on this machine; of an output in S3, for as long as this object."""
+        return self.output.export
+
+    @property
+    def run_id(self) -> str | None:
+        """Of MLflow; None while that was never reached."""
+        return self.output.run.run_id
+
+    @property
+    def store(self) -> TrackingStore:
+        """Of MLflow."""
+        return self.output.store
 
     @property
     def records(self) -> tuple[StepRecord, ...]:
@@ -77,23 +101,44 @@ def train(config: TrainConfig) -> TrainResult:
         JobError: if training fails; what is in the output is kept, and the same call continues from it.
     """
     prepared = prepare(config)
+    config = prepared.config
     output = Output(config, snapshot_digest=prepared.dataset_digest, fork=describe_fork)
     if output.store.in_output:
         where = f"{output.folder} began with an MLflow store of its own and goes on in it"
         tqdm.write(f"{where}: {output.store.how_to_open}", file=sys.stderr)
-    with held(output):
+    if config.fork_from is not None and not output.begun:
+        find_beginning(
+            prepared, output
+        )  # refuses a parent that does not fit before there is a folder, and a lock in it
+    with joining(_places(config, output), config.cluster), held(output):
         return _continue(prepared, output)
+
+
+def _places(config: TrainConfig, output: Output) -> dict[str, str | None]:
+    """What the machines of a cluster share of a run, by the keys that name it."""
+    sources = {f"data.sources.{number}.dataset": each.dataset for number, each in enumerate(config.data.sources)}
+    return {
+        "output": output.place,
+        "checkpoint.storage": config.checkpoint.storage,
+        "data.dataset": config.data.dataset,
+        **sources,
+        "init_from": config.init_from,
+        "fork_from": config.fork_from,
+    }
 
 
 def _continue(prepared: PreparedRun, output: Output) -> TrainResult:
     config = prepared.config
     beginning = find_beginning(prepared, output)
+    if beginning.step < config.steps or not beginning.kept:
+        check_cluster(config)  # of what can be known before Ray starts
     output.begin(config)
     history = History(output.metrics_file)
     take_over_record(beginning, output, history)
     sender = Sender(prepared=prepared, output=output, history=history, kept=lambda: _kept_checkpoints(output))
     if beginning.kept and beginning.step >= config.steps:
-        return _finish(output, history, beginning.kept[0], sender, config)
+        sampling = recommend(prepared, output, beginning.kept[0])
+        return _finish(output, history, sender, last=beginning.kept[0], config=config, sampling=sampling)
     try:
         with sender, connect():  # opening MLflow takes seconds, and so does joining Ray
             check_cluster(config)
@@ -101,14 +146,25 @@ def _continue(prepared: PreparedRun, output: Output) -> TrainResult:
             if beginning.kept:  # of which the first was found good just now
                 prune(output.storage, beginning.kept[: config.checkpoint.keep])
             _fit(prepared, output, history, beginning=beginning, sender=sender)
+            checkpoints = find_checkpoints(output.storage)
+            output.check_held()  # what another run is writing looks incomplete
+            prune(output.storage, checkpoints[: config.checkpoint.keep])  # the last was read back when it was written
+            sampling = recommend(prepared, output, checkpoints[0])
     except BaseException as error:
         sender.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        _push_what_is_left(output)
         if isinstance(error, KeyboardInterrupt):
-            tqdm.write(f"stopped: {_kept(output, history)}", file=sys.stderr)
+            tqdm.write(f"stopped at once (SIGTERM saves a checkpoint first): {_kept(output, history)}", file=sys.stderr)
         raise
-    checkpoints = find_checkpoints(output.storage)
-    prune(output.storage, checkpoints[: config.checkpoint.keep])  # the last one was read back when it was written
-    return _finish(output, history, checkpoints[0], sender, config)
+    return _finish(output, history, sender, last=checkpoints[0], config=config, sampling=sampling)
+
+
+def _push_what_is_left(output: Output) -> None:
+    """After a failure, which is what a person is to be told; another run may have the output by now."""
+    try:
+        output.push()
+    except (OSError, UserError, JobError) as error:
+        tqdm.write(f"warning: {output.place} lacks the newest of what was recorded: {error}", file=sys.stderr)
 
 
 def _checkpoint_of(output: Output, step: int) -> StoredCheckpoint | None:
@@ -132,11 +188,13 @@ def _fit(prepared: PreparedRun, output: Output, history: History, *, beginning: 
     elif history.last_step:
         last = history.last_step
         progress.say(f"{output.storage} has no checkpoint: from step 1; steps up to {last} are recorded and not again")
-    if lacks := validate.describe(prepared):
+    lacking = (validate.describe(prepared), sampling_choice.describe(prepared), slow_precision(config))
+    for lacks in filter(None, lacking):
         progress.say(lacks)
     job = make_job(prepared, output, records=records, orders=orders, beginning=beginning)
 
     def show(record: StepRecord) -> None:
+        fence.check()
         if record.skipped:
             progress.say(_skipped(record, prepared))
         progress.show(record)
@@ -144,29 +202,61 @@ def _fit(prepared: PreparedRun, output: Output, history: History, *, beginning: 
     sampler = Sampler(prepared, output.samples, say=progress.say)
     fatal: list[str] = []  # errors of workers that would come again
 
+    waiting = Waiting(processes_of(config), progress.say)
+
     def hear(said: dict[str, Any]) -> None:
+        waiting.over()
         if said["event"] == "fatal":
             where = "start" if said["step"] is None else f"step {said['step']}"
             fatal.append(f"rank {said['rank']}, {where}: {said['cause']}")
             stop()
         else:
-            _hear(said, output, sender, sampler, progress)
+            fence.check(lambda: _hear(said, output, sender, sampler, progress))
 
     def stop() -> None:
         os.kill(os.getpid(), signal.SIGINT)  # what ends Ray Train's fit()
 
+    fence = Fence(output, stop)
     recorder = Recorder(queue=records, history=history, on_record=show, on_event=hear, on_failure=stop)
     failure: BaseException | None = None
     result: Any = None  # its static type in Ray is that of Train V1
     try:
-        with progress, recorder, interruptible(), saved_on_sigterm(orders, progress):
+        with progress, recorder, waiting, interruptible(), saved_on_sigterm(orders, progress):
             result = fit_with_patience(job, prepared, output, progress)
     except (KeyboardInterrupt, ray.train.TrainingFailedError) as error:
         failure = error
     sampler.close(finished=failure is None)
+    fence.close(failure)
     kept = _kept(output, history)
     _check_failure(failure, recorder.failure, fatal, kept)
     _check_end(result.return_value, config, output, kept)
+
+
+@dataclass
+class Fence:
+    """Ends a training whose output another run took over: it would go on, and only what it writes would be refused."""
+
+    output: Output
+    stop: Callable[[], None]
+    error: JobError | None = None  # that ended it
+
+    def check(self, action: Callable[[], None] | None = None) -> None:
+        """Unless it has ended: see whether the output is known to be lost, and do something that may find it so."""
+        if self.error is not None:
+            return
+        try:
+            if self.output.is_taken:
+                self.output.check_held()
+            if action is not None:
+                action()
+        except JobError as error:
+            self.error = error
+            self.stop()
+
+    def close(self, failure: BaseException | None) -> None:
+        """Raise what ended the training, if it was this."""
+        if self.error is not None:
+            raise self.error from failure
 
 
 def _check_failure(
@@ -198,7 +288,7 @@ def _check_end(ended: Any, config: TrainConfig, output: Output, kept: str) -> No
             f"training stopped after {config.max_skipped_in_a_row + 1} steps in a row whose loss or gradients were not "
             f"finite, at {ended}. The weights are those before them. Fork from a checkpoint before they began, with a "
             "lower optimizer.lr, a longer warm-up or a lower clip_norm: output=ANOTHER "
-            f"fork_from={output.folder}@STEP; or raise max_skipped_in_a_row. {kept}"
+            f"fork_from={output.place}@STEP; or raise max_skipped_in_a_row. {kept}"
         )
 
 
@@ -208,6 +298,7 @@ def _hear(said: dict[str, Any], output: Output, sender: Sender, sampler: Sampler
     if kind == "start":
         output.started(**said)
     elif kind == "checkpoint":
+        output.push()
         sender.checkpointed()
         if sampler.due(said["step"]):
             sampler.offer(said["step"], lambda step: _checkpoint_of(output, step))
@@ -217,6 +308,7 @@ def _hear(said: dict[str, Any], output: Output, sender: Sender, sampler: Sampler
         keep_phases(output.folder, said)
     elif kind == "hang":
         file = keep_stacks(output.folder, said)
+        output.push()
         progress.say(
             f"rank {said['rank']} is in step {said['step']} for {said['seconds']:g} s; its stacks are in {file}"
         )
@@ -230,16 +322,28 @@ def _skipped(record: StepRecord, prepared: PreparedRun) -> str:
 
 
 def _kept(output: Output, history: History) -> str:
-    return f"{history.last_step} steps are in {output.folder}; the same command continues from the last checkpoint"
+    try:
+        found = find_checkpoints(output.storage)
+        place = f"continues from the checkpoint of step {found[0].state.step}" if found else "begins again from step 1"
+    except (OSError, UserError):  # it may be why training failed
+        place = "continues from the last checkpoint"
+    return f"{history.last_step} steps are in {output.place}; the same command {place}"
 
 
 def _finish(
-    output: Output, history: History, last: StoredCheckpoint, sender: Sender, config: TrainConfig
+    output: Output,
+    history: History,
+    sender: Sender,
+    *,
+    last: StoredCheckpoint,
+    config: TrainConfig,
+    sampling: SamplingConfig | None,
 ) -> TrainResult:
     """Bring the finished model out of the last checkpoint and close the run."""
-    dtype, scratch = config.export_dtype, config.checkpoint.scratch
-    export(last, output.export, dtype=dtype, scratch=scratch)
+    make = partial(export, last, dtype=config.export_dtype, scratch=config.checkpoint.scratch, sampling=sampling)
+    make(output.export)
     if not last.state.exported and has_ema(last):
-        export(last, output.folder / "export-ema", dtype=dtype, ema=True, scratch=scratch)
+        make(output.folder / "export-ema", ema=True)
+    output.push()
     sender.end("FINISHED", output.export)
-    return TrainResult(export_dir=output.export, run_id=output.run.run_id, store=output.store, history=history)
+    return TrainResult(output, history)

@@ -11,10 +11,12 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -23,17 +25,17 @@ import torch
 from numpy.typing import NDArray
 
 import lumos
-from pipelines.data.models.open_clip import load_open_clip
-from pipelines.data.settings import OpenClipConfig
+from pipelines.data.models.open_clip import OpenClip, load_open_clip
 from pipelines.evaluation.compare.runs import SAMPLES_FILE
 from pipelines.evaluation.judge import asked_for, judge_video, score
 from pipelines.media import encode_video
+from pipelines.storage.cache import local_path
 from pipelines.training.checkpoints import StoredCheckpoint
 from pipelines.training.config import SamplesConfig
 from pipelines.training.export import export
 from pipelines.training.prepare import PreparedRun
 from pipelines.training.rows import open_rows
-from pipelines.training.validate import choose_rows
+from pipelines.training.validate import HeldOutRow, choose_rows
 
 _STRIP_FRAMES = 8  # of a video, side by side in its filmstrip
 _CLIP_FRAMES = 4  # of a video that CLIP sees, evenly spaced
@@ -52,37 +54,44 @@ class SampleSet:
 def choose_prompts(run: PreparedRun) -> tuple[str, ...]:
     """The prompts of every set: those of the config, or the first captions of held-out rows."""
     config = run.config.samples
-    if config.prompts:
-        return config.prompts
-    readers, captions = open_rows(run, ["captions"]), []
-    for chosen in choose_rows(run):
+    return config.prompts or tuple(islice(first_captions(run, choose_rows(run)), config.count))
+
+
+def first_captions(run: PreparedRun, rows: Iterable[HeldOutRow]) -> Iterator[str]:
+    """Of each of the rows that has any."""
+    readers = open_rows(run, ["captions"])
+    for chosen in rows:
         record = readers[chosen.dataset].row(chosen.bucket, chosen.row)
         if record["captions"]:
-            captions.append(record["captions"][0]["text"])
-        if len(captions) == config.count:
-            break
-    return tuple(captions)
+            yield record["captions"][0]["text"]
 
 
 def draw_samples(run: PreparedRun, stored: StoredCheckpoint, prompts: Sequence[str]) -> SampleSet:
     """Draw a video of each prompt with the model of a checkpoint, and measure them."""
     config = run.config.samples
-    device = "cuda" if config.num_gpus else "cpu"
+    device: Literal["cpu", "cuda"] = "cuda" if config.num_gpus else "cpu"
     torch.set_num_threads(max(1, round(config.num_cpus)))
-    with tempfile.TemporaryDirectory(prefix="lumos-samples-") as folder:
-        scratch = run.config.checkpoint.scratch
-        export(stored, Path(folder) / "model", dtype="bf16" if config.num_gpus else "fp32", scratch=scratch)
-        tokenizer = run.config.data.tokenizer.path if run.config.data.tokenizer else None
-        dtype = torch.bfloat16 if config.num_gpus else torch.float32
-        model = lumos.load(Path(folder) / "model", device=device, dtype=dtype, tokenizer=tokenizer)
-        videos = model.generate(list(prompts), seed=[config.seed + index for index in range(len(prompts))])
-        fps = model.encoder.size(width=None, height=None, num_frames=None, fps=None).fps
+    model = load_model(run, stored, device)
+    videos = model.generate(list(prompts), seed=[config.seed + index for index in range(len(prompts))])
+    fps = model.encoder.size(width=None, height=None, num_frames=None, fps=None).fps
     metrics = judge_samples(prompts, videos)
     if config.clip is not None:
-        metrics |= clip_similarity(prompts, videos, config.clip, device)
+        clip = load_open_clip(replace(config.clip, device=device), "samples.clip.weights")
+        metrics["clip_similarity"] = fmean(clip_similarities(prompts, videos, clip))
     return SampleSet(
         prompts=tuple(prompts), videos=tuple(encode_video(frames, fps) for frames in videos), metrics=metrics
     )
+
+
+def load_model(run: PreparedRun, stored: StoredCheckpoint, device: Literal["cpu", "cuda"]) -> lumos.Model:
+    """The model of a checkpoint, in float32 on a CPU and in bf16 on a GPU."""
+    on_gpu, scratch = device == "cuda", run.config.checkpoint.scratch
+    with tempfile.TemporaryDirectory(prefix="lumos-samples-") as folder:
+        export(stored, Path(folder) / "model", dtype="bf16" if on_gpu else "fp32", scratch=scratch)
+        named = run.config.data.tokenizer.path if run.config.data.tokenizer else None
+        tokenizer = local_path(named) if named else None
+        dtype = torch.bfloat16 if on_gpu else torch.float32
+        return lumos.load(Path(folder) / "model", device=device, dtype=dtype, tokenizer=tokenizer)
 
 
 def judge_samples(prompts: Sequence[str], videos: Sequence[NDArray[np.uint8]]) -> dict[str, float]:
@@ -94,19 +103,15 @@ def judge_samples(prompts: Sequence[str], videos: Sequence[NDArray[np.uint8]]) -
 
 
 @torch.inference_mode()
-def clip_similarity(
-    prompts: Sequence[str], videos: Sequence[NDArray[np.uint8]], config: OpenClipConfig, device: str
-) -> dict[str, float]:
-    """Mean cosine between the features of a prompt and those of its video's frames."""
-    clip = load_open_clip(config, "samples.clip.weights")
-    clip.model.to(device)
-    texts = clip.model.encode_text(clip.tokenizer(list(prompts)).to(device), normalize=True)
+def clip_similarities(prompts: Sequence[str], videos: Sequence[NDArray[np.uint8]], clip: OpenClip) -> list[float]:
+    """Of each video, the mean cosine between the features of its prompt and those of its frames."""
+    texts = clip.model.encode_text(clip.tokenizer(list(prompts)).to(clip.device), normalize=True)
     cosines = []
     for text, frames in zip(texts, videos, strict=True):
         some = frames[np.linspace(0, len(frames) - 1, _CLIP_FRAMES).round().astype(int)]
-        images = clip.model.encode_image(clip.images(list(some)).to(device), normalize=True)
+        images = clip.model.encode_image(clip.images(list(some)), normalize=True)
         cosines.append(float((images @ text).mean()))
-    return {"clip_similarity": float(np.mean(cosines))}
+    return cosines
 
 
 def read_samples(folder: Path) -> tuple[dict[str, Any], list[NDArray[np.uint8]]]:

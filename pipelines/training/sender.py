@@ -4,6 +4,7 @@ Everything is made of what the output holds (``metrics.jsonl``, ``run.json``, ch
 could not be sent, for minutes or until the end, is sent later: by this driver, or by the next command on that output.
 """
 
+import json
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -14,9 +15,11 @@ from typing import Any
 
 import av
 
+from pipelines import storage
 from pipelines.config import config_to_dict
-from pipelines.errors import UserError
+from pipelines.errors import JobError, UserError
 from pipelines.evaluation.compare.runs import SAMPLES_FILE
+from pipelines.storage.lock import check_lock
 from pipelines.tracking import MetricRow, ModelLink, Tracker
 from pipelines.training.accelerators import find_accelerator
 from pipelines.training.metrics import MetricStream, RunFacts
@@ -53,6 +56,7 @@ class Sender:
         self._starts = 0  # sent, of this driver's and those before
         self._models_due = True
         self._away = False
+        self._taken = False  # the output, by another run, which tells MLflow from now on
         self._stop_monitor: Callable[[], None] | None = None
         self._refusal: UserError | None = None
         self._tried, self._done = threading.Event(), threading.Event()
@@ -90,18 +94,20 @@ class Sender:
         def send_all() -> None:
             tracker = self._send(to_the_end=True)
             if export is not None:
+                self._send_sampling_choice(tracker)
                 for file in sorted(export.iterdir()):
                     if file.is_file() and file.suffix not in _WEIGHTS:
                         tracker.log_artifact(file, export.name)
-                tracker.set_tags({"export": export.as_uri()})
+                place = storage.join(self.output.place, export.name) if self.output.mirror else export.as_uri()
+                tracker.set_tags({"export": place})
             tracker.end(status)
             self.output.update(finished=status == "FINISHED")
 
         self._tried.set()  # what a store is refused for now is told as any other reason
-        if not self._attempt(send_all):
+        if not self._attempt(send_all) and not self._taken:
             logger.warning(
                 "MLflow lacks what %s holds after step %d: the next `lumos train` of this run sends it",
-                self.history.path, self.output.run.sent,
+                self.output.place, self.output.run.sent,
             )  # fmt: skip
 
     def _follow(self) -> None:
@@ -114,7 +120,11 @@ class Sender:
 
     def _attempt(self, action: Callable[[], Any]) -> bool:
         try:
+            check_lock(self.output.place)
             action()
+        except JobError:
+            self._taken = True
+            return False
         except UserError as error:
             if self.tracker is None and not self._tried.is_set():
                 self._refusal = error
@@ -130,9 +140,10 @@ class Sender:
 
     def _tell_away(self, error: Exception) -> None:
         if not self._away:
+            of_store = isinstance(error, OSError) and str(error.filename).startswith(f"{self.output.place}/")
             logger.warning(
-                "MLflow cannot be reached; training goes on, the record is in %s and is sent later: %s",
-                self.history.path, error,
+                "%s cannot be reached; training goes on, the record is in %s and is sent later: %s",
+                *(("The output", self.output.folder) if of_store else ("MLflow", self.output.place)), error,
             )  # fmt: skip
         self._away = True
 
@@ -157,7 +168,7 @@ class Sender:
             output.store,
             experiment=config.tracking.experiment,
             key=output.run.key,
-            run_name=config.tracking.run_name or output.folder.name,
+            run_name=config.tracking.run_name or output.place.rpartition("/")[2],
         )
         provenance = output.run.provenance
         versions = {"lumos": provenance["lumos"], **provenance["packages"]}
@@ -172,7 +183,7 @@ class Sender:
                 "git_commit": provenance["git_commit"],
                 "dataset_digest": self.prepared.dataset_digest,
                 "num_parameters": str(self.prepared.model.num_parameters),
-                "output": str(output.folder),
+                "output": output.place,
             }
         )
         for snapshot in self.prepared.datasets:
@@ -224,6 +235,7 @@ class Sender:
                 continue  # none of these steps ends a row
             if not self._rows:
                 return
+            self.output.keep_record()  # else a driver that comes after this one would tell these steps twice
             tracker.log_metrics(self._rows)
             self._rows = []
             self.output.update(sent=self._stream.complete)
@@ -246,6 +258,17 @@ class Sender:
             values = {f"samples/{name}": float(value) for name, value in said["metrics"].items()}
             tracker.log_metrics([MetricRow(step, time, values)])
             self.output.update(samples_sent=step)
+
+    def _send_sampling_choice(self, tracker: Tracker) -> None:
+        """The ways that were tried at the end; the file was found good just now."""
+        file = self.output.sampling_choice
+        if self.prepared.config.sampling_choice is None or not file.is_file():
+            return
+        said = json.loads(file.read_text(encoding="utf-8"))
+        tracker.log_artifact(file)
+        means = {f"sampling_choice/{number:02d}": way["mean"] for number, way in enumerate(said["ways"])}
+        tracker.log_metrics([MetricRow(said["step"], said["time"], means)])
+        tracker.set_tags({"recommended_sampling": json.dumps(said["sampling"])})
 
     def _links(self) -> list[ModelLink]:
         every, each_step = self.prepared.config.validation.every, self.prepared.config.tracking.log_every == 1

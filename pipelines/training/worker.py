@@ -13,7 +13,7 @@ from ray.util.queue import Queue
 
 from lumos.decoder import Decoder
 from lumos.losses import LossModule
-from pipelines.errors import JobError, UserError
+from pipelines.errors import JobError, UserError, in_words
 from pipelines.memory import give_back_large_buffers
 from pipelines.training.checkpoints import (
     MODEL_FILE,
@@ -284,11 +284,9 @@ class Worker:
 
 def _tell_fatal(job: Job, error: Exception, *, step: int | None) -> None:
     """Tell the driver of an error that would come again, and wait until it has heard; without step, of the start."""
-    text = " ".join(str(error).split()) or "no message"
-    cause = f"{type(error).__name__}: {text}"
     if job.records is not None:
         rank = ray.train.get_context().get_world_rank()
-        job.records.put(event("fatal", rank=rank, step=step, cause=cause))
+        job.records.put(event("fatal", rank=rank, step=step, cause=in_words(error)))
 
 
 def _timed(batches: Iterator[StepBatch]) -> Iterator[tuple[StepBatch, float]]:

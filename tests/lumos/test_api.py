@@ -11,7 +11,8 @@ import torch
 import lumos
 from lumos.api import SamplingOptions
 from lumos.config import SamplingConfig
-from lumos.sampling import GenerationRequest, generate
+from lumos.guidance import GenerationRequest, GuidedBranches
+from lumos.sampling import generate
 from lumos.tokenizers import TextTokenizer, TokenizerConfig
 from lumos.tokenizers.fsq import FsqAutoencoder, FsqConfig, save_weights
 
@@ -95,6 +96,15 @@ def test_a_video_begins_with_the_image_given(model, pictures):
     assert np.array_equal(frames, model.generate(PROMPT, image=torch.from_numpy(pictures[0])))
 
 
+def test_what_is_given_may_have_any_size(model, pictures):
+    wide = np.zeros((5, 2 * HEIGHT, 4 * WIDTH, 3), np.uint8)
+    wide[:, :, WIDTH : 3 * WIDTH] = pictures.repeat(2, axis=1).repeat(2, axis=2)
+    assert np.array_equal(model.generate(PROMPT, image=wide[0]), model.generate(PROMPT, image=pictures[0]))
+    continued = model.generate(PROMPT, clip=wide, num_frames=9)
+    assert np.array_equal(continued, model.generate(PROMPT, clip=pictures, num_frames=9))
+    assert model.generate(PROMPT, image=pictures[0], size="16x48").shape == (5, 48, 16, 3)
+
+
 def test_a_clip_is_continued(model, pictures):
     frames = model.generate([PROMPT, "another"], clip=pictures, num_frames=9)
     codes = model.tokenizer.encode(torch.from_numpy(pictures[None]))[0]
@@ -116,8 +126,7 @@ def test_a_clip_is_continued(model, pictures):
         ({"seed": [1, 2]}, "seed has 2 numbers for 1 prompts"),
         ({"image": np.zeros((16, 32, 3))}, r"image must be uint8 \[H, W, 3\].*, got float64 \[16, 32, 3\]"),
         ({"image": np.zeros((1, 16, 32, 3), np.uint8)}, r"image must be uint8 \[H, W, 3\]"),
-        ({"image": np.zeros((16, 40, 3), np.uint8)}, "width 40 is not a multiple of 16 px"),
-        ({"image": np.zeros((16, 32, 3), np.uint8), "size": (48, 32)}, "size is 48x32, the frames given are 32x16"),
+        ({"image": np.zeros((16, 0, 3), np.uint8)}, r"image has no pixels: \[1, 16, 0, 3\]"),
         ({"image": np.zeros((16, 32, 3), np.uint8), "num_frames": 1}, "set num_frames to 5 or more"),
         ({"clip": np.zeros((4, 16, 32, 3), np.uint8)}, r"clip: num_frames 4 is not 1 \+ 4k: use 1 or 5"),
         ({"clip": np.zeros((5, 16, 32, 3), np.uint8)}, "5 frames are given and num_frames is 5: set num_frames to 9"),
@@ -194,3 +203,19 @@ def test_every_name_of_the_package_is_there_and_known_to_type_checkers():
         assert getattr(lumos, name) is not None
     with pytest.raises(AttributeError, match="'lumos' has no attribute 'Modle'"):
         lumos.Modle  # noqa: B018
+
+
+@pytest.mark.slow  # Inductor compiles for half a minute
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler on PATH, which Inductor needs")
+def test_a_compiled_model_gives_what_a_plain_one_does(model, folder):
+    compiled = lumos.load(folder, device="cpu", compile=True)
+    size = model.encoder.size(width=None, height=None, num_frames=None, fps=None)
+    request = model.encoder.encode(PROMPT, size=size, seed=7, sampling=model.info.sampling)
+    with torch.inference_mode():
+        found = []
+        for each in (model, compiled):
+            branches = GuidedBranches(each.decoder, each.folder.vocabulary, [request])
+            unknown = torch.ones(1, len(branches.slots), dtype=torch.bool)
+            frames = branches.frames(torch.zeros(1, len(branches.slots), dtype=torch.int64), unknown)
+            found.append(branches.guided(frames, unknown, unknown, step=0, num_steps=4))
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)

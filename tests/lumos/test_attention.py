@@ -3,7 +3,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lumos.attention import attend, attention_mask
-from lumos.kernels import KERNELS
+from lumos.decoder import RMSNorm
+from lumos.kernels import KERNELS, by_rows
 
 from .models import VOCABULARY, documents, tiny_model
 
@@ -97,3 +98,27 @@ def test_cuda_kernels_are_called_as_they_are_declared(backend):
         assert [g.shape for g in gradients] == [q.shape, k.shape, k.shape]
     with pytest.raises(ValueError, match="cut the tail"):
         KERNELS["fused_flash"].forward(q, k, k, q, False)
+
+
+def test_rows_worked_on_in_parts_are_as_all_at_once():
+    """To the bit, of views too, and with gradients all at once."""
+    x, y = torch.randn(300, 2, 8)[:, :1], torch.randn(300, 4)
+    called = []
+
+    def function(x, y):
+        called.append(len(x))
+        return torch.cat([x[..., :4] * y[:, None], x[..., 4:].exp()], -1)
+
+    whole = by_rows(function, x, y)
+    assert called == [300], "with gradients, whatever the length"
+    with torch.inference_mode():
+        assert torch.equal(by_rows(function, x, y), whole)
+    assert called == [300, 128, 128, 44]
+
+
+def test_rows_worked_on_in_parts_are_of_the_type_that_they_are_of_all_at_once():
+    """Under autocast a float32 weight makes float32 of bfloat16: so a validation sees what a training step does."""
+    norm, x = RMSNorm(8, eps=1e-6), torch.randn(300, 8).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(norm(x), norm._norm(x))
+        assert norm(x).dtype == norm(x[:10]).dtype == torch.float32

@@ -182,6 +182,32 @@ def test_an_info_that_makes_no_sense_is_named(tmp_path, change, message):
         read_config(tmp_path / "m")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"[]", "is no JSON object"),
+        ("config.json", b"\xff", r"is not valid JSON \('utf-8' codec"),
+        ("model.safetensors.index.json", b"{", "is damaged"),
+        ("model.safetensors.index.json", b"[]", "is damaged"),
+        ("model.safetensors.index.json", b"{}", r"is damaged \(KeyError\('weight_map'\)\): copy it again"),
+    ],
+)
+def test_files_that_are_something_else_are_named(tmp_path, name, content, message):
+    save_checkpoint(tmp_path / "m", tiny_model(), VOCABULARY)
+    (tmp_path / "m" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} {message}"):
+        load_checkpoint(tmp_path / "m")
+
+
+@pytest.mark.parametrize("section", [[], "x", {"format_version": "2"}, {"format_version": 1, "rope": "m", "extra": 1}])
+def test_a_section_that_is_something_else_is_named(tmp_path, section):
+    save_checkpoint(tmp_path / "m", tiny_model(), VOCABULARY)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"lumos": section}))
+    with pytest.raises(ValueError, match=r"config.json: lumos: "):
+        read_config(tmp_path / "m")
+
+
 def test_a_section_that_lacks_a_key_is_named(tmp_path):
     save_checkpoint(tmp_path / "m", tiny_model(), VOCABULARY)
     change_section(tmp_path / "m", lambda section: section.pop("vocabulary"))

@@ -12,11 +12,12 @@ import torch
 from lumos.attention import attention_mask
 from lumos.batch import PackedBatch
 from lumos.config import MaskConfig, ModelConfig, SamplingConfig
+from lumos.guidance import GenerationRequest, GuidedBranches, history_mask_index
 from lumos.layout import parse
 from lumos.losses import masked_visual_loss
 from lumos.masking import apply_mask, mask_from_scores, mask_ratio
 from lumos.rope import position_ids, rotary_tables
-from lumos.sampling import GenerationRequest, GuidedBranches, history_mask_index, num_remasked, remask
+from lumos.sampling import num_remasked, remask
 from lumos.vocabulary import Vocabulary
 
 from . import golden
@@ -233,7 +234,10 @@ def check_step(branches, data, f, s, temperature):
         np.testing.assert_allclose((ours @ head[small].T).numpy(), data[key][f, s], atol=1e-4, rtol=0)
     guided = unconditional + guidance * (conditional - unconditional)
     np.testing.assert_allclose((guided @ head[columns].T).numpy(), data["cfg_logits"][f, s], atol=2e-3, rtol=0)
-    everything = branches.guided_logits(frame, torch.ones(1, len(branches.slots), dtype=torch.bool))
+    slots = torch.ones(1, len(branches.slots), dtype=torch.bool)
+    everything = branches.logits(
+        branches.guided(frame, slots, slots, step=s, num_steps=branches.requests[0].config.num_steps)
+    )
     visual = columns >= VOCABULARY.visual_start
     ours = everything[:, columns[visual] - VOCABULARY.visual_start]
     reference = data["cfg_logits"][f, s][:, visual.numpy()]

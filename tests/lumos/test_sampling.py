@@ -6,8 +6,9 @@ import torch
 
 from lumos.compression import VideoSize
 from lumos.config import SamplingConfig
+from lumos.guidance import GenerationRequest, GuidedBranches, history_mask_index
 from lumos.layout import parse, prompt_text
-from lumos.sampling import GenerationRequest, GuidedBranches, generate, history_mask_index, num_remasked
+from lumos.sampling import draw_tokens, generate, num_remasked
 
 from .models import VOCABULARY, tiny_model
 
@@ -116,10 +117,13 @@ def test_invariance_holds_bitwise_for_the_logits():
     frame = GuidedBranches(model, VOCABULARY, [request()]).frame.length
     tokens = torch.full((1, frame), VOCABULARY.mask)
     with torch.inference_mode():
-        lone = GuidedBranches(model, VOCABULARY, [request()]).guided_logits(tokens, unknown)
+        alone = GuidedBranches(model, VOCABULARY, [request()])
+        lone = alone.logits(alone.guided(tokens, unknown, unknown, step=0, num_steps=4))
         many = [request(1, (7, 7)), request(), request(2, (1, 2, 3, 4, 5, 6, 7, 8))]
         batch = GuidedBranches(model, VOCABULARY, many)
-        together = batch.guided_logits(tokens.expand(3, -1), unknown.expand(3, -1))
+        together = batch.logits(
+            batch.guided(tokens.expand(3, -1), unknown.expand(3, -1), unknown.expand(3, -1), step=0, num_steps=4)
+        )
     assert torch.equal(together[8:16], lone)
 
 
@@ -170,6 +174,38 @@ def test_frames_are_announced_in_order_and_given_frames_kept():
 def test_a_ratio_of_zero_leaves_the_history_visible():
     assert len(history_mask_index(20, 0.0)) == 0
     assert history_mask_index(20, 1.0).tolist() == list(range(20))
+
+
+@pytest.mark.parametrize("codes", [64000, 4375, 512, 6])
+@pytest.mark.parametrize("scale", [0.1, 12.0])
+def test_a_draw_inverts_the_distribution_function(codes, scale):
+    """As running sums over all codes in float64 do, also at the ends."""
+    generator = torch.Generator().manual_seed(codes)
+    logits = scale * torch.randn(100, codes, generator=generator)
+    uniform = torch.rand(100, generator=generator)
+    uniform[:3] = torch.tensor([0.0, 1.0 - 2**-24, 1.0])
+    drawn, selected = draw_tokens(logits, uniform)
+    probabilities = logits.softmax(-1)
+    below = probabilities.double().cumsum(-1)
+    target = uniform[:, None].double() * below[:, -1:]
+    # What a sum in float32 is off by may decide at a border.
+    low, high = ((below <= target + grain).sum(-1).clamp_max(codes - 1) for grain in (-1e-6, 1e-6))
+    assert ((low <= drawn) & (drawn <= high)).all()
+    assert (low == drawn).float().mean() > 0.9
+    assert torch.equal(selected, probabilities.gather(-1, drawn[:, None])[:, 0])
+    alone = [draw_tokens(logits[i : i + 1], uniform[i : i + 1]) for i in range(20)]
+    assert torch.equal(torch.cat([code for code, _ in alone]), drawn[:20])
+
+
+def test_a_draw_never_gives_a_code_without_probability():
+    """The sum of a block in float32 may be above that of its codes in float64, and a draw between the two."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(200, 512, generator=generator)
+    logits[:, -10:] = -torch.inf
+    for uniform in (0.0, 1.0 - 2**-24):
+        codes, selected = draw_tokens(logits, torch.full((200,), uniform))
+        assert selected.min() > 0
+        assert codes.max() < 502
 
 
 def test_remasking_never_keeps_everything_nor_stalls():

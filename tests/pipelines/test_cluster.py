@@ -1,11 +1,16 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
 import ray
+from ray.util import placement_group, remove_placement_group
 
-from pipelines.cluster import connect, lacking
+from pipelines import cluster
+from pipelines.cluster import Waiting, connect, lacking
+from pipelines.errors import JobError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -24,12 +29,45 @@ def test_what_a_cluster_lacks_is_told_with_what_there_is(ray_cluster):
     assert lacking([{"CPU": 7.0, "GPU": 1.0}]) == "7 CPU (there is 6), 1 GPU (there is 0)"
 
 
+def test_what_is_waited_for_is_said_while_others_hold_it(ray_cluster):
+    said: list[str] = []
+    held = placement_group([{"CPU": 5}])
+    ray.get(held.ready(), timeout=60)
+    with Waiting([{"CPU": 1.5}] * 2, said.append, first_s=0.3) as waiting:
+        time.sleep(1)
+        assert said == [], "nothing waits"
+        wanted = placement_group([{"CPU": 1.5}] * 2)
+        for _ in range(200):
+            if said:
+                break
+            time.sleep(0.1)
+        assert said[0].startswith("waiting for 3 CPU (1 free of 6), for ")
+        waiting.over()
+        number = len(said)
+        time.sleep(2)
+        assert len(said) == number
+    for group in (held, wanted):
+        remove_placement_group(group)
+
+
 def test_a_process_must_fit_on_one_node(monkeypatch):
     nodes = [{"Alive": alive, "Resources": {"CPU": cpus}} for cpus, alive in ((4.0, True), (3.0, True), (16.0, False))]
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     assert lacking([{"CPU": 4.0}, {"CPU": 3.0}]) == ""
     assert lacking([{"CPU": 5.0}]) == "5 CPU on one node (there is 4)"
     assert lacking([{"CPU": 4.0}] * 2) == "8 CPU (there is 7)"
+
+
+def test_cpus_are_counted_before_a_cluster_is_started_here(monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster, "_cores", lambda: 2)
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    assert lacking([{"CPU": 3.0, "GPU": 1.0}] * 2) == "", "how many GPUs there are is Ray's to say"
+    waiting = "(there is 6: 2 cores, and 4 for processes that mostly wait)"
+    assert lacking([{"CPU": 34.0}] * 2) == f"68 CPU {waiting}"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert lacking([{"CPU": 34.0}] * 2) == ""
 
 
 def test_a_local_cluster_is_started_quietly_with_spare_cpus_and_stopped(tmp_path):
@@ -52,6 +90,21 @@ def test_a_local_cluster_is_started_quietly_with_spare_cpus_and_stopped(tmp_path
     assert (done.returncode, done.stdout) == (0, "")
     (line,) = done.stderr.splitlines()
     assert "Set ray log level from environment variable RAY_BACKEND_LOG_LEVEL" in line
+
+
+def test_a_ray_that_does_not_start_is_told_in_a_line(monkeypatch):
+    def init(**_):
+        raise Exception("The current node timed out during startup. This\ncould happen because ...")
+
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with pytest.raises(JobError) as failed, connect():
+        pass
+    assert "\n" not in str(failed.value)
+    assert str(failed.value).startswith("Ray could not start on this machine (Exception: The current node timed out")
+    assert str(failed.value).endswith("then the same command continues")
 
 
 def test_the_cluster_of_ray_address_is_joined_and_left_running(ray_cluster):

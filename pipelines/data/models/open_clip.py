@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,7 +92,7 @@ def load_open_clip(config: OpenClipConfig, key: str) -> OpenClip:
     try:
         model = open_clip.create_model(name, pretrained=pretrained, device=config.device, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(name)
-    except (RuntimeError, AssertionError, ValueError, KeyError, OSError) as error:
+    except (RuntimeError, AssertionError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
         raise UserError(
             f"{key} {config.weights} cannot be loaded as {'a folder of open_clip' if folder else config.model}: "
             f"{str(error)[:300]}; name the architecture of these weights in {key.rpartition('.')[0]}.model"

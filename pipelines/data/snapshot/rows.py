@@ -150,12 +150,15 @@ class RowReader:
                 f"{uri} is missing from its snapshot; copy it back, or publish the dataset again"
             ) from error
         if len(data) != stop - start:
-            raise _damaged(uri, f"it ends at byte {start + len(data)}, before {stop}")
+            raise _damaged(uri, f"it ends before byte {stop}")
         return data
 
 
 def _damaged(uri: str, problem: object) -> UserError:
-    return UserError(f"{uri} is damaged ({problem}); copy it back, or publish the dataset again")
+    return UserError(
+        f"{uri} is damaged ({problem}); copy it back, or publish the dataset again; "
+        "`lumos data verify` looks at all its shards"
+    )
 
 
 class _Part(io.RawIOBase):

@@ -15,12 +15,13 @@ import pyarrow.parquet
 from pipelines import storage
 from pipelines.data.config import CurateConfig
 from pipelines.data.keys import file_key
+from pipelines.data.reasons import reason_of
 from pipelines.data.settings import SourceConfig
 from pipelines.data.snapshot.removals import read_removed
 from pipelines.data.stage.columns import sort, take
 from pipelines.data.stage.stage import WORK, Row, Stage
 from pipelines.data.steps.run import Run, Step, read_in_order
-from pipelines.data.video.reader import VideoError, unreadable_error
+from pipelines.decoding.errors import VideoError, unreadable_error
 from pipelines.errors import UserError
 from pipelines.storage import s3
 
@@ -191,10 +192,10 @@ def hash_file(uri: str) -> dict[str, str | None]:
         if storage.is_local(uri) and not stat.S_ISREG(os.stat(storage.filesystem(uri)[1]).st_mode):
             # A pipe or a device may never end.
             error = VideoError("not_a_video", "a folder, a pipe or a device")
-            return {"source_id": None, "error": error.reason}
+            return {"source_id": None, "error": reason_of(error)}
         return {"source_id": storage.sha256_file(uri), "error": None}
     except OSError as error:
-        return {"source_id": None, "error": unreadable_error(error).reason}
+        return {"source_id": None, "error": reason_of(unreadable_error(error))}
 
 
 def first_paths(sources: pa.Table) -> pa.Table:

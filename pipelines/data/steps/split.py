@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from pipelines import storage
 from pipelines.data.config import CurateConfig
 from pipelines.data.keys import clip_key, picture_key, sources_of
+from pipelines.data.reasons import reason_of
 from pipelines.data.scores import Thresholds, scores_of
 from pipelines.data.settings import DecodeConfig, LooksConfig, SplitConfig
 from pipelines.data.stage.columns import sort
@@ -23,7 +24,8 @@ from pipelines.data.steps.run import Run, Step
 from pipelines.data.video.decode import CRASHES, CrashLog, DecodeChild, DecodeJob
 from pipelines.data.video.frames import LocalFiles, clip_job
 from pipelines.data.video.looks import look_row, wanted_looks
-from pipelines.data.video.reader import DecodedSource, VideoError
+from pipelines.data.video.reader import DecodedSource
+from pipelines.decoding.errors import VideoError
 
 # ``key`` is null in the one row of a source that yields no clip; ``error`` says why then.
 CLIPS = pa.schema(
@@ -147,7 +149,7 @@ class _Batch:
 def clip_rows(source_id: str, result: DecodedSource | VideoError) -> list[Row]:
     """The rows that a source leaves in the table."""
     if isinstance(result, VideoError):
-        return [{"work_key": source_id, "error": result.reason}]
+        return [{"work_key": source_id, "error": reason_of(result)}]
     shared = {name: value for name, value in vars(result).items() if name != "clips"} | {"work_key": source_id}
     return [shared | clip | {"key": clip_key(source_id, clip["start_s"], clip["end_s"])} for clip in result.clips]
 

@@ -12,17 +12,19 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from lumos.tokenizers import TokenizerConfig, load_video_tokenizer
+from lumos.tokenizers import TokenizerConfig
 from pipelines.data.config import CurateConfig, TokenConfig
 from pipelines.data.keys import token_keys
+from pipelines.data.reasons import reason_of
 from pipelines.data.settings import DecodeConfig
 from pipelines.data.snapshot.read import TokenizerInfo
 from pipelines.data.stage.columns import iterate
 from pipelines.data.stage.stage import Row, Stage
 from pipelines.data.steps.run import Check, Run, Step, check_device, read_in_order
 from pipelines.data.video.frames import CLIP_INPUTS, ClipReader, Wanted, clip_inputs
-from pipelines.data.video.reader import VideoError
+from pipelines.decoding.errors import VideoError
 from pipelines.media import psnr
+from pipelines.tokenizers import load_tokenizer
 
 TOKEN_INPUTS = pa.schema(
     [
@@ -67,7 +69,7 @@ class TokenFunction:
     def __init__(self, uri: str, *, config: TokenConfig, decode: DecodeConfig, threads: int) -> None:
         torch.set_num_threads(threads)
         self.config = config
-        self.tokenizer = load_video_tokenizer(config.tokenizer)
+        self.tokenizer = load_tokenizer(config.tokenizer)
         self.reader = ClipReader(uri, decode)
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
@@ -76,7 +78,7 @@ class TokenFunction:
         done: list[Row] = []
         for row, result in self.reader.read(rows, self._wanted):
             if isinstance(result, VideoError):
-                done.append({"work_key": row["work_key"], "key": row["key"], "error": result.reason})
+                done.append({"work_key": row["work_key"], "key": row["key"], "error": reason_of(result)})
                 continue
             same = waiting[result.shape]
             same.append((row, result))
@@ -145,7 +147,7 @@ def load_tokenizer_info(config: TokenizerConfig) -> TokenizerInfo:
         FileNotFoundError: a file is missing.
         ValueError: a file is not what it should be.
     """
-    made = load_video_tokenizer(replace(config, device="cpu"))
+    made = load_tokenizer(replace(config, device="cpu"))
     return TokenizerInfo(made.kind, made.codebook_size, made.compression, made.weights_hash)
 
 

@@ -23,7 +23,7 @@ from pipelines.data.snapshot.schemas import STATUSES
 from pipelines.data.stage.stage import Row
 from pipelines.data.stage.table import read_parts
 from pipelines.data.upkeep.stills import Shown
-from pipelines.data.video.reader import VideoError
+from pipelines.decoding.errors import VideoError
 
 IDENTITY = ("key", "source_id")  # columns of the ledger that only contact sheets take
 CLIPS_EACH = 12  # shown of every fate

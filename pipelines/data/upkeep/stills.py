@@ -26,7 +26,8 @@ from pipelines.data.upkeep.tables import snapshot_parts, snapshot_rows
 from pipelines.data.video.decode import CrashLog, DecodeChild, DecodeJob
 from pipelines.data.video.frames import REQUEST_COLUMNS, LocalFiles, Wanted, clip_job
 from pipelines.data.video.looks import decode_jpeg, encode_jpeg, read_rows
-from pipelines.data.video.reader import VideoError, fit_picture
+from pipelines.data.video.reader import fit_picture
+from pipelines.decoding.errors import VideoError
 
 MOMENTS = ("start", "middle", "end")  # of a clip's span, that are shown; the last of the looks may be before its end
 FRAME_HEIGHT = 120  # px

@@ -15,17 +15,20 @@ import pyarrow.parquet as pq
 import torch
 
 from lumos.compression import CELL, num_source_frames
-from lumos.tokenizers import TokenizerConfig, VideoTokenizer, load_video_tokenizer
+from lumos.tokenizers import TokenizerConfig, VideoTokenizer
 from pipelines import storage
+from pipelines.data.reasons import reason_of
 from pipelines.data.snapshot.read import Bucket, Shard, Snapshot
 from pipelines.data.snapshot.schemas import LATER_COLUMNS, LEDGER, TOKENS
 from pipelines.data.snapshot.write import count_statuses
 from pipelines.data.stage.stage import Row
 from pipelines.data.upkeep.stills import decode_clips
 from pipelines.data.video.frames import Wanted
-from pipelines.data.video.reader import MISMATCH, VideoError
+from pipelines.data.video.reader import MISMATCH
+from pipelines.decoding.errors import VideoError
 from pipelines.errors import UserError
 from pipelines.media import psnr
+from pipelines.tokenizers import load_tokenizer
 
 _EXAMPLES = 3  # named of each kind of problem
 # By how much, dB, codes on disk may show their clip worse than codes made now; other devices and versions round
@@ -194,7 +197,7 @@ def recheck(snapshot: Snapshot, count: int, tokenizer: str | None = None) -> Rec
             if frames.code == MISMATCH:
                 problems.append(f"{clip['key']} cannot be checked: {frames.detail}")
             else:
-                skipped[clip["key"]] = frames.reason
+                skipped[clip["key"]] = reason_of(frames)
             continue
         shape = (1, clip["t"], clip["h"], clip["w"])
         stored = torch.from_numpy(np.array(clip["codes"], np.int64).reshape(shape))
@@ -215,7 +218,7 @@ def _load(snapshot: Snapshot, path: str | None) -> VideoTokenizer | None:
     if kind == "cosmos" and path is None:
         return None
     try:
-        tokenizer = load_video_tokenizer(TokenizerConfig(kind=kind, path=path))
+        tokenizer = load_tokenizer(TokenizerConfig(kind=kind, path=path))
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"--tokenizer: {error}") from error
     if tokenizer.weights_hash != info.weights_hash:

@@ -5,11 +5,9 @@ recorded durably before the next try, so that a file which kills its decoder can
 """
 
 import hashlib
-import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -18,9 +16,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from pipelines import storage
-from pipelines.config import PROJECT_DIR
 from pipelines.data.settings import DecodeConfig
-from pipelines.data.video.reader import VideoError
+from pipelines.decoding.child import child_command, child_environment
+from pipelines.decoding.errors import VideoError
 
 MAX_CRASHES = 3
 CRASHES = "crashes"  # folder beside a stage's parts
@@ -182,13 +180,12 @@ class DecodeChild:
     def _spawn(self) -> bool:
         ours, theirs = socket.socketpair()
         arguments = [str(theirs.fileno()), str(self.config.memory_mb), *filter(None, [self._weights])]
-        path = os.pathsep.join(dict.fromkeys([str(PROJECT_DIR), *filter(None, sys.path)]))
         self._stderr.truncate(0)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", _CHILD_MODULE, *arguments],
+                child_command(_CHILD_MODULE, *arguments),
                 pass_fds=[theirs.fileno()],
-                env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+                env=child_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,

@@ -5,10 +5,7 @@ Started by ``decode.DecodeChild`` as ``python -m pipelines.data.video.decode_chi
 
 import importlib
 import logging
-import os
-import resource
 import sys
-import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -18,8 +15,10 @@ import av
 import av.logging
 import cv2
 
-from pipelines.data.video.reader import VideoError, read_clip
+from pipelines.data.video.reader import read_clip
 from pipelines.data.video.shots import split_source
+from pipelines.decoding.child import die_with_parent, limit_memory
+from pipelines.decoding.errors import VideoError
 
 JOBS: dict[str, Callable[..., Any]] = {"split": split_source, "clip": read_clip}
 BEAT_SECONDS = 0.5
@@ -77,37 +76,17 @@ def _classify(error: Exception) -> tuple[str, str]:
     return "unexpected_error", f"{type(error).__name__}: {str(error)[:200]}"
 
 
-def _limit_memory(megabytes: int) -> None:
-    """Cap what may be allocated beyond the most that was mapped so far: by libraries, and by the network at work."""
-    with open("/proc/self/status", encoding="utf-8") as file:
-        sizes = [int(line.split()[1]) for line in file if line.startswith(("VmPeak:", "VmSize:"))]  # KiB
-    limit = max(sizes) * 1024 + megabytes * 1_000_000
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-def _die_with_parent() -> None:
-    """End when the worker that started this process is gone, even in the middle of a job."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def main() -> None:
     """Load what jobs will need, set bounds and serve."""
     connection, megabytes = Connection(int(sys.argv[1])), int(sys.argv[2])
     av.logging.set_level(av.logging.PANIC)
     cv2.setNumThreads(1)  # the workers share the cores among them
-    _die_with_parent()
+    die_with_parent()
     if weights := sys.argv[3:]:
         from pipelines.data.models.transnet import warm_up  # brings torch, which most children do without
 
         warm_up(*weights)  # now, since the limit is not meant for the gigabytes that torch maps
-    _limit_memory(megabytes)
+    limit_memory(megabytes)
     try:
         serve(connection)
     except (BrokenPipeError, ConnectionResetError):

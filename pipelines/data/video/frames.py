@@ -15,7 +15,8 @@ from pipelines.data.settings import DecodeConfig
 from pipelines.data.stage.stage import WORK, Row
 from pipelines.data.stage.table import read_columns
 from pipelines.data.video.decode import CRASHES, CrashLog, DecodeChild, DecodeJob
-from pipelines.data.video.reader import ClipRequest, VideoError, unreadable_error
+from pipelines.data.video.reader import ClipRequest
+from pipelines.decoding.errors import VideoError, unreadable_error
 
 # What is known of a clip from the split stage's row, for it to be decoded again; with its fingerprint.
 _REQUEST = pa.schema(

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from pipelines import storage
 from pipelines.data.keys import picture_keys
+from pipelines.data.reasons import reason_of
 from pipelines.data.settings import LooksConfig
 from pipelines.data.stage.stage import WORK_KEY, Row
 from pipelines.data.video.frames import CLIP_INPUTS, Wanted, clip_inputs
-from pipelines.data.video.reader import VideoError
+from pipelines.decoding.errors import VideoError
 from pipelines.errors import JobError
 
 LOOKS = pa.schema(
@@ -69,7 +70,7 @@ def look_row(clip: Row, frames: NDArray[np.uint8] | VideoError, quality: int) ->
     """The row of ``LOOKS`` that comes of what was decoded of a clip."""
     row: Row = {"work_key": clip["work_key"], "key": clip["key"]}
     if isinstance(frames, VideoError):
-        return row | {"error": frames.reason}
+        return row | {"error": reason_of(frames)}
     return row | {"images": [encode_jpeg(frame, quality) for frame in frames]}
 
 

@@ -22,7 +22,9 @@ from pipelines.data.settings import SplitConfig
 from pipelines.data.video.borders import BorderMeter, Box, turn_box
 from pipelines.data.video.fingerprint import LOOK_SECONDS, make_fingerprint, small_planes, small_size, thumbnail
 from pipelines.data.video.meter import FrameMeter
-from pipelines.data.video.reader import DecodedSource, TimedFrame, VideoError, VideoFile, VideoInfo
+from pipelines.data.video.reader import DecodedSource
+from pipelines.decoding.errors import VideoError
+from pipelines.decoding.video_file import TimedFrame, VideoFile, VideoInfo
 
 if TYPE_CHECKING:
     from pipelines.data.models.transnet import TransNetDetector

@@ -13,7 +13,7 @@ from pipelines.statistics import mean_interval
 
 # Parameters of how a run is carried out, watched and called, which never make two runs two things.
 _NAMES_AND_PLACES = re.compile(
-    r"output|progress|(tracking|checkpoint|samples|diagnosis|profile|recommended_sampling|versions)(\..*)?|"
+    r"output|progress|(tracking|checkpoint|samples|diagnosis|profile|recommended_sampling|sampling_choice|versions)(\..*)?|"
     r"resources\.(?!device).*|validation\.every|export_dtype|max_skipped_in_a_row|min_workers|device|world_size"
 )
 _SEED = "seed"

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 
 import yaml
 
+from pipelines import storage
 from pipelines.errors import UserError
+from pipelines.storage import s3
 from pipelines.tracking import TrackingStore
 
 logger = logging.getLogger(__name__)
@@ -76,6 +79,40 @@ class RunStore:
             logger.warning("left out, since no step is recorded of them: %s", empty)
         return runs
 
+    def locate(self, name: str) -> tuple[str, str]:
+        """Store and id of the one run of a name.
+
+        Raises:
+            UserError: if it stands for none, or for several.
+        """
+        found = list(dict.fromkeys(self._resolve(name)))
+        if len(found) > 1:
+            raise UserError(f"{name!r} stands for {len(found)} runs: name one by its id, its name or its output folder")
+        uri, run_id = found[0]
+        if self._get(self._client(uri), run_id) is None:
+            raise UserError(f"{uri} has no run {run_id}: name the store that has it by --tracking-uri")
+        return uri, run_id
+
+    def record(self, uri: str, run_id: str, values: Mapping[str, float], *, step: int | None, files: Path) -> int:
+        """Record figures on a run, and copy a folder to its artifacts; returns their step.
+
+        Args:
+            uri: of the store.
+            run_id: of the run.
+            values: by name.
+            step: of the checkpoint that they are of; None: the run's last.
+            files: folder whose files and folders become artifacts.
+        """
+        from mlflow.entities import Metric
+
+        client = self._client(uri)
+        if step is None:
+            step = max((point.step for point in client.get_metric_history(run_id, "loss")), default=0)
+        now = round(time.time() * 1000)
+        client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
+        client.log_artifacts(run_id, str(files))
+        return step
+
     def newest_samples(self, run: Run, folder: Path) -> tuple[int, dict[str, Path]]:
         """The newest videos drawn beside a run, copied into a folder: their step, and each by its prompt."""
         client, folder = self._client(run.uri), folder / run.run_id
@@ -91,11 +128,12 @@ class RunStore:
 
     def _resolve(self, name: str) -> Iterator[tuple[str, str]]:
         """Stores and ids of the runs of a name."""
-        folder = Path(name).expanduser()
-        if (folder / "run.json").is_file():
-            yield self._of_output(folder)
+        output = str(Path(name).expanduser()) if storage.is_local(name) else name
+        s3.check_store(output)
+        if storage.exists(storage.join(output, "run.json")):
+            yield self._of_output(output)
             return
-        if name.startswith(("/", ".", "~")) and self.tracking_uri is None:
+        if s3.is_s3(name) or (name.startswith(("/", ".", "~")) and self.tracking_uri is None):
             raise UserError(f"{name} is no output folder of a training: it has no run.json")
         uri = self._default_uri()
         client = self._client(uri)
@@ -123,19 +161,19 @@ class RunStore:
         for run in runs:
             yield uri, run.info.run_id
 
-    def _of_output(self, folder: Path) -> tuple[str, str]:
+    def _of_output(self, folder: str) -> tuple[str, str]:
+        run_file, config_file = (storage.join(folder, name) for name in ("run.json", "config.yaml"))
         try:
-            run_id = json.loads((folder / "run.json").read_text()).get("run_id")
+            run_id = storage.read_json(run_file).get("run_id")
         except (AttributeError, ValueError) as error:
-            raise UserError(f"{folder / 'run.json'} cannot be read ({error}): name the run by its id") from error
+            raise UserError(f"{run_file} cannot be read ({error}): name the run by its id") from error
         if run_id is None:
             raise UserError(
                 f"{folder} is the output of a run that MLflow does not have yet: begin it with `lumos train`"
             )
-        config_file = folder / "config.yaml"
-        config = yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        config = yaml.safe_load(storage.read_bytes(config_file)) if storage.exists(config_file) else {}
         named = self.tracking_uri or (config.get("tracking") or {}).get("uri")
-        return TrackingStore.choose(named, folder).uri, run_id
+        return TrackingStore.choose(named, Path(folder)).uri, run_id
 
     def _default_uri(self) -> str:
         if self.tracking_uri is not None:

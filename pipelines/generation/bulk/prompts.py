@@ -3,8 +3,9 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -24,20 +25,23 @@ class Prompt:
     text: str
     seed: int | None = None  # sampling seed of its first video; None: the run's
     id: str | None = None  # the user's own name for it, kept in the manifest
+    image: str | None = None  # picture that its videos begin with: a path, local or s3://
+    clip: str | None = None  # video that they continue, likewise
+    where: str = field(default="prompts", compare=False)  # file and row, for messages
 
 
 def read_prompts(source: str | Sequence[str]) -> list[Prompt]:
     """The prompts of a list of texts, or of a file, in order.
 
-    Files of rows have a column ``prompt``, and may have ``seed`` and ``id``; other columns are ignored. Empty lines of
-    a text file are skipped.
+    Files of rows have a column ``prompt``, and may have ``seed``, ``id``, ``image`` and ``clip``; other columns are
+    ignored. Paths of pictures and clips are relative to the file. Empty lines of a text file are skipped.
 
     Raises:
         UserError: if the file is missing, of another kind, without that column or without prompts, or a row is wrong;
             the message names file and row.
     """
     if not isinstance(source, str):
-        prompts = [_prompt({"prompt": text}, f"prompts: item {i}") for i, text in enumerate(source)]
+        prompts = [_prompt({"prompt": text}, f"prompts: item {i}", "") for i, text in enumerate(source)]
         if not prompts:
             raise UserError(f"prompts is an empty list: give texts, or the path of a file ({_REMEDY})")
         return prompts
@@ -53,7 +57,13 @@ def read_prompts(source: str | Sequence[str]) -> list[Prompt]:
         raise UserError(f"prompts: {source} cannot be read as {suffix}: {error}") from error
     if not rows:
         raise UserError(f"prompts: {source} holds no prompts; {_REMEDY}")
-    return [_prompt(row, f"prompts: {source}, {where}") for where, row in rows]
+    folder = source.rpartition("/")[0]
+    prompts = [_prompt(row, f"prompts: {source}, {where}", folder) for where, row in rows]
+    first_of: dict[str, str] = {}
+    for prompt in prompts:
+        if prompt.id is not None and first_of.setdefault(prompt.id, prompt.where) != prompt.where:
+            raise UserError(f"{prompt.where}: the id {prompt.id!r} is that of {first_of[prompt.id]} too; give another")
+    return prompts
 
 
 _Rows = Iterable[tuple[str, Mapping[str, Any]]]
@@ -85,7 +95,7 @@ def _read_jsonl(data: bytes) -> _Rows:
 def _read_parquet(data: bytes) -> _Rows:
     file = pq.ParquetFile(io.BytesIO(data))
     _require_prompt_column(names := file.schema_arrow.names)
-    table = file.read([name for name in ("prompt", "seed", "id") if name in names])
+    table = file.read([name for name in ("prompt", "seed", "id", "image", "clip") if name in names])
     for number, row in enumerate(table.to_pylist()):
         yield f"row {number}", row
 
@@ -95,13 +105,29 @@ def _require_prompt_column(names: Sequence[str]) -> None:
         raise ValueError(f"it has no column prompt, only {', '.join(names) or 'none'}")
 
 
-def _prompt(row: Mapping[str, Any], where: str) -> Prompt:
+def _prompt(row: Mapping[str, Any], where: str, folder: str) -> Prompt:
     text, seed, name = row.get("prompt"), row.get("seed"), row.get("id")
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{where}: the prompt is {text!r}; every row needs a text")
+    if row.get("image") and row.get("clip"):
+        raise UserError(f"{where}: image and clip are both named: a video begins with one of them")
     return Prompt(
-        text=text.strip(), seed=_seed(seed, where), id=str(name) if name is not None and str(name).strip() else None
+        text=text.strip(),
+        seed=_seed(seed, where),
+        id=str(name) if name is not None and str(name).strip() else None,
+        image=_path(row.get("image"), folder, f"{where}: image"),
+        clip=_path(row.get("clip"), folder, f"{where}: clip"),
+        where=where,
     )
+
+
+def _path(value: Any, folder: str, where: str) -> str | None:
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str):
+        raise UserError(f"{where} is {value!r}; it must be a path, or be left out")
+    is_whole = value.startswith("/") or re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:", value)
+    return value if is_whole or not folder else f"{folder}/{value}"
 
 
 def _seed(value: Any, where: str) -> int | None:

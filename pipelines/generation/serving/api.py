@@ -1,277 +1,139 @@
-"""The HTTP interface: its paths, bodies and errors. It knows nothing of Ray; OpenAPI is at /docs and /openapi.json."""
+"""The HTTP interface as one application. It knows nothing of Ray; OpenAPI is at /docs and /openapi.json."""
 
 import asyncio
-import hmac
-import math
-import secrets
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import asdict, replace
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
-from fastapi.security import HTTPBearer
-from pydantic import BaseModel, ConfigDict, Field
+import fastapi_offline
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
-from lumos.compression import parse_size
-from lumos.encoder import RequestEncoder
-from pipelines.generation.config import MAX_SEED, SamplingChoice, ServeConfig
-from pipelines.generation.model import ModelCard
-from pipelines.generation.request import Refusal, VideoRequest, file_name
-from pipelines.media import MEDIA_TYPES
+from pipelines.errors import UserError
+from pipelines.generation.config import ServeConfig
+from pipelines.generation.serving.answers import ERRORS, Responses, add_schema
+from pipelines.generation.serving.direct import add_direct_routes, add_model_routes
+from pipelines.generation.serving.guard import BodyReader, GuardedRoute, Rates, Tokens
+from pipelines.generation.serving.jobs import JobStore
+from pipelines.generation.serving.observe import Metrics, Observer, merged
+from pipelines.generation.serving.page import add_page
+from pipelines.generation.serving.requests import Served
+from pipelines.generation.serving.runner import JobRunner
+from pipelines.generation.serving.service import Service, add_error_handlers
+from pipelines.generation.serving.videos import add_video_routes
 
-_STATUS = {"full": 503, "lost": 503, "timeout": 504, "invalid": 400, "failed": 500}
-_MAX_PROMPT = 10_000  # characters
-_MAX_BODY = 1 << 20  # bytes
-_BAD_TOKEN = "a valid bearer token is needed: Authorization: Bearer TOKEN"
 _HEALTH_TIMEOUT_S = 5.0
-
-Submit = Callable[[VideoRequest], Awaitable[bytes | Refusal]]
-Status = Callable[[], Awaitable[dict[str, Any]]]
-
-
-class VideoBody(BaseModel):
-    """A video to make. What is left out is the service's default (see GET /v1/models)."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    prompt: str = Field(min_length=1, max_length=_MAX_PROMPT, examples=["a red square moves left on a blue background"])
-    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Equal seeds give equal videos; random if left out.")
-    size: str | None = Field(None, description="WIDTHxHEIGHT in pixels.", examples=["448x256"])
-    frames: int | None = Field(None, ge=1, description="1 + 4k; 1 is an image.")
-    steps: int | None = Field(None, ge=1, description="Sampling steps per latent frame.")
-    guidance_scale: float | None = Field(None, ge=0, allow_inf_nan=False, description="1 is no guidance.")
-    history_ratio: float | None = Field(None, ge=0, le=1, description="Share of earlier frames hidden from later ones.")
-    motion: int | None = Field(None, ge=0, le=9, description="How much is to move, if the model was trained with it.")
+_THREADS = 16
+_MAX_OPEN_BYTES = 256 << 20  # of bodies that are arriving
+_SWAGGER = Path(fastapi_offline.__file__).parent / "static"  # the files of Swagger UI, which others fetch from a CDN
 
 
-class ErrorDetail(BaseModel):
-    """What went wrong."""
+def build_api(models: Mapping[str, Served], config: ServeConfig, store: JobStore) -> FastAPI:
+    """The application; the first model is the one of requests that name none. It does jobs while its lifespan lasts."""
+    metrics = Metrics(store.worker)
+    runner = JobRunner(store, models, config, metrics)
+    service = Service(models, config, runner, metrics)
 
-    message: str
-    field: str | None = None
-
-
-class ErrorBody(BaseModel):
-    """The body of every error."""
-
-    error: ErrorDetail
-
-
-class _BadRequestError(Exception):
-    def __init__(self, message: str, field: str | None = None) -> None:
-        super().__init__(message)
-        self.field = field
-
-
-def build_api(card: ModelCard, config: ServeConfig, submit: Submit, status: Status) -> FastAPI:
-    """The application. ``submit`` makes the file of a video, or says why not; ``status`` must answer quickly."""
-    app = FastAPI(title="Lumos-1 video generation", version="1", redoc_url=None)
-    app.state.token = config.token
-    app.state.bodies = _BodyReader(config.body_timeout_s, config.max_open_bodies)
-    _add_error_handlers(app)
-    encoder = RequestEncoder(card.folder)
-    bearer = HTTPBearer(auto_error=False, description="The service's token, where one is set.")
-    v1 = APIRouter(prefix="/v1", route_class=_GuardedRoute, dependencies=[Depends(bearer)])
-    meanings = {
-        400: "The request cannot be met; the message says why.",
-        401: "The bearer token is missing or wrong.",
-        408: "The body did not arrive in time.",
-        413: "The body is too long.",
-        503: "Too many requests are here, or the model was lost; Retry-After says when to come again.",
-        504: "The video was not done in time.",
-    }
-    errors: dict[int | str, dict[str, Any]] = {
-        code: {"model": ErrorBody, "description": meaning} for code, meaning in meanings.items()
-    }
-    media = {MEDIA_TYPES[config.format]: {"schema": {"type": "string", "format": "binary"}}}
-    video: dict[int | str, dict[str, Any]] = {
-        200: {"content": media, "description": "The file; X-Lumos-Seed and X-Lumos-Config-Hash say how it was made."}
-    }
-
-    @v1.post("/videos", response_class=Response, responses=video | errors)
-    async def create_video(body: VideoBody) -> Response:
-        """Make a video and answer with the file."""
-        request = _to_request(body, card, config, encoder)
-        answer = await submit(request)
-        if isinstance(answer, Refusal):
-            return _refuse(answer)
-        name = file_name(request.prompt, request.seed, request.format)
-        headers = {
-            "X-Lumos-Seed": str(request.seed),
-            "X-Lumos-Config-Hash": request.config_hash(card.identity),
-            "Content-Disposition": f'inline; filename="{name}"',
-        }
-        return Response(answer, media_type=MEDIA_TYPES[request.format], headers=headers)
-
-    @v1.get("/models", responses={401: errors[401]})
-    async def list_models() -> dict[str, Any]:
-        """The model that is served, with the defaults and limits of requests."""
-        return {"data": [_describe(card, config, encoder)]}
-
-    app.include_router(v1)
-
-    @app.get("/healthz", responses={503: {"model": ErrorBody, "description": "The model does not answer."}})
-    async def health() -> dict[str, Any]:
-        """Whether the model answers, and how many requests wait and run."""
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        # Store and decoder are waited for in threads, of which asyncio has few where there are few cores.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="store"))
+        await runner.start()
         try:
-            async with asyncio.timeout(_HEALTH_TIMEOUT_S):
-                return {"status": "ok", **await status()}
-        except TimeoutError as error:
-            raise HTTPException(503, f"the model did not answer within {_HEALTH_TIMEOUT_S:g} s") from error
+            yield
+        finally:
+            await runner.stop()
 
+    app = FastAPI(title="Lumos-1 video generation", version="2", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.tokens, app.state.rates = Tokens(config.tokens), Rates(config.rate_per_minute)
+    longest = max(_MAX_OPEN_BYTES, config.max_upload_mb << 20)
+    app.state.bodies = BodyReader(config.body_timeout_s, config.max_open_bodies, longest)
+    add_error_handlers(app)
+    v1 = APIRouter(prefix="/v1", route_class=GuardedRoute)
+    add_direct_routes(v1, service)
+    add_model_routes(v1, service)
+    add_video_routes(v1, service)
+    app.include_router(v1)
+    add_page(app)
+    _add_upkeep_routes(app, service)
+    _add_documentation(app)
+    add_schema(app, needs_token=bool(config.tokens))
+    app.add_middleware(Observer, metrics=metrics)
     return app
 
 
-class _GuardedRoute(APIRoute):
-    """Turns away who may not ask, and what is too long or too slow, before FastAPI looks at a request."""
+def _add_upkeep_routes(app: FastAPI, service: Service) -> None:
+    """Add what machines ask: whether it lives, whether it can work, and how much it does."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The handler behind the checks."""
-        handler = super().get_route_handler()
-
-        async def guarded(request: Request) -> Response:
-            state, headers = request.app.state, request.headers
-            kind, _, given = headers.get("authorization", "").partition(" ")
-            if state.token is not None:
-                same = hmac.compare_digest(given.strip().encode(), state.token.encode())  # in constant time
-                if kind.lower() != "bearer" or not same:
-                    raise HTTPException(401, _BAD_TOKEN, {"WWW-Authenticate": "Bearer"})
-            length = headers.get("content-length", "0")
-            if not length.isdecimal() or int(length) > _MAX_BODY or "transfer-encoding" in headers:
-                raise HTTPException(
-                    413, f"the body must be at most {_MAX_BODY} bytes, and Content-Length must tell its length"
-                )
-            if self.body_field is not None:
-                await state.bodies.read(request)
-            return await handler(request)
-
-        return guarded
-
-
-class _BodyReader:
-    """Reads bodies within a deadline, and a bounded number at a time.
-
-    When one more comes, the one that has been arriving for longest gives way. So clients that open many requests and
-    never finish them keep out each other, and not those that send a whole body at once.
-    """
-
-    def __init__(self, timeout_s: float, max_open: int) -> None:
-        self._timeout_s, self._max_open = timeout_s, max_open
-        self._deadlines: dict[asyncio.Timeout, None] = {}  # of the bodies that are arriving, oldest first
-
-    async def read(self, request: Request) -> None:
-        """Wait for the body, which the request then keeps."""
+    async def status() -> dict[str, Any]:
+        totals = {"queued": 0, "running": 0}
         try:
-            async with asyncio.timeout(self._timeout_s) as deadline:
-                if len(self._deadlines) >= self._max_open:
-                    oldest = next(iter(self._deadlines))
-                    if not oldest.expired():  # one whose time is just up ends by itself, with 408
-                        del self._deadlines[oldest]
-                        oldest.reschedule(0.0)
-                self._deadlines[deadline] = None
-                await request.body()
+            async with asyncio.timeout(_HEALTH_TIMEOUT_S):
+                for found in await asyncio.gather(*(served.status() for served in service.models.values())):
+                    totals = {name: totals[name] + found[name] for name in totals}
         except TimeoutError as error:
-            if deadline in self._deadlines:
-                raise HTTPException(
-                    408, f"the body did not arrive within {self._timeout_s:g} s", {"Connection": "close"}
-                ) from error
-            headers = {"Connection": "close", "Retry-After": "1"}
-            raise HTTPException(
-                503, f"more than {self._max_open} requests are sending their bodies", headers
-            ) from error
-        except ClientDisconnect as error:
-            raise HTTPException(400, "the client left before its body had arrived") from error
-        finally:
-            self._deadlines.pop(deadline, None)
+            message = f"the model did not answer within {_HEALTH_TIMEOUT_S:g} s"
+            raise HTTPException(503, message, {"Retry-After": "5"}) from error
+        return {"status": "ok", **totals}
+
+    unready: Responses = {503: ERRORS["read"][503], 500: ERRORS["read"][500]}
+
+    failed: Responses = {500: unready[500]}
+    text: Responses = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+    @app.get("/health", responses=failed)
+    async def health() -> dict[str, str]:
+        """Whether this process answers."""
+        return {"status": "ok"}
+
+    @app.get("/ready", responses=unready)
+    async def ready() -> dict[str, Any]:
+        """Whether the models answer, and how many requests wait and run at one replica of each."""
+        return await status()
+
+    @app.get("/healthz", responses=unready)
+    async def healthz() -> dict[str, Any]:
+        """As /ready, which it was called before."""
+        return await status()
+
+    guarded = APIRouter(route_class=GuardedRoute)
+
+    @guarded.get(
+        "/metrics",
+        response_class=Response,
+        responses=text | ERRORS["read"],
+    )
+    async def metrics() -> Response:
+        """Counts for Prometheus, of all API processes whichever answers; those of others are seconds old."""
+
+        async def of_all() -> list[bytes]:
+            await service.runner.give_sign()
+            return await asyncio.to_thread(service.runner.store.all_counts)
+
+        try:  # a sign that is being given is given, so that counts do not go back
+            counts = await asyncio.wait_for(asyncio.shield(of_all()), _HEALTH_TIMEOUT_S)
+        except (OSError, UserError):  # or time is up: without the store there are its own, and they are wanted then
+            counts = [service.metrics.text()]
+        return Response(merged(counts), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    app.include_router(guarded)
 
 
-def _to_request(body: VideoBody, card: ModelCard, config: ServeConfig, encoder: RequestEncoder) -> VideoRequest:
-    width, height = config.video.width, config.video.height
-    if body.size is not None:
-        try:
-            width, height = parse_size(body.size)
-        except ValueError as error:
-            raise _BadRequestError(str(error), "size") from error
-    if body.steps is not None and body.steps > config.max_steps:
-        raise _BadRequestError(f"steps is {body.steps}; this service allows at most {config.max_steps}", "steps")
-    try:
-        sampling = SamplingChoice(
-            num_steps=body.steps, guidance_scale=body.guidance_scale, history_ratio=body.history_ratio
+def _add_documentation(app: FastAPI) -> None:
+    """Swagger UI from files of the installation: it works without internet."""
+    app.mount("/docs/static", StaticFiles(directory=_SWAGGER), name="swagger")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> Response:
+        root = request.scope.get("root_path", "").rstrip("/")
+        return get_swagger_ui_html(
+            openapi_url=f"{root}/openapi.json",
+            title=app.title,
+            swagger_js_url=f"{root}/docs/static/swagger-ui-bundle.js",
+            swagger_css_url=f"{root}/docs/static/swagger-ui.css",
+            swagger_favicon_url=f"{root}/docs/static/favicon.png",
         )
-        asked = replace(config.video, width=width, height=height, num_frames=body.frames or config.video.num_frames)
-        request = VideoRequest(
-            prompt=body.prompt.strip(),
-            seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
-            size=encoder.size(**asdict(asked)),
-            sampling=sampling.over(card.sampling),
-            format=config.format,
-            motion=config.motion if body.motion is None else body.motion,
-        )
-        request.encode(encoder)
-    except ValueError as error:
-        raise _BadRequestError(str(error)) from error
-    return request
-
-
-def _describe(card: ModelCard, config: ServeConfig, encoder: RequestEncoder) -> dict[str, Any]:
-    folder, sampling = card.folder, card.sampling
-    try:
-        size = encoder.size(**asdict(config.video))
-        defaults: dict[str, Any] = {"size": f"{size.width}x{size.height}", "frames": size.num_frames, "fps": size.fps}
-    except ValueError:  # the checkpoint names no size: every request must
-        defaults = {}
-    defaults |= {
-        "steps": sampling.num_steps,
-        "guidance_scale": sampling.guidance_scale,
-        "history_ratio": sampling.history_ratio,
-    }
-    limits = {"size_multiple_of": folder.vocabulary.grid_unit, "frames": "1 + 4k", "max_steps": config.max_steps}
-    limits["max_tokens"] = folder.config.max_seq_len
-    return {
-        "id": folder.name,
-        "parameters": folder.config.num_parameters,
-        "format": config.format,
-        "defaults": defaults,
-        "limits": limits,
-        "identity": card.identity,
-    }
-
-
-def _refuse(refusal: Refusal) -> JSONResponse:
-    status = _STATUS[refusal.reason]
-    headers = {"Retry-After": str(max(1, math.ceil(refusal.retry_after_s)))} if status == 503 else None
-    return _error(status, refusal.message, headers=headers)
-
-
-def _error(status: int, message: str, *, field: str | None = None, headers: Any = None) -> JSONResponse:
-    body = ErrorBody(error=ErrorDetail(message=message, field=field))
-    return JSONResponse(body.model_dump(exclude_none=True), status, headers)
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    """Give every error one form, and bad bodies the status 400."""
-
-    @app.exception_handler(_BadRequestError)
-    async def bad_request(_: Request, error: _BadRequestError) -> JSONResponse:
-        return _error(400, str(error), field=error.field)
-
-    @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
-        return _error(error.status_code, str(error.detail), headers=error.headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid_body(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"][1:]) or None
-        if first["type"] == "json_invalid":
-            return _error(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-        if first["type"] == "extra_forbidden":
-            known = ", ".join(VideoBody.model_fields)
-            return _error(400, f"unknown field {field!r}; known: {known}", field=field)
-        name = f"{field}: " if field else "the body must be a JSON object: "
-        return _error(400, f"{name}{first['msg']}, got {first.get('input')!r:.80}", field=field)

@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from lumos.compression import CELL, TEMPORAL_FACTOR
 from lumos.config import require
-from lumos.tokenizers import TokenizerConfig, VideoTokenizer, load_video_tokenizer
+from lumos.tokenizers import TokenizerConfig, VideoTokenizer
 from pipelines import sample_corpus as corpus
 from pipelines.errors import UserError
-from pipelines.media import psnr
+from pipelines.media import psnr, ssim
+from pipelines.tokenizers import load_tokenizer
 from pipelines.training.tokenizer.data import (
     SAMPLE_CORPUS,
     corpus_clips,
@@ -63,6 +64,7 @@ class Measurement:
     clips: int
     psnr: float  # dB, of a whole clip; mean over the clips
     psnr_min: float
+    ssim: float  # of luma, mean over the frames
     codes_used: int  # different codes that occur
     codebook_size: int
     entropy_bits: float  # of the codes' frequencies
@@ -71,7 +73,8 @@ class Measurement:
         """Figures on one line."""
         share = self.codes_used / self.codebook_size
         return (
-            f"PSNR {self.psnr:.2f} dB (lowest {self.psnr_min:.2f}), {self.codes_used} of {self.codebook_size} codes "
+            f"PSNR {self.psnr:.2f} dB (lowest {self.psnr_min:.2f}), SSIM {self.ssim:.4f}, "
+            f"{self.codes_used} of {self.codebook_size} codes "
             f"({share:.0%}), {self.entropy_bits:.2f} bits"
         )
 
@@ -87,10 +90,10 @@ class Evaluation:
     rows: tuple[Measurement, ...]
 
     def __str__(self) -> str:
-        head = f"{'clips':>5} {'PSNR':>6} {'lowest':>6} {'codes':>11} {'bits':>5}  name"
+        head = f"{'clips':>5} {'PSNR':>6} {'lowest':>6} {'SSIM':>6} {'codes':>11} {'bits':>5}  name"
         lines = [
-            f"{row.clips:5d} {row.psnr:6.2f} {row.psnr_min:6.2f} {row.codes_used:5d}/{row.codebook_size:<5d} "
-            f"{row.entropy_bits:5.2f}  {row.name}"
+            f"{row.clips:5d} {row.psnr:6.2f} {row.psnr_min:6.2f} {row.ssim:6.4f} "
+            f"{row.codes_used:5d}/{row.codebook_size:<5d} {row.entropy_bits:5.2f}  {row.name}"
             for row in self.rows
         ]
         return "\n".join([head, *lines])
@@ -103,7 +106,7 @@ def evaluate_tokenizer(config: TokenizerEvaluateConfig) -> Evaluation:
         UserError: The tokenizer or the videos are missing or unusable.
     """
     try:
-        tokenizer = load_video_tokenizer(config.tokenizer)
+        tokenizer = load_tokenizer(config.tokenizer)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"tokenizer: {error}") from error
     clips: dict[str, Tensor] = {}
@@ -136,19 +139,22 @@ def evaluate_tokenizer(config: TokenizerEvaluateConfig) -> Evaluation:
 def measure(tokenizer: VideoTokenizer, *groups: Tensor, name: str) -> Measurement:
     """Measure on groups of clips uint8 [clips, T, H, W, 3]; sizes may differ between groups."""
     psnrs: list[float] = []
+    ssims: list[float] = []
     counts = torch.zeros(tokenizer.codebook_size, dtype=torch.long)
     for clips in groups:
         for batch in clips.split(_BATCH):
             codes = tokenizer.encode(batch)
             counts += torch.bincount(codes.flatten(), minlength=tokenizer.codebook_size)
-            decoded = tokenizer.decode(codes).numpy()
-            psnrs += [psnr(clip, other) for clip, other in zip(batch.numpy(), decoded, strict=True)]
+            pairs = list(zip(batch.numpy(), tokenizer.decode(codes).numpy(), strict=True))
+            psnrs += [psnr(clip, other) for clip, other in pairs]
+            ssims += [ssim(*frames) for clip, other in pairs for frames in zip(clip, other, strict=True)]
     shares = counts[counts > 0] / counts.sum()
     return Measurement(
         name=name,
         clips=len(psnrs),
         psnr=sum(psnrs) / len(psnrs),
         psnr_min=min(psnrs),
+        ssim=sum(ssims) / len(ssims),
         codes_used=int((counts > 0).sum()),
         codebook_size=tokenizer.codebook_size,
         entropy_bits=float(-(shares * shares.log2()).sum()),

@@ -31,6 +31,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_more_room_lets_it_go_on(small_disk, corpus, tokenizer_file, tmp_path):
     dataset, enlarge = small_disk
     (dataset / "ballast").write_bytes(bytes(16_384))
@@ -43,6 +44,7 @@ def test_a_full_disk_ends_the_run_and_more_room_lets_it_go_on(small_disk, corpus
     assert published(open_snapshot(str(dataset))) == published(open_snapshot(str(tmp_path / "elsewhere")))
 
 
+@pytest.mark.slow
 def test_images_are_clips_of_one_frame_where_they_are_asked_for(corpus, tokenizer_file, tmp_path):
     folder = shutil.copytree(corpus, tmp_path / "mixed", symlinks=True)
     names = ("a.png", "b.jpg", "c.webp", "d.bmp", "e.tiff", "f%03d.png")

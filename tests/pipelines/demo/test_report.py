@@ -10,26 +10,26 @@ from typing import Any
 import numpy as np
 
 from pipelines import sample_corpus as corpus
-from pipelines.demo.run import Sample, write_report
+from pipelines.demo import run
+from pipelines.demo.run import Sample, write_real_clips, write_report
 from pipelines.evaluation import judge
-from pipelines.evaluation.judge import Reading
 from tests.pipelines.training.runs import step_record
 
 
 def make_samples(root: Path, count: int) -> list[Sample]:
     """Held-out clips at 48x48, two per prompt; the second of every third prompt shows the next prompt's video."""
     specs = corpus.held_out_specs(0)[:count]
+    real = write_real_clips(root / "real", specs)
     samples = []
     for index, spec in enumerate(specs):
-        asked = Reading(color=spec.color, background=spec.background, shape=spec.shape, direction=spec.direction)
+        asked = judge.asked_for_by(spec)
         for seed in range(2):
             shown = specs[(index + 1) % count] if seed == 1 and index % 3 == 0 else spec
             frames = corpus.render_clip(shown)[:, ::2, ::2]
             path = root / f"{index:03d}_{seed}.mp4"
             corpus.write_video(path, frames)
-            samples.append(
-                Sample(prompt=spec.caption, seed=seed, video=path, asked=asked, read=judge.judge_video(frames))
-            )
+            read = judge.judge_video(frames)
+            samples.append(Sample(prompt=spec.caption, seed=seed, video=path, real=real[index], asked=asked, read=read))
     return samples
 
 
@@ -51,6 +51,7 @@ def make_report(root: Path, count: int) -> dict[str, Any]:
         "peak_memory_gb": 5.31,
         "clips": {"sources": 809, "kept": 800, "rejected": 5, "failed": 3, "duplicate": 1},
         "train": {"steps": 400, "loss_first": 8.31, "loss_last": 2.4, "tokens_per_s": 11234.0},
+        "sampling": {"num_steps": 12, "guidance_scale": 2.5, "history_ratio": 0.4, "temperature": 1.0},
         **vars(result),
     }
     not_kept = [{"path": name, "status": "rejected", "reason": why} for name, why in corpus.BAD_FILES.items()]
@@ -89,10 +90,13 @@ def test_report_holds_every_video_and_is_well_formed(tmp_path: Path):
     outline = Outline()
     outline.feed(page)
     assert outline.open == []
-    assert outline.count["video"] == 12
-    assert outline.count["article"] == 6
+    assert outline.count["video"] == 18
+    assert outline.count["article"] == outline.count["button"] == 6
+    assert page.count('type="range" min="0" max="12"') == 6
     videos = re.findall(r'src="data:video/mp4;base64,([^"]+)"', page)
-    assert base64.b64decode(videos[0]) == report["samples"][0].video.read_bytes()
+    first, second = report["samples"][:2]
+    files = [first.real, first.video, second.video]
+    assert [base64.b64decode(video) for video in videos[:3]] == [file.read_bytes() for file in files]
 
 
 def test_report_needs_no_other_file_and_no_network(tmp_path: Path):
@@ -114,6 +118,25 @@ def test_report_marks_what_is_wrong_and_escapes_text(tmp_path: Path):
     assert f'<li class="wrong">{first.read.direction}, not {first.asked.direction}</li>' in page
     assert "a&lt;b&gt;.mp4" in page
     assert "x &amp; y" in page
+
+
+def test_report_tells_the_whole_truth(tmp_path: Path):
+    report = make_report(tmp_path, 6)
+    write_report(tmp_path / "report.html", **report)
+    page = (tmp_path / "report.html").read_text()
+    text = " ".join(re.sub(r"<[^>]*>", " ", page).split())
+    summary = report["summary"]
+    assert f"In {summary['accuracy']['strict']:.0%} of them all five attributes are right at once" in text
+    for name, target in run.TARGETS.items():
+        reached = "reached" if summary["accuracy"][name] >= target else "missed"
+        assert f"{run._NAMES[name]} {summary['accuracy'][name]:.1%}" in text
+        assert f"target {target:.0%} {reached}" in text
+    assert page.count('class="score"') == len(summary["accuracy"])
+    assert text.count("no target") == len(summary["accuracy"]) - len(run.TARGETS)
+    assert "12 steps per latent frame, guidance 2.5, 40% of each finished frame hidden" in text
+    wrong = sum(not right for sample in report["samples"] for right in sample.right_frames)
+    assert wrong > 0
+    assert page.count("<i class=wrong>") == wrong
 
 
 def test_report_works_without_losses_or_rejections(tmp_path: Path):

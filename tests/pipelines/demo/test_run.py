@@ -19,6 +19,7 @@ from pipelines.config import config_to_yaml, load_config
 from pipelines.demo import run
 from pipelines.tracking import TrackingStore
 from pipelines.training.config import TrainConfig
+from tests.lumos.models import save_tiny_folder
 from tests.pipelines.demo.test_report import make_samples
 
 
@@ -40,16 +41,27 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixture
     trained.store = TrackingStore.choose(None, out / "train")
     trained.metrics = {"loss_first": 1.0, "loss_last": 1.0, "tokens_per_s": 1.0}
     samples = make_samples(tmp_path, 2)
+
+    def train(config: TrainConfig) -> Any:
+        save_tiny_folder(trained.export_dir)
+        return phase("train", trained)(config)
+
     monkeypatch.setattr(run, "connect", nullcontext)
     monkeypatch.setattr(run, "curate", phase("curate", SimpleNamespace(snapshot_uri=str(out / "dataset/snapshots/v"))))
-    monkeypatch.setattr(run, "train", phase("train", trained))
+    monkeypatch.setattr(run, "train", train)
     monkeypatch.setattr(run, "generate", phase("generate", None))
     monkeypatch.setattr(run, "judge_folder", lambda *_: samples)
     monkeypatch.setattr(run, "read_ledger", lambda _: [])
-    run.demo(out, 3, num_clips=2)
+    summary = run.demo(out, 3, num_clips=2)
     page = (out / "report.html").read_text(encoding="utf-8")
     commands = [html.unescape(code) for code in re.findall(r"<pre><code>(.*?)</code></pre>", page, re.DOTALL)]
-    return {"configs": configs, "samples": samples, "commands": [shlex.split(command) for command in commands]}
+    return {
+        "configs": configs,
+        "samples": samples,
+        "summary": summary,
+        "page": page,
+        "commands": [shlex.split(command) for command in commands],
+    }
 
 
 def printed_config(command: list[str]) -> str:
@@ -89,4 +101,7 @@ def test_the_demo_generates_as_its_model_recommends(ran: dict[str, Any]) -> None
     recommended = ran["configs"]["train"].recommended_sampling
     assert (recommended.num_steps, recommended.guidance_scale) == (12, 2.0)
     assert ran["configs"]["generate"].sampling.over(recommended) == recommended
+    # What a trial at the end of training chose stands in the folder alone, as it does here.
+    assert (ran["summary"]["sampling"]["num_steps"], ran["summary"]["sampling"]["history_ratio"]) == (3, 0.7)
+    assert "Sampling: 3 steps per latent frame" in ran["page"]
     assert load_config(TrainConfig, "quickstart").recommended_sampling != ModelInfo().sampling

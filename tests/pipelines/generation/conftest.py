@@ -21,6 +21,9 @@ from pipelines.generation.config import (
     ServeConfig,
     TokenizerSource,
 )
+from pipelines.storage import s3
+from pipelines.storage.store import S3Store
+from tests.pipelines.storage.faults import s3_server
 
 CAPTIONS = ("a red square moves left", "a blue circle moves up over a green background")
 
@@ -39,6 +42,24 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@pytest.fixture(scope="module")
+def s3_uri() -> Iterator[str]:
+    """A bucket of a real S3 server, for this process and those that it starts."""
+    with s3_server() as port, pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "NO_PROXY": "127.0.0.1",
+        }.items():
+            patch.setenv(name, value)
+        S3Store.clear_instance_cache()
+        s3.filesystem().mkdir("jobs")
+        yield "s3://jobs"
+    S3Store.clear_instance_cache()
 
 
 def save_tokenizer(path: Path, seed: int) -> Path:
@@ -103,7 +124,7 @@ def generate_config(model_dir: Path, tokenizer_path: Path, tmp_path: Path) -> Ge
 
 
 @pytest.fixture(scope="session")
-def serve_config(model_dir: Path, tokenizer_path: Path) -> ServeConfig:
+def serve_config(model_dir: Path, tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
     return ServeConfig(
         model=str(model_dir),
         sampling=SAMPLING,
@@ -111,4 +132,5 @@ def serve_config(model_dir: Path, tokenizer_path: Path) -> ServeConfig:
         replicas=REPLICAS,
         batch=BatchConfig(max_size=2, wait_ms=30.0, max_queued=2),
         timeout_s=60.0,
+        jobs=str(tmp_path_factory.mktemp("jobs")),
     )

@@ -60,6 +60,11 @@ def test_wrong_values_are_named(tmp_path: Path, override: str, message: str) -> 
         ({"max_open_bodies": 0}, "max_open_bodies"),
         ({"token": " "}, "token"),
         ({"max_steps": 0}, "max_steps"),
+        ({"jobs": " "}, "jobs is empty"),
+        ({"token": ", "}, "token is empty"),
+        ({"max_replicas": 0}, r"max_replicas \(0\) must be at least replicas.num_replicas \(1\)"),
+        ({"rate_per_minute": 0}, "rate_per_minute must be at least 1"),
+        ({"models": {"a": ""}}, "models: 'a' names no folder"),
     ],
 )
 def test_wrong_service_values_are_named(changes: dict[str, Any], message: str) -> None:

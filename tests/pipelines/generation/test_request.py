@@ -1,8 +1,10 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from lumos.compression import VideoSize
 from lumos.config import SamplingConfig
 from lumos.encoder import RequestEncoder
 from lumos.folder import open_folder
@@ -46,3 +48,29 @@ def test_how_much_is_to_move_is_asked_of_a_model_that_knows_it(model_dir: Path, 
     ):
         with pytest.raises(ValueError, match=message):
             asked.encode(encoder)
+
+
+def test_given_frames_are_part_of_what_a_request_is() -> None:
+    size = VideoSize(width=32, height=32, num_frames=13, fps=12.0)
+    frames = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    plain = VideoRequest(prompt="a red square", seed=0, size=size, sampling=SamplingConfig())
+    image, clip = replace(plain, given=frames[:1]), replace(plain, given=frames)
+    assert len({request.config_hash({}) for request in (plain, image, clip, replace(clip, given=255 - frames))}) == 4
+    assert replace(plain, given=frames.copy()) == clip != image
+    assert len({request.kind for request in (plain, image, clip, replace(clip, given=255 - frames))}) == 3
+    assert plain.config_hash({}) == replace(clip, given=None).config_hash({})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (np.zeros((1, 32, 40, 3), np.uint8), r"must be uint8 \['T', 32, 32, 3\], got uint8 \[1, 32, 40, 3\]"),
+        (np.zeros((1, 32, 32, 3), np.float32), "got float32"),
+        (np.zeros((4, 32, 32, 3), np.uint8), r"num_frames 4 is not 1 \+ 4k"),
+        (np.zeros((13, 32, 32, 3), np.uint8), "13 frames are given and num_frames is 13: set num_frames to 17 or more"),
+    ],
+)
+def test_frames_that_begin_no_such_video_are_named(given: np.ndarray, message: str) -> None:
+    size = VideoSize(width=32, height=32, num_frames=13, fps=12.0)
+    with pytest.raises(ValueError, match=message):
+        VideoRequest(prompt="x", seed=0, size=size, sampling=SamplingConfig(), given=given)

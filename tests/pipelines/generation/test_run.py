@@ -14,7 +14,8 @@ from lumos.config import SamplingConfig
 from lumos.encoder import RequestEncoder
 from lumos.tokenizers import TextTokenizer
 from pipelines.errors import UserError
-from pipelines.generation.bulk.run import _plan, generate
+from pipelines.generation.bulk.plan import plan
+from pipelines.generation.bulk.run import generate
 from pipelines.generation.config import GenerateConfig, SamplingChoice, ServeConfig, SizeConfig, TokenizerSource
 from pipelines.generation.model import read_card
 from pipelines.generation.serving.run import serve
@@ -44,7 +45,7 @@ def copy_model(model_dir: Path, target: Path, **changes: Any) -> Path:
         ({"model": "nowhere"}, "nowhere is not a checkpoint"),
         ({"prompts": "none.txt"}, "there is no file none.txt"),
         ({"prompts": ()}, "empty list"),
-        ({"prompts": ("fine", "word " * 1000)}, "prompt 1 .*use a shorter prompt"),
+        ({"prompts": ("fine", "word " * 1000)}, "item 1 .*use a shorter prompt"),
         ({"video": SizeConfig(width=40)}, "width 40 is not a multiple of 16 px.*use 32 or 48"),
         ({"video": SizeConfig(num_frames=10)}, "num_frames 10 is not 1 \\+ 4k: use 9 or 13"),
         ({"video": SizeConfig(fps=500.0)}, "fps 500 is outside 1..64"),
@@ -124,7 +125,7 @@ def test_what_is_left_out_is_drawn_as_the_model_recommends(
     config = replace(generate_config, model=str(model), sampling=SamplingChoice())
     card = read_card(config)
     assert card.sampling == SamplingConfig(**RECOMMENDED)
-    assert {job.request.sampling for job in _plan(config, card)} == {card.sampling}
+    assert {job.request.sampling for job in plan(config, card)} == {card.sampling}
     chosen = replace(config, sampling=SamplingChoice(num_steps=5, guidance_scale=1.0))
     assert read_card(chosen).sampling == SamplingConfig(**{**RECOMMENDED, "num_steps": 5, "guidance_scale": 1.0})
     assert read_card(chosen).identity == card.identity

@@ -4,13 +4,16 @@ import asyncio
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,12 @@ import pytest
 
 from pipelines.cluster import connect
 from pipelines.config import config_to_yaml
-from pipelines.errors import UserError
+from pipelines.errors import JobError, UserError
 from pipelines.generation.bulk import run
 from pipelines.generation.bulk.run import generate
 from pipelines.generation.config import BatchConfig, GenerateConfig, ReplicaConfig, ServeConfig
-from pipelines.generation.model import read_card
-from pipelines.generation.serving.run import http_application
+from pipelines.generation.serving import run as serving_run
+from pipelines.generation.serving.run import http_application, read_cards
 from tests.pipelines.generation.conftest import free_port
 
 TOKEN = "sesame"
@@ -43,7 +46,7 @@ def _cluster() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def service(_cluster: None, serve_config: ServeConfig) -> Iterator[str]:
     config = replace(serve_config, port=free_port(), token=TOKEN, body_timeout_s=4.0)
-    with http_application(read_card(config), config) as url:
+    with http_application(read_cards(config), config) as url:
         yield url
 
 
@@ -59,6 +62,7 @@ def videos_of(config: GenerateConfig) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(config.output).glob("*.mp4")}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_cluster")
 def test_bulk_resume_makes_only_what_is_missing_and_the_same_bytes(
     generate_config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
@@ -78,7 +82,7 @@ def test_bulk_resume_makes_only_what_is_missing_and_the_same_bytes(
     assert note["provenance"]["packages"]["torch"]
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "connect", lambda: pytest.fail("a cluster was asked for"))
+        patch.setattr(run, "_make", lambda *_, **__: pytest.fail("videos were made"))
         again = generate(config)
     assert (again.generated, again.skipped) == (0, 6)
 
@@ -103,14 +107,14 @@ def test_more_than_this_machine_has_is_refused_at_once(generate_config: Generate
 def test_http_invariance_videos_are_the_same_alone_and_in_company(service: str) -> None:
     async def main() -> None:
         async with client(service) as http:
-            alone = await http.post("/v1/videos", json=PROMPT)
+            alone = await http.post("/v1/videos/sync", json=PROMPT)
             assert alone.status_code == 200, alone.text
             assert alone.headers["content-type"] == "video/mp4"
             with av.open(io.BytesIO(alone.content)) as container:
                 assert sum(1 for _ in container.decode(video=0)) == 9
-            twice = await asyncio.gather(*(http.post("/v1/videos", json=PROMPT) for _ in range(2)))
+            twice = await asyncio.gather(*(http.post("/v1/videos/sync", json=PROMPT) for _ in range(2)))
             other = {"prompt": "a blue circle moves up over a green background", "seed": 1}
-            mixed = await asyncio.gather(*(http.post("/v1/videos", json=body) for body in (other, PROMPT)))
+            mixed = await asyncio.gather(*(http.post("/v1/videos/sync", json=body) for body in (other, PROMPT)))
             assert [answer.content for answer in (*twice, mixed[1])] == [alone.content] * 3
             assert mixed[0].content != alone.content
 
@@ -120,12 +124,12 @@ def test_http_invariance_videos_are_the_same_alone_and_in_company(service: str) 
 def test_http_errors(service: str) -> None:
     async def main() -> None:
         async with client(service) as http:
-            bad = await http.post("/v1/videos", json={**PROMPT, "size": "33x32"})
+            bad = await http.post("/v1/videos/sync", json={**PROMPT, "size": "33x32"})
             assert (bad.status_code, bad.json()["error"]["message"][:8]) == (400, "width 33")
-            unknown = await http.post("/v1/videos", json={**PROMPT, "fames": 9})
+            unknown = await http.post("/v1/videos/sync", json={**PROMPT, "fames": 9})
             assert (unknown.status_code, unknown.json()["error"]["field"]) == (400, "fames")
         async with client(service, "wrong") as http:
-            assert (await http.post("/v1/videos", json=PROMPT)).status_code == 401
+            assert (await http.post("/v1/videos/sync", json=PROMPT)).status_code == 401
             assert (await http.get("/v1/models")).status_code == 401
             assert (await http.get("/healthz")).json() == {"status": "ok", "queued": 0, "running": 0}
 
@@ -135,7 +139,7 @@ def test_http_errors(service: str) -> None:
 def test_http_full_queue_is_503_and_health_checks_go_on(service: str) -> None:
     async def main() -> None:
         async with client(service) as http:
-            tasks = [asyncio.create_task(http.post("/v1/videos", json={**PROMPT, **LONG})) for _ in range(12)]
+            tasks = [asyncio.create_task(http.post("/v1/videos/sync", json={**PROMPT, **LONG})) for _ in range(12)]
             delays = []
             while not all(task.done() for task in tasks):
                 begin = time.monotonic()
@@ -159,19 +163,19 @@ def test_http_a_client_that_leaves_frees_its_place(service: str) -> None:
     async def main() -> None:
         async with client(service) as http:
             with pytest.raises(httpx.ReadTimeout):
-                await http.post("/v1/videos", json={**PROMPT, **LONG, "steps": 200}, timeout=0.15)
+                await http.post("/v1/videos/sync", json={**PROMPT, **LONG, "steps": 200}, timeout=0.15)
             begin = time.monotonic()
             while (status := (await http.get("/healthz")).json())["running"] or status["queued"]:
                 assert time.monotonic() - begin < 5.0
                 await asyncio.sleep(0.02)
-            assert (await http.post("/v1/videos", json=PROMPT)).status_code == 200
+            assert (await http.post("/v1/videos/sync", json=PROMPT)).status_code == 200
 
     asyncio.run(main())
 
 
 def test_http_hundreds_of_unfinished_bodies_stop_nobody_else(service: str) -> None:
     head = (
-        f"POST /v1/videos HTTP/1.1\r\nHost: test\r\nAuthorization: Bearer {TOKEN}\r\n"
+        f"POST /v1/videos/sync HTTP/1.1\r\nHost: test\r\nAuthorization: Bearer {TOKEN}\r\n"
         "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
     )
 
@@ -187,11 +191,11 @@ def test_http_hundreds_of_unfinished_bodies_stop_nobody_else(service: str) -> No
 
     async def main() -> None:
         async with client(service) as http:
-            before = await http.post("/v1/videos", json=PROMPT)
+            before = await http.post("/v1/videos/sync", json=PROMPT)
             slow = [asyncio.create_task(begin_body()) for _ in range(400)]
             for _ in slow:
                 await opened.acquire()
-            during = await http.post("/v1/videos", json=PROMPT)
+            during = await http.post("/v1/videos/sync", json=PROMPT)
             assert (during.status_code, during.content) == (200, before.content)
             assert (await http.get("/healthz")).status_code == 200
             assert (await http.get("/v1/models")).status_code == 200
@@ -199,7 +203,7 @@ def test_http_hundreds_of_unfinished_bodies_stop_nobody_else(service: str) -> No
             answers = Counter(await asyncio.gather(*slow))
             assert answers.keys() == {"HTTP/1.1 408 Request Timeout", "HTTP/1.1 503 Service Unavailable"}
             assert (await http.get("/healthz")).json() == {"status": "ok", "queued": 0, "running": 0}
-            assert (await http.post("/v1/videos", json=PROMPT)).content == before.content
+            assert (await http.post("/v1/videos/sync", json=PROMPT)).content == before.content
 
     opened = asyncio.Semaphore(0)
     asyncio.run(main())
@@ -212,12 +216,53 @@ def test_one_video_into_one_file_beside_the_service(
     assert generate(config).generated == 1
     assert [path.name for path in tmp_path.iterdir()] == ["one.mp4"]
     # The same prompt, seed and settings give the same bytes through either way.
-    answer = httpx.post(f"{service}/v1/videos", json=PROMPT, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60.0)
+    answer = httpx.post(
+        f"{service}/v1/videos/sync", json=PROMPT, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60.0
+    )
     assert answer.content == (tmp_path / "one.mp4").read_bytes()
 
 
-def test_lumos_serve_announces_itself_and_ends_cleanly(serve_config: ServeConfig, tmp_path: Path) -> None:
-    config = replace(serve_config, port=free_port())
+def test_a_service_goes_on_whatever_is_wrong_with_the_models_that_it_is_told_to_read(
+    serve_config: ServeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = iter([PermissionError(13, "Permission denied", "model.safetensors"), None, KeyboardInterrupt()])
+
+    def read(_: ServeConfig) -> dict[str, Any]:
+        signal.raise_signal(signal.SIGHUP)  # the next time
+        if (error := next(found)) is not None:
+            raise error
+        return {}
+
+    def start(*_: object) -> None:
+        raise JobError("the model did not start: no memory")
+
+    monkeypatch.setattr(serving_run, "read_cards", read)
+    monkeypatch.setattr(serving_run, "service_deployment", lambda *_: None)
+    monkeypatch.setattr(serving_run, "run_application", start)
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGHUP)).start()
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            serving_run._replace_when_told(serve_config)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    read_wrong, not_started = capsys.readouterr().err.splitlines()
+    assert read_wrong.startswith("the models stay as they were: PermissionError: [Errno 13] Permission denied: 'model.")
+    assert not_started.startswith("the model did not start: no memory; old ones ended for it: put the folder right")
+
+
+@pytest.mark.slow
+def test_lumos_serve_announces_itself_replaces_its_models_when_told_and_ends_cleanly(
+    serve_config: ServeConfig, tmp_path: Path
+) -> None:
+    shutil.copytree(serve_config.model, tmp_path / "small")
+    config = replace(
+        serve_config,
+        port=free_port(),
+        max_replicas=2,
+        models={"small": str(tmp_path / "small")},
+        batch=BatchConfig(max_size=1, max_queued=64),
+    )
     (tmp_path / "serve.yaml").write_text(config_to_yaml(config))
     environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "LUMOS_SERVE_TOKEN")}
     process = subprocess.Popen(
@@ -236,8 +281,25 @@ def test_lumos_serve_announces_itself_and_ends_cleanly(serve_config: ServeConfig
             lines.append(line)
         url = f"http://127.0.0.1:{config.port}"
         assert url in "".join(lines)
-        answer = httpx.post(f"{url}/v1/videos", json=PROMPT, timeout=60.0)
+        assert lines[0] == "loading\n"
+        models = httpx.get(f"{url}/v1/models", timeout=60.0).json()["data"]
+        assert [model["id"] for model in models] == [Path(serve_config.model).parent.name, "small"]
+        small = {**PROMPT, "model": "small"}
+        answer = httpx.post(f"{url}/v1/videos/sync", json=small, timeout=60.0)
         assert answer.status_code == 200
+        job = httpx.post(f"{url}/v1/videos", json={**small, **LONG}, timeout=60.0).json()
+        body = {**PROMPT, **LONG, "steps": 200}
+        with ThreadPoolExecutor(24) as pool:  # more than is done in the 5 s that Serve would give them
+            direct = [pool.submit(httpx.post, f"{url}/v1/videos/sync", json=body, timeout=300.0) for _ in range(24)]
+            while httpx.get(f"{url}/ready", timeout=60.0).json()["queued"] < 8:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGHUP)
+            assert process.stdout.readline() == "the models were read anew\n"
+        assert [future.result().status_code for future in direct] == [200] * len(direct)
+        while (found := httpx.get(f"{url}/v1/videos/{job['id']}", timeout=60.0)).json()["status"] != "completed":
+            assert found.json()["status"] in ("queued", "in_progress"), found.text
+            time.sleep(0.1)
+        assert httpx.post(f"{url}/v1/videos/sync", json=small, timeout=60.0).content == answer.content
         process.send_signal(signal.SIGTERM)
         rest, _ = process.communicate(timeout=30)
         assert process.returncode == 0, rest

@@ -1,3 +1,4 @@
+import itertools
 import re
 from importlib import resources
 from xml.etree import ElementTree
@@ -62,6 +63,21 @@ def test_lines_of_a_chart_can_be_told_apart():
     strokes = re.findall(r'style="fill: none; ([^"]*var\(--series-\d\)[^"]*)"', svg)
     assert len(set(strokes)) == len(names)
     assert len({stroke.partition("stroke: ")[0] for stroke in strokes}) == len(plots._DASHES)
+
+
+def test_names_at_the_ends_of_lines_keep_apart_and_have_their_colors():
+    ends = {"a": 2.0, "b": 2.01, "c": 5.0, "d": 2.02}
+    lines = {name: [(1.0, 6.0), (9.0, end)] for name, end in ends.items()}
+    svg = line_chart(lines, title="t", x_label="x", y_label="y", at_ends=True)
+    places = {}
+    for index, name in enumerate(ends):
+        [(style, place)] = re.findall(rf'<text style="([^"]*)" x="[\d.]+" y="([\d.]+)"[^>]*>{name}<', svg)
+        assert f"var(--series-{index})" in style
+        places[name] = float(place)
+    assert sorted(places, key=places.__getitem__, reverse=True) == ["a", "b", "d", "c"]
+    heights = sorted(places.values())
+    assert min(b - a for a, b in itertools.pairwise(heights)) > 12
+    assert all(0 < height < 260 for height in heights)
 
 
 def test_an_outlier_is_told_and_leaves_the_others_their_room():

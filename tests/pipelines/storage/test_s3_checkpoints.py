@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def run(direct, bucket, tmp_path):
     return f"{bucket}/runs/one", model
 
 
-def test_a_model_is_exported_out_of_a_store(run, proxy, tmp_path, monkeypatch):
+def test_a_model_is_exported_out_of_a_store(run, proxy, tmp_path, monkeypatch, direct):
     uri, model = run
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
@@ -63,6 +64,11 @@ def test_a_model_is_exported_out_of_a_store(run, proxy, tmp_path, monkeypatch):
         ours, theirs = loaded.model.state_dict(), model.state_dict()
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    done = CliRunner().invoke(export_command, [uri, f"{uri}/model"])
+    assert done.output == f"model of step 3: {uri}/model\n"
+    assert {Path(path).name for path in direct.find(f"{uri}/model")} >= {"config.json", "model.safetensors"}
+    assert direct.cat_file(f"{uri}/model/config.json") == (tmp_path / "model-0" / "config.json").read_bytes()
+    direct.rm(f"{uri}/model", recursive=True)
     assert list((tmp_path / "temporary").glob("lumos-*")) == [], "nothing that was fetched is left"
 
 
@@ -99,6 +105,7 @@ def test_a_run_is_forked_from_one_whose_checkpoints_are_in_a_store(run, tmp_path
     assert [part.name for part in parts] == ["00000001-00000003.jsonl"]
 
 
+@pytest.mark.slow
 def test_the_workers_of_a_node_fetch_a_checkpoint_once(run, proxy, tmp_path):
     uri, _ = run
     run_ranks("engine_ranks", "fetch", tmp_path, f"{uri}/attempt-00001/{STEP.format(1)}")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import threading
 import time
 
 import pytest
@@ -32,19 +33,58 @@ def test_the_lock_is_held_through_faults_and_by_one_only(proxy, bucket, monkeypa
         check_lock(f"{bucket}/d")
 
 
-def test_the_lock_of_a_killed_run_expires(bucket, direct, monkeypatch):
+def test_the_lock_of_a_killed_run_expires(bucket, direct, monkeypatch, capsys):
     uri, path = f"{bucket}/d", f"{bucket}/d/.lock".removeprefix("s3://")
     direct.pipe_file(path, OTHER_OWNER)
-    refused = pytest.raises(UserError, match=r"pid 7 on elsewhere since 2026-01-01: lumos curate\)")
-    with refused as refusal, dataset_lock(uri):
-        pass
-    silent, left = re.search(r"life (\d+) s ago.* free (\d+) s from now", str(refusal.value)).groups()
-    assert int(silent) + int(left) in range(59, 62)  # seconds, each rounded by itself
-    monkeypatch.setattr(lock, "EXPIRY_SECONDS", 2.0)
-    time.sleep(3)
+    monkeypatch.setattr(lock, "EXPIRY_SECONDS", 4.0)
+    begin = time.monotonic()
     with dataset_lock(uri):
         assert json.loads(direct.cat_file(path))["pid"] == os.getpid()
+    assert time.monotonic() - begin > 2
     assert not direct.exists(path)
+    said = capsys.readouterr().err
+    assert "was in use by another run (pid 7 on elsewhere since 2026-01-01: lumos curate), whose last sign" in said
+    silent, left = re.search(r"life is (\d+) s old: waiting up to (\d+) s", said).groups()
+    assert int(silent) + int(left) in range(3, 6)  # seconds, each rounded by itself
+
+
+def test_who_waits_for_a_killed_run_is_refused_by_one_that_lives(bucket, direct):
+    uri, path = f"{bucket}/d", f"{bucket}/d/.lock".removeprefix("s3://")
+    direct.pipe_file(path, OTHER_OWNER)
+    later = threading.Timer(1.5, direct.pipe_file, (path, OTHER_OWNER.replace(b'"x"', b'"x", "renewals": 2')))
+    later.start()
+    with pytest.raises(UserError, match=r"in use by another run \(pid 7 .* just now: wait"), dataset_lock(uri):
+        pass
+    later.join()
+    assert direct.exists(path)
+
+
+def test_who_waits_for_a_killed_run_goes_on_when_the_lock_is_taken_away(bucket, direct):
+    uri, path = f"{bucket}/d", f"{bucket}/d/.lock".removeprefix("s3://")
+    direct.pipe_file(path, OTHER_OWNER)
+    later = threading.Timer(1.5, direct.rm_file, (path,))
+    later.start()
+    with dataset_lock(uri):
+        assert json.loads(direct.cat_file(path))["pid"] == os.getpid()
+    later.join()
+
+
+def test_who_waits_for_a_killed_run_bears_a_store_that_fails_now_and_then(bucket, direct, monkeypatch):
+    uri, path = f"{bucket}/d", f"{bucket}/d/.lock".removeprefix("s3://")
+    direct.pipe_file(path, OTHER_OWNER)
+    monkeypatch.setattr(lock, "EXPIRY_SECONDS", 3.0)
+    monkeypatch.setattr(lock, "_LOOK_SECONDS", 0.2)
+    read, looks = lock._read, []
+
+    def fail_often(uri):
+        looks.append(uri)
+        if 2 < len(looks) < 7:  # the first two are before it waits
+            raise OSError(5, "InternalError", uri)
+        return read(uri)
+
+    monkeypatch.setattr(lock, "_read", fail_often)
+    with dataset_lock(uri):
+        assert json.loads(direct.cat_file(path))["pid"] == os.getpid()
 
 
 def test_the_lock_of_a_killed_run_is_taken_away_by_hand(bucket, direct):

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,16 +31,20 @@ def write_snapshot(
     *,
     rows_per_shard: int = 5,
     tokenizer_hash: str = "sha256:test",
+    codebook_size: int = CODEBOOK,
     held_out: Mapping[tuple[int, int, int], int] | None = None,
+    captions: Sequence[str] = (),
 ) -> Path:
     """A dataset with one snapshot of ``buckets`` (latent shape -> training rows); returns the dataset's folder.
 
-    ``held_out`` are likewise rows of the split val.
+    ``held_out`` are likewise rows of the split val. Rows of a bucket have ``captions`` in turn, if there are any.
     """
     snapshot = folder / "snapshots" / "v0001-00000000"
     splits = {"train": buckets, "val": held_out or {}}
     entries = [
-        _write_bucket(snapshot, split, shape, rows, rows_per_shard)
+        _write_bucket(
+            snapshot, split, shape, [_record(split, shape, row, captions) for row in range(rows)], rows_per_shard
+        )
         for split, of_split in splits.items()
         for shape, rows in of_split.items()
     ]
@@ -57,7 +61,7 @@ def write_snapshot(
         "created_from": {"config": {}, "stage_hashes": {}},
         "tokenizer": {
             "kind": "fsq",
-            "codebook_size": CODEBOOK,
+            "codebook_size": codebook_size,
             "compression": [4, 8, 8],
             "weights_hash": tokenizer_hash,
         },
@@ -71,12 +75,12 @@ def write_snapshot(
 
 
 def _write_bucket(
-    snapshot: Path, split: str, shape: tuple[int, int, int], rows: int, rows_per_shard: int
+    snapshot: Path, split: str, shape: tuple[int, int, int], rows: list[dict[str, object]], rows_per_shard: int
 ) -> dict[str, object]:
     t, h, w = shape
     shards = []
-    for number, first in enumerate(range(0, rows, rows_per_shard)):
-        records = [_record(split, shape, row) for row in range(first, min(first + rows_per_shard, rows))]
+    for number, first in enumerate(range(0, len(rows), rows_per_shard)):
+        records = rows[first : first + rows_per_shard]
         path = snapshot / f"data/{split}/{t}x{h}x{w}/shard-{number:05d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist(records, schema=_SCHEMA), path, compression="zstd")
@@ -84,21 +88,21 @@ def _write_bucket(
         relative = str(path.relative_to(snapshot))
         shards.append({"path": relative, "rows": len(records), "bytes": size, "sha256": _sha256(path)})
     size = sum(int(str(shard["bytes"])) for shard in shards)
-    return {"split": split, "t": t, "h": h, "w": w, "rows": rows, "bytes": size, "shards": shards}
+    return {"split": split, "t": t, "h": h, "w": w, "rows": len(rows), "bytes": size, "shards": shards}
 
 
-def _record(split: str, shape: tuple[int, int, int], row: int) -> dict[str, object]:
+def _record(split: str, shape: tuple[int, int, int], row: int, captions: Sequence[str]) -> dict[str, object]:
     """Codes follow the caption's number, so that there is something to learn."""
     t, h, w = shape
     kind = row % 4
     codes = (np.arange(t * h * w) * (kind + 1) + kind) % CODEBOOK
     name = f"{t}x{h}x{w}-{row:05d}" if split == "train" else f"{split}-{t}x{h}x{w}-{row:05d}"
-    captions = [f"pattern {kind}", f"the pattern called {kind}"]
+    texts = [captions[row % len(captions)]] if captions else [f"pattern {kind}", f"the pattern called {kind}"]
     return {
         "clip_id": name,
         "source_id": f"source-{name}",
         "split": split,
-        "captions": [{"text": text, "captioner": "test"} for text in captions],
+        "captions": [{"text": text, "captioner": "test"} for text in texts],
         "fps": 12.0,
         "t": t,
         "h": h,

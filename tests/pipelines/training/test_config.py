@@ -4,10 +4,17 @@ from pathlib import Path
 
 import pytest
 
+from lumos.config import SamplingChoice
 from lumos.vocabulary import Vocabulary
 from pipelines.config import config_hash, load_config, shipped_configs
 from pipelines.errors import UserError
-from pipelines.training.config import OptimizerConfig, ResourceConfig, TrainConfig
+from pipelines.training.config import (
+    OptimizerConfig,
+    ResourceConfig,
+    SamplingTrialConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 from pipelines.training.engine import check_engine, engine_settings, read_deepspeed_file
 from tests.pipelines.training.runs import tiny_config
 
@@ -43,13 +50,42 @@ def test_shipped_configs_are_valid(name):
         ("data.grid_unit=12", "grid_unit must be a positive multiple of 8 px, got 12"),
         ("recommended_sampling.num_steps=0", "recommended_sampling: num_steps must be at least 1, got 0"),
         ("recommended_sampling.steps=3", "unknown key 'recommended_sampling.steps'"),
+        ("sampling_choice={candidates: []}", "sampling_choice: candidates is empty: name at least one, or set"),
+        ("sampling_choice={}", "key 'sampling_choice.candidates' is missing"),
+        ("sampling_choice={candidates: [{}]}", "candidates.0 is recommended_sampling itself: change a value"),
+        (
+            "sampling_choice={candidates: [{guidance_scale: 3.0}, {guidance_scale: 3.0, num_steps: 12}]}",
+            r"sampling_choice.candidates.1 is the same as sampling_choice.candidates.0: change a value",
+        ),
+        (
+            "sampling_choice={candidates: [{history_ratio: 0.3}, {history_ratio: 1.3}]}",
+            r"sampling_choice.candidates.1: history_ratio must be in \[0, 1\], got 1.3",
+        ),
+        (
+            "sampling_choice={candidates: [{num_step: 3}]}",
+            "unknown key 'sampling_choice.candidates.0.num_step' = 3; did you mean 'num_steps'",
+        ),
+        ("sampling_choice={candidates: [{num_steps: 3}], prompts: 4}", "prompts must be at least 8, got 4"),
+        (
+            "sampling_choice={candidates: [{num_steps: 3}], prompts: 129}",
+            "sampling_choice.prompts = 129 exceeds validation.rows = 128: they are captions of those rows",
+        ),
         ("optimiser.lr=1.0", "unknown key 'optimiser'.*did you mean 'optimizer'"),
+        ("steps=-3", "steps must be at least 1, got -3"),
+        ("batch_size=4", "unknown key 'batch_size' = 4; did you mean 'global_batch'"),
+        ("optimizer.learning_rate=0.1", "unknown key 'optimizer.learning_rate' = 0.1; did you mean 'optimizer.lr'"),
+        ("ema=0.99", "ema: it is a mapping of decay, start; got 0.99"),
         ("steps=many", "steps: input should be a valid integer, got 'many'"),
     ],
 )
 def test_bad_values_are_errors_that_name_them(override, message):
     with pytest.raises(UserError, match=message):
         load_config(TrainConfig, "quickstart", [override])
+
+
+def test_a_near_name_of_a_shipped_config_is_told():
+    with pytest.raises(UserError, match=r"'quickstrat' is neither .*\); did you mean 'quickstart'\?"):
+        load_config(TrainConfig, "quickstrat")
 
 
 def test_sources_have_weights_or_none_has(tmp_path):
@@ -80,6 +116,15 @@ def test_identity_leaves_out_what_does_not_change_the_result():
     assert replace(CONFIG, steps=61).identity_hash() != CONFIG.identity_hash()
     constant = replace(CONFIG, optimizer=replace(CONFIG.optimizer, schedule="constant"))
     assert replace(constant, steps=61).identity_hash() == constant.identity_hash()
+
+
+def test_a_trial_of_ways_to_sample_is_on_held_out_prompts():
+    trial = SamplingTrialConfig(candidates=(SamplingChoice(num_steps=3),))
+    assert replace(CONFIG, sampling_choice=trial).identity_hash() == CONFIG.identity_hash()
+    trained_on = ValidationConfig(every=0, split=CONFIG.data.split)
+    assert replace(CONFIG, validation=trained_on).sampling_choice is None
+    with pytest.raises(ValueError, match="split = train is trained on: name another, or set sampling_choice=null and"):
+        replace(CONFIG, validation=trained_on, sampling_choice=trial)
 
 
 def test_identity_is_that_of_older_programs():
@@ -114,6 +159,20 @@ def test_deepspeed_files_are_found_and_checked(tmp_path):
         own.write_text(text)
         with pytest.raises(UserError, match=r"own.json must hold a mapping of keys to values, and so must its zero_op"):
             read_deepspeed_file(str(own))
+    for text, message in (
+        (
+            '{"zero_optimisation": {"stage": 2}}',
+            r"own.json: unknown key zero_optimisation; did you mean zero_optimization",
+        ),
+        ('{"zero_optimization": {"stagee": 2}}', r"unknown key zero_optimization.stagee; did you mean stage\?"),
+        ('{"my_own_wishes": 1}', r"unknown key my_own_wishes; remove it"),
+    ):
+        own.write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_deepspeed_file(str(own))
+    known = {"wall_clock_breakdown": True, "flops_profiler": {}, "zero_optimization": {"stage3_max_reuse_distance": 1}}
+    own.write_text(json.dumps(known))
+    assert read_deepspeed_file(str(own)) == known
 
 
 @pytest.mark.parametrize(

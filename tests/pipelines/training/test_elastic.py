@@ -1,5 +1,6 @@
 """Training on nodes that go and come: real Ray nodes, as processes of this machine."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from pipelines.config import config_to_yaml
+from pipelines.training.checkpoints import find_checkpoints
 from pipelines.training.config import CheckpointConfig, OptimizerConfig, ResourceConfig, TrackingConfig
 from pipelines.training.record import StepRecord
 from tests.pipelines.training.runs import tiny_config
@@ -32,14 +34,14 @@ def nodes():
     cluster.shutdown()
 
 
-def started(dataset: Path, output: Path, nodes: Cluster, **changes: Any) -> subprocess.Popen[str]:
+def started(dataset: Path, output: Path, nodes: Cluster, *, every: int = 50, **changes: Any) -> subprocess.Popen[str]:
     config = tiny_config(
         dataset,
         output,
         resources=_RESOURCES,
         optimizer=OptimizerConfig(lr=1e-3, schedule="constant", warmup_steps=0, clip_norm=1.0),
         tracking=TrackingConfig(flush_seconds=5.0, log_every=100),
-        checkpoint=CheckpointConfig(every=50, storage=str(output.parent / f"{output.name}-storage")),
+        checkpoint=CheckpointConfig(every=every, storage=storage(output)),
         **changes,
     )
     file = output.with_suffix(".yaml")
@@ -52,6 +54,10 @@ def started(dataset: Path, output: Path, nodes: Cluster, **changes: Any) -> subp
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def storage(output: Path) -> str:
+    return str(output.parent / f"{output.name}-storage")
 
 
 def recorded(output: Path) -> list[StepRecord]:
@@ -92,3 +98,32 @@ def test_a_node_is_lost_and_another_comes(nodes, tmp_path):
     expected = recorded(whole)
     assert [r.masked_tokens for r in records[:_COMPARED]] == [r.masked_tokens for r in expected]
     assert [r.loss for r in records[:_COMPARED]] == pytest.approx([r.loss for r in expected], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_node_about_to_be_taken_away_is_saved_for(nodes, tmp_path):
+    """As a cloud reclaims one: told before. The run loses no step that it had made when it was told."""
+    dataset = write_snapshot(tmp_path / "dataset", {(2, 4, 4): 21, (3, 4, 6): 8})
+    output = tmp_path / "preempted"
+    second = nodes.add_node(num_cpus=_NODE_CPUS)
+    driver = started(dataset, output, nodes, steps=100_000, min_workers=1, every=100_000)
+    await_steps(driver, output, lambda records: len(records) >= 10 and records[-1].workers == 2)
+    told = len(recorded(output))
+    drain = "ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message reclaimed"
+    ending = f"--deadline-remaining-seconds 60 --address {nodes.address} --node-id {second.node_id}"
+    subprocess.run([*drain.split(), *ending.split()], check=True, timeout=60)
+    kept = json.loads((output / "run.json").read_text())["storage"]
+    await_steps(driver, output, lambda _: find_checkpoints(kept))
+    (saved,) = (stored.state.step for stored in find_checkpoints(kept))
+    assert saved > told
+    nodes.remove_node(second, allow_graceful=False)
+    await_steps(driver, output, lambda records: records[-1].workers == 1)
+    driver.send_signal(signal.SIGTERM)
+    assert driver.wait(timeout=120) == 1
+    records = recorded(output)
+    assert [record.step for record in records] == list(range(1, len(records) + 1))
+    # Steps made after that save, before the node went, are recorded already and are computed once more.
+    starts = json.loads((output / "run.json").read_text())["starts"]
+    assert [(start["workers"], start["step"]) for start in starts] == [(2, 0), (1, saved)]
+    assert next(record.step for record in records if record.workers == 1) > saved

@@ -7,30 +7,37 @@ import pytest
 from tests.pipelines.training.runs import run_ranks
 
 
+@pytest.mark.slow
 def test_muon_under_zero1_continues_exactly(tmp_path: Path):
     run_ranks("muon_resume", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_changes_nothing_on_any_stage(tmp_path: Path):
     run_ranks("engine_ranks", "skip", tmp_path)
 
 
+@pytest.mark.slow
 def test_stages_agree_with_partitioned_tensors_too(tmp_path: Path):
     run_ranks("engine_ranks", "agree", tmp_path)
 
 
+@pytest.mark.slow
 def test_rows_need_not_divide_evenly_among_workers(tmp_path: Path):
     run_ranks("engine_ranks", "uneven", tmp_path)
 
 
+@pytest.mark.slow
 def test_the_average_of_the_weights_on_any_stage(tmp_path: Path):
     run_ranks("engine_ranks", "average", tmp_path)
 
 
+@pytest.mark.slow
 def test_text_is_trained_where_a_worker_has_no_caption(tmp_path: Path):
     run_ranks("engine_ranks", "text", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_one_worker_cannot_write_is_left_out(tmp_path: Path):
     for scenario in ("full_disk", "unwritable"):
         run_ranks("engine_ranks", scenario, tmp_path)
@@ -40,6 +47,7 @@ def test_the_space_that_a_checkpoint_needs_is_known_before(tmp_path: Path):
     run_ranks("engine_ranks", "room", tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("written", "resumed"),
     [

@@ -19,6 +19,7 @@ from pipelines.training.device_memory import Pass, Setup, block_activations, wor
 from pipelines.training.estimate import make_plan
 from pipelines.training.estimate_text import as_text, as_values
 from pipelines.training.plan_question import make_question, parse_rows
+from pipelines.training.precision import has_bf16_products
 
 from .runs import tiny_config
 from .snapshots import CODEBOOK, write_snapshot
@@ -26,18 +27,29 @@ from .snapshots import CODEBOOK, write_snapshot
 ONE_CLIP = Pass(tokens=13_000, predictions=10_000)
 
 
-def test_planned_memory_is_within_15_percent_of_what_a_step_takes(tmp_path):
-    """Two processes with real engines, ZeRO-1 to 3, float32 and bf16; how it is measured: memory_steps.py."""
+def off_by(folder, *cases):
+    """Of each case, the planned memory by the measured, less 1: two processes with real engines (memory_steps.py)."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "tests.pipelines.training.memory_steps", str(tmp_path)]
+    command += ["-m", "tests.pipelines.training.memory_steps", str(folder), *cases]
     done = subprocess.run(command, capture_output=True, text=True, timeout=290)
     assert done.returncode == 0, done.stderr[-3000:]
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert len(figures) == 4
-    off = {case: found["planned"] / found["measured"] - 1 for case, found in figures.items()}
+    figures = json.loads((folder / "figures.json").read_text())
+    assert list(figures) == list(cases)
+    return {case: found["planned"] / found["measured"] - 1 for case, found in figures.items()}
+
+
+@pytest.mark.slow
+def test_planned_memory_is_within_15_percent_of_what_a_step_takes(tmp_path):
+    (off,) = off_by(tmp_path, "float32 zero1").values()
+    assert abs(off) < 0.15
+
+
+@pytest.mark.skipif(not has_bf16_products(), reason="this CPU does not multiply in bf16: it would take ten minutes")
+def test_planned_memory_in_bf16_is_within_15_percent_of_what_a_step_takes(tmp_path):
+    off = off_by(tmp_path, "bf16 zero2 full", "bf16 zero1 grouped", "bf16 zero3")
     zero3 = off.pop("bf16 zero3")  # measured 10 to 18 % above the plan, which says so
-    assert max(map(abs, off.values())) < 0.15, (off, figures)
-    assert abs(zero3) < 0.25, figures
+    assert max(map(abs, off.values())) < 0.15
+    assert abs(zero3) < 0.25
 
 
 def setup(**changes):

@@ -10,6 +10,7 @@ from lumos.config import TokenizerInfo
 from lumos.layout import parse
 from pipelines.data.snapshot.write import PublishConfig
 from pipelines.data.snapshot.write import write_snapshot as write_published
+from pipelines.errors import UserError
 from pipelines.training.config import MixConfig, SourceConfig
 from pipelines.training.ingest import StepLoader, StepSource, unpack
 from pipelines.training.prepare import prepare
@@ -135,7 +136,7 @@ def test_captions_are_cut_to_what_the_model_can_read(prepared):
 
 def test_a_bad_row_is_named(prepared):
     vocabulary = replace(prepared.vocabulary, codebook_size=10)
-    with pytest.raises(ValueError, match=r"clip \dx4x\d-\d+ of .*codes reach from 0 to 63, outside 0..9"):
+    with pytest.raises(UserError, match=r"clip \dx4x\d-\d+ of .*codes reach from 0 to 63, outside 0..9"):
         list(islice(split_documents(StepLoader(replace(prepared, vocabulary=vocabulary), 0, 1), 0), 1))
 
 

@@ -137,6 +137,7 @@ def test_a_chameleon_whose_heads_differ_is_refused(tmp_path):
         first_weights(tmp_path, small_model(), VOCABULARY, tmp_path / "chameleon")
 
 
+@pytest.mark.slow
 def test_others_checkpoints_train_and_come_back_bit_for_bit(tmp_path):
     """Two processes, ZeRO-1 and a ZeRO-3 that partitions every tensor; what is asserted is in initialize_steps.py."""
     write_release(tmp_path / "release", num_layers=1, hidden_size=32, intermediate_size=64)

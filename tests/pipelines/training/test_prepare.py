@@ -15,7 +15,7 @@ from pipelines.errors import UserError
 from pipelines.training.config import SourceConfig
 from pipelines.training.output import Output
 from pipelines.training.prepare import prepare
-from pipelines.training.resume import held
+from pipelines.training.resume import describe_fork, held
 from tests.pipelines.training.runs import TINY, tiny_config
 from tests.pipelines.training.snapshots import CODEBOOK, write_snapshot
 
@@ -53,6 +53,45 @@ def test_too_few_rows_is_an_error(config):
 def test_a_missing_dataset_is_an_error(config, tmp_path):
     with pytest.raises(UserError, match=r"nowhere holds no published snapshot; make one with `lumos curate`"):
         prepare(replace(config, data=replace(config.data, dataset=str(tmp_path / "nowhere"))))
+
+
+def test_a_store_that_does_not_answer_is_told_within_seconds(config, monkeypatch):
+    for name, value in (
+        ("ENDPOINT_URL", "http://127.0.0.1:9"),
+        ("ACCESS_KEY_ID", "test"),
+        ("SECRET_ACCESS_KEY", "test"),
+    ):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    silent = r"store: http://127.0.0.1:9\); check AWS_ENDPOINT_URL, and that the store is up"
+    with pytest.raises(UserError, match=rf"s3://bucket/ds cannot be used: .*{silent}"):
+        prepare(replace(config, data=replace(config.data, dataset="s3://bucket/ds")))
+    with pytest.raises(UserError, match=rf"s3://bucket/base cannot be used: .*{silent}"):
+        prepare(replace(config, init_from="s3://bucket/base"))
+    with pytest.raises(UserError, match=rf"fork_from = s3://bucket/run@3 cannot be used: .*{silent}"):
+        describe_fork("s3://bucket/run@3")
+
+
+def test_a_dataset_that_is_a_file_is_an_error(config, tmp_path):
+    (tmp_path / "list.csv").touch()
+    with pytest.raises(UserError, match=r"dataset = \S*list.csv is a file; name the folder of a dataset"):
+        prepare(replace(config, data=replace(config.data, dataset=str(tmp_path / "list.csv"))))
+
+
+def test_a_split_that_is_not_there_is_an_error(config, tmp_path):
+    dataset = write_snapshot(tmp_path / "dataset", {(2, 4, 4): 13}, held_out={(2, 4, 4): 2})
+    asked = replace(config, data=replace(config.data, dataset=str(dataset), split="tset"))
+    with pytest.raises(UserError, match=r"data.split: no split 'tset'; there are train, val"):
+        prepare(asked)
+
+
+def test_codes_beyond_the_manifests_codebook_are_an_error_before_the_work(config, tmp_path):
+    dataset = write_snapshot(tmp_path / "dataset", {(2, 4, 4): 13})
+    (file,) = dataset.glob("snapshots/*/manifest.json")
+    file.write_text(file.read_text().replace(f'"codebook_size": {CODEBOOK}', '"codebook_size": 16'))
+    with pytest.raises(
+        UserError, match=r"manifest.json says codebook_size = 16 of the tokenizer, and clip \S+ has the "
+    ):
+        prepare(replace(config, data=replace(config.data, dataset=str(dataset))))
 
 
 def test_a_snapshot_of_another_tokenizer_is_an_error(config):
@@ -206,8 +245,21 @@ def test_an_output_of_another_run_is_an_error(config, tmp_path):
     (tmp_path / "letters" / "one.txt").touch()
     with pytest.raises(UserError, match="is not empty and holds no training run"):
         Output(replace(config, output=str(tmp_path / "letters")), snapshot_digest="a" * 64)
-    with pytest.raises(UserError, match=r"output = 's3://bucket/run' is not a local folder"):
-        Output(replace(config, output="s3://bucket/run"), snapshot_digest="a" * 64)
+    assert (
+        Output(replace(config, output=f"file://{tmp_path}/a%20b"), snapshot_digest="a" * 64).folder == tmp_path / "a b"
+    )
+
+
+def test_what_differs_is_counted_and_a_fork_is_named(config, tmp_path):
+    Output(config, snapshot_digest="a" * 64).begin(config)
+    optimizer = replace(config.optimizer, lr=1e-5, eps=1e-6, beta1=0.8, beta2=0.9, weight_decay=0.0)
+    asked = replace(config, seed=1, optimizer=optimizer, data=replace(config.data, caption_drop=0.5), precision="bf16")
+    fork = rf"and 2 more\): name another output, with fork_from={tmp_path / 'out'} to begin with what that one has"
+    with pytest.raises(UserError, match=fork):
+        Output(asked, snapshot_digest="a" * 64)
+    wider = replace(config, model=replace(config.model, hidden_size=128))
+    with pytest.raises(UserError, match=r"128 asked for\): name another output; or ask for the same run"):
+        Output(wider, snapshot_digest="a" * 64)
 
 
 def test_the_model_recommends_what_its_run_says(config):

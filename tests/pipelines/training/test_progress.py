@@ -16,6 +16,7 @@ def test_lines_with_the_time_stand_where_there_is_no_terminal(capsys):
     steps = [re.search(r"step (\d+)/100: loss 1.000, 5 tokens/s", line) for line in lines[1:]]
     assert [int(step.group(1)) for step in steps if step] == [1, 50, 100], "the first, a validation, the last"
     assert "validation 2.500" in lines[2]
+    assert [" left" in line for line in lines[1:]] == [False, True, True], "after one step nothing is known"
 
 
 def test_nothing_is_said_where_progress_is_off(capsys):

@@ -18,6 +18,7 @@ from pipelines.training.run import train
 from pipelines.training.sender import Sender
 from tests.pipelines.training.runs import step_record, tiny_config
 from tests.pipelines.training.snapshots import write_snapshot
+from tests.pipelines.training.test_checkpoints import STEP, write_checkpoint
 
 
 def test_an_interrupt_of_the_workers_is_one_of_the_driver():
@@ -39,6 +40,22 @@ def open_run(config) -> tuple[Output, Sender]:
     output = Output(config, snapshot_digest=prepared.dataset_digest)
     output.begin(config)
     return output, Sender(prepared=prepared, output=output, history=History(output.metrics_file), kept=dict)
+
+
+def test_what_is_kept_says_which_step_it_goes_on_from(tmp_path, monkeypatch):
+    config = tiny_config(write_snapshot(tmp_path / "dataset", {(2, 4, 4): 13}), tmp_path / "out")
+    output, sender = open_run(config)
+    sender.history.add([step_record(step) for step in range(1, 19)])
+    kept = f"18 steps are in {output.folder}; the same command"
+    assert run_module._kept(output, sender.history) == f"{kept} begins again from step 1"
+    write_checkpoint(tmp_path / "out" / "checkpoints", f"attempt-00001/{STEP.format(1)}", 15)
+    assert run_module._kept(output, sender.history) == f"{kept} continues from the checkpoint of step 15"
+
+    def away(_):
+        raise OSError("the store is away")
+
+    monkeypatch.setattr(run_module, "find_checkpoints", away)
+    assert run_module._kept(output, sender.history) == f"{kept} continues from the last checkpoint"
 
 
 def test_workers_are_told_whole_paths(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
+import lumos
 from lumos.checkpoint import ModelInfo, save_checkpoint
 from lumos.config import SamplingConfig, TokenizerConfig, TokenizerInfo
 from lumos.decoder import Decoder
@@ -19,6 +20,7 @@ from pipelines import sample_corpus
 from pipelines.evaluation.compare.runs import SAMPLES_FILE
 from pipelines.training.checkpoints import LoopState, StoredCheckpoint
 from pipelines.training.config import CheckpointConfig, SamplesConfig
+from pipelines.training.export import export
 from pipelines.training.prepare import prepare
 from pipelines.training.sample import (
     Sampler,
@@ -63,6 +65,14 @@ def stored(tmp_path_factory) -> StoredCheckpoint:
     return StoredCheckpoint(str(folder), state)
 
 
+def test_a_model_folder_recommends_another_sampling_if_told_so(stored, tmp_path):
+    export(stored, tmp_path / "as-configured")
+    export(stored, tmp_path / "other", sampling=SamplingConfig(history_ratio=0.25))
+    found = [lumos.load(tmp_path / name).info for name in ("as-configured", "other")]
+    assert found[0].sampling == SamplingConfig(num_steps=2)
+    assert found[1] == replace(found[0], sampling=SamplingConfig(history_ratio=0.25))
+
+
 def prepared(dataset, folder, **samples):
     return prepare(tiny_config(dataset, folder, samples=SamplesConfig(every=10, num_cpus=0.5, **samples)))
 
@@ -79,7 +89,9 @@ def test_videos_are_drawn_judged_and_sent_once(dataset, stored, tmp_path):
     run = prepared(dataset, tmp_path / "out", prompts=tuple(CAPTIONS))
     found = draw_samples(run, stored, CAPTIONS)
     assert draw_samples(run, stored, CAPTIONS) == found, "seeds and weights decide"
-    assert set(found.metrics) == {f"judge_{name}" for name in ("color", "background", "shape", "direction", "all")}
+    assert {f"judge_{name}" for name in ("color", "background", "shape", "direction", "size", "all", "strict")} <= set(
+        found.metrics
+    )
     output, _, sender = open_run(dataset, tmp_path / "out")
     folder = write_samples(output.samples, 10, found, time=1000.0)
     said, strips = read_samples(folder)

@@ -164,6 +164,7 @@ class Server:
             self.process = None
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # two starts of a server
 def test_an_outage_at_start_middle_and_end_fails_nothing_and_nothing_is_lost(dataset, tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

@@ -105,6 +105,7 @@ def test_deepspeed_takes_the_shipped_files():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_each_kind_of_stage_trains_from_the_one_before(tmp_path):
     """One process, without Ray: the shipped runs with a small model on a made snapshot; see stage_steps.py."""
     run_ranks("stage_steps", tmp_path, processes=1)

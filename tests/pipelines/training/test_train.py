@@ -225,6 +225,7 @@ def test_resume_after_a_worker_was_killed(uninterrupted, dataset, folder):
     check_tracked_once(result)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # three starts of Ray
 def test_resume_after_the_driver_was_killed_without_a_compiler(uninterrupted, dataset, folder):
     """The command itself, with neither compiler nor ninja on PATH, killed once and run again."""
@@ -257,6 +258,7 @@ def only_bash(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_world_size_and_zero_stage_do_not_change_the_loss(uninterrupted, dataset, folder):
     one = train(tiny_config(dataset, folder / "one", num_workers=1, micro_batch_tokens=512, deepspeed="zero3"))
     assert losses(one.records)[:12] == pytest.approx(losses(uninterrupted.records)[:12], abs=5e-6)
@@ -321,6 +323,7 @@ def test_resume_over_the_record_of_a_newer_program_keeps_it(two_cpus, dataset, f
     assert train(replace(config, steps=5)).records == longer.records
 
 
+@pytest.mark.slow
 def test_a_checkpoint_becomes_a_model_folder_and_another_run(uninterrupted, dataset, folder):
     """The export of a kept step is its weights; a fork of it goes on with another rate, and names its parent."""
     run = folder / "uninterrupted"
@@ -391,6 +394,7 @@ def test_world_size_changes_between_two_commands(uninterrupted, dataset, folder)
     check_tracked_once(result)
 
 
+@pytest.mark.slow
 def test_an_error_that_would_come_again_is_told_and_not_tried_again(two_cpus, dataset, folder, monkeypatch):
     output = folder / "bad-row"
     broken = folder / "broken"
@@ -411,6 +415,7 @@ def test_an_engine_that_cannot_be_made_is_not_tried_again(two_cpus, dataset, fol
         train(tiny_config(dataset, folder / "bad-engine", num_workers=1, deepspeed=str(settings)))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_ends_the_run_with_a_reason(two_cpus, dataset, folder):
     config = tiny_config(dataset, folder / "nan", num_workers=1, optimizer=OptimizerConfig(lr=1e30))
     with pytest.raises(

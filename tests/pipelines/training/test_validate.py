@@ -51,6 +51,7 @@ def alone(dataset, folder, weights):
     return float(sums.sum() / counts.sum()), (sums / counts).tolist(), int(counts.sum())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", ["zero1", "zero3"])
 def test_validation_is_that_of_a_plain_model_and_leaves_training_bitwise_the_same(dataset, tmp_path, stage):

@@ -54,6 +54,7 @@ def captions_by_path(dataset):
     return {paths[row["clip_id"]]: [caption["text"] for caption in row["captions"]] for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_caption_identity_through_the_whole_curation(cards, tokenizer_file, tmp_path):
     numbers = {f"{index:02d}.mp4": 1000 + 37 * index for index in range(CLIPS)}
@@ -78,6 +79,7 @@ def test_caption_identity_through_the_whole_curation(cards, tokenizer_file, tmp_
         assert captions_by_path(tmp_path / "d")["00.mp4"] == [caption_of(1000)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_endpoint_that_goes_down_leaves_what_is_done_and_the_run_continues(cards, tokenizer_file, tmp_path):
     some = tmp_path / "some"

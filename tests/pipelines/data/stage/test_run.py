@@ -169,7 +169,7 @@ def test_the_runner_itself_costs_little(tmp_path):
     ("resources", "told"),
     [
         (StageResources(num_gpus=1.0), r"1 GPU \(there is 0\)"),
-        (StageResources(num_cpus=99.0), r"99 CPU \(there is 6\)"),
+        (StageResources(num_cpus=99.0), r"99 CPU \(there is 6"),
         (StageResources(memory_mb=1e9), r"1e\+15 memory"),
     ],
 )

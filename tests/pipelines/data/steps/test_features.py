@@ -182,6 +182,7 @@ def test_partial_rebuild_of_heads_and_thresholds_runs_no_model(scored, corpus, t
     assert sum(result.computed.values()) == 0
 
 
+@pytest.mark.slow
 def test_partial_rebuild_of_a_captioner_recaptions_and_nothing_else(scored, corpus, tokenizer_file, models, tmp_path):
     dataset, options, _ = scored
     shutil.copytree(dataset, tmp_path / "d")

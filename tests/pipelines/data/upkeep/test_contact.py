@@ -25,7 +25,7 @@ from pipelines.data.snapshot.schemas import LEDGER
 from pipelines.data.upkeep import stills
 from pipelines.data.upkeep.contact import CLIPS_EACH, choose_clips, contact_sheets, hash_strings
 from pipelines.data.upkeep.report import write_report
-from pipelines.data.video.reader import VideoError
+from pipelines.decoding.errors import VideoError
 from tests.pipelines.data.corpora import curate_config
 from tests.pipelines.data.snapshots import make_snapshot
 from tests.pipelines.data.videos import moving_square, still, write_video

@@ -30,6 +30,7 @@ def test_a_plan_over_all_sources_tells_what_the_run_gives(corpus, tokenizer_file
     assert "7 clips" in str(plan)
 
 
+@pytest.mark.slow
 def test_a_sample_stands_for_all_by_bytes(corpus, tokenizer_file, tmp_path):
     config = curate_config(corpus, tmp_path / "d", tokenizer_file, "resources.workers=null")
     plan = plan_curation(config, Cluster(cpus=64), sources=4)

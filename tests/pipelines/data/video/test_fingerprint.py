@@ -12,8 +12,9 @@ from pipelines.data.settings import SplitConfig
 from pipelines.data.snapshot.read import open_snapshot
 from pipelines.data.upkeep.verify import recheck
 from pipelines.data.video.fingerprint import LOOK_SECONDS, TOLERANCE, FingerprintCheck, make_fingerprint
-from pipelines.data.video.reader import MISMATCH, ClipRequest, VideoError, read_clip
+from pipelines.data.video.reader import MISMATCH, ClipRequest, read_clip
 from pipelines.data.video.shots import split_source
+from pipelines.decoding.errors import VideoError
 from tests.pipelines.data.corpora import curate_config
 from tests.pipelines.data.videos import flag_key_frames, moving_square, write_video
 
@@ -115,7 +116,7 @@ def test_a_clip_that_differs_however_it_is_read_fails_with_a_reason(tmp_path):
     with pytest.raises(VideoError) as error:
         read_clip(request, beat=lambda: None)
     assert error.value.code == MISMATCH
-    assert "not those that were scored" in error.value.reason
+    assert "not those that were scored" in error.value.detail
 
 
 @pytest.mark.parametrize("width", [64, 256, 1024])

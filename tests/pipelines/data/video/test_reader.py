@@ -4,7 +4,9 @@ import av
 import numpy as np
 import pytest
 
-from pipelines.data.video.reader import ClipRequest, VideoError, VideoFile, pick_frames, read_clip
+from pipelines.data.video.reader import ClipRequest, pick_frames, read_clip
+from pipelines.decoding.errors import VideoError
+from pipelines.decoding.video_file import VideoFile
 from tests.pipelines.data.videos import numbered, read_numbers, write_video
 
 

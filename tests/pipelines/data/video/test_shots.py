@@ -4,8 +4,8 @@ from scenedetect import AdaptiveDetector, ContentDetector, FrameTimecode
 
 from pipelines.data.settings import SplitConfig
 from pipelines.data.video.meter import changed_share
-from pipelines.data.video.reader import VideoError
 from pipelines.data.video.shots import FastAdaptiveDetector, FastContentDetector, split_source
+from pipelines.decoding.errors import VideoError
 from tests.pipelines.data.videos import moving_square, still, write_video
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.generation.bulk.run import Manifest
+from pipelines.generation.bulk.manifest import Manifest
 
 ROW = {"path": "00000-a-0.mp4", "prompt": "a", "seed": 0, "config_hash": "abc"}
 

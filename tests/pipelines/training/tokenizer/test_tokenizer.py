@@ -139,6 +139,8 @@ def test_evaluation_of_videos(tmp_path):
     assert [(row.name, row.clips) for row in result.rows] == [("a.mp4", 2), ("b.mp4", 1), ("all", 3)]
     total = result.rows[-1]
     assert total.psnr == pytest.approx((2 * result.rows[0].psnr + result.rows[1].psnr) / 3)
+    assert total.ssim == pytest.approx((2 * result.rows[0].ssim + result.rows[1].ssim) / 3)
+    assert 0.3 < total.ssim < 1
     assert json.loads(output.read_text())["rows"][2]["codes_used"] == total.codes_used
     assert "a.mp4" in str(result)
 

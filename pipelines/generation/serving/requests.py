@@ -1,0 +1,265 @@
+"""From what a client wrote to what is drawn, told in its own words where that cannot be; models as clients see them."""
+
+import math
+import secrets
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+from lumos.compression import TEMPORAL_FACTOR, VideoSize, num_latent_frames, parse_size
+from lumos.encoder import RequestEncoder
+from pipelines.generation.config import SamplingChoice, ServeConfig
+from pipelines.generation.model import ModelCard
+from pipelines.generation.request import Refusal, VideoRequest
+from pipelines.generation.serving.schema import (
+    BadRequestError,
+    ExtensionBody,
+    ImageBody,
+    Model,
+    VideoBody,
+)
+
+Status = Callable[[], Awaitable[dict[str, Any]]]
+
+
+class Draw(Protocol):
+    """Makes the file of a video within some seconds, or says why not; ``on_progress`` as of ``generator.ask``."""
+
+    def __call__(  # noqa: D102 (the class says it)
+        self, request: VideoRequest, timeout_s: float | None, *, on_progress: Any = None, pictures: bool = False
+    ) -> Awaitable[bytes | Refusal]: ...
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that is served: what is known of it, and how it is asked."""
+
+    name: str
+    card: ModelCard
+    encoder: RequestEncoder
+    draw: Draw
+    status: Status  # must answer quickly
+    created: int  # when its folder was written, seconds since the epoch
+
+
+def to_request(body: VideoBody | ImageBody, served: Served, config: ServeConfig) -> VideoRequest:
+    """The video that a body asks for; what is left out is as the service and the model have it.
+
+    Raises:
+        BadRequestError: if the model or the service cannot do that.
+    """
+    defaults = config.video
+    width, height = defaults.width, defaults.height
+    if body.size is not None:
+        width, height = _checked("size", lambda: parse_size(body.size or ""))
+    fps = getattr(body, "fps", None) or defaults.fps
+    size = _checked("size", lambda: served.encoder.size(width=width, height=height, num_frames=1, fps=fps))
+    if isinstance(body, ImageBody):
+        num_frames = 1
+    else:
+        usual = defaults.num_frames or getattr(served.card.folder.default_size, "num_frames", None)
+        num_frames = _num_frames(body, size.fps, usual)
+    size = _checked(
+        body.name_of("num_frames", "frames", "seconds"),
+        lambda: served.encoder.size(width=width, height=height, num_frames=num_frames, fps=fps),
+    )
+    name = body.name_of("size", "num_frames", "frames", "seconds")
+    _check_caps(name, size, config)
+    if config.untrained_sizes == "refuse" and not isinstance(body, ImageBody) and (why := untrained(size, served)):
+        raise BadRequestError(why, name)
+    motion = getattr(body, "motion", None)
+    request = VideoRequest(
+        prompt=body.prompt.strip(),
+        seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
+        size=size,
+        sampling=_sampling(body, config).over(served.card.sampling),
+        format="png" if isinstance(body, ImageBody) else _format(body, num_frames, config),
+        motion=config.motion if motion is None and num_frames > 1 else motion,
+    )
+    check_fits(request, served)
+    return request
+
+
+def untrained(size: VideoSize, served: Served) -> str | None:
+    """What to tell of a size that the model was not trained on; nothing where it was, or its folder names none."""
+    info = served.card.folder.info
+    if not info.shapes or info.fps is None or size.latent_shape in {tuple(shape) for shape in info.shapes}:
+        return None
+    trained = ", ".join(str(VideoSize.of_latents(shape, info.fps)) for shape in info.shapes[:8])
+    return f"{size} is no size that the model was trained on: {trained}"
+
+
+def check_fits(request: VideoRequest, served: Served) -> None:
+    """Raise a ``BadRequestError`` if prompt and video are longer than the model's context."""
+    try:
+        request.encode(served.encoder)
+    except ValueError as error:
+        text = str(error)
+        field = "motion" if text.startswith("motion") else "prompt" if "prompt" in text else None
+        raise BadRequestError(text, field) from error
+
+
+def num_added(body: ExtensionBody, fps: float, usual: int) -> int:
+    """Frames that a body asks to add to a video; ``usual`` is the length of a whole one."""
+    name = body.name_of("num_frames", "frames", "seconds")
+    added = body.num_frames if body.num_frames is not None else body.frames
+    if added is None and body.seconds is not None:
+        added = round(parse_seconds(body.seconds) * fps / TEMPORAL_FACTOR) * TEMPORAL_FACTOR
+    if added is None:
+        added = TEMPORAL_FACTOR * max(1, (usual - 1) // (2 * TEMPORAL_FACTOR))
+    if added < TEMPORAL_FACTOR or added % TEMPORAL_FACTOR:
+        below = max(TEMPORAL_FACTOR, added - added % TEMPORAL_FACTOR)
+        raise BadRequestError(
+            f"{name}: {added} frames to add are not 4k: use {below} or {below + TEMPORAL_FACTOR}", name
+        )
+    return added
+
+
+def extended(
+    body: ExtensionBody, first: VideoRequest, num_before: int, served: Served, config: ServeConfig
+) -> tuple[VideoRequest, int]:
+    """What is drawn to go on with a video of ``num_before`` frames, and how many of them it begins with.
+
+    As many as leave the whole as long as the model was trained on, where it names that; settings are those of the first
+    video where nothing is said.
+    """
+    added = num_added(body, first.size.fps, first.size.num_frames)
+    name = body.name_of("num_frames", "frames", "seconds")
+    trained = served.card.folder.default_size
+    longest = max(added + 1, trained.num_frames if trained else first.size.num_frames)
+    num_given = min(num_before, longest - added)
+    request = replace(
+        first,
+        prompt=body.prompt.strip(),
+        seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
+        size=_checked(name, lambda: served.encoder.size(**asdict(replace(first.size, num_frames=num_given + added)))),
+        sampling=_sampling(body, config).over(first.sampling),
+        format=_format(body, added + 1, config),
+        given=None,
+    )
+    _check_caps(name, request.size, config)
+    check_fits(request, served)
+    return request, num_given
+
+
+def _num_frames(body: VideoBody, fps: float, usual: int | None) -> int:
+    """Frames asked for, by number or by length."""
+    if body.seconds is not None:
+        return _frames_of_seconds(parse_seconds(body.seconds), fps)
+    asked = body.num_frames if body.num_frames is not None else body.frames
+    if asked is None:
+        if usual is None:
+            raise BadRequestError(
+                "num_frames is not given and the model names no length it was trained on", "num_frames"
+            )
+        return usual
+    name = body.name_of("num_frames", "frames")
+    try:
+        num_latent_frames(asked)
+    except ValueError as error:
+        raise BadRequestError(str(error).replace("num_frames", name), name) from error
+    return asked
+
+
+def _frames_of_seconds(seconds: float, fps: float) -> int:
+    """Frames of a length. Whole seconds are met to the nearest 1 + 4k, which is never quite they."""
+    exact = seconds * fps
+    below = 1 + int(max(0.0, exact - 1) // TEMPORAL_FACTOR) * TEMPORAL_FACTOR
+    nearest = below if exact - below <= below + TEMPORAL_FACTOR - exact else below + TEMPORAL_FACTOR
+    if seconds != int(seconds) and abs(exact - nearest) > 0.5:
+        lengths = [f"{frames / fps:.4g} ({frames} frames)" for frames in (below, below + TEMPORAL_FACTOR)]
+        raise BadRequestError(
+            f"seconds: {seconds:g} at {fps:g} fps are {exact:.4g} frames, not 1 + 4k: use {' or '.join(lengths)}",
+            "seconds",
+        )
+    return nearest
+
+
+def parse_seconds(value: str | float) -> float:
+    """A length that a client wrote, as a number or as text."""
+    try:
+        seconds = float(value)
+    except ValueError as error:
+        raise BadRequestError(f"seconds: {value!r:.40} is no number", "seconds") from error
+    if not 0 < seconds <= 100_000:
+        raise BadRequestError(f"seconds: {value!s:.40} is not in 0..100000", "seconds")
+    return seconds
+
+
+def _sampling(body: VideoBody | ImageBody | ExtensionBody, config: ServeConfig) -> SamplingChoice:
+    _check_steps(body, config)
+    steps = body.num_inference_steps if body.num_inference_steps is not None else body.steps
+    return SamplingChoice(num_steps=steps, guidance_scale=body.guidance_scale, history_ratio=body.history_ratio)
+
+
+def _check_steps(body: VideoBody | ImageBody | ExtensionBody, config: ServeConfig) -> None:
+    name = body.name_of("num_inference_steps", "steps")
+    steps = getattr(body, name)
+    if steps is not None and steps > config.max_steps:
+        raise BadRequestError(f"{name} is {steps}; this service allows at most {config.max_steps}", name)
+
+
+def _check_caps(name: str, size: VideoSize, config: ServeConfig) -> None:
+    cells = math.prod(size.latent_shape)
+    if config.max_cells is not None and cells > config.max_cells:
+        raise BadRequestError(
+            f"{size} are {cells} latent cells; this service allows at most {config.max_cells}: ask for fewer frames or "
+            "a smaller size",
+            name,
+        )
+
+
+def _format(body: VideoBody | ExtensionBody, num_frames: int, config: ServeConfig) -> Any:
+    if config.format == "png" and num_frames != 1:
+        name = body.name_of("num_frames", "frames", "seconds")
+        raise BadRequestError(f"{name}: this service writes png, which holds one frame", name)
+    return config.format
+
+
+def _checked(field: str, make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except ValueError as error:
+        text = str(error)
+        named = "fps" if text.startswith("fps") else "size" if text.startswith(("width", "height", "size")) else field
+        raise BadRequestError(text.replace("num_frames", field) if named == field else text, named) from error
+
+
+def trained_on(served: Served) -> list[dict[str, Any]]:
+    """The sizes and lengths that a model was trained on, where its folder names them."""
+    info = served.card.folder.info
+    sizes = [VideoSize.of_latents(shape, info.fps) for shape in info.shapes] if info.fps is not None else []
+    return [{"size": f"{size.width}x{size.height}", "frames": size.num_frames} for size in sizes]
+
+
+def describe_model(served: Served, config: ServeConfig) -> Model:
+    """A model as a client sees it."""
+    folder, sampling = served.card.folder, served.card.sampling
+    try:
+        size = served.encoder.size(**asdict(config.video))
+        defaults: dict[str, Any] = {"size": f"{size.width}x{size.height}", "frames": size.num_frames, "fps": size.fps}
+    except ValueError:  # the checkpoint names no size: every request must
+        defaults = {}
+    defaults |= {
+        "steps": sampling.num_steps,
+        "guidance_scale": sampling.guidance_scale,
+        "history_ratio": sampling.history_ratio,
+    }
+    limits = {
+        "size_multiple_of": folder.vocabulary.grid_unit,
+        "frames": "1 + 4k",
+        "trained_on": trained_on(served),
+        "max_steps": config.max_steps,
+        "max_tokens": folder.config.max_seq_len,
+        "max_cells": config.max_cells,
+    }
+    return Model(
+        id=served.name,
+        created=served.created,
+        owned_by=folder.name,
+        parameters=folder.config.num_parameters,
+        format=config.format,
+        defaults=defaults,
+        limits=limits,
+        identity=served.card.identity,
+    )
