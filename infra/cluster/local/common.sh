@@ -41,6 +41,8 @@ node_environment() {
         echo "AWS_SECRET_ACCESS_KEY=local-secret"
         echo "AWS_REGION=us-east-1"
         echo "MLFLOW_TRACKING_URI=http://$NETWORK.2:5001"
+        echo "MLFLOW_TRACKING_USERNAME=local"
+        echo "MLFLOW_TRACKING_PASSWORD=local-password"
     fi
     grep . "$STATE/extra" || true
 }
@@ -93,6 +95,43 @@ wait_for_node() {
     fail "node $1 did not come up; the end of its log is above"
 }
 
+# PostgreSQL where it is installed, as for a team; a file of SQLite else. Sets DATABASE.
+start_database() {
+    local programs data=$STATE/store/postgres
+    programs=$(find /usr/lib/postgresql -path '*/bin/initdb' 2>/dev/null | sort -V | tail -n 1 || true)
+    DATABASE=sqlite:////tmp/mlflow.db
+    [ -n "$programs" ] && id postgres >/dev/null 2>&1 || return 0
+    programs=$(dirname "$programs") # not on PATH on Debian
+    install -d -o postgres -m 700 "$data"
+    local log=$STATE/store/postgres.log
+    as_postgres() { inside store runuser -u postgres -- "$@" </dev/null >>"$log" 2>&1; }
+    as_postgres "$programs/initdb" --auth trust --no-sync --encoding UTF8 -D "$data/files" || true
+    inside store runuser -u postgres -- setsid nohup "$programs/postgres" -D "$data/files" -k "$data" \
+        -c listen_addresses= -c fsync=off >>"$log" 2>&1 </dev/null &
+    for _ in $(seq 100); do
+        ! as_postgres "$programs/createdb" -h "$data" mlflow || break
+        sleep 0.3
+    done
+    as_postgres "$programs/psql" -h "$data" -c "" mlflow || {
+        tail -n 20 "$log" >&2
+        fail "PostgreSQL does not answer; the end of its log is above"
+    }
+    chmod 711 "$data"
+    DATABASE="postgresql:///mlflow?host=$data&user=postgres"
+}
+
+start_mlflow() {
+    printf '%s\n' '[mlflow]' default_permission=READ "database_uri=$DATABASE" \
+        "authorization_function=mlflow.server.auth:authenticate_request_basic_auth" >"$STATE/store/basic_auth.ini"
+    inside store env AWS_ENDPOINT_URL="http://$NETWORK.2:5000" AWS_ACCESS_KEY_ID=local AWS_SECRET_ACCESS_KEY=local-secret \
+        MLFLOW_S3_ENDPOINT_URL="http://$NETWORK.2:5000" MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+        MLFLOW_AUTH_CONFIG_PATH="$STATE/store/basic_auth.ini" MLFLOW_AUTH_ADMIN_USERNAME=local \
+        MLFLOW_AUTH_ADMIN_PASSWORD=local-password MLFLOW_FLASK_SERVER_SECRET_KEY="$(head -c 16 /dev/urandom | od -An -tx1)" \
+        setsid nohup mlflow server --app-name basic-auth --host "$NETWORK.2" --port 5001 --workers 1 --serve-artifacts \
+        --allowed-hosts "$NETWORK.2:5001" --artifacts-destination s3://mlflow/artifacts --backend-store-uri "$DATABASE" \
+        >>"$STATE/store/mlflow.log" 2>&1 </dev/null &
+}
+
 start_store() {
     mkdir -p "$STATE/store/mlflow"
     inside store setsid nohup moto_server -H "$NETWORK.2" -p 5000 >>"$STATE/store/s3.log" 2>&1 </dev/null &
@@ -106,13 +145,9 @@ start_store() {
             fail "the S3 server does not answer; the end of its log is above"
         }
     done
-    inside store env AWS_ENDPOINT_URL="http://$NETWORK.2:5000" AWS_ACCESS_KEY_ID=local AWS_SECRET_ACCESS_KEY=local-secret \
-        MLFLOW_S3_ENDPOINT_URL="http://$NETWORK.2:5000" MLFLOW_DISABLE_TELEMETRY=true \
-        setsid nohup mlflow server --host "$NETWORK.2" --port 5001 --workers 1 --serve-artifacts \
-        --allowed-hosts "$NETWORK.2:5001" --artifacts-destination s3://mlflow/artifacts \
-        --backend-store-uri "${LUMOS_LOCAL_MLFLOW_DATABASE:-sqlite:////tmp/mlflow.db}" \
-        >>"$STATE/store/mlflow.log" 2>&1 </dev/null &
-    for _ in $(seq 300); do
+    start_database
+    start_mlflow
+    for _ in $(seq 500); do # it imports for long, twice
         curl -fsS -m 2 "http://$NETWORK.2:5001/health" >/dev/null 2>&1 && return
         sleep 0.3
     done

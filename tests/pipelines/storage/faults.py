@@ -81,8 +81,17 @@ class FaultyProxy:
         answer: If set, what every request is answered with: status line and body.
     """
 
-    def __init__(self, upstream: int, *, share: float = 0.0, seed: int = 0, kinds: Sequence[str] = KINDS) -> None:
-        self.upstream = upstream
+    def __init__(
+        self,
+        upstream: int,
+        *,
+        share: float = 0.0,
+        seed: int = 0,
+        kinds: Sequence[str] = KINDS,
+        host: str = "127.0.0.1",
+        upstream_host: str = "127.0.0.1",
+    ) -> None:
+        self.upstream, self.upstream_host, self.host = upstream, upstream_host, host
         self.share = share
         self.kinds = kinds
         self.requests: Counter[str] = Counter()
@@ -95,7 +104,7 @@ class FaultyProxy:
         self._blocks: defaultdict[tuple[float, bool], list[bool]] = defaultdict(list)  # of the requests to come
 
     async def serve(self, ready: Callable[[], None], end: asyncio.Event) -> None:
-        server = await asyncio.start_server(self._connection, "127.0.0.1", 0, limit=1 << 20)
+        server = await asyncio.start_server(self._connection, self.host, 0, limit=1 << 20)
         self.port = server.sockets[0].getsockname()[1]
         ready()
         await end.wait()
@@ -151,7 +160,7 @@ class FaultyProxy:
     async def _forward(
         self, kind: str | None, head: Head, body: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> bool:
-        from_server, to_server = await asyncio.open_connection("127.0.0.1", self.upstream, limit=1 << 20)
+        from_server, to_server = await asyncio.open_connection(self.upstream_host, self.upstream, limit=1 << 20)
         try:
             to_server.write(head.to_bytes(**{"connection": "close", "expect": "", "transfer-encoding": ""}) + body)
             answer = await read_head(from_server)
@@ -233,9 +242,11 @@ def s3_server() -> Iterator[int]:
 
 
 @contextmanager
-def faulty_proxy(upstream: int, *, share: float = 0.0, seed: int = 0) -> Iterator[FaultyProxy]:
-    """A proxy in a thread, before a server on a port of this machine."""
-    proxy = FaultyProxy(upstream, share=share, seed=seed)
+def faulty_proxy(
+    upstream: int, *, share: float = 0.0, seed: int = 0, host: str = "127.0.0.1", upstream_host: str = "127.0.0.1"
+) -> Iterator[FaultyProxy]:
+    """A proxy in a thread that listens at the host, before a server on a port of this or another machine."""
+    proxy = FaultyProxy(upstream, share=share, seed=seed, host=host, upstream_host=upstream_host)
     loop, end, ready = asyncio.new_event_loop(), asyncio.Event(), threading.Event()
     thread = threading.Thread(target=lambda: loop.run_until_complete(proxy.serve(ready.set, end)), daemon=True)
     thread.start()
