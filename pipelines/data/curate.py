@@ -19,6 +19,7 @@ from pipelines.data.steps.sources import list_sources
 from pipelines.data.steps.tokens import load_tokenizer_info
 from pipelines.errors import JobError, UserError, storage_errors_as
 from pipelines.storage import s3
+from pipelines.storage.cache import local_path
 from pipelines.storage.lock import dataset_lock
 
 CONTINUE = "what was done is kept: give the same command again to continue"
@@ -73,13 +74,8 @@ def curate(config: CurateConfig) -> CurateResult:
     """
     with storage_errors_as(JobError, CONTINUE):
         listing, curation = prepare(config)
-        places = {
-            "source.path": config.source.path,
-            "dataset": config.dataset,
-            "tokens.tokenizer.path": config.tokens.tokenizer.path,
-        }
         with (
-            joining(places, config.cluster),
+            joining(_places(config), config.cluster),
             dataset_lock(config.dataset),
             connect(),
             RunLog(config.dataset).record() as log,
@@ -100,6 +96,22 @@ def curate(config: CurateConfig) -> CurateResult:
         tokens={name: total.tokens for name, total in manifest.totals.items()},
         computed=done.computed,
     )
+
+
+def _places(config: CurateConfig) -> dict[str, str | None]:
+    """What the machines of a cluster share of a curation, by the keys that name it."""
+    features = config.features
+    return {
+        "source.path": config.source.path,
+        "dataset": config.dataset,
+        "tokens.tokenizer.path": config.tokens.tokenizer.path,
+        "split.weights": config.split.weights,
+        "features.clip.weights": features.clip.weights,
+        "features.aesthetic_head": features.aesthetic_head,
+        "features.nsfw_head": features.nsfw_head,
+        "features.text_detector": features.text_detector,
+        "captions.coca.weights": config.captions.coca.weights if "coca" in config.captions.captioners else None,
+    }
 
 
 def prepare(config: CurateConfig) -> tuple[pa.Table, Curation]:
@@ -125,7 +137,7 @@ def prepare(config: CurateConfig) -> tuple[pa.Table, Curation]:
         raise UserError(f"tokens.tokenizer: {error}") from error
     if config.split.weights:
         try:
-            load_transnet(config.split.weights)
+            load_transnet(local_path(config.split.weights))
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"split.weights: {error}") from error
     return listing, Curation(config, captions, tokenizer)

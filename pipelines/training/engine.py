@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 from pipelines.config import PROJECT_DIR
 from pipelines.errors import UserError
+from pipelines.storage.cache import local_path
 from pipelines.training.config import OptimizerConfig, TrainConfig
 from pipelines.training.precision import has_bf16_products
 
@@ -42,12 +44,15 @@ Engine: TypeAlias = Any  # deepspeed.DeepSpeedEngine: the package has no types, 
 
 
 def read_deepspeed_file(name: str) -> dict[str, Any]:
-    """The DeepSpeed settings a run names: a shipped file, or a path.
+    """The DeepSpeed settings a run names: a shipped file, or a path, of a store too.
 
     Raises:
         UserError: if there is no such file, or it sets what the run's config decides.
     """
-    path = Path(name) if name.endswith(".json") else DEEPSPEED_DIR / f"{name}.json"
+    path = DEEPSPEED_DIR / f"{name}.json"
+    if name.endswith(".json"):
+        with suppress(FileNotFoundError):
+            path = Path(local_path(name))
     if not path.is_file():
         shipped = ", ".join(sorted(file.stem for file in DEEPSPEED_DIR.glob("*.json")))
         raise UserError(f"deepspeed: {name!r} is neither a JSON file nor a shipped name ({shipped})")

@@ -124,6 +124,9 @@ def _places(config: TrainConfig, output: Output) -> dict[str, str | None]:
         **sources,
         "init_from": config.init_from,
         "fork_from": config.fork_from,
+        "data.tokenizer.path": config.data.tokenizer.path if config.data.tokenizer else None,
+        "deepspeed": config.deepspeed if config.deepspeed.endswith(".json") else None,
+        "samples.clip.weights": config.samples.clip.weights if config.samples.clip else None,
     }
 
 

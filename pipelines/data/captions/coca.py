@@ -1,6 +1,5 @@
 """Captions by CoCa (Yu et al. 2022, arXiv 2205.01917), a captioner of open_clip that runs where the pipeline runs."""
 
-import os
 from collections.abc import Sequence
 from functools import partial
 
@@ -80,7 +79,7 @@ def coca_stage(curate: CurateConfig) -> Stage:
     """
     config, resources = curate.captions.coca, curate.resources.of(STAGE)
     digest = open_clip_hash(config.open_clip, _KEY)
-    name = "coca" if os.path.isdir(config.weights or "") else config.model
+    name = config.model if " " in digest else "coca"  # a folder of weights has no name but its hash
     captioner = f"{name}@{digest[-64:][:8]}"
     return Stage(
         name=STAGE,

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from pipelines.data.models.open_clip import file_hash
+from pipelines.data.models.open_clip import fetched, file_hash
 from pipelines.errors import UserError
 
 _HEAD_WHERE = (
@@ -33,10 +33,11 @@ class Head:
     def __init__(self, path: str, key: str, *, rectified: bool) -> None:
         self.hash = file_hash(path, key, where=_HEAD_WHERE)
         try:
-            if path.endswith(".safetensors"):
-                state = load_file(path)
+            here = fetched(path, key, where=_HEAD_WHERE)
+            if here.endswith(".safetensors"):
+                state = load_file(here)
             else:
-                state = torch.load(path, weights_only=True, map_location="cpu")
+                state = torch.load(here, weights_only=True, map_location="cpu")
             self._layers = _linear_layers(state, rectified=rectified)
         except Exception as error:
             message = f"{key} {path} is no state dict of linear layers that end in one number: {error}"

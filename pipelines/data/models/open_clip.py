@@ -17,6 +17,7 @@ from torch import Tensor
 from pipelines import storage
 from pipelines.data.settings import OpenClipConfig
 from pipelines.errors import UserError
+from pipelines.storage.cache import local_path
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _TEXT_FILES = (".json", ".txt", ".model")  # of config and tokenizer
@@ -27,23 +28,37 @@ _WHERE = (
 )
 
 
-def file_hash(path: str, key: str, *, where: str) -> str:
-    """SHA-256 of a local file (or, of a folder, over the names and hashes of its config, tokenizer and weights).
+def fetched(path: str, key: str, *, where: str) -> str:
+    """The path on this machine of a file or folder that a config key names; fetched once if it lies in a store.
 
-    Messages tell the config key that named it, and where such a file is to be had.
+    Messages tell the key, and where such a file is to be had.
 
     Raises:
         UserError: if it is not there.
     """
-    if os.path.isfile(path):
-        return storage.sha256_file(path)
-    if os.path.isdir(path):
-        names = sorted(name for name in os.listdir(path) if name.endswith((*_WEIGHTS, *_TEXT_FILES)))
-        if _CONFIG in names and any(name.endswith(_WEIGHTS) for name in names):
-            parts = [f"{name} {storage.sha256_file(os.path.join(path, name))}" for name in names]
-            return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-        raise UserError(f"{key} {path} is a folder without {_CONFIG} and weights beside it; {where}")
-    raise UserError(f"{key} {path} does not exist; {where}, or set {key}=null to run without it")
+    try:
+        here = local_path(path)
+    except FileNotFoundError:
+        here = ""
+    if not os.path.exists(here):
+        raise UserError(f"{key} {path} does not exist; {where}, or set {key}=null to run without it")
+    return here
+
+
+def file_hash(path: str, key: str, *, where: str) -> str:
+    """SHA-256 of a file (or, of a folder, over the names and hashes of its config, tokenizer and weights).
+
+    Raises:
+        UserError: as ``fetched``.
+    """
+    here = fetched(path, key, where=where)
+    if os.path.isfile(here):
+        return storage.sha256_file(here)
+    names = sorted(name for name in os.listdir(here) if name.endswith((*_WEIGHTS, *_TEXT_FILES)))
+    if _CONFIG in names and any(name.endswith(_WEIGHTS) for name in names):
+        parts = [f"{name} {storage.sha256_file(os.path.join(here, name))}" for name in names]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    raise UserError(f"{key} {path} is a folder without {_CONFIG} and weights beside it; {where}")
 
 
 def open_clip_hash(config: OpenClipConfig, key: str) -> str:
@@ -54,7 +69,7 @@ def open_clip_hash(config: OpenClipConfig, key: str) -> str:
     """
     assert config.weights is not None
     digest = file_hash(config.weights, key, where=_WHERE)
-    return digest if os.path.isdir(config.weights) else f"{config.model} {digest}"
+    return digest if os.path.isdir(fetched(config.weights, key, where=_WHERE)) else f"{config.model} {digest}"
 
 
 @dataclass(frozen=True)
@@ -84,11 +99,10 @@ def load_open_clip(config: OpenClipConfig, key: str) -> OpenClip:
     """
     assert config.weights is not None
     open_clip = importlib.import_module("open_clip")  # it brings torchvision along, which takes seconds
-    if not os.path.exists(config.weights):
-        raise UserError(f"{key} {config.weights} does not exist; {_WHERE}, or set {key}=null to run without it")
-    folder = os.path.isdir(config.weights)
-    name = f"local-dir:{os.path.abspath(config.weights)}" if folder else config.model
-    pretrained = None if folder else config.weights
+    here = fetched(config.weights, key, where=_WHERE)
+    folder = os.path.isdir(here)
+    name = f"local-dir:{os.path.abspath(here)}" if folder else config.model
+    pretrained = None if folder else here
     try:
         model = open_clip.create_model(name, pretrained=pretrained, device=config.device, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(name)

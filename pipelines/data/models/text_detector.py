@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.data.models.open_clip import fetched
 from pipelines.errors import UserError
 
 _TEXT_MULTIPLE = 32  # px that divide the sides of the text detector's input
@@ -17,12 +18,13 @@ class TextDetector:
     """Share of a picture that text covers, by a differentiable-binarization network (Liao et al. 2020, 1911.08947).
 
     Raises:
-        UserError: the file cannot be loaded.
+        UserError: the file is not there, or cannot be loaded.
     """
 
     def __init__(self, path: str) -> None:
+        here = fetched(path, "features.text_detector", where=WHERE)
         try:
-            self._net = cv2.dnn.readNetFromONNX(path)
+            self._net = cv2.dnn.readNetFromONNX(here)
         except cv2.error as error:
             raise UserError(f"features.text_detector {path} cannot be loaded as ONNX: {error.err}") from error
 

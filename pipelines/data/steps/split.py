@@ -2,7 +2,7 @@
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from pipelines.data.video.frames import LocalFiles, clip_job
 from pipelines.data.video.looks import look_row, wanted_looks
 from pipelines.data.video.reader import DecodedSource
 from pipelines.decoding.errors import VideoError
+from pipelines.storage.cache import local_path
 
 # ``key`` is null in the one row of a source that yields no clip; ``error`` says why then.
 CLIPS = pa.schema(
@@ -74,9 +75,9 @@ class SplitFunction:
     """Decodes sources in a child process and turns each into rows of its clips; looks are committed before these."""
 
     def __init__(self, uri: str, *, config: SplitConfig, decode: DecodeConfig, looks: EarlyLooks | None = None) -> None:
-        self.config = config
+        self.config = replace(config, weights=local_path(config.weights)) if config.weights else config
         self.looks = looks
-        self.child = DecodeChild(decode, CrashLog(storage.join(uri, CRASHES)), weights=config.weights)
+        self.child = DecodeChild(decode, CrashLog(storage.join(uri, CRASHES)), weights=self.config.weights)
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         """Clips of each source."""
