@@ -25,7 +25,11 @@ from jobs.command import ConfigCommand, config_arguments, resolve, run
 @click.option("--cluster", required=True, help="Devices, such as 48xH20 or 8xH100-80GB.")
 @click.option("--tflops", type=float, help="Of a device that is not known, dense; --cluster is a number.")
 @click.option("--memory-gb", type=float, help="Of a device that is not known.")
-@click.option("--rows", multiple=True, help="Latent shapes, such as image:32x56, video:7x32x56; else the dataset's.")
+@click.option(
+    "--rows",
+    multiple=True,
+    help="Latent shapes, such as image:32x56, video:7x32x56=10e6 (how many there are); else the dataset's.",
+)
 @click.option("--tokens", type=float, help="Budget, such as 100e9; else the steps of the config.")
 @click.option("--mfu", type=float, default=0.4, show_default=True, help="Share of the peak that is reached.")
 @click.option("--caption-tokens", type=click.IntRange(min=0), default=200, show_default=True, help="Of a prompt.")

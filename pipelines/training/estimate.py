@@ -35,6 +35,10 @@ _LOADER_BYTES = 1e9  # of a worker's host: its loader's tables and prepared batc
 _PROCESS_BYTES = 4e9  # of a worker's host: Python, torch, CUDA's libraries, its loader's process
 
 
+# That a GET request gives at least, of shuffled reading by 48 workers (tests/pipelines/storage/test_s3_reading.py).
+ROWS_PER_READ = 5
+
+
 @dataclass(frozen=True, kw_only=True)
 class BucketPlan:
     """Steps whose rows have one shape."""
@@ -166,6 +170,23 @@ class Plan:
         """Of codes, two bytes each; captions are few beside them."""
         visual = sum(bucket.share * bucket.rows_per_step * math.prod(bucket.rows.shape) for bucket in self.buckets)
         return 2 * visual / self.step_seconds
+
+    @property
+    def nodes(self) -> int:
+        """Machines that hold the devices."""
+        return math.ceil(self.question.cluster.count / self.question.devices_per_node)
+
+    @property
+    def node_disk_bytes(self) -> float:
+        """Of scratch on the node that has most: its share of two checkpoints, one written and one being sent."""
+        size, width = trained(self.counts, self.setup), self.setup.parameter_bytes
+        weights = size * width + 4 * (self.counts.total - size)  # by rank 0
+        return 2 * (weights + (self.checkpoint_bytes - weights) / self.nodes)
+
+    @property
+    def s3_reads_per_s(self) -> float:
+        """GET requests of all workers at most, if the datasets lie in S3."""
+        return self.mean("rows_per_step") / ROWS_PER_READ / self.step_seconds
 
     @property
     def node_memory(self) -> dict[str, float]:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pipelines.amounts import amount, byte_size, columns
-from pipelines.training.estimate import Plan
+from pipelines.training.estimate import ROWS_PER_READ, Plan
 
 
 def as_text(plan: Plan) -> str:
@@ -38,9 +38,10 @@ def as_text(plan: Plan) -> str:
         f"{byte_size(plan.room)} usable",
         *_parts(plan.peak.memory.device),
         *(["  under ZeRO-3 up to a fifth more has been measured: leave room"] if plan.setup.stage == 3 else []),
-        f"host memory of a node ({min(question.devices_per_node, question.cluster.count)} devices): "
+        f"{plan.nodes} nodes of {min(question.devices_per_node, question.cluster.count)} devices, host memory of each: "
         f"{byte_size(sum(plan.node_memory.values()))}",
         *_parts(plan.node_memory),
+        f"disk of a node: {byte_size(plan.node_disk_bytes)} of scratch, for checkpoints on their way",
         "",
         f"at {question.mfu:.0%} MFU (exact count; {question.mfu * dense / exact:.0%} by the usual count): "
         f"{plan.step_seconds:.3g} s a step, {plan.tokens_per_s:,.0f} tokens/s",
@@ -58,6 +59,8 @@ def as_text(plan: Plan) -> str:
         f"network: {byte_size(plan.network_bytes)} a device and step, "
         f"{byte_size(plan.network_bytes / plan.step_seconds)}/s to take as long as the step itself; "
         f"reading: {byte_size(plan.read_bytes_per_s)}/s for all workers",
+        f"from S3: {plan.s3_reads_per_s:.3g} GET/s at most for all workers "
+        f"({plan.s3_reads_per_s / question.cluster.count:.3g} for one), as one gives {ROWS_PER_READ} rows or more",
     ]
     if not plan.fits:
         lines += ["", *_refusal(plan)]
@@ -91,6 +94,10 @@ def as_values(plan: Plan) -> dict[str, Any]:
         "epochs": plan.epochs,
         "days": plan.days,
         "checkpoint_bytes": plan.checkpoint_bytes,
+        "nodes": plan.nodes,
+        "node_disk_bytes": plan.node_disk_bytes,
+        "dataset_bytes": question.dataset_bytes,
+        "s3_gets_per_s": plan.s3_reads_per_s,
         "network_bytes_per_step": plan.network_bytes,
         "read_bytes_per_s": plan.read_bytes_per_s,
     }

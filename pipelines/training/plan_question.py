@@ -26,6 +26,7 @@ class Rows:
 
     shape: tuple[int, int, int]
     weight: float = 1.0  # how many are seen in an epoch, to those of the same kind
+    count: float | None = None  # how many there are, where that was told
 
     @property
     def kind(self) -> str:
@@ -67,16 +68,33 @@ class Question:
 
 
 def parse_rows(text: str) -> Rows:
-    """Rows such as ``image:32x56`` or ``video:7x32x56``, in latent cells.
+    """Rows such as ``image:32x56`` or ``video:7x32x56``, in latent cells; ``video:7x32x56=10e6`` tells their number.
 
     Raises:
         UserError: for any other text.
     """
-    match = re.fullmatch(r"(?:image:(?:1x)?|video:(\d+)x)(\d+)x(\d+)", text.strip())
+    match = re.fullmatch(r"(?:image:(?:1x)?|video:(\d+)x)(\d+)x(\d+)(?:=(\d+(?:\.\d+)?(?:e\d{1,2})?))?", text.strip())
     sizes = (int(match[1] or 1), int(match[2]), int(match[3])) if match else (0, 0, 0)
-    if not all(sizes):
-        raise UserError(f"--rows {text!r}: give a kind and latent sizes, such as image:32x56 or video:7x32x56")
-    return Rows(sizes)
+    count = float(match[4]) if match and match[4] else None
+    if not all(sizes) or count == 0:
+        raise UserError(
+            f"--rows {text!r}: give a kind and latent sizes, such as image:32x56 or video:7x32x56, and if you like how "
+            "many there are, as in video:7x32x56=10e6"
+        )
+    return Rows(sizes, weight=count or 1.0, count=count)
+
+
+def _told(rows: Sequence[str]) -> tuple[Rows, ...]:
+    found = tuple(map(parse_rows, rows))
+    if any(each.count for each in found) and not all(each.count for each in found):
+        raise UserError("--rows: tell of all shapes how many rows there are, or of none")
+    return found
+
+
+def _bytes_of(rows: Sequence[Rows]) -> float | None:
+    """On disk, if it was told how many there are: two bytes a code, which hardly compress; captions are few beside."""
+    counts = [each.count for each in rows]
+    return 2 * sum(math.prod(each.shape) * (each.count or 0) for each in rows) if all(counts) else None
 
 
 def make_question(config: TrainConfig, cluster: Cluster, *, rows: Sequence[str] = (), **options: Any) -> Question:
@@ -100,14 +118,15 @@ def make_question(config: TrainConfig, cluster: Cluster, *, rows: Sequence[str] 
         vocabulary = config.make_vocabulary(text_vocab_size=text_size, codebook_size=codebook_size)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from error
+    told = _told(rows)
     sizes = [bucket.bytes for each in manifests for bucket in each.buckets if bucket.split == config.data.split]
     return Question(
         model=config.model.resolve(vocabulary.vocab_size, vocabulary.visual_start),
         codebook_size=codebook_size,
         cells_per_unit=vocabulary.cells_per_unit,
-        rows=tuple(map(parse_rows, rows)) if rows else _rows_of(manifests, config),
+        rows=told or _rows_of(manifests, config),
         cluster=cluster,
-        dataset_bytes=float(sum(sizes)) if manifests else None,
+        dataset_bytes=float(sum(sizes)) if manifests else _bytes_of(told),
         **options,
     )
 

@@ -12,9 +12,10 @@ from lumos.config import lumos_1b, lumos_3b
 from lumos.flops import Workload, count_parameters, dense_flops, exact_flops, mean_mask_ratio
 from lumos.layout import TAIL, video_layout
 from lumos.tokenizers import FsqTokenizer
+from pipelines.config import load_config
 from pipelines.errors import UserError
 from pipelines.training.accelerators import parse_cluster
-from pipelines.training.config import CheckpointConfig, ResourceConfig, SourceConfig
+from pipelines.training.config import CheckpointConfig, ResourceConfig, SourceConfig, TrainConfig
 from pipelines.training.device_memory import Pass, Setup, block_activations, worker_memory
 from pipelines.training.estimate import make_plan
 from pipelines.training.estimate_text import as_text, as_values
@@ -144,6 +145,27 @@ def test_rows_are_those_of_the_dataset_unless_told(tmp_path):
     assert [bucket.share for bucket in plan.buckets] == [0.25, 0.75]
     assert plan.epochs == pytest.approx(60 * 8 / 16)
     assert "30 passes over it" in as_text(plan)
+
+
+def test_48_devices_on_six_nodes_and_ten_million_videos(tmp_path):
+    config = replace(load_config(TrainConfig, "1b-joint-256p"), steps=200_000)
+    rows = ["video:7x32x56=10e6", "image:32x56=60e6"]
+    plan = make_plan(config, make_question(config, parse_cluster("48xH20"), rows=rows))
+    assert plan.nodes == 6
+    assert plan.question.dataset_bytes == 2 * 32 * 56 * (7 * 10e6 + 60e6)
+    rows_per_s = (48 + 288) / 2 / plan.step_seconds
+    assert plan.s3_reads_per_s == pytest.approx(rows_per_s / 5)
+    assert plan.epochs == pytest.approx(200_000 * (48 + 288) / 2 / 70e6)
+    assert plan.checkpoint_bytes / 3 < plan.node_disk_bytes < 2 * plan.checkpoint_bytes
+    text = as_text(plan)
+    assert "6 nodes of 8 devices" in text
+    assert "dataset: 466 GB, 0.48 passes over it" in text
+    assert as_values(plan)["s3_gets_per_s"] == plan.s3_reads_per_s
+    for wrong, told in {"video:7x32x56=0": "how many", "video:7x32x56=many": "how many"}.items():
+        with pytest.raises(UserError, match=told):
+            parse_rows(wrong)
+    with pytest.raises(UserError, match="of all shapes how many rows there are, or of none"):
+        make_question(config, parse_cluster("48xH20"), rows=["video:7x32x56=10e6", "image:32x56"])
 
 
 def test_shares_follow_the_weights_of_the_sources(tmp_path):
