@@ -173,18 +173,16 @@ def lacking(processes: Sequence[Mapping[str, float]]) -> str:
 
 
 class Waiting:
-    """Within a block, says what processes wait for while other jobs hold it; in a thread of its own."""
+    """Within a block, says what is waited for while other jobs hold it; in a thread of its own."""
 
-    def __init__(
-        self, processes: Sequence[Mapping[str, float]], say: Callable[[str], None], *, first_s: float = 15.0
-    ) -> None:
-        """Processes as in :func:`lacking`, in a placement group; ``say`` shows a line to the user, once a minute."""
-        self._processes, self._say, self._first = processes, say, first_s
+    def __init__(self, wanted: Callable[[], str], say: Callable[[str], None], *, first_s: float = 15.0) -> None:
+        """``wanted`` tells it in words, "" for nothing; ``say`` shows a line to the user, once a minute."""
+        self._wanted, self._say, self._first = wanted, say, first_s
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="waiting", daemon=True)
 
     def over(self) -> None:
-        """The processes run."""
+        """It has come."""
         self._over.set()
 
     def __enter__(self) -> "Waiting":
@@ -198,27 +196,28 @@ class Waiting:
     def _follow(self) -> None:
         begin, pause = time.monotonic(), self._first
         while not self._over.wait(pause):
-            pause = 4 * self._first
-            busy = self._busy()
-            if busy:
+            wanted = self._wanted()
+            pause = 4 * self._first if wanted else self._first
+            if wanted:
                 self._say(
-                    f"waiting for {busy}, for {time.monotonic() - begin:.0f} s now and until it is there: other jobs "
+                    f"waiting for {wanted}, for {time.monotonic() - begin:.0f} s now and until it is there: other jobs "
                     "hold it, or machines are being added"
                 )
 
-    def _busy(self) -> str:
-        """What is not free, while a group of processes is waited for."""
-        if not any(group.get("state") in ("PENDING", "RESCHEDULING") for group in placement_group_table().values()):
-            return ""
-        free, there = ray.available_resources(), ray.cluster_resources()
-        needed: Counter[str] = Counter()
-        for needs in self._processes:
-            needed.update(needs)
-        return ", ".join(
-            f"{amount:g} {name} ({free.get(name, 0.0):g} free of {there.get(name, 0.0):g})"
-            for name, amount in needed.items()
-            if amount > free.get(name, 0.0)
-        )
+
+def held_by_others(processes: Sequence[Mapping[str, float]]) -> str:
+    """What is not free of that which processes reserve, as in :func:`lacking`, while their placement group waits."""
+    if not any(group.get("state") in ("PENDING", "RESCHEDULING") for group in placement_group_table().values()):
+        return ""
+    free, there = ray.available_resources(), ray.cluster_resources()
+    needed: Counter[str] = Counter()
+    for needs in processes:
+        needed.update(needs)
+    return ", ".join(
+        f"{amount:g} {name} ({free.get(name, 0.0):g} free of {there.get(name, 0.0):g})"
+        for name, amount in needed.items()
+        if amount > free.get(name, 0.0)
+    )
 
 
 def _cores() -> int:

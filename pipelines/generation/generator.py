@@ -5,6 +5,7 @@ HTTP and bulk runs stand on it, and know nothing of each other.
 
 import asyncio
 import logging
+import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import click
 import numpy as np
 from numpy.typing import NDArray
 from ray import serve
@@ -20,7 +22,7 @@ from ray.serve.config import ProxyLocation
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from pipelines.cluster import cluster_is_ours, is_joined, lacking
+from pipelines.cluster import Waiting, cluster_is_ours, is_joined, lacking
 from pipelines.errors import JobError, UserError
 from pipelines.generation.batcher import Batcher, QueueFullError
 from pipelines.generation.config import ModelRunConfig
@@ -40,6 +42,9 @@ _SLACK_REQUESTS = 32
 _GRACE_S = 5.0  # in which a replica tells itself that a request took too long
 _ATTEMPTS = 5  # of a request whose replicas are lost: one that kills them must not do so for ever
 _RESTART_S = 10.0  # about what a replica takes to come again
+_UNSCHEDULED = re.compile(
+    r"has (\d+) replicas that .* to be scheduled.*for each replica: (\{.*?\}), .*available: (\{.*?\})", re.DOTALL
+)
 _END_S = 5.0  # that a replica has for what it does, where the caller does not say
 
 
@@ -274,13 +279,28 @@ def generator_application(card: ModelCard, config: ModelRunConfig) -> Iterator[D
 
 
 def run_application(name: str, route_prefix: str | None, application: serve.Application) -> DeploymentHandle[Any]:
-    """Start a Serve application and wait until it is up; a ``JobError`` if the model does not start."""
+    """Start a Serve application and wait until it is up; a ``JobError`` if the model does not start.
+
+    Says what it waits for where other jobs hold what its replicas reserve.
+    """
     try:
-        return serve.run(application, name=name, route_prefix=route_prefix)
+        with Waiting(partial(_room_wanted, name), partial(click.echo, err=True)):
+            return serve.run(application, name=name, route_prefix=route_prefix)
     except RuntimeError as error:
         status = serve.status().applications.get(name)
         reasons = [d.message for d in status.deployments.values() if d.message] if status else []
         raise JobError("the model did not start: " + ("\n".join(reasons) or str(error))) from error
+
+
+def _room_wanted(name: str) -> str:
+    """What replicas of an application wait for before they can start; as Serve tells it, after half a minute."""
+    application = serve.status().applications.get(name)
+    for deployment in application.deployments.values() if application else ():
+        found = _UNSCHEDULED.search(deployment.message)
+        if found and "STARTING" in deployment.replica_states:
+            number, each, free = found.groups()
+            return f"room for {number} of the replicas, {each} each (free: {free})"
+    return ""
 
 
 def start_failure(name: str) -> str | None:
@@ -294,13 +314,18 @@ def start_failure(name: str) -> str | None:
 
 
 def check_resources(config: ModelRunConfig) -> None:
-    """Refuse what this machine does not have, as Serve would wait for it for ever; a joined cluster may grow."""
-    if is_joined():
+    """Refuse what there is not, as Serve would wait for ever; a joined cluster may grow, if the config says so."""
+    if config.cluster.autoscaling and is_joined():
         return
     replicas = config.replicas
     lack = lacking([{"CPU": replicas.num_cpus, "GPU": replicas.num_gpus}] * replicas.num_replicas)
     if lack:
         raise UserError(
             f"replicas: {replicas.num_replicas} replicas of num_cpus {replicas.num_cpus:g} and num_gpus "
-            f"{replicas.num_gpus:g} need {lack}: reserve less, or join a cluster (RAY_ADDRESS)"
+            f"{replicas.num_gpus:g} need {lack}: reserve less, or "
+            + (
+                "set cluster.autoscaling=true if machines are added for what waits"
+                if is_joined()
+                else "join a cluster (RAY_ADDRESS)"
+            )
         )

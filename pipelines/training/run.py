@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lumos.config import SamplingConfig
 from pipelines import storage
-from pipelines.cluster import Waiting, connect, joining
+from pipelines.cluster import Waiting, connect, held_by_others, joining
 from pipelines.errors import JobError, UserError
 from pipelines.tracking import TrackingStore
 from pipelines.training import sampling_choice, validate
@@ -205,7 +205,7 @@ def _fit(prepared: PreparedRun, output: Output, history: History, *, beginning: 
     sampler = Sampler(prepared, output.samples, say=progress.say)
     fatal: list[str] = []  # errors of workers that would come again
 
-    waiting = Waiting(processes_of(config), progress.say)
+    waiting = Waiting(partial(held_by_others, processes_of(config)), progress.say)
 
     def hear(said: dict[str, Any]) -> None:
         waiting.over()

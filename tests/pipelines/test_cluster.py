@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import ray
 from ray.util import placement_group, remove_placement_group
 
 from pipelines import cluster
-from pipelines.cluster import Waiting, connect, lacking
+from pipelines.cluster import Waiting, connect, held_by_others, lacking
 from pipelines.errors import JobError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -33,7 +34,7 @@ def test_what_is_waited_for_is_said_while_others_hold_it(ray_cluster):
     said: list[str] = []
     held = placement_group([{"CPU": 5}])
     ray.get(held.ready(), timeout=60)
-    with Waiting([{"CPU": 1.5}] * 2, said.append, first_s=0.3) as waiting:
+    with Waiting(partial(held_by_others, [{"CPU": 1.5}] * 2), said.append, first_s=0.3) as waiting:
         time.sleep(1)
         assert said == [], "nothing waits"
         wanted = placement_group([{"CPU": 1.5}] * 2)

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,6 +22,8 @@ from typing import Any
 import av
 import httpx
 import pytest
+import ray
+from ray.util import placement_group, remove_placement_group
 
 from pipelines.cluster import connect
 from pipelines.config import config_to_yaml
@@ -102,6 +105,23 @@ def test_bulk_resume_makes_only_what_is_missing_and_the_same_bytes(
 def test_more_than_this_machine_has_is_refused_at_once(generate_config: GenerateConfig) -> None:
     with pytest.raises(UserError, match=r"9 replicas of num_cpus 4 .* need 36 CPU \(there is 3\)"):
         generate(replace(generate_config, replicas=ReplicaConfig(num_replicas=9, num_cpus=4.0)))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_cluster")
+def test_replicas_that_wait_for_room_say_so(
+    generate_config: GenerateConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = placement_group([{"CPU": 2.75}])
+    ray.get(held.ready(), timeout=60)
+    later = threading.Timer(60, remove_placement_group, (held,))
+    later.start()
+    assert generate(generate_config).generated == 2
+    later.join()
+    said = capsys.readouterr().err
+    assert re.search(
+        r"waiting for room for 1 of the replicas, \{.*CPU.*\} each \(free: .*, for \d+ s now and until", said
+    )
 
 
 def test_http_invariance_videos_are_the_same_alone_and_in_company(service: str) -> None:
