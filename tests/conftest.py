@@ -6,6 +6,9 @@ import pytest
 # Tests run on a cluster of their own, never on one that the shell happens to point at.
 os.environ.pop("RAY_ADDRESS", None)
 
+# Threads of small products wait for each other by spinning: two test processes on two cores would mostly wait so.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Shapes and types in lumos' signatures are checked at run time. This must come before anything imports lumos.
 if importlib.util.find_spec("beartype"):
     from jaxtyping import install_import_hook
