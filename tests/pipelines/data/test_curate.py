@@ -20,13 +20,6 @@ from tests.pipelines.data.videos import moving_square, write_table, write_video
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-@pytest.fixture(scope="module")
-def curated(corpus, tokenizer_file, tmp_path_factory, ray_cluster):
-    """One full run; tests that change the dataset copy it."""
-    dataset = tmp_path_factory.mktemp("curated") / "dataset"
-    return dataset, curate(curate_config(corpus, dataset, tokenizer_file))
-
-
 @pytest.fixture
 def copy(curated, tmp_path):
     shutil.copytree(curated[0], tmp_path / "dataset")
@@ -158,9 +151,13 @@ def test_partial_rebuild_of_the_tokenizer_redoes_tokens_only(copy, corpus, token
     assert sum(curate(curate_config(corpus, copy, tokenizer_file)).computed.values()) == 0
 
 
-def test_partial_rebuild_of_sizes_redoes_tokens_and_new_sources_are_appended(copy, corpus, tokenizer_file, tmp_path):
+@pytest.mark.slow
+def test_partial_rebuild_of_sizes_redoes_tokens(copy, corpus, tokenizer_file):
     result = curate(curate_config(corpus, copy, tokenizer_file, "tokens.sizes=[48x48,64x64]"))
     assert result.computed["tokens"] == GOOD + 1
+
+
+def test_new_sources_are_appended(copy, corpus, tokenizer_file, tmp_path):
     more = tmp_path / "more"
     shutil.copytree(corpus, more, symlinks=True)
     write_video(more / "new.mp4", moving_square(18, seed=77))

@@ -11,22 +11,22 @@ from pipelines.data.snapshot.read import open_snapshot
 from pipelines.data.upkeep.repair import repair_dataset
 from pipelines.data.upkeep.verify import verify_snapshot
 from pipelines.errors import UserError
-from tests.pipelines.data.corpora import curate_config, published
+from tests.pipelines.data.corpora import copy_stages, curate_config, published
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 @pytest.fixture(scope="module")
-def curated(corpus, tokenizer_file, tmp_path_factory, ray_cluster):
+def sharded(curated, corpus, tokenizer_file, tmp_path_factory):
     """A dataset of several shards."""
-    dataset = tmp_path_factory.mktemp("curated") / "dataset"
+    dataset = copy_stages(curated[0], tmp_path_factory.mktemp("sharded") / "dataset")
     curate(curate_config(corpus, dataset, tokenizer_file, "publish.shard_mb=0.002", "publish.val_share=0.3"))
     return dataset
 
 
 @pytest.fixture
-def dataset(curated, tmp_path):
-    shutil.copytree(curated, tmp_path / "d")
+def dataset(sharded, tmp_path):
+    shutil.copytree(sharded, tmp_path / "d")
     return tmp_path / "d"
 
 
