@@ -14,7 +14,7 @@ from pipelines.data.snapshot.read import list_snapshots, open_snapshot
 from pipelines.data.steps.sources import hash_file
 from pipelines.errors import JobError, UserError
 from pipelines.storage.lock import dataset_lock
-from tests.pipelines.data.corpora import FATES, GOOD, curate_config, published, reason_class
+from tests.pipelines.data.corpora import FATES, GOOD, copy_stages, curate_config, published, reason_class
 from tests.pipelines.data.videos import moving_square, write_table, write_video
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -53,7 +53,8 @@ def test_the_ledger_accounts_for_every_source_and_clip(curated, corpus):
         assert (row["stage_hashes"]["tokens"] is not None) == (row["status"] == "kept")
 
 
-def test_a_file_that_is_named_twice_is_one_source(corpus, tokenizer_file, tmp_path):
+def test_a_file_that_is_named_twice_is_one_source(curated, corpus, tokenizer_file, tmp_path):
+    shutil.rmtree(copy_stages(curated[0], tmp_path / "dataset") / "stages" / "sources")
     for name in ("a", "b", "c"):
         shutil.copy(corpus / f"good_00{'abc'.index(name)}.mp4", tmp_path / f"{name}.mp4")
 
