@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import sys
 
 import pytest
 
@@ -18,6 +19,14 @@ if importlib.util.find_spec("beartype"):
     install_import_hook("lumos", "tests.typecheck.check")
 
 
+@pytest.fixture(autouse=True)
+def _threads_of_one_test():
+    """A test that computes with more threads leaves them to no other."""
+    yield
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
 @pytest.fixture(scope="module")  # gone at the module's end: tests of other modules start clusters of other sizes
 def ray_cluster():
     from pipelines.cluster import connect
@@ -26,7 +35,7 @@ def ray_cluster():
         yield
 
 
-_LONGEST = ("training/test_train.py", "storage/test_s3.py", "data/test_exactly_once.py", "captions/test_choose.py")
+_LONGEST = ("training/test_train.py", "data/test_exactly_once.py", "data/test_curate.py", "storage/test_s3.py")
 
 
 def pytest_collection_modifyitems(items):
