@@ -235,6 +235,7 @@ def test_an_empty_folder_and_missing_captions_are_told(tmp_path, tokenizer_file)
         curate(curate_config(tmp_path / "empty", tmp_path / "d", tokenizer_file))
 
 
+@pytest.mark.slow
 def test_too_many_failures_stop_the_run_and_a_larger_budget_continues(tmp_path, tokenizer_file):
     folder = tmp_path / "videos"
     folder.mkdir()

@@ -175,6 +175,7 @@ def look_table(dataset):
     return StageTable(str(dataset), looks_stage(LooksConfig(), DecodeConfig(), StageResources()))
 
 
+@pytest.mark.slow
 def test_looks_are_off_by_default_and_change_nothing_that_is_published(curated, looked):
     (without, off), (dataset, on) = curated, looked
     assert not (without / "stages" / "looks").exists()
@@ -216,6 +217,7 @@ def test_other_split_settings_make_no_looks_twice(looked, corpus, tokenizer_file
     assert look_table(dataset).parts() == parts
 
 
+@pytest.mark.slow
 def test_the_report_takes_no_looks_of_another_crop(looked, tmp_path):
     dataset = shutil.copytree(looked[0], tmp_path / "d")
     snapshot = open_snapshot(str(dataset))
@@ -245,6 +247,7 @@ def test_a_run_that_was_killed_between_looks_and_split_goes_on(looked, corpus, t
     assert len(keys) == len(set(keys)) == GOOD + 1
 
 
+@pytest.mark.slow
 def test_the_report_takes_looks_and_decodes_sources_for_the_others(looked, corpus, tmp_path, monkeypatch):
     snapshot = open_snapshot(str(looked[0]))
     rows = [row for row in snapshot.read_ledger().to_pylist() if row["end_s"] is not None]
