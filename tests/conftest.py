@@ -1,10 +1,14 @@
 import importlib.util
 import os
+import sys
 
 import pytest
 
 # Tests run on a cluster of their own, never on one that the shell happens to point at.
 os.environ.pop("RAY_ADDRESS", None)
+
+# Threads of small products wait for each other by spinning: two test processes on two cores would mostly wait so.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Shapes and types in lumos' signatures are checked at run time. This must come before anything imports lumos.
 if importlib.util.find_spec("beartype"):
@@ -15,6 +19,14 @@ if importlib.util.find_spec("beartype"):
     install_import_hook("lumos", "tests.typecheck.check")
 
 
+@pytest.fixture(autouse=True)
+def _threads_of_one_test():
+    """A test that computes with more threads leaves them to no other."""
+    yield
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
 @pytest.fixture(scope="module")  # gone at the module's end: tests of other modules start clusters of other sizes
 def ray_cluster():
     from pipelines.cluster import connect
@@ -23,7 +35,7 @@ def ray_cluster():
         yield
 
 
-_LONGEST = ("training/test_train.py", "storage/test_s3.py", "data/test_exactly_once.py", "captions/test_choose.py")
+_LONGEST = ("training/test_train.py", "data/test_exactly_once.py", "data/test_curate.py", "storage/test_s3.py")
 
 
 def pytest_collection_modifyitems(items):

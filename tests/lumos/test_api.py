@@ -22,15 +22,6 @@ PROMPT = "a red square moves left over a blue background"
 HEIGHT, WIDTH = 16, 32  # of the folder's first shape
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """More would spend their time on waiting for each other in a model this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "export"

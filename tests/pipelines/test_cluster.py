@@ -34,8 +34,8 @@ def test_what_is_waited_for_is_said_while_others_hold_it(ray_cluster):
     said: list[str] = []
     held = placement_group([{"CPU": 5}])
     ray.get(held.ready(), timeout=60)
-    with Waiting(partial(held_by_others, [{"CPU": 1.5}] * 2), said.append, first_s=0.3) as waiting:
-        time.sleep(1)
+    with Waiting(partial(held_by_others, [{"CPU": 1.5}] * 2), said.append, first_s=0.1) as waiting:
+        time.sleep(0.5)
         assert said == [], "nothing waits"
         wanted = placement_group([{"CPU": 1.5}] * 2)
         for _ in range(200):
@@ -45,7 +45,7 @@ def test_what_is_waited_for_is_said_while_others_hold_it(ray_cluster):
         assert said[0].startswith("waiting for 3 CPU (1 free of 6), for ")
         waiting.over()
         number = len(said)
-        time.sleep(2)
+        time.sleep(1)
         assert len(said) == number
     for group in (held, wanted):
         remove_placement_group(group)

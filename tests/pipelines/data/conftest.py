@@ -1,10 +1,11 @@
 import pytest
 
 from pipelines.cluster import connect
-from tests.pipelines.data.corpora import write_corpus
+from pipelines.data.curate import curate
+from tests.pipelines.data.corpora import curate_config, write_corpus
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus") / "videos")
 
@@ -13,3 +14,10 @@ def corpus(tmp_path_factory):
 def ray_cluster():
     with connect(num_cpus=6):
         yield
+
+
+@pytest.fixture(scope="package")
+def curated(corpus, tokenizer_file, tmp_path_factory, ray_cluster):
+    """The dataset and result of one usual run over the corpus; tests that change the dataset copy it."""
+    dataset = tmp_path_factory.mktemp("curated") / "dataset"
+    return dataset, curate(curate_config(corpus, dataset, tokenizer_file))

@@ -58,6 +58,12 @@ def curate_config(corpus: Path | str, dataset: Path | str, tokenizer: Path, *ove
     return load_config(CurateConfig, "demo", [*paths, *length, *means, *overrides])
 
 
+def copy_stages(dataset: Path, target: Path) -> Path:
+    """What the stages of a dataset computed, for another that is to compute only what differs."""
+    shutil.copytree(dataset / "stages", target / "stages")
+    return target
+
+
 def reason_class(reason: str) -> str:
     """What one reason is about."""
     return reason_classes(pa.chunked_array([[reason]], pa.string()))[0].as_py()

@@ -7,6 +7,7 @@ from pipelines.data.snapshot.read import open_snapshot
 from pipelines.data.upkeep.verify import verify_snapshot
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_curation_of_clips_that_are_made_up(tmp_path):
     said = []

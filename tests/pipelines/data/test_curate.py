@@ -14,17 +14,10 @@ from pipelines.data.snapshot.read import list_snapshots, open_snapshot
 from pipelines.data.steps.sources import hash_file
 from pipelines.errors import JobError, UserError
 from pipelines.storage.lock import dataset_lock
-from tests.pipelines.data.corpora import FATES, GOOD, curate_config, published, reason_class
+from tests.pipelines.data.corpora import FATES, GOOD, copy_stages, curate_config, published, reason_class
 from tests.pipelines.data.videos import moving_square, write_table, write_video
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-
-
-@pytest.fixture(scope="module")
-def curated(corpus, tokenizer_file, tmp_path_factory, ray_cluster):
-    """One full run; tests that change the dataset copy it."""
-    dataset = tmp_path_factory.mktemp("curated") / "dataset"
-    return dataset, curate(curate_config(corpus, dataset, tokenizer_file))
 
 
 @pytest.fixture
@@ -60,7 +53,8 @@ def test_the_ledger_accounts_for_every_source_and_clip(curated, corpus):
         assert (row["stage_hashes"]["tokens"] is not None) == (row["status"] == "kept")
 
 
-def test_a_file_that_is_named_twice_is_one_source(corpus, tokenizer_file, tmp_path):
+def test_a_file_that_is_named_twice_is_one_source(curated, corpus, tokenizer_file, tmp_path):
+    shutil.rmtree(copy_stages(curated[0], tmp_path / "dataset") / "stages" / "sources")
     for name in ("a", "b", "c"):
         shutil.copy(corpus / f"good_00{'abc'.index(name)}.mp4", tmp_path / f"{name}.mp4")
 
@@ -158,9 +152,13 @@ def test_partial_rebuild_of_the_tokenizer_redoes_tokens_only(copy, corpus, token
     assert sum(curate(curate_config(corpus, copy, tokenizer_file)).computed.values()) == 0
 
 
-def test_partial_rebuild_of_sizes_redoes_tokens_and_new_sources_are_appended(copy, corpus, tokenizer_file, tmp_path):
+@pytest.mark.slow
+def test_partial_rebuild_of_sizes_redoes_tokens(copy, corpus, tokenizer_file):
     result = curate(curate_config(corpus, copy, tokenizer_file, "tokens.sizes=[48x48,64x64]"))
     assert result.computed["tokens"] == GOOD + 1
+
+
+def test_new_sources_are_appended(copy, corpus, tokenizer_file, tmp_path):
     more = tmp_path / "more"
     shutil.copytree(corpus, more, symlinks=True)
     write_video(more / "new.mp4", moving_square(18, seed=77))
@@ -237,6 +235,7 @@ def test_an_empty_folder_and_missing_captions_are_told(tmp_path, tokenizer_file)
         curate(curate_config(tmp_path / "empty", tmp_path / "d", tokenizer_file))
 
 
+@pytest.mark.slow
 def test_too_many_failures_stop_the_run_and_a_larger_budget_continues(tmp_path, tokenizer_file):
     folder = tmp_path / "videos"
     folder.mkdir()

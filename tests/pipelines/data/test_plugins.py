@@ -68,14 +68,19 @@ def videos(tmp_path_factory):
     return folder
 
 
-def lumos(plugins: dict[str, Path], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command with the plugins of some variables."""
+def python(plugins: dict[str, Path], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python with the plugins of some variables."""
     environment = os.environ | {variable: plugin.stem for variable, plugin in plugins.items()}
     folders = dict.fromkeys(str(plugin.parent) for plugin in plugins.values())
     environment["PYTHONPATH"] = ":".join([*folders, str(ROOT)])
     environment.pop("RAY_ADDRESS", None)
-    command = [sys.executable, "-m", "jobs.cli", *arguments]
+    command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def lumos(plugins: dict[str, Path], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command with the plugins of some variables."""
+    return python(plugins, "-m", "jobs.cli", *arguments)
 
 
 def write_config(folder: Path, videos: Path, tokenizer: Path, **changes: dict[str, object]) -> Path:
@@ -122,6 +127,7 @@ def curated(tmp_path_factory, videos, tokenizer_file) -> Curated:
     )
 
 
+@pytest.mark.slow  # a curation on a cluster of its own, as the test below
 def test_a_new_score_is_one_line_of_the_table_and_its_function(curated):
     gray, blue, other = (curated.ledger[f"{name}.mp4"] for name in ("gray", "blue", "other"))
     assert gray["status"] == other["status"] == "kept"
@@ -132,6 +138,7 @@ def test_a_new_score_is_one_line_of_the_table_and_its_function(curated):
     assert "<b>blueness</b>" in curated.page
 
 
+@pytest.mark.slow
 def test_a_new_captioner_is_one_file_and_its_line_in_the_registry(curated):
     assert curated.manifest["captioners"] == ["toy"]
     assert curated.manifest["created_from"]["stage_hashes"]["captions-toy"]
@@ -139,6 +146,32 @@ def test_a_new_captioner_is_one_file_and_its_line_in_the_registry(curated):
     assert all(caption.startswith("a clip whose mean is ") for caption in curated.captions)
     assert all(caption in curated.page for caption in curated.captions)
     assert "captions-toy" in curated.page
+
+
+LOAD = """
+import sys
+from pipelines.config import load_config
+from pipelines.data.config import CurateConfig
+config = load_config(CurateConfig, sys.argv[1])
+"""
+USE = f"""{LOAD}
+from pipelines.data.captions.registry import captioner_named
+from pipelines.data.scores import scores_of
+stage = captioner_named(config.captions.captioners[0]).stage(config)
+print(config.thresholds.max_blueness, stage.name, stage.function("")([]), scores_of("split")[-1].name)
+"""
+
+
+def test_a_config_may_name_what_plugins_add(tmp_path, videos, tokenizer_file):
+    plugins = {"LUMOS_SCORES": tmp_path / "toy_score.py", "LUMOS_CAPTIONERS": tmp_path / "toy_captioner.py"}
+    plugins["LUMOS_SCORES"].write_text(TOY_SCORE)
+    plugins["LUMOS_CAPTIONERS"].write_text(TOY_CAPTIONER)
+    toy = {"captioners": ["toy"]}
+    config = str(write_config(tmp_path, videos, tokenizer_file, thresholds={"max_blueness": 0.55}, captions=toy))
+    assert python(plugins, "-c", USE, config).stdout == "0.55 captions-toy [] blueness\n"
+    refused = python({}, "-c", LOAD, config)
+    assert refused.returncode == 1
+    assert "max_blueness" in refused.stderr
 
 
 def test_what_is_not_there_is_told(tmp_path, videos, tokenizer_file):

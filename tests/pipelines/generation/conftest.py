@@ -28,15 +28,6 @@ from tests.pipelines.storage.faults import s3_server
 CAPTIONS = ("a red square moves left", "a blue circle moves up over a green background")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """More would spend their time on waiting for each other in a model this small, and replicas set what they need."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

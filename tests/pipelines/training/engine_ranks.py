@@ -28,6 +28,7 @@ from pipelines.training.config import CheckpointConfig, EmaConfig, OptimizerConf
 from pipelines.training.ema import forget_average, update_average
 from pipelines.training.engine import Engine, autocast_dtype, make_engine, prepare_process
 from pipelines.training.engine_files import EngineFiles, load_engine, master_weights, optimizer_state, save_engine
+from pipelines.training.precision import has_bf16_products
 from pipelines.training.saving import CheckpointWriter
 from pipelines.training.scratch import Scratch, folder_of_node
 from pipelines.training.step import StepBatch, StepResult, TrainStep
@@ -346,14 +347,23 @@ def optimizer_named(kind: str) -> OptimizerConfig:
     return MUON if kind == "muon" else ADAMW
 
 
-_ALL = (skip, agree, uneven, average, text, full_disk, unwritable, room, fetch, write, resume)
+def products(_: Path) -> None:
+    """Muon iterates in what the CPU multiplies in, once the process is prepared."""
+    from deepspeed.runtime.zero.muon.original_muon import zeropower_via_newtonschulz5
+
+    found = zeropower_via_newtonschulz5(torch.randn(4, 4), steps=1).dtype
+    assert found == (torch.bfloat16 if has_bf16_products() else torch.float32), found
+
+
+_ALL = (skip, agree, uneven, average, text, full_disk, unwritable, room, products, fetch, write, resume)
 SCENARIOS = {each.__name__: each for each in _ALL}
 
 
 def main(scenario: str, folder: Path, *arguments: str) -> None:
     dist.init_process_group("gloo")
     prepare_process(torch.device("cpu"), threads=1)
-    SCENARIOS[scenario](folder, *arguments)
+    for name in scenario.split("+"):
+        SCENARIOS[name](folder, *arguments)
     dist.destroy_process_group()
     os._exit(0)  # torch's own end, after that, aborts one process in ten that had gloo groups
 

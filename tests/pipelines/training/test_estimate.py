@@ -45,6 +45,7 @@ def test_planned_memory_is_within_15_percent_of_what_a_step_takes(tmp_path):
     assert abs(off) < 0.15
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_bf16_products(), reason="this CPU does not multiply in bf16: it would take ten minutes")
 def test_planned_memory_in_bf16_is_within_15_percent_of_what_a_step_takes(tmp_path):
     off = off_by(tmp_path, "bf16 zero2 full", "bf16 zero1 grouped", "bf16 zero3")

@@ -1,5 +1,7 @@
 import socket
 
+import pytest
+
 from pipelines.training import network
 
 
@@ -14,6 +16,15 @@ def test_a_host_whose_name_is_a_loopback_address_is_told_its_interface(monkeypat
     assert network.settings_of_node("10.1.2.3") == {}, "Gloo finds it"
 
 
+def test_settings_of_the_network_are_passed_on_and_no_others(monkeypatch):
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    monkeypatch.setenv("NOT_OF_THE_NETWORK", "1")
+    settings = network.NetworkConfig(backend="gloo").settings
+    assert settings["NCCL_SOCKET_IFNAME"] == "ib0"
+    assert "NOT_OF_THE_NETWORK" not in settings
+
+
+@pytest.mark.slow  # a training of its own
 def test_settings_of_the_network_reach_the_workers(ray_cluster, monkeypatch):
     import os
 
@@ -21,10 +32,7 @@ def test_settings_of_the_network_reach_the_workers(ray_cluster, monkeypatch):
     from ray.train.torch import TorchTrainer
 
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
-    monkeypatch.setenv("NOT_OF_THE_NETWORK", "1")
     config = network.NetworkConfig(backend="gloo")
-    assert dict(config.settings)["NCCL_SOCKET_IFNAME"] == "ib0"
-    assert "NOT_OF_THE_NETWORK" not in config.settings
     trainer = TorchTrainer(
         lambda: os.environ.get("NCCL_SOCKET_IFNAME"), torch_config=config, scaling_config=ScalingConfig(num_workers=1)
     )

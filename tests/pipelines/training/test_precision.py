@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -44,19 +42,6 @@ def test_a_run_file_that_says_nothing_of_it_is_no_obstacle(tmp_path):
     for content in ("{", "[]", json.dumps({"identity": {"precision": "int4"}})):
         (tmp_path / "run.json").write_text(content)
         assert with_precision(config).precision in ("bf16", "fp32")
-
-
-def test_muon_iterates_in_what_the_cpu_multiplies_in():
-    """In a process of its own, since it settles DeepSpeed for good."""
-    code = """
-import torch
-from pipelines.training.engine import prepare_process
-prepare_process(torch.device("cpu"), threads=1)
-from deepspeed.runtime.zero.muon.original_muon import zeropower_via_newtonschulz5
-print(zeropower_via_newtonschulz5(torch.randn(4, 4), steps=1).dtype)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.split()[-1] == ("torch.bfloat16" if has_bf16_products() else "torch.float32")
 
 
 def test_slow_products_are_told(tmp_path):

@@ -65,9 +65,11 @@ def values(stage, dataset):
 
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("stateful", [False, True])
-def test_every_input_is_computed_once_and_never_again(tmp_path, stateful):
-    double = stage(stateful=stateful)
+def test_every_input_is_computed_once_though_a_worker_is_killed_and_never_again(tmp_path, stateful):
+    double = stage(die_on=20, stateful=stateful)
+    Path(StageTable(str(tmp_path), double).uri).mkdir(parents=True)
     assert run(double, inputs(range(50)), tmp_path) == 50
+    assert (Path(StageTable(str(tmp_path), double).uri) / "died").exists()
     assert values(double, tmp_path) == [2 * value for value in range(50)]
     assert run(double, inputs(range(50)), tmp_path) == 0
     assert run(double, inputs(range(40, 60)), tmp_path) == 10
@@ -101,16 +103,6 @@ def test_a_failed_run_keeps_what_was_committed_and_names_the_cause(tmp_path):
 def test_bad_input_found_by_a_worker_stays_a_user_error(tmp_path):
     with pytest.raises(UserError, match="cannot take 3"):
         run(stage(fail_on=3, error=UserError), inputs(range(5)), tmp_path)
-
-
-@pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("stateful", [False, True])
-def test_a_worker_that_is_killed_is_replaced(tmp_path, stateful):
-    double = stage(die_on=20, stateful=stateful)
-    Path(StageTable(str(tmp_path), double).uri).mkdir(parents=True)
-    assert run(double, inputs(range(40)), tmp_path) == 40
-    assert (Path(StageTable(str(tmp_path), double).uri) / "died").exists()
-    assert values(double, tmp_path) == [2 * value for value in range(40)]
 
 
 def test_parts_are_named_by_their_keys_and_overwritten_not_doubled(tmp_path):

@@ -24,7 +24,7 @@ from pipelines.data.steps.features import FeatureFunction, FeatureScores, TextFu
 from pipelines.data.video.frames import ClipReader
 from pipelines.data.video.looks import wanted_looks
 from pipelines.errors import UserError
-from tests.pipelines.data.corpora import GOOD, curate_config
+from tests.pipelines.data.corpora import GOOD, copy_stages, curate_config
 from tests.pipelines.data.look_rows import clips_with_looks
 from tests.pipelines.data.small_models import COCA, EMBED, write_head, write_open_clip, write_text_detector
 from tests.pipelines.data.videos import moving_square, numbered, read_numbers, write_video
@@ -132,8 +132,8 @@ def test_similarity_takes_the_caption_that_fits_best(models, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def scored(corpus, tokenizer_file, models, tmp_path_factory, ray_cluster):
-    dataset = tmp_path_factory.mktemp("scored") / "dataset"
+def scored(curated, corpus, tokenizer_file, models, tmp_path_factory):
+    dataset = copy_stages(curated[0], tmp_path_factory.mktemp("scored") / "dataset")
     options = [f"{key}={path}" for key, path in models.items() if key.startswith("features")]
     options += ["features.clip.batch_size=4", "tokens.decode_back_share=1.0"]
     return dataset, options, curate(curate_config(corpus, dataset, tokenizer_file, *options))

@@ -160,12 +160,10 @@ def test_split_workers_make_no_looks_that_there_are(files, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def made(corpus, tokenizer_file, tmp_path_factory, ray_cluster):
-    """A dataset without looks, and one with."""
-    folder = tmp_path_factory.mktemp("made")
-    off = curate(curate_config(corpus, folder / "off", tokenizer_file))
-    on = curate(curate_config(corpus, folder / "on", tokenizer_file, "looks.always=true"))
-    return folder, off, on
+def looked(corpus, tokenizer_file, tmp_path_factory, ray_cluster):
+    """A dataset with looks."""
+    dataset = tmp_path_factory.mktemp("looked") / "dataset"
+    return dataset, curate(curate_config(corpus, dataset, tokenizer_file, "looks.always=true"))
 
 
 def shards(dataset):
@@ -177,21 +175,23 @@ def look_table(dataset):
     return StageTable(str(dataset), looks_stage(LooksConfig(), DecodeConfig(), StageResources()))
 
 
-def test_looks_are_off_by_default_and_change_nothing_that_is_published(made):
-    folder, off, on = made
-    assert not (folder / "off" / "stages" / "looks").exists()
+@pytest.mark.slow
+def test_looks_are_off_by_default_and_change_nothing_that_is_published(curated, looked):
+    (without, off), (dataset, on) = curated, looked
+    assert not (without / "stages" / "looks").exists()
     assert "looks" not in off.computed
     assert on.computed["looks"] == 0  # the workers of the split stage had made them
-    assert shards(folder / "on") == shards(folder / "off")
+    assert shards(dataset) == shards(without)
     assert on.counts == off.counts
-    [status] = [table for table in dataset_status(str(folder / "on")).tables if table.stage == "looks"]
+    [status] = [table for table in dataset_status(str(dataset)).tables if table.stage == "looks"]
     assert status.rows == GOOD + 1
     assert status.used_by == (on.snapshot_id,)
-    assert (folder / "on" / "stages" / "looks" / status.hash / "stage.json").exists()
+    assert (dataset / "stages" / "looks" / status.hash / "stage.json").exists()
 
 
-def test_loosened_thresholds_and_another_config_compute_what_is_missing(made, corpus, tokenizer_file, tmp_path):
-    dataset = shutil.copytree(made[0] / "on", tmp_path / "d")
+@pytest.mark.slow
+def test_loosened_thresholds_and_another_config_compute_what_is_missing(looked, corpus, tokenizer_file, tmp_path):
+    dataset = shutil.copytree(looked[0], tmp_path / "d")
     loose = ["looks.always=true", "thresholds.min_motion_time=null", "thresholds.min_motion=null"]
     result = curate(curate_config(corpus, dataset, tokenizer_file, *loose))
     assert result.counts["kept"] == GOOD + 2  # static.mp4
@@ -205,8 +205,9 @@ def test_loosened_thresholds_and_another_config_compute_what_is_missing(made, co
     assert table_parts(before) == []
 
 
-def test_other_split_settings_make_no_looks_twice(made, corpus, tokenizer_file, tmp_path):
-    dataset = shutil.copytree(made[0] / "on", tmp_path / "d")
+@pytest.mark.slow
+def test_other_split_settings_make_no_looks_twice(looked, corpus, tokenizer_file, tmp_path):
+    dataset = shutil.copytree(looked[0], tmp_path / "d")
     parts = look_table(dataset).parts()
     # At this threshold the clips are the same; other workers, as a part of the same keys would only be written again.
     other = ["looks.always=true", "split.threshold=3.5", "resources.workers=3"]
@@ -216,8 +217,9 @@ def test_other_split_settings_make_no_looks_twice(made, corpus, tokenizer_file, 
     assert look_table(dataset).parts() == parts
 
 
-def test_the_report_takes_no_looks_of_another_crop(made, tmp_path):
-    dataset = shutil.copytree(made[0] / "on", tmp_path / "d")
+@pytest.mark.slow
+def test_the_report_takes_no_looks_of_another_crop(looked, tmp_path):
+    dataset = shutil.copytree(looked[0], tmp_path / "d")
     snapshot = open_snapshot(str(dataset))
     kept = [row for row in snapshot.read_ledger().to_pylist() if row["status"] == "kept"]
     before = stills.decode_frames(snapshot, kept)
@@ -230,8 +232,9 @@ def test_the_report_takes_no_looks_of_another_crop(made, tmp_path):
     assert stills.decode_frames(snapshot, kept) == before
 
 
-def test_a_run_that_was_killed_between_looks_and_split_goes_on(made, corpus, tokenizer_file, tmp_path):
-    dataset = shutil.copytree(made[0] / "on", tmp_path / "d")
+@pytest.mark.slow
+def test_a_run_that_was_killed_between_looks_and_split_goes_on(looked, corpus, tokenizer_file, tmp_path):
+    dataset = shutil.copytree(looked[0], tmp_path / "d")
     [*parts] = (dataset / "stages" / "split").glob("*/part-*.parquet")
     for part in parts[:2]:
         part.unlink()  # as if these had not been committed
@@ -239,13 +242,14 @@ def test_a_run_that_was_killed_between_looks_and_split_goes_on(made, corpus, tok
     result = curate(curate_config(corpus, dataset, tokenizer_file, "looks.always=true", "resources.workers=3"))
     assert result.computed["split"] > 0
     assert result.computed["looks"] == 0
-    assert shards(dataset) == shards(made[0] / "on")
+    assert shards(dataset) == shards(looked[0])
     keys = look_table(dataset).read(["work_key"])["work_key"].to_pylist()
     assert len(keys) == len(set(keys)) == GOOD + 1
 
 
-def test_the_report_takes_looks_and_decodes_sources_for_the_others(made, corpus, tmp_path, monkeypatch):
-    snapshot = open_snapshot(str(made[0] / "on"))
+@pytest.mark.slow
+def test_the_report_takes_looks_and_decodes_sources_for_the_others(looked, corpus, tmp_path, monkeypatch):
+    snapshot = open_snapshot(str(looked[0]))
     rows = [row for row in snapshot.read_ledger().to_pylist() if row["end_s"] is not None]
     decoded = []
     decode = stills.decode_clips

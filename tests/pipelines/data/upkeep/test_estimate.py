@@ -1,6 +1,5 @@
 import pytest
 
-from pipelines.data.curate import curate
 from pipelines.data.snapshot.read import open_snapshot
 from pipelines.data.upkeep.estimate import Cluster, plan_curation
 from pipelines.errors import UserError
@@ -9,11 +8,11 @@ from tests.pipelines.data.corpora import FATES, GOOD, curate_config
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-def test_a_plan_over_all_sources_tells_what_the_run_gives(corpus, tokenizer_file, tmp_path):
+def test_a_plan_over_all_sources_tells_what_the_run_gives(curated, corpus, tokenizer_file, tmp_path):
     config = curate_config(corpus, tmp_path / "d", tokenizer_file)
     plan = plan_curation(config, Cluster(cpus=64, price=2.0), sources=1000)
     assert not (tmp_path / "d").exists()
-    snapshot = open_snapshot(curate(config).snapshot_uri)
+    snapshot = open_snapshot(curated[1].snapshot_uri)
     totals = snapshot.manifest.totals.values()
     assert plan.sources == plan.sampled == GOOD + len(FATES)
     assert plan.clips == pytest.approx(sum(total.rows for total in totals))

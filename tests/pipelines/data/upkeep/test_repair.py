@@ -11,22 +11,22 @@ from pipelines.data.snapshot.read import open_snapshot
 from pipelines.data.upkeep.repair import repair_dataset
 from pipelines.data.upkeep.verify import verify_snapshot
 from pipelines.errors import UserError
-from tests.pipelines.data.corpora import curate_config, published
+from tests.pipelines.data.corpora import copy_stages, curate_config, published
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 @pytest.fixture(scope="module")
-def curated(corpus, tokenizer_file, tmp_path_factory, ray_cluster):
+def sharded(curated, corpus, tokenizer_file, tmp_path_factory):
     """A dataset of several shards."""
-    dataset = tmp_path_factory.mktemp("curated") / "dataset"
+    dataset = copy_stages(curated[0], tmp_path_factory.mktemp("sharded") / "dataset")
     curate(curate_config(corpus, dataset, tokenizer_file, "publish.shard_mb=0.002", "publish.val_share=0.3"))
     return dataset
 
 
 @pytest.fixture
-def dataset(curated, tmp_path):
-    shutil.copytree(curated, tmp_path / "d")
+def dataset(sharded, tmp_path):
+    shutil.copytree(sharded, tmp_path / "d")
     return tmp_path / "d"
 
 
@@ -88,8 +88,8 @@ def test_a_run_restores_what_its_snapshot_lost(dataset, corpus, tokenizer_file):
         open_snapshot(str(dataset))
 
 
-def test_unusable_stage_files_are_dropped_and_computed_again(dataset, corpus, tokenizer_file):
-    before = published(open_snapshot(str(dataset)))
+def spoil_stages(dataset):
+    """Damage one file of each of two stages; both, as they are named."""
     split = sorted(dataset.glob("stages/split/*/part-*.parquet"))[0]
     split.write_bytes(b"PAR1 no more")
     tokens = sorted(dataset.glob("stages/tokens/*/part-*.parquet"))[0]
@@ -97,8 +97,19 @@ def test_unusable_stage_files_are_dropped_and_computed_again(dataset, corpus, to
     turned = [codes[::-1] if codes else codes for codes in table["codes"].to_pylist()]
     place = table.schema.get_field_index("codes")
     pq.write_table(table.set_column(place, "codes", pa.array(turned, table.schema.field("codes").type)), tokens)
-    done = repair_dataset(str(dataset))
-    assert sorted(done.dropped) == sorted(str(path.relative_to(dataset)) for path in (split, tokens))
+    return sorted(str(path.relative_to(dataset)) for path in (split, tokens))
+
+
+def test_unusable_stage_files_are_dropped(dataset):
+    spoiled = spoil_stages(dataset)
+    assert sorted(repair_dataset(str(dataset)).dropped) == spoiled
+    assert not any((dataset / name).exists() for name in spoiled)
+
+
+@pytest.mark.slow
+def test_unusable_stage_files_are_computed_again(dataset, corpus, tokenizer_file):
+    before = published(open_snapshot(str(dataset)))
+    assert len(spoil_stages(dataset)) == len(repair_dataset(str(dataset)).dropped)
     options = ["publish.shard_mb=0.002", "publish.val_share=0.3"]
     result = curate(curate_config(corpus, dataset, tokenizer_file, *options))
     assert result.computed["split"] > 0

@@ -28,16 +28,9 @@ from tests.pipelines.data.corpora import GOOD, curate_config, published
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-@pytest.fixture(scope="module")
-def made(corpus, tokenizer_file, tmp_path_factory, ray_cluster):
-    dataset = tmp_path_factory.mktemp("made") / "dataset"
-    curate(curate_config(corpus, dataset, tokenizer_file))
-    return dataset
-
-
 @pytest.fixture
-def dataset(made, tmp_path):
-    return shutil.copytree(made, tmp_path / "dataset")
+def dataset(curated, tmp_path):
+    return shutil.copytree(curated[0], tmp_path / "dataset")
 
 
 def shards(dataset: Path) -> list[Path]:

@@ -10,36 +10,37 @@ from pipelines.data.curate import curate
 from pipelines.data.snapshot.read import open_snapshot
 from pipelines.data.upkeep.verify import recheck
 from pipelines.errors import UserError
-from tests.pipelines.data.corpora import GOOD, curate_config
+from tests.pipelines.data.corpora import GOOD, copy_stages, curate_config
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 @pytest.fixture(scope="module")
-def curated(corpus, tmp_path_factory, ray_cluster):
+def rechecked(curated, corpus, tmp_path_factory):
     """A dataset by the embedded tokenizer, all of whose clips were decoded back."""
     root = tmp_path_factory.mktemp("rechecked")
     videos = shutil.copytree(corpus, root / "videos", symlinks=True)
-    config = curate_config(videos, root / "d", "null", "tokens.decode_back_share=1.0", "tokens.batch_size=1")
-    curate(config)
-    return root / "d", videos
+    dataset = copy_stages(curated[0], root / "d")
+    shutil.rmtree(dataset / "stages" / "sources")  # it names the files of the corpus, not their copies
+    curate(curate_config(videos, dataset, "null", "tokens.decode_back_share=1.0", "tokens.batch_size=1"))
+    return dataset, videos
 
 
-def test_codes_on_disk_are_those_of_their_clips(curated):
-    snapshot = open_snapshot(str(curated[0]))
+def test_codes_on_disk_are_those_of_their_clips(rechecked):
+    snapshot = open_snapshot(str(rechecked[0]))
     found = recheck(snapshot, 100)
     assert len(found.psnr) == GOOD + 1
     assert (found.equal, found.skipped, found.problems) == (1.0, {}, ())
     scores = {row["key"]: row["scores"] for row in snapshot.read_ledger().to_pylist() if row["status"] == "kept"}
     assert {key: scores[key]["psnr"] for key in found.psnr} == pytest.approx(found.psnr, abs=1e-3)
     assert recheck(snapshot, 2).psnr.items() < found.psnr.items()
-    done = CliRunner().invoke(command, ["verify", str(curated[0]), "--sample", "3"])
+    done = CliRunner().invoke(command, ["verify", str(rechecked[0]), "--sample", "3"])
     assert done.exit_code == 0, done.output
     assert "3 clips decoded back" in done.output
 
 
-def test_codes_of_another_clip_are_found(curated, tmp_path):
-    dataset = shutil.copytree(curated[0], tmp_path / "d")
+def test_codes_of_another_clip_are_found(rechecked, tmp_path):
+    dataset = shutil.copytree(rechecked[0], tmp_path / "d")
     [path] = dataset.glob("snapshots/*/data/train/**/*.parquet")
     table = pq.read_table(path)
     place = table.schema.get_field_index("codes")
@@ -51,8 +52,8 @@ def test_codes_of_another_clip_are_found(curated, tmp_path):
     assert "do not show their clip" in found.problems[0]
 
 
-def test_what_is_not_at_hand_is_told(curated, tokenizer_file, tmp_path):
-    dataset, videos = curated
+def test_what_is_not_at_hand_is_told(rechecked, tokenizer_file, tmp_path):
+    dataset, videos = rechecked
     gone = videos.rename(tmp_path / "moved")
     try:
         found = recheck(open_snapshot(str(dataset)), 2)
@@ -65,15 +66,14 @@ def test_what_is_not_at_hand_is_told(curated, tokenizer_file, tmp_path):
         recheck(open_snapshot(str(dataset)), 2, str(tokenizer_file))
 
 
-def test_a_tokenizer_that_is_not_ours_has_to_be_named(corpus, tokenizer_file, tmp_path):
-    curate(curate_config(corpus, tmp_path / "d", tokenizer_file))
-    snapshot = open_snapshot(str(tmp_path / "d"))
+def test_a_tokenizer_that_is_not_ours_has_to_be_named(curated, tokenizer_file):
+    snapshot = open_snapshot(str(curated[0]))
     assert "name --tokenizer" in str(recheck(snapshot, 2))
     assert recheck(snapshot, 2, str(tokenizer_file)).equal == 1.0
 
 
-def test_a_snapshot_without_clips_has_nothing_to_look_at(corpus, tmp_path):
-    curate(curate_config(corpus, tmp_path / "d", "null", "thresholds.min_fps=99"))
+def test_a_snapshot_without_clips_has_nothing_to_look_at(curated, corpus, tmp_path):
+    curate(curate_config(corpus, copy_stages(curated[0], tmp_path / "d"), "null", "thresholds.min_fps=99"))
     found = recheck(open_snapshot(str(tmp_path / "d")), 4)
     assert (found.psnr, found.problems) == ({}, ())
     assert CliRunner().invoke(command, ["verify", str(tmp_path / "d")]).exit_code == 0

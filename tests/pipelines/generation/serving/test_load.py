@@ -16,7 +16,7 @@ def test_under_load_every_request_is_answered_by_its_video_or_a_refusal(
 ) -> None:
     config = replace(serve_config, jobs=str(tmp_path), batch=BatchConfig(max_size=4, max_queued=8), max_jobs=8)
     with listening(config) as url:
-        found = run_load(LoadConfig(url=url, clients=24, duration_s=4.0, jobs=jobs, request={"steps": 2}))
+        found = run_load(LoadConfig(url=url, clients=24, duration_s=2.0, jobs=jobs, request={"steps": 2}))
     assert found["wrong"] == []
     assert found["videos"] > 0
     assert found["answers"].keys() <= {"200", "503", "accepted"}
