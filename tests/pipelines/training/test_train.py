@@ -33,7 +33,7 @@ from pipelines.config import config_to_yaml
 from pipelines.errors import JobError, UserError
 from pipelines.streams import torch_stream
 from pipelines.training.checkpoints import find_checkpoints
-from pipelines.training.config import CheckpointConfig, OptimizerConfig, ValidationConfig
+from pipelines.training.config import CheckpointConfig, OptimizerConfig, TrainConfig, ValidationConfig
 from pipelines.training.export import export, locate
 from pipelines.training.ingest import StepLoader, pack, unpack
 from pipelines.training.prepare import prepare
@@ -204,25 +204,42 @@ def test_a_finished_run_is_returned_and_not_repeated(uninterrupted, dataset, fol
         train(tiny_config(dataset, folder / "uninterrupted", seed=1))
 
 
-def test_resume_after_a_worker_was_killed(uninterrupted, dataset, folder):
-    output = folder / "worker-killed"
-    killed = []
+def test_resume_after_the_driver_and_a_worker_were_killed(uninterrupted, dataset, folder):
+    output = folder / "killed"
+    checkpoints = str(output / "checkpoints")
+    kill_driver(tiny_config(dataset, output), folder / "killed.yaml", lambda: find_checkpoints(checkpoints))
+    killed = [len(metrics_lines(output))]
 
     def kill() -> None:
         workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
         workers[-1].kill()
         killed.append(len(metrics_lines(output)))
 
-    checkpoints = str(output / "checkpoints")
-    killer = when(lambda: any(stored.state.step == 20 for stored in find_checkpoints(checkpoints)), kill)
+    at_start = {stored.state.step for stored in find_checkpoints(checkpoints)}
+    killer = when(lambda: {stored.state.step for stored in find_checkpoints(checkpoints)} - at_start, kill)
     result = train(tiny_config(dataset, output))
     killer.join(timeout=1)
-    assert killed, "no worker was killed"
-    assert killed[0] < 60, "killed too late to matter"
-    starts = json.loads((output / "run.json").read_text())["starts"]
-    assert [start["step"] >= 20 for start in starts] == [False, True], "it goes on from the newest checkpoint"
+    assert len(killed) == 2, "no worker was killed"
+    assert killed[0] <= killed[1] < 60, "killed too late to matter"
+    starts = [start["step"] for start in json.loads((output / "run.json").read_text())["starts"]]
+    assert len(starts) == 3
+    assert starts[0] == 0 < starts[1] < starts[2], "each goes on from the newest checkpoint"
     assert losses(result.records) == pytest.approx(losses(uninterrupted.records), abs=1e-6)
     check_tracked_once(result)
+
+
+def kill_driver(config: TrainConfig, file: Path, reached: Callable[[], object]) -> None:
+    """Begin a run in a process of its own, and kill that once it has come to something."""
+    file.write_text(config_to_yaml(config))
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-m", "jobs.train", str(file)]
+    log = file.with_suffix(".log")
+    with log.open("w") as said, subprocess.Popen(command, env=env, stdout=said, stderr=said) as driver:
+        try:
+            when(reached, driver.kill)
+            assert driver.wait(timeout=240) == -signal.SIGKILL, log.read_text()[-3000:]
+        finally:
+            driver.kill()
 
 
 @pytest.mark.slow
