@@ -110,9 +110,13 @@ class Cluster:
         return found
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 240) -> None:
+def wait_for(
+    condition: Callable[[], object], what: str, seconds: float = 240, job: "subprocess.Popen[str] | None" = None
+) -> None:
+    """Wait until something is so, while the job that is to bring it about runs."""
     end = time.monotonic() + seconds
     while not condition():
+        assert job is None or job.poll() is None, job.communicate()[0][-4000:]
         assert time.monotonic() < end, f"it never came to it: {what}"
         time.sleep(0.2)
 

@@ -34,7 +34,7 @@ def test_a_training_outlives_a_worker_s_node_and_is_that_of_one_machine(cluster,
         "train", "demo", f"data.dataset={dataset}", f"output={output}", f"tracking.uri={TRACKING}", *TRAINING
     )
     with job:
-        wait_for(lambda: cluster.store.exists(f"{output}/metrics.jsonl"), "a first checkpoint")
+        wait_for(lambda: cluster.store.exists(f"{output}/metrics.jsonl"), "a first checkpoint", job=job)
         nodes = cluster.nodes_of("RayTrainWorker")
         assert len(nodes) == 2, "the workers were to be on different nodes"
         lost = max(nodes)
@@ -56,7 +56,7 @@ def test_a_training_outlives_its_driver_s_node(cluster, dataset, here):
         "train", "demo", f"data.dataset={dataset}", f"output={output}", f"tracking.uri={TRACKING}", *TRAINING
     ]  # fmt: skip
     with cluster.submit(*command, node=3) as job:
-        wait_for(lambda: cluster.store.exists(f"{output}/metrics.jsonl"), "a first checkpoint")
+        wait_for(lambda: cluster.store.exists(f"{output}/metrics.jsonl"), "a first checkpoint", job=job)
         control("node", 3, "kill")
         job.kill()  # Ray's command goes on listening to a log that has no node any more
     control("node", 3, "start")
@@ -75,7 +75,7 @@ def test_videos_are_made_once_though_a_replica_s_node_is_lost_and_evaluated(clus
     arguments += ["replicas.num_cpus=1.5", "replicas.num_replicas=2"]
     cluster.run("generate", "demo", *arguments, "output=s3://lumos/videos/whole")
     with cluster.submit("generate", "demo", *arguments, "output=s3://lumos/videos/lost") as job:
-        wait_for(lambda: cluster.videos("lumos/videos/lost"), "a first video")
+        wait_for(lambda: cluster.videos("lumos/videos/lost"), "a first video", job=job)
         lost = max(cluster.nodes_of("ServeReplica"))
         assert lost > 1, "replicas were to be on different nodes"
         control("node", lost, "kill")

@@ -71,7 +71,7 @@ def processes_of_store(title: str) -> list[int]:
 def test_a_worker_s_node_is_cut_off_for_a_minute(cluster, dataset, here):
     output = "s3://lumos/runs/worker-cut"
     with cluster.submit(*training(dataset, output)) as job:
-        wait_for(lambda: cluster.store.exists(f"{output}/metrics.jsonl"), "a first checkpoint")
+        wait_for(lambda: cluster.store.exists(f"{output}/metrics.jsonl"), "a first checkpoint", job=job)
         cut = max(cluster.nodes_of("RayTrainWorker"))
         control("node", cut, "cut")
         time.sleep(MINUTE)
@@ -85,7 +85,7 @@ def test_a_worker_s_node_is_cut_off_for_a_minute(cluster, dataset, here):
 def test_a_driver_that_was_cut_off_writes_nothing_over_its_successor(cluster, dataset, here):
     output = "s3://lumos/runs/driver-cut"
     with cluster.submit(*training(dataset, output), node=3) as first:
-        wait_for(lambda: cluster.store.exists(f"{output}/metrics.jsonl"), "a first checkpoint")
+        wait_for(lambda: cluster.store.exists(f"{output}/metrics.jsonl"), "a first checkpoint", job=first)
         control("node", 3, "cut")
         said = cluster.run(*training(dataset, output))  # it waits for the other's last sign of life to be old
         assert "continuing from the checkpoint of step" in said
@@ -105,7 +105,7 @@ def test_a_driver_that_was_cut_off_writes_nothing_over_its_successor(cluster, da
 def test_mlflow_gives_no_answer_for_a_minute(cluster, dataset, here):
     output = "s3://lumos/runs/mlflow-silent"
     with cluster.submit(*training(dataset, output)) as job:
-        wait_for(lambda: cluster.store.exists(f"{output}/metrics.jsonl"), "a first checkpoint")
+        wait_for(lambda: cluster.store.exists(f"{output}/metrics.jsonl"), "a first checkpoint", job=job)
         halted = processes_of_store("mlflow")
         assert halted
         for pid in halted:
@@ -144,7 +144,7 @@ def test_workers_are_added_and_taken_away_with_the_nodes(cluster, dataset):
     for node in (2, 3):
         control("node", node, "kill")
     output, whole = "s3://lumos/runs/elastic", "s3://lumos/runs/elastic-whole"
-    same = ["optimizer.schedule=constant", "resources.min_workers=1", "resources.num_workers=2", "checkpoint.every=10"]
+    same = ["optimizer.schedule=constant", "min_workers=1", "num_workers=2", "checkpoint.every=10"]
 
     def workers() -> list[int]:
         path = f"{output}/metrics.jsonl"
@@ -153,11 +153,11 @@ def test_workers_are_added_and_taken_away_with_the_nodes(cluster, dataset):
         return [json.loads(line)["workers"] for line in cluster.store.cat_file(path).decode().splitlines()]
 
     with cluster.submit(*training(dataset, output, *same, "steps=100000"), "--name", "elastic") as job:
-        wait_for(workers, "a first checkpoint of one worker")
+        wait_for(workers, "a first checkpoint of one worker", job=job)
         control("node", 2, "start")
-        wait_for(lambda: workers()[-1] == 2, "two workers")
+        wait_for(lambda: workers()[-1] == 2, "two workers", job=job)
         control("node", 2, "kill")
-        wait_for(lambda: workers()[-1] == 1, "one worker again")
+        wait_for(lambda: workers()[-1] == 1, "one worker again", job=job)
         subprocess.run(["lumos", "jobs", "stop", "elastic"], env=cluster.env, check=True, timeout=120)
         job.communicate(timeout=300)
     for node in (2, 3):
@@ -205,7 +205,7 @@ def test_a_service_under_16_clients_loses_a_node_and_no_accepted_job(cluster, mo
         assert since is None
 
     with cluster.submit("serve", *arguments, "--name", "service") as job:
-        wait_for(ready, "a service that is ready")
+        wait_for(ready, "a service that is ready", job=job)
         wait_for(lambda: len(cluster.nodes_of("ServeReplica")) > 1, "replicas on different nodes")
         watcher = threading.Thread(target=watch)
         watcher.start()
