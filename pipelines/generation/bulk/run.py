@@ -123,7 +123,7 @@ def _write_extras(config: GenerateConfig, jobs: Sequence[Job]) -> None:
         storage.write_bytes_atomic(storage.join(config.output, path), data)
     for folder in video_folders(config):
         place = storage.join(config.output, folder)
-        if storage.is_local(place):
+        if storage.is_local(place) and storage.is_dir(place):  # not there if no entry asks for it
             for name in os.listdir(place):
                 if re.fullmatch(r"\..*\.tmp", name):  # of a run that was killed as it wrote
                     storage.remove(storage.join(place, name))
