@@ -22,7 +22,7 @@ _COUNT = click.IntRange(min=1)
     examples=(
         'lumos generate --model runs/quickstart/export --prompt "a red square moves left" --seed 7',
         'lumos generate --model M --prompt "it turns to the left" --image photo.jpg --out video.mp4',
-        "lumos generate prompts.yaml model=runs/quickstart/export seeds_per_prompt=4",
+        "lumos generate --model runs/quickstart/export prompts=prompts.csv seeds_per_prompt=4",
         "lumos generate default model=M layout=vbench prompts=VBench_full_info.json output=vbench",
     ),
 )
@@ -59,6 +59,8 @@ def command(
     if config is None or ("=" in config and not Path(config).exists()):
         overrides = (*filter(None, [config]), *overrides)
         config = "default"
+    if config.endswith((".txt", ".csv", ".jsonl", ".parquet")):
+        raise UserError(f"config {config} is no YAML: if it is a file of prompts, write prompts={config}")
     suffix = (options["output"] or "").rpartition(".")[2].lower()
     implied = suffix if suffix in MEDIA_TYPES else "png" if options["frames"] == 1 else None
     if not any(override.startswith("format=") for override in overrides):

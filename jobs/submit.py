@@ -24,7 +24,7 @@ _PROJECTS = ("auto", "upload", "installed")
     examples=(
         "lumos submit curate s3://bucket/videos dataset=s3://bucket/data --address http://head:8265",
         "lumos submit train quickstart data.dataset=s3://bucket/data output=s3://bucket/run --name first --no-wait",
-        "lumos submit generate prompts.yaml model=s3://bucket/run/export output=s3://bucket/videos",
+        "lumos submit generate videos.yaml model=s3://bucket/run/export output=s3://bucket/videos",
         "lumos submit serve --model s3://bucket/run/export --jobs s3://bucket/jobs  # until it is stopped",
         "lumos jobs list; lumos jobs logs first --follow; lumos jobs stop first",
     ),

@@ -103,4 +103,11 @@ def recorders(folders: Sequence[VideoFolder], config: RecordConfig) -> tuple[lis
         except UserError as error:
             found.append(None)
             words.append(f"not recorded in MLflow: {error}")
+    ids = [each.run_id for each in found if each is not None]
+    if len(set(ids)) < len(ids):
+        words.append(
+            "not recorded in MLflow: several folders are of one run, which shows one value of each figure; "
+            f"give --run for each, {NONE} for those to leave out"
+        )
+        return [None] * len(found), words
     return found, words

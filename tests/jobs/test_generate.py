@@ -48,6 +48,14 @@ def test_a_size_that_is_none_is_named():
     assert "--size is 'large'; write it as WIDTHxHEIGHT" in str(done.exception)
 
 
+def test_a_file_of_prompts_where_the_config_belongs_is_told_its_key(tmp_path: Path):
+    file = tmp_path / "p.csv"
+    file.write_text("prompt\na\n")
+    done = CliRunner().invoke(group, ["generate", str(file), "model=m"])
+    assert isinstance(done.exception, UserError)
+    assert f"write prompts={file}" in str(done.exception)
+
+
 def test_a_benchmarks_layout_says_what_it_needs():
     for overrides, message in (
         (["layout=vbench-i2v", "prompts=info.json"], "layout vbench-i2v needs images"),

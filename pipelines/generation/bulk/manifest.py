@@ -7,6 +7,7 @@ from typing import Any
 
 from pipelines import storage
 from pipelines.errors import UserError
+from pipelines.storage.lock import check_lock
 
 MANIFEST_FILE = "manifest.jsonl"
 _SAVE_INTERVAL_S = 5.0
@@ -56,6 +57,7 @@ class Manifest:
 
     def save(self) -> None:
         """Write the manifest, sorted by file name, so that equal runs end with equal manifests."""
+        check_lock(self.folder)
         lines = [json.dumps(row, ensure_ascii=False) for _, row in sorted(self.rows.items())]
         storage.write_bytes_atomic(self.uri, "".join(f"{line}\n" for line in lines).encode())
         self._saved_at = time.monotonic()

@@ -85,7 +85,10 @@ def _read_csv(data: bytes) -> _Rows:
 def _read_jsonl(data: bytes) -> _Rows:
     for number, line in enumerate(data.decode("utf-8-sig").split("\n"), start=1):
         if line.strip():
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number} is no JSON: {str(error).replace('line 1 ', '')}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} is no JSON object")
             _require_prompt_column(list(row))

@@ -54,9 +54,14 @@ async def _drive(handle: DeploymentHandle[Any], jobs: Sequence[Job], store: Stor
             store(job, answer)
 
     making = asyncio.ensure_future(asyncio.gather(*map(one, jobs)))
-    while not (await asyncio.wait([making], timeout=_LOOK_S))[0]:
-        if (why := await asyncio.to_thread(start_failure, handle.app_name)) is not None:
-            making.cancel()  # Serve would let them wait for ever
-            raise JobError(f"the model does not start again ({why}); what is made is kept: the same command continues")
-    await making
+    try:
+        while not (await asyncio.wait([making], timeout=_LOOK_S))[0]:
+            if (why := await asyncio.to_thread(start_failure, handle.app_name)) is not None:
+                raise JobError(
+                    f"the model does not start again ({why}); what is made is kept: the same command continues"
+                )
+        await making
+    finally:
+        making.cancel()  # Serve would let them wait for ever
+        await asyncio.gather(making, return_exceptions=True)  # else asyncio complains of what nobody asked for
     return failures

@@ -5,6 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipelines.generation.bulk.plan import Job, check_writable, plan
 from pipelines.generation.config import GenerateConfig
 from pipelines.generation.model import Engine, ModelCard, model_places, read_card, set_threads
 from pipelines.media import MEDIA_TYPES
+from pipelines.storage.lock import dataset_lock
 
 RUN_FILE = "generate.json"
 
@@ -51,7 +53,8 @@ def generate(config: GenerateConfig, say: Say = lambda _: None) -> GenerateResul
     told what goes on. A run of as many videos as fit a batch on one machine is done in this process, without Ray.
 
     Raises:
-        UserError: if model, tokenizers, prompts, size or output cannot be used; nothing is left behind then.
+        UserError: if model, tokenizers, prompts, size or output cannot be used, or another run writes to the output;
+            no video is made then.
         JobError: if some videos could not be made; the others are there, and the same run makes the missing ones.
     """
     begin = time.monotonic()
@@ -61,14 +64,16 @@ def generate(config: GenerateConfig, say: Say = lambda _: None) -> GenerateResul
     if single:
         _check_single(config, jobs)
     check_writable(config.output.rpartition("/")[0] or "." if single else config.output)
-    manifest = None if single else Manifest(config.output)
-    pending = [job for job in jobs if manifest is None or not manifest.holds(job.row)]
     try:
-        if pending:
-            with joining({**model_places(config), "output": config.output}, config.cluster):
-                _make(config, card, pending, manifest, say, total=len(jobs))
-        if manifest is not None:
-            _write_extras(config, jobs)
+        # Two runs that keep one manifest would each write what the other does not know away.
+        with nullcontext() if single else dataset_lock(config.output, name=f"output: {config.output}"):
+            manifest = None if single else Manifest(config.output)
+            pending = [job for job in jobs if manifest is None or not manifest.holds(job.row)]
+            if pending:
+                with joining({**model_places(config), "output": config.output}, config.cluster):
+                    _make(config, card, pending, manifest, say, total=len(jobs))
+            if manifest is not None:
+                _write_extras(config, jobs)
     except KeyboardInterrupt:
         kept = "" if single else f"; what is in {config.output} is kept"
         raise JobError(f"interrupted{kept}: the same command continues") from None
@@ -118,7 +123,7 @@ def _write_extras(config: GenerateConfig, jobs: Sequence[Job]) -> None:
         storage.write_bytes_atomic(storage.join(config.output, path), data)
     for folder in video_folders(config):
         place = storage.join(config.output, folder)
-        if storage.is_local(place):
+        if storage.is_local(place) and storage.is_dir(place):  # not there if no entry asks for it
             for name in os.listdir(place):
                 if re.fullmatch(r"\..*\.tmp", name):  # of a run that was killed as it wrote
                     storage.remove(storage.join(place, name))

@@ -170,7 +170,7 @@ def _ended_by_signal() -> Iterator[None]:
 
 
 def _announce(url: str, cards: Mapping[str, ModelCard], config: ServeConfig) -> None:
-    header = f' -H "Authorization: Bearer ${TOKEN_VARIABLE}"' if config.tokens else ""
+    header = f' -H "Authorization: Bearer ${{{TOKEN_VARIABLE}%%,*}}"' if config.tokens else ""  # the first of several
     body = '{"prompt": "a red square moves left", "seed": 7}'
     logs = f"; log: {log_folder(config)}" if log_folder(config) else ""
     click.echo(

@@ -13,11 +13,11 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from pipelines.generation.config import MAX_SEED
-from pipelines.generation.request import file_name
+from pipelines.generation.request import VideoRequest, file_name
 from pipelines.generation.serving import pictures
 from pipelines.generation.serving.answers import ERRORS, body_schema, described
 from pipelines.generation.serving.jobs import Job
-from pipelines.generation.serving.requests import extended, to_request, untrained
+from pipelines.generation.serving.requests import extended, num_added, to_request, untrained
 from pipelines.generation.serving.runner import Before, picture_name, request_of
 from pipelines.generation.serving.schema import (
     BadRequestError,
@@ -36,6 +36,7 @@ _POLLS_PER_S = 20  # of all jobs of a process: each costs about what a step of a
 _WATCH_S = 0.3  # between looks at a job that somebody watches
 _KEEP_ALIVE_S = 15.0  # between comments to a watcher where nothing happens
 _MAX_PAGE = 100
+_MAX_SECONDS = 120.0  # of a video that grew by extensions: each decodes and writes the whole of it
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _EVENTS = (
@@ -82,6 +83,7 @@ class _VideoRoutes:
             job = await self._job(body.video.id, request)
             data = await self._content(job)
             served, first = self._service.model(body.model or job.model), request_of(job)
+            _check_whole(body, first, to_video(job).num_frames)
             frames = await asyncio.to_thread(pictures.decode_frames, data)
             before = Before(job.id, data, len(frames))
         else:
@@ -257,6 +259,18 @@ def add_video_routes(v1: APIRouter, service: Service) -> None:
 
 def _event(name: str, value: dict[str, Any]) -> str:
     return f"event: {name}\ndata: {json.dumps(value)}\n\n"
+
+
+def _check_whole(body: ExtensionBody, first: VideoRequest, num_before: int) -> None:
+    """Raise a ``BadRequestError`` if a video of so many frames may not grow by what a body asks for."""
+    fps = first.size.fps
+    seconds = (num_before + num_added(body, fps, first.size.num_frames)) / fps
+    if seconds > _MAX_SECONDS:
+        raise BadRequestError(
+            f"video: with what is asked for it would last {seconds:.4g} s, of {_MAX_SECONDS:g} s at most: ask for less "
+            "or upload its end as a clip",
+            "video",
+        )
 
 
 def to_video(job: Job) -> Video:

@@ -196,6 +196,20 @@ def test_results_stand_on_the_run_that_made_the_model(trained, tmp_path):
     assert not [path for path in (tmp_path / "videos").rglob("*") if "gallery" in path.name or "evaluat" in path.name]
 
 
+def test_two_folders_of_one_run_do_not_hide_each_others_figures_there(trained, tmp_path):
+    client, run_id = trained
+    videos = tmp_path / "videos"
+    shutil.copytree(videos, tmp_path / "others")
+    done = CliRunner().invoke(command, [str(videos), str(tmp_path / "others")])
+    assert done.exit_code == 0, done.output
+    assert "several folders are of one run" in done.output
+    assert "eval/motion" not in client.get_run(run_id).data.metrics
+    done = CliRunner().invoke(
+        command, [str(videos), str(tmp_path / "others"), "--run", str(tmp_path / "train"), "--run", "none"]
+    )
+    assert f"videos: recorded on run {run_id}" in done.output
+
+
 def test_a_run_is_named_by_id_or_not_at_all(trained, folders, tmp_path):
     client, run_id = trained
     uri = f"sqlite:///{tmp_path}/mlruns.db"

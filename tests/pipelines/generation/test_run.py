@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from pipelines.generation.bulk.plan import plan
 from pipelines.generation.bulk.run import generate
 from pipelines.generation.config import GenerateConfig, SamplingChoice, ServeConfig, SizeConfig, TokenizerSource
 from pipelines.generation.model import read_card
-from pipelines.generation.serving.run import serve
+from pipelines.generation.serving.run import _announce, serve
 from tests.pipelines.generation.conftest import free_port, save_tokenizer
 
 
@@ -204,3 +205,13 @@ def test_other_machines_may_not_connect_without_a_token(
 def test_a_default_size_the_model_cannot_write_is_found_before_ray_starts(serve_config: ServeConfig) -> None:
     with pytest.raises(UserError, match="height 20"):
         serve(replace(serve_config, port=free_port(), video=SizeConfig(height=20)))
+
+
+def test_the_command_that_a_service_prints_holds_one_of_its_tokens(
+    serve_config: ServeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _announce("http://127.0.0.1:1", {}, replace(serve_config, token="alpha,beta"))
+    shown = capsys.readouterr().out.partition("Try:\n  curl ")[2]
+    environment = {"LUMOS_SERVE_TOKEN": "alpha,beta"}
+    said = subprocess.run(["sh", "-c", f"printf '%s\\n' {shown}"], env=environment, capture_output=True, text=True)
+    assert "Authorization: Bearer alpha" in said.stdout.splitlines()

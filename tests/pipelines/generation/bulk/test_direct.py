@@ -20,6 +20,7 @@ from pipelines.errors import UserError
 from pipelines.generation.bulk.run import generate
 from pipelines.generation.config import BatchConfig, GenerateConfig, SamplingChoice, SizeConfig
 from pipelines.media import encode_video
+from pipelines.storage.lock import dataset_lock
 from tests.pipelines.data.videos import moving_square, write_video
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -57,6 +58,13 @@ def test_few_videos_are_the_librarys_and_resume_makes_what_is_missing(
     again = generate(config)
     assert (again.generated, again.skipped) == (1, 3)
     assert manifest_of(config) == rows
+
+
+def test_a_folder_that_another_run_writes_to_is_left_to_it(generate_config: GenerateConfig) -> None:
+    """Each of the two would write a manifest without the other's videos."""
+    with dataset_lock(generate_config.output), pytest.raises(UserError, match=r"^output: .* in use by another run"):
+        generate(generate_config)
+    assert generate(generate_config).generated == 2
 
 
 def test_pictures_and_clips_of_a_file_are_found_beside_it(
@@ -189,4 +197,4 @@ def test_ctrl_c_ends_a_run_and_says_how_to_go_on(generate_config: GenerateConfig
     assert "interrupted; what is in" in rest
     assert "the same command continues" in rest
     assert "Traceback" not in rest
-    assert not Path(slow.output).exists()  # no video was done
+    assert os.listdir(slow.output) == [".lock"]  # no video was done

@@ -128,6 +128,13 @@ def test_geneval_folders_are_made_continued_and_accepted(generate_config: Genera
         jobs_of(replace(config, video=SizeConfig(num_frames=9)))
 
 
+def test_a_part_of_vbench_without_temporal_flickering_is_made(generate_config: GenerateConfig, tmp_path: Path) -> None:
+    rows = [{"prompt_en": "a red car", "dimension": ["color"]}]
+    config = config_of(generate_config, tmp_path, "vbench", rows, video=SizeConfig(num_frames=1))
+    assert generate(config).generated == 5
+    assert check_layout(config.output, "vbench").is_valid
+
+
 def test_vbench_folder_holds_videos_alone_and_is_accepted(generate_config: GenerateConfig, tmp_path: Path) -> None:
     rows = [*VBENCH[:2], {"prompt_en": "left/right \U0001f600", "dimension": ["color"]}]
     config = config_of(generate_config, tmp_path, "vbench", rows, video=SizeConfig(num_frames=1))

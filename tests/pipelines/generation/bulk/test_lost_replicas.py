@@ -31,9 +31,9 @@ def replicas() -> list[psutil.Process]:
 
 
 def files_of(uri: str) -> dict[str, bytes]:
-    """Everything but what names the folder itself."""
+    """Everything but the lock and what names the folder itself."""
     files = {found.path: storage.read_bytes(found.uri) for found in storage.list_files(uri)}
-    return {path: data for path, data in files.items() if path != "generate.json"}
+    return {path: data for path, data in files.items() if path not in ("generate.json", ".lock")}
 
 
 @pytest.mark.slow

@@ -43,6 +43,7 @@ def test_rows_of_each_kind_of_file_give_the_same_prompts(tmp_path: Path) -> None
         ("p.jsonl", '{"prompt": 3}\n', "line 1: the prompt is 3"),
         ("p.jsonl", '{"prompt": "a", "seed": 1.5}\n', "the seed is 1.5"),
         ("p.jsonl", "{", "cannot be read as jsonl"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', r"line 2 is no JSON: Expecting .* column 15"),
         ("p.jsonl", "[1]\n", "no JSON object"),
         ("p.parquet", "PAR1", "cannot be read as parquet"),
         ("p.md", "hello", "unknown kind"),

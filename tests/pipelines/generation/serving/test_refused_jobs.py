@@ -13,7 +13,7 @@ import pytest
 from lumos.compression import VideoSize
 from pipelines import storage
 from pipelines.generation.config import ServeConfig, SizeConfig
-from pipelines.generation.serving import service
+from pipelines.generation.serving import service, videos
 from pipelines.generation.serving.jobs import Job, JobStore, Version
 from pipelines.generation.serving.pictures import decode_frames
 from tests.pipelines.generation.conftest import CAPTIONS
@@ -77,6 +77,24 @@ def test_a_clip_to_go_on_with_is_not_decoded_where_so_much_cannot_be_added(
             )
             assert (refused.status_code, refused.json()["error"]["param"]) == (400, "num_frames")
             assert sizes == []
+
+    asyncio.run(main())
+
+
+def test_a_video_does_not_grow_without_end(config: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each extension decodes the whole, in the process that answers all clients."""
+    monkeypatch.setattr(videos, "_MAX_SECONDS", 13 / 12)
+
+    async def main() -> None:
+        async with service_of(config) as app, client_to(app) as client:
+            video = await finished(client, (await post(client, PROMPT))["id"])  # of 9 frames, 12 a second
+            body = {"prompt": CAPTIONS[0], "video": {"id": video["id"]}, "num_frames": 4}
+            longest = await finished(client, (await client.post("/v1/videos/extensions", json=body)).json()["id"])
+            monkeypatch.setattr(videos.pictures, "decode_frames", lambda _: pytest.fail("it was decoded"))
+            body["video"] = {"id": longest["id"]}
+            refused = await client.post("/v1/videos/extensions", json=body)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "video")
+            assert "it would last 1.417 s, of 1.08333 s at most" in refused.json()["error"]["message"]
 
     asyncio.run(main())
 
