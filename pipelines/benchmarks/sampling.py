@@ -59,6 +59,8 @@ def ways(recommended: SamplingConfig) -> dict[str, SamplingConfig]:
         "half the steps": {"num_steps": half},
         "Halton order": {"order": "halton"},
         "Halton order, half the steps": {"num_steps": half, "order": "halton"},
+        "half the steps, guidance in their first half": {"num_steps": half, "guidance_interval": (0.0, 0.5)},
+        "half the steps, difference reused from half on": {"num_steps": half, "guidance_cache_from": 0.5},
         "threshold 0.9": {"threshold": 0.9},
         "threshold 0.7": {"threshold": 0.7},
         "guidance in the first half": {"guidance_interval": (0.0, 0.5)},
@@ -66,6 +68,7 @@ def ways(recommended: SamplingConfig) -> dict[str, SamplingConfig]:
         "whole pass every 2nd step": {"context_refresh": 2},
         "whole pass every 3rd step": {"context_refresh": 3},
         "half the steps from frame 2 on": {"frame_steps": (steps, half)},
+        "a quarter of the steps from frame 2 on": {"frame_steps": (steps, max(1, steps // 4))},
         "reuse, every 2nd step": {"guidance_cache_from": 0.5, "context_refresh": 2},
         "threshold 0.7, reuse, every 2nd step": {
             "threshold": 0.7,
@@ -204,6 +207,7 @@ def _write(page: Path, result: dict[str, Any]) -> None:
         title="Accuracy, flicker and consistency by history ratio",
         x_label="history ratio",
         y_label="share, or score",
+        at_ends=True,
         linear=True,
     )
     write_page(
