@@ -30,6 +30,7 @@ from pipelines.sample_corpus import held_out_specs
 from pipelines.statistics import bootstrap_interval
 
 FULL = "full"
+BF16 = "bfloat16"  # the full sampler, with weights and products in it
 MEASURES = {
     "all": "share of videos with the prompted colour, background, shape and direction",
     "strict": "the same with the size, and the shape in three quarters of the frames",
@@ -76,7 +77,7 @@ def ways(recommended: SamplingConfig) -> dict[str, SamplingConfig]:
             "context_refresh": 2,
         },
     }
-    found = {FULL: replace(recommended, shortcuts=None)}
+    found = dict.fromkeys((FULL, BF16), replace(recommended, shortcuts=None))
     for name, given in shortcuts.items():
         changes = dict(given)
         number = changes.pop("num_steps", steps)
@@ -100,6 +101,7 @@ def run_sampling_benchmark(config: SamplingBenchmark, page: Path | None) -> dict
     torch.set_num_threads(config.threads)
     try:
         model = load(config.model)
+        in_bf16 = load(config.model, dtype=torch.bfloat16)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"--model: {error}") from error
     known = ways(model.info.sampling)
@@ -110,13 +112,15 @@ def run_sampling_benchmark(config: SamplingBenchmark, page: Path | None) -> dict
     prompts = [spec.caption for spec in held_out_specs(0)[: config.prompts]]
     values = {name: {measure: np.zeros((len(prompts), config.seeds)) for measure in MEASURES} for name in names}
     seconds = dict.fromkeys(names, 0.0)
-    _draw(model, prompts[:1], known[FULL], first_seed=0)  # the first videos of a process take longer
+    for each in (model, in_bf16):  # the first videos of a process take longer
+        _draw(each, prompts[:1], known[FULL], first_seed=0)
     with tqdm(total=len(names) * len(prompts) * config.seeds, desc="videos", unit="video") as bar:
         for seed in range(config.seeds):
             for start in range(0, len(prompts), _BATCH):
                 batch = prompts[start : start + _BATCH]
                 for name in names:
-                    videos, spent = _draw(model, batch, known[name], first_seed=10_000 + seed * 1000 + start)
+                    drawing = in_bf16 if name == BF16 else model
+                    videos, spent = _draw(drawing, batch, known[name], first_seed=10_000 + seed * 1000 + start)
                     seconds[name] += spent
                     for number, (prompt, frames) in enumerate(zip(batch, videos, strict=True)):
                         for measure, value in _measure(prompt, frames).items():

@@ -9,6 +9,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -108,14 +109,14 @@ def line_chart(
 
 def _name_ends(axes: Axes) -> None:
     """Write each line's name beside its last point, apart from one another where lines end together."""
+    place = axes.transData + axes.transAxes.inverted()
     ends = sorted(
-        ((float(np.log(np.asarray(line.get_ydata())[-1])), line) for line in axes.lines), key=lambda end: end[0]
+        ((float(place.transform(np.asarray(line.get_xydata())[-1])[1]), line) for line in axes.lines), key=itemgetter(0)
     )
-    low, high = np.log(axes.get_ylim())
     floor = 0.0
-    for number, (y, line) in enumerate(ends):
+    for number, (height, line) in enumerate(ends):
         # No lower than its neighbour below allows, no higher than leaves room for those above.
-        floor = max(floor, min((y - low) / (high - low), 1 - _LINE_HEIGHT * (len(ends) - 1 - number)))
+        floor = max(floor, min(height, 1 - _LINE_HEIGHT * (len(ends) - 1 - number)))
         name, color = str(line.get_label()), line.get_color()
         axes.text(1.02, floor, name, color=color, transform=axes.transAxes, verticalalignment="center")
         floor += _LINE_HEIGHT
