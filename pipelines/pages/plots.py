@@ -109,6 +109,7 @@ def line_chart(
 
 def _name_ends(axes: Axes) -> None:
     """Write each line's name beside its last point, apart from one another where lines end together."""
+    axes.autoscale_view()  # else the limits are those of no lines
     place = axes.transData + axes.transAxes.inverted()
     ends = sorted(
         ((float(place.transform(np.asarray(line.get_xydata())[-1])[1]), line) for line in axes.lines), key=itemgetter(0)
