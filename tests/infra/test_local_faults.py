@@ -144,7 +144,10 @@ def test_workers_are_added_and_taken_away_with_the_nodes(cluster, dataset):
     for node in (2, 3):
         control("node", node, "kill")
     output, whole = "s3://lumos/runs/elastic", "s3://lumos/runs/elastic-whole"
-    same = ["optimizer.schedule=constant", "min_workers=1", "num_workers=2", "checkpoint.every=10"]
+    same = ["min_workers=1", "num_workers=2", "checkpoint.every=10"]
+    # At the paper's rate: one worker adds gradients up in another order than two, and 40 times the rate, as the demo
+    # has it, makes differences of losses within ten steps out of those of the last bit.
+    same += ["optimizer.kind=adamw", "optimizer.lr=1e-4", "optimizer.schedule=constant"]
 
     def workers() -> list[int]:
         path = f"{output}/metrics.jsonl"
