@@ -70,6 +70,10 @@ def ways(recommended: SamplingConfig) -> dict[str, SamplingConfig]:
         "whole pass every 3rd step": {"context_refresh": 3},
         "half the steps from frame 2 on": {"frame_steps": (steps, half)},
         "a quarter of the steps from frame 2 on": {"frame_steps": (steps, max(1, steps // 4))},
+        "two thirds of the steps, a third from frame 2 on": {
+            "frame_steps": (max(1, 2 * steps // 3), max(1, steps // 3))
+        },
+        "half the steps, a third from frame 2 on": {"frame_steps": (half, max(1, steps // 3))},
         "reuse, every 2nd step": {"guidance_cache_from": 0.5, "context_refresh": 2},
         "threshold 0.7, reuse, every 2nd step": {
             "threshold": 0.7,

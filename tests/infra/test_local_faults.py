@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from pipelines.sample_corpus import write_corpus
 from tests.infra.local_cluster import (
     ENVIRONMENT,
     SERVE_TOKEN,
@@ -137,6 +138,41 @@ def test_the_chain_through_a_store_that_fails_now_and_then(cluster, corpus, here
     assert shards(cluster.store.cat_file(manifest)) == shards(alone.read_bytes())
     is_that_of_one_machine(cluster, f"{place}/faulty-run", here)
     assert len(cluster.videos(f"{place}/videos")) == 4
+
+
+@pytest.fixture(scope="module")
+def many(cluster, tmp_path_factory):
+    """The place of enough clips that a stage takes a while, and the shards that one machine makes of them."""
+    folder = tmp_path_factory.mktemp("many")
+    write_corpus(folder / "clips", 1, 600)
+    cluster.store.put(f"{folder}/clips/", "lumos/many/", recursive=True)
+    command = ["lumos", "curate", "demo", f"source.path={folder}/clips", f"dataset={folder}/dataset"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (manifest,) = folder.glob("dataset/snapshots/*/manifest.json")
+    return "s3://lumos/many", shards(manifest.read_bytes())
+
+
+@pytest.mark.parametrize("stage", ["split", "tokens"])
+def test_curation_outlives_a_node_lost_in_a_stage(cluster, many, stage):
+    source, expected = many
+    dataset = f"s3://lumos/lost-in-{stage}"
+
+    def parts() -> int:
+        return len(cluster.store.glob(f"{dataset}/stages/{stage}/*/*.parquet"))
+
+    with cluster.submit("curate", "demo", f"source.path={source}", f"dataset={dataset}") as job:
+        wait_for(parts, f"a first part of {stage}", job=job)
+        wait_for(lambda: max(cluster.nodes_of("MapBatches("), default=1) > 1, "work on a node that is no head", job=job)
+        lost = max(cluster.nodes_of("MapBatches("), default=2)
+        control("node", lost, "kill")
+        before = parts()
+        said, _ = job.communicate(timeout=600)
+        assert job.returncode == 0, said[-4000:]
+    control("node", lost, "start")
+    assert before < parts(), "the stage had ended before the node was lost"
+    (manifest,) = cluster.store.glob(f"{dataset}/snapshots/*/manifest.json")
+    assert shards(cluster.store.cat_file(manifest)) == expected
 
 
 def test_workers_are_added_and_taken_away_with_the_nodes(cluster, dataset):
