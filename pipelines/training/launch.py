@@ -15,6 +15,7 @@ from ray.util.queue import Queue
 
 from pipelines import storage
 from pipelines.cluster import is_joined, lacking
+from pipelines.cores import usable_cores
 from pipelines.errors import UserError, in_words
 from pipelines.training.checkpoints import next_attempt
 from pipelines.training.config import TrainConfig
@@ -52,7 +53,7 @@ def worker_resources(config: TrainConfig) -> dict[str, float]:
 
 def worker_threads(config: TrainConfig) -> int:
     """Torch's threads of each worker: unless named, as if all workers shared this machine."""
-    return config.resources.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // config.num_workers)
+    return config.resources.threads_per_worker or max(1, usable_cores() // config.num_workers)
 
 
 def make_job(

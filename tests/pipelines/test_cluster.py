@@ -62,7 +62,7 @@ def test_a_process_must_fit_on_one_node(monkeypatch):
 
 def test_cpus_are_counted_before_a_cluster_is_started_here(monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(cluster, "_cores", lambda: 2)
+    monkeypatch.setattr(cluster, "usable_cores", lambda: 2)
     monkeypatch.setenv("RAY_ADDRESS", "")
     assert lacking([{"CPU": 3.0, "GPU": 1.0}] * 2) == "", "how many GPUs there are is Ray's to say"
     waiting = "(there is 6: 2 cores, and 4 for processes that mostly wait)"
