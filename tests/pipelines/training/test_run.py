@@ -1,11 +1,13 @@
 """What the driver does around the workers, without them."""
 
+import json
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from mlflow.tracking import MlflowClient
 
+from pipelines.errors import JobError
 from pipelines.tracking import Tracker, TrackingStore
 from pipelines.training import run as run_module
 from pipelines.training.checkpoints import LoopState, StoredCheckpoint
@@ -93,6 +95,21 @@ def test_another_store_gets_all_steps(tmp_path):
     assert moved.run.run_id != first
     steps = MlflowClient(moved.store.uri).get_metric_history(moved.run.run_id, "loss")
     assert [metric.step for metric in steps] == [1, 2]
+
+
+def test_a_model_that_cannot_be_written_fails_the_run_and_is_told(tmp_path):
+    config = tiny_config(write_snapshot(tmp_path / "dataset", {(2, 4, 4): 13}), tmp_path / "out", steps=3)
+    output, _ = open_run(config)
+    folder = write_checkpoint(tmp_path / "out" / "checkpoints", f"attempt-00001/{STEP.format(1)}", 3)
+    state = LoopState(step=3, num_workers=2, identity_hash=output.identity_hash, exported=True)
+    (folder / "state.json").write_text(json.dumps(asdict(state)))
+    (output.export / "of mine").mkdir(parents=True)
+    with pytest.raises(JobError, match=r"export holds files that are not .*; what was done is kept: give the same com"):
+        train(config)
+    client = MlflowClient(output.store.uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("lumos").experiment_id])
+    assert run.info.status == "FAILED"
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3]
 
 
 def test_two_runs_of_one_folder_stand_in_one_experiment(tmp_path):
