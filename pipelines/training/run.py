@@ -115,11 +115,11 @@ def _train(config: TrainConfig) -> TrainResult:
         find_beginning(
             prepared, output
         )  # refuses a parent that does not fit before there is a folder, and a lock in it
-    with joining(_places(config, output), config.cluster), held(output):
+    with joining(places(config, output), config.cluster), held(output):
         return _continue(prepared, output)
 
 
-def _places(config: TrainConfig, output: Output) -> dict[str, str | None]:
+def places(config: TrainConfig, output: Output) -> dict[str, str | None]:
     """What the machines of a cluster share of a run, by the keys that name it."""
     sources = {f"data.sources.{number}.dataset": each.dataset for number, each in enumerate(config.data.sources)}
     return {
@@ -307,10 +307,10 @@ def _hear(said: dict[str, Any], output: Output, sender: Sender, sampler: Sampler
     if kind == "start":
         output.started(**said)
     elif kind == "checkpoint":
-        output.push()
         sender.checkpointed()
         if sampler.due(said["step"]):
             sampler.offer(said["step"], lambda step: _checkpoint_of(output, step))
+        output.push()  # last, as the store of the output may fail
     elif kind == "warning":
         progress.say(f"warning: {said['message']}")
     elif kind == "phases":

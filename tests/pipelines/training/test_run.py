@@ -11,12 +11,15 @@ from pipelines.errors import JobError
 from pipelines.tracking import Tracker, TrackingStore
 from pipelines.training import run as run_module
 from pipelines.training.checkpoints import LoopState, StoredCheckpoint
+from pipelines.training.config import SamplesConfig
 from pipelines.training.launch import interruptible, make_job
 from pipelines.training.output import Output
 from pipelines.training.prepare import prepare
+from pipelines.training.progress import Progress
 from pipelines.training.record import History
 from pipelines.training.resume import Beginning
 from pipelines.training.run import train
+from pipelines.training.sample import Sampler
 from pipelines.training.sender import Sender
 from tests.pipelines.training.runs import step_record, tiny_config
 from tests.pipelines.training.snapshots import write_snapshot
@@ -110,6 +113,23 @@ def test_a_model_that_cannot_be_written_fails_the_run_and_is_told(tmp_path):
     (run,) = client.search_runs([client.get_experiment_by_name("lumos").experiment_id])
     assert run.info.status == "FAILED"
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3]
+
+
+def test_a_checkpoint_is_told_on_where_the_store_of_the_output_is_away(tmp_path, monkeypatch):
+    config = tiny_config(write_snapshot(tmp_path / "dataset", {(2, 4, 4): 13}), tmp_path / "out")
+    output, sender = open_run(replace(config, samples=SamplesConfig(every=10)))
+    sender._models_due, offered = False, []
+
+    def away():
+        raise OSError("the store is away")
+
+    monkeypatch.setattr(output, "push", away)
+    sampler = Sampler(sender.prepared, output.samples, say=print)
+    monkeypatch.setattr(sampler, "offer", lambda step, _: offered.append(step))
+    said = {"event": "checkpoint", "step": 10}
+    with pytest.raises(OSError, match="away"):
+        run_module._hear(said, output, sender, sampler, Progress(60, done=0, enabled=False))
+    assert (sender._models_due, offered) == (True, [10])
 
 
 def test_two_runs_of_one_folder_stand_in_one_experiment(tmp_path):
