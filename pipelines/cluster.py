@@ -186,6 +186,11 @@ class Waiting:
         """It has come."""
         self._over.set()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it has."""
+        return self._over.is_set()
+
     def __enter__(self) -> "Waiting":
         self._thread.start()
         return self
@@ -207,8 +212,10 @@ class Waiting:
 
 
 def held_by_others(processes: Sequence[Mapping[str, float]]) -> str:
-    """What is not free of that which processes reserve, as in :func:`lacking`, while their placement group waits."""
-    if not any(group.get("state") in ("PENDING", "RESCHEDULING") for group in placement_group_table().values()):
+    """What is not free of that which processes reserve, as in :func:`lacking`, while a group of this job waits."""
+    job = ray.get_runtime_context().get_job_id()  # an id ends with that of its job
+    groups = [group for group in placement_group_table().values() if group["placement_group_id"].endswith(job)]
+    if not any(group["state"] in ("PENDING", "RESCHEDULING") for group in groups):
         return ""
     free, there = ray.available_resources(), ray.cluster_resources()
     needed: Counter[str] = Counter()

@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -111,8 +111,11 @@ def fit_with_patience(job: Job, prepared: PreparedRun, output: Output, progress:
 
 
 @contextmanager
-def saved_on_sigterm(orders: Queue, progress: Progress) -> Iterator[None]:
-    """A first SIGTERM lets the workers save a checkpoint and stop; a second one ends the process."""
+def saved_on_sigterm(orders: Queue, progress: Progress, at_work: Callable[[], bool]) -> Iterator[None]:
+    """A first SIGTERM lets the workers save a checkpoint and stop; a second one ends the process.
+
+    Before workers are at work, which may take hours on a full cluster, the first one is an interrupt.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -120,6 +123,9 @@ def saved_on_sigterm(orders: Queue, progress: Progress) -> Iterator[None]:
 
     def stop(*_: Any) -> None:
         signal.signal(signal.SIGTERM, before)
+        if not at_work():
+            progress.say("SIGTERM: no worker is at work yet, so there is nothing to save")
+            raise KeyboardInterrupt  # SIGINT is Ray Train's, whose answer waits while it looks for room
         progress.say("SIGTERM: saving a checkpoint, then ending")
         actor: Any = orders.actor
         actor.put_nowait.remote("stop")

@@ -230,7 +230,7 @@ def _fit(prepared: PreparedRun, output: Output, history: History, *, beginning: 
     failure: BaseException | None = None
     result: Any = None  # its static type in Ray is that of Train V1
     try:
-        with progress, recorder, waiting, interruptible(), saved_on_sigterm(orders, progress):
+        with progress, recorder, waiting, interruptible(), saved_on_sigterm(orders, progress, lambda: waiting.is_over):
             result = fit_with_patience(job, prepared, output, progress)
     except (KeyboardInterrupt, ray.train.TrainingFailedError) as error:
         failure = error

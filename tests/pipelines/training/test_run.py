@@ -12,7 +12,7 @@ from pipelines.tracking import Tracker, TrackingStore
 from pipelines.training import run as run_module
 from pipelines.training.checkpoints import LoopState, StoredCheckpoint
 from pipelines.training.config import SamplesConfig
-from pipelines.training.launch import interruptible, make_job
+from pipelines.training.launch import interruptible, make_job, saved_on_sigterm
 from pipelines.training.output import Output
 from pipelines.training.prepare import prepare
 from pipelines.training.progress import Progress
@@ -37,6 +37,15 @@ def test_an_interrupt_of_the_workers_is_one_of_the_driver():
     with pytest.raises(KeyboardInterrupt):
         interrupted_by_ray()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_sigterm_before_workers_are_at_work_is_an_interrupt():
+    """There is nothing to save, and they may wait for hours for room on the cluster."""
+    progress = Progress(60, done=0, enabled=False)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), saved_on_sigterm(None, progress, lambda: False):
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def open_run(config) -> tuple[Output, Sender]:
