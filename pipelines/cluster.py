@@ -23,6 +23,7 @@ import ray
 from ray.util import placement_group_table
 
 from pipelines.config import ClusterConfig
+from pipelines.cores import usable_cores
 from pipelines.errors import JobError, UserError, in_words
 from pipelines.storage import is_local
 
@@ -75,7 +76,7 @@ def connect(num_cpus: int | None = None, *, metrics: bool = True) -> Iterator[No
     else:
         # A token guards Ray's job API, which is off here: its warning would only puzzle.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-        declared = num_cpus if num_cpus is not None else _cores() + _SPARE_CPUS
+        declared = num_cpus if num_cpus is not None else usable_cores() + _SPARE_CPUS
         try:
             ray.init(
                 address="local",
@@ -142,7 +143,7 @@ def cluster_cores() -> int:
     """CPUs worth using: what the cluster declares, but on this machine alone no more than it has cores."""
     declared = int(ray.cluster_resources().get("CPU", 1))
     alone = len([node for node in ray.nodes() if node["Alive"]]) == 1
-    return max(1, min(declared, _cores()) if alone else declared)
+    return max(1, min(declared, usable_cores()) if alone else declared)
 
 
 def lacking(processes: Sequence[Mapping[str, float]]) -> str:
@@ -157,9 +158,9 @@ def lacking(processes: Sequence[Mapping[str, float]]) -> str:
     elif is_joined():
         return ""
     else:
-        here, nodes = True, [{"CPU": _cores() + _SPARE_CPUS}]
+        here, nodes = True, [{"CPU": usable_cores() + _SPARE_CPUS}]
         processes = [{"CPU": needs.get("CPU", 0.0)} for needs in processes]
-    because = f": {_cores()} cores, and {_SPARE_CPUS} for processes that mostly wait" if here else ""
+    because = f": {usable_cores()} cores, and {_SPARE_CPUS} for processes that mostly wait" if here else ""
     found = []
     for name in dict.fromkeys(name for needs in processes for name in needs):
         needed = [needs.get(name, 0.0) for needs in processes]
@@ -185,6 +186,11 @@ class Waiting:
         """It has come."""
         self._over.set()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it has."""
+        return self._over.is_set()
+
     def __enter__(self) -> "Waiting":
         self._thread.start()
         return self
@@ -206,8 +212,10 @@ class Waiting:
 
 
 def held_by_others(processes: Sequence[Mapping[str, float]]) -> str:
-    """What is not free of that which processes reserve, as in :func:`lacking`, while their placement group waits."""
-    if not any(group.get("state") in ("PENDING", "RESCHEDULING") for group in placement_group_table().values()):
+    """What is not free of that which processes reserve, as in :func:`lacking`, while a group of this job waits."""
+    job = ray.get_runtime_context().get_job_id()  # an id ends with that of its job
+    groups = [group for group in placement_group_table().values() if group["placement_group_id"].endswith(job)]
+    if not any(group["state"] in ("PENDING", "RESCHEDULING") for group in groups):
         return ""
     free, there = ray.available_resources(), ray.cluster_resources()
     needed: Counter[str] = Counter()
@@ -218,8 +226,3 @@ def held_by_others(processes: Sequence[Mapping[str, float]]) -> str:
         for name, amount in needed.items()
         if amount > free.get(name, 0.0)
     )
-
-
-def _cores() -> int:
-    """Cores this process may run on, which in a container or under taskset are fewer than the machine's."""
-    return len(os.sched_getaffinity(0))

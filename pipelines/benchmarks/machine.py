@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pipelines.config import provenance
+from pipelines.cores import usable_cores
 
 _SIDE = 2048
 _REPEATS = 5
@@ -22,7 +23,7 @@ def describe_machine() -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "cpu": models[0] if models else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "memory_gib": round(memory, 1),
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipelines.config import provenance
+from pipelines.cores import usable_cores
 from pipelines.errors import JobError, UserError
 from pipelines.evaluation.distances import Features
 from pipelines.evaluation.metrics import Metric, Sample, metrics_for
@@ -183,7 +184,7 @@ def _measure_all(
 
     videos: list[VideoScores] = []
     features: _Rows = {}
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
         measured = pool.map(one, folder.videos)
         total = len(folder.videos)
         for scores, rows in tqdm(measured, folder.label, total=total, unit="video", leave=False, disable=None):

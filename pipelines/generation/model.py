@@ -4,7 +4,6 @@ Everything a user can get wrong about a model is found by ``read_card``, in the 
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from lumos.checkpoint import check_weights
 from lumos.config import SamplingConfig
 from lumos.folder import ModelFolder, open_folder
 from pipelines import storage
+from pipelines.cores import usable_cores
 from pipelines.errors import UserError
 from pipelines.generation.config import ModelRunConfig, ReplicaConfig
 from pipelines.generation.request import VideoRequest
@@ -184,5 +184,4 @@ class Engine:
 
 def set_threads(replicas: ReplicaConfig) -> None:
     """Set the torch threads of this thread's work; Ray starts workers with one thread per reserved CPU."""
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(replicas.threads or max(1, cores // replicas.num_replicas))
+    torch.set_num_threads(replicas.threads or max(1, usable_cores() // replicas.num_replicas))

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import LoggingConfig, RunConfig, ScalingConfig
 
-from pipelines.cluster import connect
+from pipelines.cluster import connect, joining
 from pipelines.errors import JobError
 from pipelines.training.batch_plan import PlanBucket
 from pipelines.training.config import DiagnosisConfig, TrainConfig
@@ -29,6 +29,7 @@ from pipelines.training.network import NetworkConfig
 from pipelines.training.output import Output
 from pipelines.training.prepare import PreparedRun, prepare
 from pipelines.training.resume import describe_fork, find_beginning
+from pipelines.training.run import places
 from pipelines.training.step import TrainStep
 from pipelines.training.validate import describe
 from pipelines.training.worker import Job, Worker
@@ -52,12 +53,17 @@ def dry_run(config: TrainConfig) -> list[str]:
     quiet = prepared.config
     output = Output(quiet, snapshot_digest=prepared.dataset_digest, fork=describe_fork)
     output.check_writable()
-    find_beginning(prepared, output)
+    beginning = find_beginning(prepared, output)
     check_cluster(quiet)
     workers = config.min_workers or config.num_workers  # with the fewest each needs most
-    resources, job = worker_resources(quiet), make_job(prepared, output, records=None, orders=None)
+    resources = worker_resources(quiet)
+    job = make_job(prepared, output, records=None, orders=None, beginning=beginning)
     use_gpu = "GPU" in resources
-    with connect(), tempfile.TemporaryDirectory(prefix="lumos-dry-run-") as scratch:
+    with (
+        joining(places(quiet, output), quiet.cluster),
+        connect(),
+        tempfile.TemporaryDirectory(prefix="lumos-dry-run-") as scratch,
+    ):
         check_cluster(quiet)
         run_config: Any = RunConfig(  # its static type in Ray is that of Train V1
             name="dry-run", storage_path=scratch, logging_config=LoggingConfig(log_level="WARNING")

@@ -38,7 +38,7 @@ _OURS = (
     "data_types",
     "communication_data_type",
 )
-
+_OFFLOADS = ("offload_optimizer", "offload_param")
 
 Engine: TypeAlias = Any  # deepspeed.DeepSpeedEngine: the package has no types, and its import is left to the workers
 
@@ -57,11 +57,12 @@ def read_deepspeed_file(name: str) -> dict[str, Any]:
         shipped = ", ".join(sorted(file.stem for file in DEEPSPEED_DIR.glob("*.json")))
         raise UserError(f"deepspeed: {name!r} is neither a JSON file nor a shipped name ({shipped})")
     try:
-        settings = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"deepspeed: {path} is not valid JSON ({error})") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):
         raise UserError(f"deepspeed: {path} must hold a mapping of keys to values, and so must its zero_optimization")
+    _check_zero(path, settings.get("zero_optimization", {}))
     clash = sorted(set(_OURS) & set(settings))
     if clash:
         raise UserError(
@@ -70,6 +71,16 @@ def read_deepspeed_file(name: str) -> dict[str, Any]:
         )
     _check_known(path, settings)
     return settings
+
+
+def _check_zero(path: Path, zero: dict[str, Any]) -> None:
+    """Refuse values that what reads them here, before DeepSpeed does, would take amiss."""
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or stage not in range(4):
+        raise UserError(f"deepspeed: {path}: zero_optimization.stage is {stage!r}: set it to 0, 1, 2 or 3")
+    for key in _OFFLOADS:
+        if not isinstance(zero.get(key), dict | None):
+            raise UserError(f'deepspeed: {path}: zero_optimization.{key} must be a mapping such as {{"device": "cpu"}}')
 
 
 def _check_known(path: Path, settings: dict[str, Any]) -> None:
@@ -122,7 +133,7 @@ def check_engine(config: TrainConfig) -> None:
     """
     zero = read_deepspeed_file(config.deepspeed).get("zero_optimization", {})
     stage, muon, bf16 = zero.get("stage", 0), config.optimizer.kind == "muon", parameter_dtype(config) == torch.bfloat16
-    offload = {key: _offload_device(zero, key) for key in ("offload_optimizer", "offload_param")}
+    offload = {key: _offload_device(zero, key) for key in _OFFLOADS}
     where = f"deepspeed = {config.deepspeed}"
     if muon and stage == 3:
         raise UserError(f"{where} is ZeRO-3, which DeepSpeed's Muon does not work with: take zero1 or zero2, or adamw")

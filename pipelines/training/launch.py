@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,6 +15,7 @@ from ray.util.queue import Queue
 
 from pipelines import storage
 from pipelines.cluster import is_joined, lacking
+from pipelines.cores import usable_cores
 from pipelines.errors import UserError, in_words
 from pipelines.training.checkpoints import next_attempt
 from pipelines.training.config import TrainConfig
@@ -52,7 +53,7 @@ def worker_resources(config: TrainConfig) -> dict[str, float]:
 
 def worker_threads(config: TrainConfig) -> int:
     """Torch's threads of each worker: unless named, as if all workers shared this machine."""
-    return config.resources.threads_per_worker or max(1, len(os.sched_getaffinity(0)) // config.num_workers)
+    return config.resources.threads_per_worker or max(1, usable_cores() // config.num_workers)
 
 
 def make_job(
@@ -110,8 +111,11 @@ def fit_with_patience(job: Job, prepared: PreparedRun, output: Output, progress:
 
 
 @contextmanager
-def saved_on_sigterm(orders: Queue, progress: Progress) -> Iterator[None]:
-    """A first SIGTERM lets the workers save a checkpoint and stop; a second one ends the process."""
+def saved_on_sigterm(orders: Queue, progress: Progress, at_work: Callable[[], bool]) -> Iterator[None]:
+    """A first SIGTERM lets the workers save a checkpoint and stop; a second one ends the process.
+
+    Before workers are at work, which may take hours on a full cluster, the first one is an interrupt.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -119,6 +123,9 @@ def saved_on_sigterm(orders: Queue, progress: Progress) -> Iterator[None]:
 
     def stop(*_: Any) -> None:
         signal.signal(signal.SIGTERM, before)
+        if not at_work():
+            progress.say("SIGTERM: no worker is at work yet, so there is nothing to save")
+            raise KeyboardInterrupt  # SIGINT is Ray Train's, whose answer waits while it looks for room
         progress.say("SIGTERM: saving a checkpoint, then ending")
         actor: Any = orders.actor
         actor.put_nowait.remote("stop")

@@ -12,6 +12,7 @@ import threading
 import weakref
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from lumos.checkpoint import is_model_file
 from pipelines import storage
@@ -21,6 +22,7 @@ from pipelines.training.record import StepRecord
 
 RECORD, TAIL = "metrics.jsonl", "metrics.tail.jsonl"
 _PULLED = ("run.json", RECORD, TAIL, "phases.jsonl", "sampling_choice.json")
+_PART = 8 << 20  # bytes of the record in memory while it is brought there
 _MARK = "config.json"  # of a model's folder: there once the rest of it is
 
 
@@ -54,9 +56,10 @@ class Mirror:
         if record.exists():
             self._whole = self._tail = record.stat().st_size
         if tail.exists():
-            last = record.read_bytes().count(b"\n") if record.exists() else 0  # a line a step, from the first
             lines = tail.read_bytes().splitlines(keepends=True)
-            with record.open("ab") as file:
+            with record.open("ab+") as file:
+                file.seek(0)
+                last = sum(1 for _ in file)  # a line a step, from the first
                 file.writelines(line for line in lines if StepRecord.from_line(line).step > last)
             tail.unlink()
 
@@ -85,6 +88,10 @@ class Mirror:
         with self._writing:
             changed = [path for path in sorted(self.folder.rglob("*")) if self._is_new(path)]
             models = {path.parent for path in changed if path.parent.name.startswith("export")}
+            for folder in filter(self._is_there, [*models]):
+                models.remove(folder)
+                self._there |= {self._name(path): _version(path) for path in folder.iterdir()}
+            changed = [path for path in changed if self._is_new(path)]
             for folder in models:
                 check_lock(self.uri)
                 place = storage.join(self.uri, self._name(folder))
@@ -95,6 +102,16 @@ class Mirror:
             for folder in models - {path.parent for path in changed if path.name == _MARK}:
                 self._upload(folder / _MARK)
 
+    def _is_there(self, folder: Path) -> bool:
+        """Whether the store has this very model, as where the command of a finished run is given again."""
+        there = {file.path: file for file in storage.list_files(storage.join(self.uri, self._name(folder)))}
+        here = {path.name: path for path in folder.iterdir()}
+        return there.keys() == here.keys() and all(
+            there[name].size == path.stat().st_size
+            and storage.sha256_file(there[name].uri) == storage.sha256_file(str(path))
+            for name, path in here.items()
+        )
+
     def _is_new(self, path: Path) -> bool:
         name = self._name(path)
         hidden = any(part.startswith(".") for part in Path(name).parts)
@@ -103,13 +120,13 @@ class Mirror:
     def _upload(self, path: Path) -> None:
         check_lock(self.uri)
         name, version = self._name(path), _version(path)
-        if name == RECORD:  # lines may be added meanwhile
-            data = path.read_bytes()
-            data = data[: data.rfind(b"\n") + 1]
-            self._write(name, data)
-            self._whole = self._tail = len(data)
+        fs, target = storage.filesystem(storage.join(self.uri, name))
+        if name == RECORD:
+            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".record-") as lines:
+                length = _copy_lines(path, lines)
+                fs.put_file(lines.name, target, chunksize=_PART, max_concurrency=1)
+            self._whole = self._tail = length
         else:
-            fs, target = storage.filesystem(storage.join(self.uri, name))
             fs.put_file(str(path), target)
         self._there[name] = version
 
@@ -121,11 +138,23 @@ class Mirror:
         target = self.folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
-            target.write_bytes(storage.read_bytes(storage.join(self.uri, name)))
+            fs, path = storage.filesystem(storage.join(self.uri, name))
+            fs.get_file(path, str(target))
             self._there[name] = _version(target)
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
+
+
+def _copy_lines(path: Path, target: IO[bytes]) -> int:
+    """Copy the whole lines of a file to which lines may be added meanwhile; their bytes."""
+    length = 0
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                length += target.write(line)
+    target.flush()
+    return length
 
 
 def _version(path: Path) -> tuple[int, int]:

@@ -134,7 +134,8 @@ def make_question(config: TrainConfig, cluster: Cluster, *, rows: Sequence[str] 
 def _manifests(config: TrainConfig) -> list[Manifest]:
     uris = [source.dataset for source in config.data.sources] or [str(config.data.dataset)]
     try:
-        return [open_snapshot(uri).manifest for uri in uris]
+        first = open_snapshot(uris[0]).manifest
+        return [first, *(open_snapshot(uri, expected_tokenizer=first.tokenizer).manifest for uri in uris[1:])]
     except UserError as error:
         raise UserError(f"{error}. To plan without it, give --rows, such as --rows image:32x56") from error
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lumos.config import SamplingConfig
 from pipelines import storage
 from pipelines.cluster import Waiting, connect, held_by_others, joining
-from pipelines.errors import JobError, UserError
+from pipelines.errors import JobError, UserError, storage_errors_as
 from pipelines.tracking import TrackingStore
 from pipelines.training import sampling_choice, validate
 from pipelines.training.checkpoints import StoredCheckpoint, find_checkpoints, prune
@@ -98,8 +98,13 @@ def train(config: TrainConfig) -> TrainResult:
 
     Raises:
         UserError: for anything wrong that can be known before the work begins.
-        JobError: if training fails; what is in the output is kept, and the same call continues from it.
+        JobError: if training fails, or a disk or store; what is in the output is kept, and the same call continues.
     """
+    with storage_errors_as(JobError, "what was done is kept: give the same command again to continue"):
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> TrainResult:
     prepared = prepare(config)
     config = prepared.config
     output = Output(config, snapshot_digest=prepared.dataset_digest, fork=describe_fork)
@@ -110,11 +115,11 @@ def train(config: TrainConfig) -> TrainResult:
         find_beginning(
             prepared, output
         )  # refuses a parent that does not fit before there is a folder, and a lock in it
-    with joining(_places(config, output), config.cluster), held(output):
+    with joining(places(config, output), config.cluster), held(output):
         return _continue(prepared, output)
 
 
-def _places(config: TrainConfig, output: Output) -> dict[str, str | None]:
+def places(config: TrainConfig, output: Output) -> dict[str, str | None]:
     """What the machines of a cluster share of a run, by the keys that name it."""
     sources = {f"data.sources.{number}.dataset": each.dataset for number, each in enumerate(config.data.sources)}
     return {
@@ -139,27 +144,28 @@ def _continue(prepared: PreparedRun, output: Output) -> TrainResult:
     history = History(output.metrics_file)
     take_over_record(beginning, output, history)
     sender = Sender(prepared=prepared, output=output, history=history, kept=lambda: _kept_checkpoints(output))
-    if beginning.kept and beginning.step >= config.steps:
-        sampling = recommend(prepared, output, beginning.kept[0])
-        return _finish(output, history, sender, last=beginning.kept[0], config=config, sampling=sampling)
     try:
-        with sender, connect():  # opening MLflow takes seconds, and so does joining Ray
-            check_cluster(config)
-            sender.check(_OPENING_SECONDS)
-            if beginning.kept:  # of which the first was found good just now
-                prune(output.storage, beginning.kept[: config.checkpoint.keep])
-            _fit(prepared, output, history, beginning=beginning, sender=sender)
-            checkpoints = find_checkpoints(output.storage)
-            output.check_held()  # what another run is writing looks incomplete
-            prune(output.storage, checkpoints[: config.checkpoint.keep])  # the last was read back when it was written
-            sampling = recommend(prepared, output, checkpoints[0])
+        if beginning.kept and beginning.step >= config.steps:
+            last = beginning.kept[0]
+            sampling = recommend(prepared, output, last)
+        else:
+            with sender, connect():  # opening MLflow takes seconds, and so does joining Ray
+                check_cluster(config)
+                sender.check(_OPENING_SECONDS)
+                if beginning.kept:  # of which the first was found good just now
+                    prune(output.storage, beginning.kept[: config.checkpoint.keep])
+                _fit(prepared, output, history, beginning=beginning, sender=sender)
+                last, *older = find_checkpoints(output.storage)
+                output.check_held()  # what another run is writing looks incomplete
+                prune(output.storage, [last, *older][: config.checkpoint.keep])  # it was read back when it was written
+                sampling = recommend(prepared, output, last)
+        return _finish(output, history, sender, last=last, config=config, sampling=sampling)
     except BaseException as error:
         sender.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         _push_what_is_left(output)
         if isinstance(error, KeyboardInterrupt):
             tqdm.write(f"stopped at once (SIGTERM saves a checkpoint first): {_kept(output, history)}", file=sys.stderr)
         raise
-    return _finish(output, history, sender, last=checkpoints[0], config=config, sampling=sampling)
 
 
 def _push_what_is_left(output: Output) -> None:
@@ -224,7 +230,7 @@ def _fit(prepared: PreparedRun, output: Output, history: History, *, beginning: 
     failure: BaseException | None = None
     result: Any = None  # its static type in Ray is that of Train V1
     try:
-        with progress, recorder, waiting, interruptible(), saved_on_sigterm(orders, progress):
+        with progress, recorder, waiting, interruptible(), saved_on_sigterm(orders, progress, lambda: waiting.is_over):
             result = fit_with_patience(job, prepared, output, progress)
     except (KeyboardInterrupt, ray.train.TrainingFailedError) as error:
         failure = error
@@ -301,10 +307,10 @@ def _hear(said: dict[str, Any], output: Output, sender: Sender, sampler: Sampler
     if kind == "start":
         output.started(**said)
     elif kind == "checkpoint":
-        output.push()
         sender.checkpointed()
         if sampler.due(said["step"]):
             sampler.offer(said["step"], lambda step: _checkpoint_of(output, step))
+        output.push()  # last, as the store of the output may fail
     elif kind == "warning":
         progress.say(f"warning: {said['message']}")
     elif kind == "phases":

@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 import lumos
+from pipelines.cluster import lacking
 from pipelines.data.models.open_clip import OpenClip, load_open_clip
 from pipelines.evaluation.compare.runs import SAMPLES_FILE
 from pipelines.evaluation.judge import asked_for, judge_video, score
@@ -176,9 +177,13 @@ class Sampler:
                 what = "there is no checkpoint of it" if self._prompts else "no held-out row has a caption"
                 self.say(f"no samples of step {step}: {what}")
                 return
+            lack = lacking([{"CPU": config.num_cpus, "GPU": config.num_gpus}])
+            if lack and not self.run.config.cluster.autoscaling:  # it would be waited for at the end, in vain
+                self.say(f"no samples of step {step}: samples.num_cpus and samples.num_gpus need {lack}")
+                return
             task: Any = ray.remote(draw_samples)
-            options = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus, "max_retries": 0}
-            self._task = task.options(**options).remote(self.run, checkpoint, self._prompts)
+            task = task.options(num_cpus=config.num_cpus, num_gpus=config.num_gpus, max_retries=0)
+            self._task = task.remote(self.run, checkpoint, self._prompts)
             write_samples(self.folder, step, ray.get(self._task), time=began)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is no reason to end a training
             cause = str(error).strip() or "no message"

@@ -4,6 +4,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -30,7 +31,7 @@ def test_what_a_cluster_lacks_is_told_with_what_there_is(ray_cluster):
     assert lacking([{"CPU": 7.0, "GPU": 1.0}]) == "7 CPU (there is 6), 1 GPU (there is 0)"
 
 
-def test_what_is_waited_for_is_said_while_others_hold_it(ray_cluster):
+def test_what_is_waited_for_is_said_while_others_hold_it(ray_cluster, monkeypatch):
     said: list[str] = []
     held = placement_group([{"CPU": 5}])
     ray.get(held.ready(), timeout=60)
@@ -47,6 +48,10 @@ def test_what_is_waited_for_is_said_while_others_hold_it(ray_cluster):
         number = len(said)
         time.sleep(1)
         assert len(said) == number
+    context = SimpleNamespace(get_job_id=lambda: "02000000")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    assert held_by_others([{"CPU": 1.5}] * 2) == "", "what waits is another job's"
+    monkeypatch.undo()
     for group in (held, wanted):
         remove_placement_group(group)
 
@@ -62,7 +67,7 @@ def test_a_process_must_fit_on_one_node(monkeypatch):
 
 def test_cpus_are_counted_before_a_cluster_is_started_here(monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(cluster, "_cores", lambda: 2)
+    monkeypatch.setattr(cluster, "usable_cores", lambda: 2)
     monkeypatch.setenv("RAY_ADDRESS", "")
     assert lacking([{"CPU": 3.0, "GPU": 1.0}] * 2) == "", "how many GPUs there are is Ray's to say"
     waiting = "(there is 6: 2 cores, and 4 for processes that mostly wait)"

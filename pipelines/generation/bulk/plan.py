@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lumos.compression import VideoSize
 from lumos.encoder import RequestEncoder
 from pipelines import storage
+from pipelines.cores import usable_cores
 from pipelines.decoding.given import GivenError, read_clip, read_image
 from pipelines.errors import UserError
 from pipelines.generation.bulk.layouts import Entry, layout_entries
@@ -127,7 +128,7 @@ def _read_all_given(
         except GivenError as error:
             raise UserError(f"{where[source]}: {kind} {path}: {error}") from error
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         try:
             return dict(zip(where, pool.map(read, where), strict=True))
         except BaseException:

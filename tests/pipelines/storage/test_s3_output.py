@@ -3,9 +3,11 @@
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -17,6 +19,7 @@ from pipelines.errors import JobError, UserError
 from pipelines.generation.config import GenerateConfig
 from pipelines.generation.model import read_card
 from pipelines.storage.lock import dataset_lock
+from pipelines.storage.store import S3Store
 from pipelines.training.config import CheckpointConfig, TrackingConfig
 from pipelines.training.mirror import Mirror
 from pipelines.training.output import Output
@@ -86,6 +89,29 @@ def test_only_new_samples_are_brought_and_a_model_counts_when_it_is_whole(bucket
     written = [change for change in changes if change.startswith(("PUT", "POST", "DELETE"))]
     assert [name.split()[1] for name in written if name.startswith("PUT")] == ["model.safetensors", "config.json"]
     assert written[0].startswith(("DELETE", "POST")), "the old mark goes before the new weights come"
+    third = Mirror(uri)  # that of the same command, given again
+    shutil.copytree(first.folder / "export", third.folder / "export")
+    proxy.paths.clear()
+    third.push()
+    assert not [path for path in proxy.paths if path.startswith(("PUT", "POST", "DELETE"))]
+
+
+def test_a_long_record_is_not_held_in_memory(server, bucket, direct, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server}")  # the proxy is a thread of this process
+    S3Store.clear_instance_cache()
+    first = Mirror(f"{bucket}/run")
+    with (first.folder / "metrics.jsonl").open("wb") as file:
+        file.writelines(b"x" * (1 << 20) + b"\n" for _ in range(40))
+        file.write(b"a line that is being written")
+    tracemalloc.start()
+    try:
+        first.push()
+        second = Mirror(f"{bucket}/run")
+        second.pull(samples_after=0)
+        assert tracemalloc.get_traced_memory()[1] < 30 << 20
+    finally:
+        tracemalloc.stop()
+    assert (second.folder / "metrics.jsonl").stat().st_size == 40 * ((1 << 20) + 1)
 
 
 def test_a_driver_whose_place_was_taken_writes_nothing_more(bucket, direct):

@@ -152,9 +152,10 @@ def test_deepspeed_files_are_found_and_checked(tmp_path):
     own.write_text('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}')
     with pytest.raises(UserError, match=r"own.json sets bf16; remove them"):
         read_deepspeed_file(str(own))
-    own.write_text("{")
-    with pytest.raises(UserError, match="is not valid JSON"):
-        read_deepspeed_file(str(own))
+    for data in (b"{", b"\xff\xfe"):
+        own.write_bytes(data)
+        with pytest.raises(UserError, match="is not valid JSON"):
+            read_deepspeed_file(str(own))
     for text in ("[1]", '{"zero_optimization": 1}'):
         own.write_text(text)
         with pytest.raises(UserError, match=r"own.json must hold a mapping of keys to values, and so must its zero_op"):
@@ -166,6 +167,9 @@ def test_deepspeed_files_are_found_and_checked(tmp_path):
         ),
         ('{"zero_optimization": {"stagee": 2}}', r"unknown key zero_optimization.stagee; did you mean stage\?"),
         ('{"my_own_wishes": 1}', r"unknown key my_own_wishes; remove it"),
+        ('{"zero_optimization": {"stage": 4}}', r"zero_optimization.stage is 4: set it to 0, 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": "3"}}', r"zero_optimization.stage is '3': set it to"),
+        ('{"zero_optimization": {"offload_optimizer": "cpu"}}', r"zero_optimization.offload_optimizer must be a map"),
     ):
         own.write_text(text)
         with pytest.raises(UserError, match=message):

@@ -17,6 +17,7 @@ from pipelines.training import run as run_module
 from pipelines.training.checkpoints import ModelFile
 from pipelines.training.config import EmaConfig, ResourceConfig
 from pipelines.training.dry_run import dry_run, first_steps
+from pipelines.training.launch import make_job
 from pipelines.training.prepare import prepare
 from pipelines.training.run import train
 from tests.pipelines.training.runs import tiny_config
@@ -114,6 +115,34 @@ def test_a_server_of_mlflow_that_does_not_answer_is_told(tmp_path):
     said = dry_run_module._remarks(prepared, output)
     assert said[1].startswith(f"tracking.uri = {uri}: MLflow does not answer there (")
     assert said[1].endswith("; training would go on and send its record later")
+
+
+def test_the_paths_of_one_machine_are_refused_where_a_cluster_has_several(tmp_path, monkeypatch):
+    config = tiny_config(write_snapshot(tmp_path / "dataset", BUCKETS), tmp_path / "out")
+    nodes = [{"Alive": True, "NodeManagerAddress": f"10.0.0.{n}", "Resources": {"CPU": 9.0}} for n in (1, 2)]
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    for entry in (dry_run, train):
+        assert refusal(monkeypatch, config, entry).startswith(f"output = {tmp_path / 'out'}, data.dataset = ")
+
+
+def test_a_dry_run_does_without_the_weights_that_a_begun_run_began_with(tmp_path, monkeypatch):
+    config = tiny_config(
+        write_snapshot(tmp_path / "dataset", BUCKETS), tmp_path / "out", init_from=str(tmp_path / "gone")
+    )
+    digest = dry_run_module.prepare(replace(config, init_from=None)).dataset_digest
+    output = dry_run_module.Output(config, snapshot_digest=digest)
+    output.begin(config)
+    folder = write_checkpoint(tmp_path / "out" / "checkpoints", f"attempt-00001/{STEP.format(1)}", 10)
+    (folder / "state.json").write_text(
+        json.dumps({"step": 10, "num_workers": 2, "identity_hash": output.identity_hash})
+    )
+    jobs = []
+    monkeypatch.setattr(dry_run_module, "connect", lambda: 1 / 0)
+    monkeypatch.setattr(dry_run_module, "make_job", lambda *args, **options: jobs.append(make_job(*args, **options)))
+    with pytest.raises(ZeroDivisionError):
+        dry_run(config)
+    assert jobs[0].run.config.init_from is None
 
 
 def test_too_few_cpus_are_told_before_ray_starts(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from lumos.tokenizers import FsqTokenizer
 from pipelines.config import load_config
 from pipelines.errors import UserError
 from pipelines.training.accelerators import parse_cluster
-from pipelines.training.config import CheckpointConfig, ResourceConfig, SourceConfig, TrainConfig
+from pipelines.training.config import CheckpointConfig, DataConfig, ResourceConfig, SourceConfig, TrainConfig
 from pipelines.training.device_memory import Pass, Setup, block_activations, worker_memory
 from pipelines.training.estimate import make_plan
 from pipelines.training.estimate_text import as_text, as_values
@@ -205,6 +205,12 @@ def test_what_training_would_refuse_is_refused(tmp_path):
     refused = replace(gpu, deepspeed="zero0")
     with pytest.raises(UserError, match="take zero1"):
         make_plan(refused, question(refused))
+    two = (tmp_path / "one", tmp_path / "foreign")
+    for folder, codes in zip(two, (64, 128), strict=True):
+        write_snapshot(folder, {(2, 4, 4): 21}, codebook_size=codes)
+    sources = tuple(SourceConfig(dataset=str(folder)) for folder in two)
+    with pytest.raises(UserError, match=r"foreign\S* was made by the tokenizer .*128 codes"):
+        make_question(replace(gpu, data=DataConfig(sources=sources)), parse_cluster("2xH20"))
     large = replace(gpu, micro_batch_tokens=100_000)
     with pytest.raises(UserError, match=r"a row of video 9x64x64 has \d+ tokens and more, model.max_seq_len is 512"):
         make_plan(large, question(large, rows=["video:9x64x64"]))

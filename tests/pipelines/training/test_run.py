@@ -1,20 +1,25 @@
 """What the driver does around the workers, without them."""
 
+import json
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from mlflow.tracking import MlflowClient
 
+from pipelines.errors import JobError
 from pipelines.tracking import Tracker, TrackingStore
 from pipelines.training import run as run_module
 from pipelines.training.checkpoints import LoopState, StoredCheckpoint
-from pipelines.training.launch import interruptible, make_job
+from pipelines.training.config import SamplesConfig
+from pipelines.training.launch import interruptible, make_job, saved_on_sigterm
 from pipelines.training.output import Output
 from pipelines.training.prepare import prepare
+from pipelines.training.progress import Progress
 from pipelines.training.record import History
 from pipelines.training.resume import Beginning
 from pipelines.training.run import train
+from pipelines.training.sample import Sampler
 from pipelines.training.sender import Sender
 from tests.pipelines.training.runs import step_record, tiny_config
 from tests.pipelines.training.snapshots import write_snapshot
@@ -32,6 +37,15 @@ def test_an_interrupt_of_the_workers_is_one_of_the_driver():
     with pytest.raises(KeyboardInterrupt):
         interrupted_by_ray()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_sigterm_before_workers_are_at_work_is_an_interrupt():
+    """There is nothing to save, and they may wait for hours for room on the cluster."""
+    progress = Progress(60, done=0, enabled=False)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), saved_on_sigterm(None, progress, lambda: False):
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def open_run(config) -> tuple[Output, Sender]:
@@ -93,6 +107,38 @@ def test_another_store_gets_all_steps(tmp_path):
     assert moved.run.run_id != first
     steps = MlflowClient(moved.store.uri).get_metric_history(moved.run.run_id, "loss")
     assert [metric.step for metric in steps] == [1, 2]
+
+
+def test_a_model_that_cannot_be_written_fails_the_run_and_is_told(tmp_path):
+    config = tiny_config(write_snapshot(tmp_path / "dataset", {(2, 4, 4): 13}), tmp_path / "out", steps=3)
+    output, _ = open_run(config)
+    folder = write_checkpoint(tmp_path / "out" / "checkpoints", f"attempt-00001/{STEP.format(1)}", 3)
+    state = LoopState(step=3, num_workers=2, identity_hash=output.identity_hash, exported=True)
+    (folder / "state.json").write_text(json.dumps(asdict(state)))
+    (output.export / "of mine").mkdir(parents=True)
+    with pytest.raises(JobError, match=r"export holds files that are not .*; what was done is kept: give the same com"):
+        train(config)
+    client = MlflowClient(output.store.uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("lumos").experiment_id])
+    assert run.info.status == "FAILED"
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3]
+
+
+def test_a_checkpoint_is_told_on_where_the_store_of_the_output_is_away(tmp_path, monkeypatch):
+    config = tiny_config(write_snapshot(tmp_path / "dataset", {(2, 4, 4): 13}), tmp_path / "out")
+    output, sender = open_run(replace(config, samples=SamplesConfig(every=10)))
+    sender._models_due, offered = False, []
+
+    def away():
+        raise OSError("the store is away")
+
+    monkeypatch.setattr(output, "push", away)
+    sampler = Sampler(sender.prepared, output.samples, say=print)
+    monkeypatch.setattr(sampler, "offer", lambda step, _: offered.append(step))
+    said = {"event": "checkpoint", "step": 10}
+    with pytest.raises(OSError, match="away"):
+        run_module._hear(said, output, sender, sampler, Progress(60, done=0, enabled=False))
+    assert (sender._models_due, offered) == (True, [10])
 
 
 def test_two_runs_of_one_folder_stand_in_one_experiment(tmp_path):

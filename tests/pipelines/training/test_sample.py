@@ -157,6 +157,12 @@ def test_a_task_draws_beside_and_one_that_is_slow_has_the_next_left_out(ray_clus
         "no samples of step 50: TimeoutError: no message",
     ]
 
+    run = prepared(dataset, tmp_path, prompts=("a",), num_gpus=1.0)
+    sampler = Sampler(run, tmp_path / "samples", say=said.append)
+    sampler.offer(60, lambda _: stored)
+    sampler.close(finished=True)
+    assert said[4:] == ["no samples of step 60: samples.num_cpus and samples.num_gpus need 1 GPU (there is 0)"]
+
 
 def test_samples_are_drawn_where_there_are_checkpoints(dataset, tmp_path):
     with pytest.raises(ValueError, match=r"samples.every = 15 is not a multiple of checkpoint.every = 10"):
