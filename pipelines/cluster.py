@@ -108,21 +108,34 @@ def joining(paths: Mapping[str, str | None], config: ClusterConfig) -> Iterator[
         config: of the run.
 
     Raises:
-        UserError: if the cluster has several machines, and a path is one of a single machine.
+        UserError: if the cluster has several machines, or is given more, and a path is one of a single machine.
+        JobError: if a failure within the block is that of such a path, as a machine was added meanwhile.
     """
     if not is_joined():
         yield
         return
+    local = {key: path for key, path in paths.items() if path and is_local(path) and not config.shared_paths}
+    named = ", ".join(f"{key} = {path}" for key, path in local.items())
+    instead = "Name s3:// URIs; or set cluster.shared_paths=true, if all of them share these folders"
     with connect():
-        machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-        local = {key: path for key, path in paths.items() if path and is_local(path)}
-        if len(machines) > 1 and local and not config.shared_paths:
-            named = ", ".join(f"{key} = {path}" for key, path in local.items())
-            raise UserError(
-                f"{named}: a path of one machine, and this cluster has {len(machines)}. Name s3:// URIs; or set "
-                "cluster.shared_paths=true, if all of them share these folders"
-            )
-        yield
+        machines = _machines()
+        if local and config.autoscaling and machines == 1:
+            raise UserError(f"{named}: a path of one machine, and cluster.autoscaling says that more come. {instead}")
+        if local and machines > 1:
+            raise UserError(f"{named}: a path of one machine, and this cluster has {machines}. {instead}")
+        try:
+            yield
+        except (JobError, UserError) as error:
+            if local and _machines() > 1:
+                raise JobError(
+                    f"{named}: a path of one machine, and another was added to this cluster, which does not have it "
+                    f"({error}). {instead}"
+                ) from error
+            raise
+
+
+def _machines() -> int:
+    return len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
 
 
 def _join(address: str) -> None:

@@ -13,7 +13,7 @@ import psutil
 import ray
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.dashboard.modules.job.pydantic_models import JobDetails
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobSubmissionClient
 
 from pipelines.errors import JobError, UserError, in_words
@@ -93,7 +93,7 @@ def open_client(address: str | None) -> JobClient:
         return JobClient(address)
     except AuthenticationError as error:
         raise UserError(f"{shown}: {_token_trouble(str(error))}") from error
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, RayError) as error:
         raise UserError(f"{shown}: {_reason(error)}; {remedy}") from error
 
 
@@ -107,6 +107,8 @@ def _knock(named: str | None) -> None:
 def _reason(error: Exception) -> str:
     if isinstance(error, RuntimeError) and "404" in str(error):
         return "what answers there is not the dashboard of a Ray cluster"
+    if isinstance(error, RayError):  # of the cluster's own protocol: the dashboard's port without http:// does so
+        return f"what answers there is not a Ray cluster ({in_words(error, last_line=True)})"
     if isinstance(error, ConnectionError) and "Failed to connect to Ray" in str(error):
         return "nobody answers there"
     if isinstance(error, ValueError | KeyError | TypeError):

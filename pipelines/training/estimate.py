@@ -97,6 +97,19 @@ class Plan:
         )
 
     @property
+    def grounds(self) -> tuple[str, ...]:
+        """What of one machine the figures are computed from, and what nobody measured."""
+        return (
+            f"time: an MFU of {self.question.mfu:.0%} (--mfu), which no measurement gave unless you did one: train "
+            "some steps on one node of these devices, and give the mfu_exact of its metrics",
+            "memory of a device: formulas, within 15% of what steps took on a CPU "
+            "(tests/pipelines/training/memory_steps.py)",
+            f"requests: {ROWS_PER_READ} rows a GET, counted on one machine in the reading of 48 workers "
+            "(tests/pipelines/storage/test_s3_reading.py)",
+            "network, disk and host memory: arithmetic, of parameters and workers; links and disks were not measured",
+        )
+
+    @property
     def peak(self) -> BucketPlan:
         """The shape that takes most memory."""
         return max(self.buckets, key=lambda bucket: bucket.memory.peak)

@@ -62,6 +62,7 @@ def as_text(plan: Plan) -> str:
         f"from S3: {plan.s3_reads_per_s:.3g} GET/s at most for all workers "
         f"({plan.s3_reads_per_s / question.cluster.count:.3g} for one), as one gives {ROWS_PER_READ} rows or more",
     ]
+    lines += ["computed from", *(f"  {each}" for each in plan.grounds)]
     if not plan.fits:
         lines += ["", *_refusal(plan)]
     return "\n".join(lines)
@@ -81,6 +82,7 @@ def as_values(plan: Plan) -> dict[str, Any]:
         "would_fit": [{"changes": changes, "memory_peak": peak} for changes, peak in plan.fitting],
         "node_memory": plan.node_memory,
         "remarks": list(plan.remarks),
+        "grounds": list(plan.grounds),
         "mfu": question.mfu,
         "step_seconds": plan.step_seconds,
         "tokens_per_step": plan.mean("tokens"),

@@ -2,12 +2,16 @@
 
 import re
 import shlex
+import tomllib
 from fnmatch import fnmatch
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
 from jsonschema import ValidationError
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.infra.manifests import ROOT, pinned
 
@@ -56,6 +60,8 @@ def check_dockerfile(text: str) -> list[str]:
     copied = [rest for name, rest in run if name == "COPY"]
     if copied != ["--from=build /opt/lumos /opt/lumos"]:
         found.append(f"copies more than what was installed: {copied}")
+    if not re.search(r"PATH=/opt/lumos/bin:\$PATH\S* > /etc/profile\.d/\w+\.sh", str(run)):
+        found.append("hides its programs from login shells, which ray up starts")
     if not {"wget", "rsync", "openssh-client"} <= installed:
         found.append("lacks wget (KubeRay's probe), or rsync and ssh (ray up)")
     return found
@@ -78,11 +84,33 @@ def test_image_is_not_root_pinned_and_without_compilers():
         ("tini wget", "tini wget gcc", "compilers: ['gcc']"),
         ("COPY --from=build /opt/lumos /opt/lumos", "COPY . .", "copies more"),
         ("tini wget", "tini", "lacks wget"),
+        ("/etc/profile.d/lumos.sh", "/etc/lumos.sh", "login shells"),
     ],
 )
 def test_planted_error_of_the_image_is_told(old, new, told):
     assert old in DOCKERFILE
     assert told in "\n".join(check_dockerfile(DOCKERFILE.replace(old, new)))
+
+
+def installed_with(requirements: list[str]) -> set[str]:
+    """Names of all packages that these bring, by what is installed here."""
+    todo = set(map(Requirement, requirements))
+    seen = set(todo)
+    while todo:
+        wanted = todo.pop()
+        for needed in map(Requirement, metadata.requires(wanted.name) or ()):
+            extras = {"", *wanted.extras}
+            if needed not in seen and (not needed.marker or any(needed.marker.evaluate({"extra": x}) for x in extras)):
+                seen.add(needed)
+                todo.add(needed)
+    return {canonicalize_name(each.name) for each in seen}
+
+
+def test_packages_of_the_image_hold_what_a_server_of_mlflow_imports_for_s3_and_postgresql():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "project['dependencies'] + project['optional-dependencies']['mlflow-server']" in DOCKERFILE
+    packages = installed_with([*project["dependencies"], *project["optional-dependencies"]["mlflow-server"]])
+    assert {"boto3", "flask-wtf", "psycopg", "psycopg-binary"} <= packages
 
 
 def sent(path: str, patterns: list[str]) -> bool:
@@ -120,6 +148,8 @@ def test_file_of_ray_up_is_as_ray_wants_it(path):
     images = re.findall(r"REGISTRY/lumos-ray:\S+", str(config["docker"]) + str(config.get("available_node_types")))
     assert images
     assert "--env=RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+    # Ray adds --runtime=nvidia and nothing else, and the image, which is none of CUDA's own, does not set it.
+    assert "--env=NVIDIA_VISIBLE_DEVICES=all" in config["docker"]["run_options"]
     head = " ".join(config["head_start_ray_commands"])
     assert "--num-cpus=0" in head, "the head does work"
     assert "--dashboard-host=127.0.0.1" in head, "the dashboard listens to the network"

@@ -283,8 +283,16 @@ def test_replicas_of_the_service_are_on_different_nodes():
     assert group["replicas"] >= 2
 
 
+def test_clusters_do_not_share_a_head_service():
+    """KubeRay names that of a RayService as that of a RayCluster, and turns one that is there over to its own head."""
+    names = [doc["metadata"]["name"] for doc in DOCS if doc["kind"] in ("RayCluster", "RayService")]
+    assert len(names) == len(set(names))
+    comment = (m.FOLDER / "raycluster.yaml").read_text().partition("apiVersion")[0]
+    assert f"service/{find('RayCluster', 'lumos-standing')['metadata']['name']}-head-svc" in comment
+
+
 def test_standing_cluster_scales_both_kinds_of_nodes():
-    spec = find("RayCluster")["spec"]
+    spec = find("RayCluster", "lumos-standing")["spec"]
     assert spec["enableInTreeAutoscaling"]
     assert spec["autoscalerOptions"]["version"] == "v2"
     assert [group["groupName"] for group in spec["workerGroupSpecs"]] == ["cpu", "gpu"]

@@ -11,8 +11,9 @@ import ray
 from ray.util import placement_group, remove_placement_group
 
 from pipelines import cluster
-from pipelines.cluster import Waiting, connect, held_by_others, lacking
-from pipelines.errors import JobError
+from pipelines.cluster import Waiting, connect, held_by_others, joining, lacking
+from pipelines.config import ClusterConfig
+from pipelines.errors import JobError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -63,6 +64,43 @@ def test_a_process_must_fit_on_one_node(monkeypatch):
     assert lacking([{"CPU": 4.0}, {"CPU": 3.0}]) == ""
     assert lacking([{"CPU": 5.0}]) == "5 CPU on one node (there is 4)"
     assert lacking([{"CPU": 4.0}] * 2) == "8 CPU (there is 7)"
+
+
+@pytest.fixture
+def machines(monkeypatch):
+    """A cluster that is joined; addresses of its machines, to which more can be added."""
+    addresses = ["10.0.0.1"]
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "NodeManagerAddress": address} for address in addresses])
+    return addresses
+
+
+LOCAL = {"output": "/tmp/run", "dataset": "s3://bucket/data", "init_from": None}
+
+
+def lose_rows(machines):
+    with joining(LOCAL, ClusterConfig()):
+        machines.append("10.0.0.2")
+        raise JobError("lacks 3 rows")
+
+
+def test_a_failure_is_told_to_be_that_of_a_local_path_where_a_machine_was_added(machines):
+    with pytest.raises(JobError, match=r"^lacks 3 rows$"), joining(LOCAL, ClusterConfig()):
+        raise JobError("lacks 3 rows")
+    with pytest.raises(JobError) as failed:
+        lose_rows(machines)
+    assert str(failed.value).startswith("output = /tmp/run: a path of one machine, and another was added to this clus")
+    assert "(lacks 3 rows). Name s3:// URIs" in str(failed.value)
+    with pytest.raises(JobError, match=r"^lacks 3 rows$"), joining(LOCAL, ClusterConfig(shared_paths=True)):
+        raise JobError("lacks 3 rows")
+
+
+def test_local_paths_are_refused_where_machines_are_to_be_added(machines):
+    with pytest.raises(UserError, match=r"cluster\.autoscaling says that more come"):
+        joining(LOCAL, ClusterConfig(autoscaling=True)).__enter__()
+    with joining({"output": "s3://bucket/run"}, ClusterConfig(autoscaling=True)):
+        pass
 
 
 def test_cpus_are_counted_before_a_cluster_is_started_here(monkeypatch):

@@ -13,7 +13,7 @@ import click
 import pytest
 import yaml
 from ray.dashboard.modules.job.pydantic_models import JobDetails
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RpcError
 
 from pipelines.config import CONFIG_DIR, check_expected, shipped_configs
 from pipelines.errors import JobError, UserError
@@ -441,6 +441,21 @@ def test_addresses_where_no_cluster_is(other_dashboard, monkeypatch):
     with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9: nobody answers there"):
         open_client(None)
     assert "RAY_API_SERVER_ADDRESS" in os.environ
+
+
+def test_a_port_that_speaks_otherwise_is_told_in_a_line(monkeypatch):
+    """As Ray does of the dashboard's port without http://, after 40 s."""
+    from pipelines.submission import client
+
+    def answer(address):
+        raise RpcError("Timed out while waiting for GCS to become available.", rpc_code=4)
+
+    monkeypatch.setattr(client, "_knock", lambda _: None)
+    monkeypatch.setattr(client, "JobClient", answer)
+    with pytest.raises(
+        UserError, match=r"^127\.0\.0\.1:8265: what answers there is not a Ray cluster .*http://HOST:8265$"
+    ):
+        client.open_client("127.0.0.1:8265")
 
 
 def test_a_password_in_an_address_is_not_repeated():

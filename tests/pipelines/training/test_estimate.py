@@ -3,6 +3,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -25,6 +26,7 @@ from pipelines.training.precision import has_bf16_products
 from .runs import tiny_config
 from .snapshots import CODEBOOK, write_snapshot
 
+ROOT = Path(__file__).resolve().parents[3]
 ONE_CLIP = Pass(tokens=13_000, predictions=10_000)
 
 
@@ -162,6 +164,10 @@ def test_48_devices_on_six_nodes_and_ten_million_videos(tmp_path):
     assert "6 nodes of 8 devices" in text
     assert "dataset: 466 GB, 0.48 passes over it" in text
     assert as_values(plan)["s3_gets_per_s"] == plan.s3_reads_per_s
+    assert "an MFU of 40% (--mfu), which no measurement gave unless you did one" in text
+    for file in ("training/memory_steps.py", "storage/test_s3_reading.py"):  # which measure what it is computed from
+        assert f"tests/pipelines/{file}" in text
+        assert (ROOT / "tests" / "pipelines" / file).exists()
     for wrong, told in {"video:7x32x56=0": "how many", "video:7x32x56=many": "how many"}.items():
         with pytest.raises(UserError, match=told):
             parse_rows(wrong)
