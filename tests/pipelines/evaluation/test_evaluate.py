@@ -14,6 +14,7 @@ from jobs.evaluate import command
 from pipelines.errors import JobError, UserError
 from pipelines.evaluation.evaluate import EvaluateConfig, evaluate, folder_labels
 from pipelines.evaluation.gallery import write_gallery
+from pipelines.evaluation.models import ModelFiles
 from pipelines.evaluation.recording import RecordConfig
 from pipelines.evaluation.results import as_json, as_text, verdict, write_results
 from pipelines.evaluation.run import run_evaluation
@@ -90,6 +91,14 @@ def test_results_stay_where_the_next_evaluation_fails(tmp_path):
     with pytest.raises(JobError, match="none of the 2 videos"):
         run_evaluation(config, RecordConfig())
     assert {path.name: path.read_bytes() for path in (tmp_path / "out-evaluation").iterdir()} == results
+
+
+@pytest.mark.parametrize("wrong", [{"reference": "nope"}, {"models": ModelFiles(clip="nope")}])
+def test_an_evaluation_that_cannot_begin_leaves_nothing(folders, tmp_path, wrong):
+    config = EvaluateConfig(folders=(str(folders[1]),), out=str(tmp_path / "new" / "results"), **wrong)
+    with pytest.raises(UserError, match="nope"):
+        run_evaluation(config, RecordConfig())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unreadable_videos_are_told_and_the_others_measured(folders, tmp_path):
