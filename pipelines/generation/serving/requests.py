@@ -225,11 +225,18 @@ def _checked(field: str, make: Callable[[], Any]) -> Any:
         raise BadRequestError(text.replace("num_frames", field) if named == field else text, named) from error
 
 
-def trained_on(served: Served) -> list[dict[str, Any]]:
+def trained_sizes(served: Served) -> list[VideoSize]:
     """The sizes and lengths that a model was trained on, where its folder names them."""
     info = served.card.folder.info
-    sizes = [VideoSize.of_latents(shape, info.fps) for shape in info.shapes] if info.fps is not None else []
-    return [{"size": f"{size.width}x{size.height}", "frames": size.num_frames} for size in sizes]
+    return [VideoSize.of_latents(shape, info.fps) for shape in info.shapes] if info.fps is not None else []
+
+
+def usual_sizes(served: Served, config: ServeConfig) -> list[VideoSize]:
+    """Those, and the one that requests get which name none."""
+    try:
+        return [*trained_sizes(served), served.encoder.size(**asdict(config.video))]
+    except ValueError:  # the checkpoint names no size: every request must
+        return trained_sizes(served)
 
 
 def describe_model(served: Served, config: ServeConfig) -> Model:
@@ -248,7 +255,9 @@ def describe_model(served: Served, config: ServeConfig) -> Model:
     limits = {
         "size_multiple_of": folder.vocabulary.grid_unit,
         "frames": "1 + 4k",
-        "trained_on": trained_on(served),
+        "trained_on": [
+            {"size": f"{size.width}x{size.height}", "frames": size.num_frames} for size in trained_sizes(served)
+        ],
         "max_steps": config.max_steps,
         "max_tokens": folder.config.max_seq_len,
         "max_cells": config.max_cells,
