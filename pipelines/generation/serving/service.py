@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
 from lumos.compression import VideoSize
-from pipelines.decoding.given import GivenError, GivenLimits, read_clip, read_image
+from pipelines.decoding.given import GivenError, GivenLimits, OtherKindError, read_clip, read_image
 from pipelines.errors import UserError
 from pipelines.generation.config import ServeConfig
 from pipelines.generation.generator import Progress
@@ -48,6 +48,10 @@ _DATA_URL = re.compile(r"data:([a-z0-9.+/-]*)((?:;[a-z0-9=._-]+)*),", re.IGNOREC
 _LIMITS = GivenLimits(max_seconds=20.0)
 _DECODERS = 2  # files of strangers that are decoded at a time
 _CLIPS = (b"ftyp", b"\x1aE\xdf\xa3", b"AVI ", b"moov", b"mdat")  # within the first bytes of videos
+_REMEDIES = {  # by field, of a picture in the place of a clip, or the other way round
+    "input_reference": "send it with its own media type (image/..., video/...)",
+    "video": "a video begins with it where it is the input_reference of POST /v1/videos",
+}
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
@@ -136,7 +140,8 @@ class Service:
         try:
             frames: NDArray[np.uint8] = await loop.run_in_executor(self._decoders, read, data, size, _LIMITS)
         except GivenError as error:
-            raise BadRequestError(f"{field}: {error}", field) from error
+            remedy = f"; {_REMEDIES[field]}" if isinstance(error, OtherKindError) else ""
+            raise BadRequestError(f"{field}: {error}{remedy}", field) from error
         return frames
 
 
