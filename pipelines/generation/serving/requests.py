@@ -120,26 +120,40 @@ def extended(
 ) -> tuple[VideoRequest, int]:
     """What is drawn to go on with a video of ``num_before`` frames, and how many of them it begins with.
 
-    As many as leave the whole as long as the model was trained on, where it names that; settings are those of the first
-    video where nothing is said.
+    As many as leave the whole as long as the longest that the model was trained on at this size, where it names that,
+    and as fit its context and the service's bounds: at least one. Settings are those of the first video where nothing
+    is said.
     """
     added = num_added(body, first.size.fps, first.size.num_frames)
     name = body.name_of("num_frames", "frames", "seconds")
-    trained = served.card.folder.default_size
-    longest = max(added + 1, trained.num_frames if trained else first.size.num_frames)
-    num_given = min(num_before, longest - added)
     request = replace(
         first,
         prompt=body.prompt.strip(),
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
-        size=_checked(name, lambda: served.encoder.size(**asdict(replace(first.size, num_frames=num_given + added)))),
         sampling=_sampling(body, config).over(first.sampling),
         format=_format(body, added + 1, config),
         given=None,
     )
-    _check_caps(name, request.size, config)
-    check_fits(request, served)
-    return request, num_given
+    num_given = max(1, min(num_before, _longest_trained(first.size, served) - added))
+    while True:
+        try:
+            whole = asdict(replace(first.size, num_frames=num_given + added))
+            request = replace(request, size=_checked(name, lambda values=whole: served.encoder.size(**values)))
+            _check_caps(name, request.size, config)
+            check_fits(request, served)
+        except BadRequestError:
+            if num_given == 1:
+                raise
+            num_given -= TEMPORAL_FACTOR
+        else:
+            return request, num_given
+
+
+def _longest_trained(size: VideoSize, served: Served) -> int:
+    """Frames of the longest videos of a size that a model was trained on; of any, where it was on none of that size."""
+    trained = [each for each in trained_sizes(served) if each.num_frames > 1]
+    alike = [each for each in trained if (each.width, each.height) == (size.width, size.height)]
+    return max((each.num_frames for each in alike or trained), default=size.num_frames)
 
 
 def _num_frames(body: VideoBody, fps: float, usual: int | None) -> int:

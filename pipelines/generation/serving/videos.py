@@ -72,7 +72,9 @@ class _VideoRoutes:
     async def extend_video(self, request: Request) -> Response:
         """Go on with a finished video, whose last frames begin what is drawn, or with a clip.
 
-        The answer holds the whole of a video of this service, and the last frames of a clip.
+        The answer holds the whole of a video of this service, and the last frames of a clip. The more is added at a
+        time, the fewer frames it goes on from: together they are as long as what the model was trained on. Adding that
+        length less one frame, or more, goes on from the last frame alone.
         """
         body, file = await body_of(ExtensionBody, request)
         before: Before | None = None
