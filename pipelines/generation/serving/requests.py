@@ -4,6 +4,7 @@ import math
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from lumos.compression import TEMPORAL_FACTOR, VideoSize, num_latent_frames, parse_size
@@ -138,7 +139,7 @@ def extended(
     while True:
         try:
             whole = asdict(replace(first.size, num_frames=num_given + added))
-            request = replace(request, size=_checked(name, lambda values=whole: served.encoder.size(**values)))
+            request = replace(request, size=_checked(name, partial(served.encoder.size, **whole)))
             _check_caps(name, request.size, config)
             check_fits(request, served)
         except BadRequestError:
