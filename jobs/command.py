@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from pipelines.config import ConfigT, config_to_yaml, find_config, load_config, shipped_configs
+from pipelines.config import COMPLETE, ConfigT, find_config, load_config, shipped_configs, show_config
 from pipelines.errors import JobError, UserError
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
@@ -73,12 +73,12 @@ def curate_arguments(config: str, overrides: tuple[str, ...]) -> tuple[str, tupl
 
 
 def resolve(cls: type[ConfigT], config: str, overrides: Sequence[str], print_config: bool) -> ConfigT:
-    """Load the config; with ``print_config``, print it and end the command."""
-    loaded = load_config(cls, config, overrides)
-    if print_config:
-        click.echo(config_to_yaml(loaded), nl=False)
-        click.get_current_context().exit(0)
-    return loaded
+    """Load the config; with ``print_config``, print it, what it misses left out, and end the command."""
+    if not print_config:
+        return load_config(cls, config, overrides)
+    context = click.get_current_context()
+    click.echo(show_config(cls, config, overrides, complete=context.obj == COMPLETE), nl=False)
+    context.exit(0)
 
 
 def run(command: click.Command) -> None:

@@ -27,6 +27,10 @@ CONFIG_DIR = PROJECT_DIR / "infra" / "configs"
 
 EXPECTED = "LUMOS_EXPECTED"  # variable of a job that runs the installed code: "VERSION COMMIT" of who submitted it
 
+_MISSING = ("missing", "missing_keyword_only_argument", "missing_argument")  # kinds of pydantic's errors
+
+COMPLETE = "complete"  # object of a command's context: the config that it prints must miss nothing
+
 # What decides the bytes of an output, and so belongs in its provenance.
 _PACKAGES = ("av", "decord", "deepspeed", "mlflow", "numpy", "pyarrow", "ray", "safetensors", "tokenizers", "torch")
 
@@ -65,6 +69,50 @@ def load_config(cls: type[ConfigT], source: str, overrides: Sequence[str] = ()) 
         UserError: for a missing or malformed file, an unknown or duplicate key, a wrong type or a value out of range;
             the message names file, key and value.
     """
+    path, raw = _read(cls, source, overrides)
+    try:
+        return _filled(cls, raw)
+    except ValidationError as error:
+        details = error.errors()
+    raise _as_user_error(cls, path, raw, overrides, details)
+
+
+def show_config(cls: type[ConfigT], source: str, overrides: Sequence[str] = (), *, complete: bool = False) -> str:
+    """A config as ``config_to_yaml`` writes it; keys that are missing stay so, and are named in comments.
+
+    Raises:
+        UserError: as ``load_config`` does, for missing keys only if it must be complete.
+    """
+    path, raw = _read(cls, source, overrides)
+    try:
+        return config_to_yaml(_filled(cls, raw))
+    except ValidationError as error:
+        details = error.errors()
+    missing = [_key_path(raw, detail) for detail in details if detail["type"] in _MISSING]
+    if complete or len(missing) < len(details):
+        raise _as_user_error(cls, path, raw, overrides, details)
+    stood_in = json.loads(json.dumps(raw))
+    for keys in missing:
+        _holder(stood_in, keys)[keys[-1]] = "missing"
+    try:
+        plain = config_to_dict(_filled(cls, stood_in))
+    except ValidationError:  # one that is no text
+        raise _as_user_error(cls, path, raw, overrides, details) from None
+    for keys in missing:
+        del _holder(plain, keys)[keys[-1]]
+    lines = [f"# {'.'.join(keys)}: missing, and has no default\n" for keys in missing]
+    return "".join(lines) + _to_yaml(plain)
+
+
+def _holder(values: Any, keys: Sequence[str]) -> Any:
+    """What holds the last of some keys."""
+    for key in keys[:-1]:
+        values = values[int(key) if isinstance(values, list) else key]
+    return values
+
+
+def _read(cls: type[RunConfig], source: str, overrides: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+    """Where a config is, and what stands there, with overrides."""
     path = find_config(cls.KIND, source)
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
@@ -76,14 +124,21 @@ def load_config(cls: type[ConfigT], source: str, overrides: Sequence[str] = ()) 
         raise UserError(f"config {path}: expected a mapping of keys to values, found {_show(raw)}")
     for override in overrides:
         _apply_override(raw, override)
-    try:
-        # JSON mode is strict about scalars yet reads lists into tuples and text into paths.
-        return TypeAdapter(cls).validate_json(json.dumps(raw), strict=True, extra="forbid")
-    except ValidationError as error:
-        lines = list(dict.fromkeys(_describe(cls, raw, detail) for detail in error.errors()))
+    return path, raw
+
+
+def _filled(cls: type[ConfigT], raw: dict[str, Any]) -> ConfigT:
+    # JSON mode is strict about scalars yet reads lists into tuples and text into paths.
+    return TypeAdapter(cls).validate_json(json.dumps(raw), strict=True, extra="forbid")
+
+
+def _as_user_error(
+    cls: type[RunConfig], path: Path, raw: dict[str, Any], overrides: Sequence[str], details: Sequence[ErrorDetails]
+) -> UserError:
+    lines = list(dict.fromkeys(_describe(cls, raw, detail) for detail in details))
     changed = ", ".join(override.partition("=")[0].strip() for override in overrides)
     where = f"config {path}" + (f" with overrides of {changed}" if changed else "")
-    raise UserError(f"{where}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{where}:", *lines]))
+    return UserError(f"{where}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{where}:", *lines]))
 
 
 def find_config(kind: str, source: str) -> Path:
@@ -119,7 +174,11 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 def config_to_yaml(config: Any) -> str:
     """A config as YAML that ``load_config`` reads back to an equal one."""
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True, width=120)
+    return _to_yaml(config_to_dict(config))
+
+
+def _to_yaml(plain: dict[str, Any]) -> str:
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
 
 
 def config_hash(config: Any) -> str:
@@ -255,7 +314,7 @@ def _describe(cls: type[Any], raw: Any, detail: ErrorDetails) -> str:
         close = [known_as] if known_as else difflib.get_close_matches(keys[-1], siblings, n=1)
         remedy = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(siblings)}"
         return f"unknown key {name!r} = {_show(value)}; {remedy}"
-    if kind in ("missing", "missing_keyword_only_argument", "missing_argument"):
+    if kind in _MISSING:
         return f"key {name!r} is missing; it has no default"
     if kind == "value_error":  # raised by a dataclass about itself; its message names field and value
         text = message.removeprefix("Value error, ")

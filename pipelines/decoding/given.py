@@ -20,6 +20,7 @@ from pipelines.decoding.child import child_command, child_environment
 from pipelines.decoding.given_child import REFUSED, GivenJob
 
 _CHILD_MODULE = "pipelines.decoding.given_child"
+_OTHER_KINDS = ("not_an_image", "not_a_clip")  # refusals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,10 @@ class GivenError(ValueError):
     """A given file that cannot be used; the message says what is wrong with it, and does not name it."""
 
 
+class OtherKindError(GivenError):
+    """A picture that is given as a clip, or a clip as a picture."""
+
+
 def read_image(source: str | bytes, size: VideoSize, limits: GivenLimits | None = None) -> NDArray[np.uint8]:
     """A picture as the first frame of a video: uint8 [1, H, W, 3].
 
@@ -46,7 +51,7 @@ def read_image(source: str | bytes, size: VideoSize, limits: GivenLimits | None 
         limits: see there.
 
     Raises:
-        GivenError: if it is none, or exceeds a limit.
+        GivenError: if it is none, or exceeds a limit; ``OtherKindError`` if it is a clip.
     """
     return _read(source, size, 1, limits or GivenLimits())
 
@@ -63,7 +68,8 @@ def read_clip(source: str | bytes, size: VideoSize, limits: GivenLimits | None =
         limits: see there.
 
     Raises:
-        GivenError: if it is none, or exceeds a limit, or the video is an image, which nothing can precede.
+        GivenError: if it is none, or exceeds a limit, or the video is an image, which nothing can precede;
+            ``OtherKindError`` if it is a picture.
     """
     if size.num_frames == 1:
         raise GivenError(f"a clip cannot be continued by 0 frames: num_frames is 1, set {1 + TEMPORAL_FACTOR} or more")
@@ -104,7 +110,8 @@ def _read(source: str | bytes, size: VideoSize, num_frames: int, limits: GivenLi
         except subprocess.TimeoutExpired:
             raise GivenError(f"it takes longer than {limits.max_seconds:g} s to decode") from None
     if done.returncode == REFUSED:
-        raise GivenError(_in_words(done.stdout.decode(errors="replace")))
+        refusal = done.stdout.decode(errors="replace")
+        raise (OtherKindError if refusal.startswith(_OTHER_KINDS) else GivenError)(_in_words(refusal))
     if done.returncode != 0:
         raise GivenError(f"it ends the process that decodes it (status {done.returncode})")
     frames: NDArray[np.uint8] = np.load(io.BytesIO(done.stdout), allow_pickle=False)
@@ -115,6 +122,7 @@ def _in_words(refusal: str) -> str:
     code, _, detail = refusal.partition(": ")
     words = {
         "not_an_image": "it is no picture",
+        "not_a_clip": "it is no video",
         "not_a_video": "it is neither a picture nor a video",
         "empty_file": "it is empty",
         "too_large": "it is too large",

@@ -31,7 +31,7 @@ class GivenJob:
     path: str  # absolute
     width: int  # px of the frames wanted
     height: int
-    num_frames: int  # most that are wanted, the last ones; 1: the file must be a picture
+    num_frames: int  # most that are wanted, the last ones; 1: the file must be a picture, else none
     fps: float  # at which they are wanted
     max_pixels: int  # of a frame of the file
     max_frames: int  # of the file
@@ -49,6 +49,8 @@ def read(job: GivenJob) -> NDArray[np.uint8]:
         info = video.info()
         if job.num_frames == 1 and not (info.is_image or video.container.format.name in ("gif", "apng")):
             raise VideoError("not_an_image", f"a video ({info.codec})")
+        if job.num_frames > 1 and info.is_image:
+            raise VideoError("not_a_clip", f"a picture ({info.codec})")
         _check_pixels(info.width, info.height, job)
         for frame in _sampled(video, job):
             wanted.append(_fitted(frame, info, job))

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from pipelines import storage
@@ -113,15 +115,29 @@ def _figures(figures: Mapping[str, Figure]) -> dict[str, Any]:
 def begin_results(folder: str) -> None:
     """Make sure that results can be written to a folder, before they are measured; those that it holds stay.
 
+    Nothing is left of the attempt, the folder neither: what comes next may fail.
+
     Raises:
         UserError: if not.
     """
-    probe = storage.join(folder, ".writable")
+    probe, missing = storage.join(folder, ".writable"), _missing_folders(folder)
     try:
         storage.write_bytes_atomic(probe, b"")
         storage.remove(probe)
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written ({error}): name another folder") from error
+    finally:
+        for path in missing:
+            with suppress(OSError):  # it could not be made, or another process put something into it
+                path.rmdir()
+
+
+def _missing_folders(folder: str) -> list[Path]:
+    """A local folder and those above it that are not there, the deepest first."""
+    if not storage.is_local(folder):
+        return []
+    path = Path(storage.filesystem(folder)[1])
+    return [each for each in (path, *path.parents) if not each.exists()]
 
 
 def write_results(folder: str, evaluation: Evaluation) -> None:

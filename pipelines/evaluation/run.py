@@ -38,10 +38,14 @@ def run_evaluation(config: EvaluateConfig, record: RecordConfig) -> Report:
         gallery = write_gallery(config.output, evaluation)
         files += [gallery.page] if gallery.whole else []  # MLflow shows a file alone
         asides.append(f"open {gallery.page}")
+    # Of a run that nobody named it is said how it was found, and how another is chosen.
+    choice = (
+        "" if record.runs else f", where the model of these videos says it was trained; --run names another, or {NONE}"
+    )
     for run, target in zip(evaluation.runs, targets, strict=True):
         if target is not None:
             label = run.folder.label.replace("/", "-")
-            asides.append(f"{run.folder.label}: {target.record(run_values(run), files, label=label)}")
+            asides.append(f"{run.folder.label}: {target.record(run_values(run), files, label=label)}{choice}")
     return Report(as_text(evaluation), tuple(asides))
 
 

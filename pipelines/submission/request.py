@@ -12,6 +12,7 @@ from typing import Any
 import click
 import yaml
 
+from pipelines.config import COMPLETE
 from pipelines.errors import UserError
 from pipelines.submission.secrets import leaves, refuse_secrets
 
@@ -111,7 +112,7 @@ def read_request(verb: str, command: click.Command, arguments: Sequence[str]) ->
         printed = io.StringIO()
         beside = tuple(item for item in arguments if item in _BESIDE_CONFIG.get(verb, ()))
         with contextlib.redirect_stdout(printed):
-            command.main([*arguments, "--print-config"], prog_name=f"lumos {verb}", standalone_mode=False)
+            command.main([*arguments, "--print-config"], prog_name=f"lumos {verb}", standalone_mode=False, obj=COMPLETE)
         request = Request(verb=verb, config=yaml.safe_load(printed.getvalue()), arguments=beside)
     else:
         request = _without_config(verb, command, list(arguments))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from jobs.cli import _VERBS, group
@@ -79,6 +80,26 @@ def test_every_shipped_config_loads_and_prints_itself(path, tmp_path):
     again = CliRunner().invoke(group, [*verb, str(tmp_path / "again.yaml"), "--print-config"])
     assert again.output == printed.output
     assert path.read_text().startswith("# "), "the first line of a shipped config says what it is for"
+
+
+@pytest.mark.parametrize(("verb", "missing"), [("generate", ["model", "prompts"]), ("serve", ["model"])])
+def test_a_config_that_misses_keys_is_printed_and_names_them(verb, missing, tmp_path):
+    printed = CliRunner().invoke(group, [verb, "default", "sampling.num_steps=7", "--print-config"])
+    assert printed.exit_code == 0, printed.exception
+    notes = "".join(f"# {key}: missing, and has no default\n" for key in missing)
+    assert printed.output.startswith(notes)
+    values = yaml.safe_load(printed.output)
+    assert not values.keys() & set(missing)
+    assert values["sampling"]["num_steps"] == 7
+    assert values["replicas"]["device"] == "auto"  # in no file: a default
+    (tmp_path / "again.yaml").write_text(printed.output)
+    given = [f"{key}=x" for key in missing]
+    again = CliRunner().invoke(group, [verb, str(tmp_path / "again.yaml"), *given, "--print-config"])
+    assert yaml.safe_load(again.output) == {**values, **dict.fromkeys(missing, "x")}
+    wrong = CliRunner().invoke(group, [verb, "default", "sampling.num_stepz=7", "--print-config"])
+    assert "unknown key 'sampling.num_stepz'" in str(wrong.exception)
+    sent = CliRunner().invoke(group, ["submit", verb, "default", "--address", "http://127.0.0.1:1"])
+    assert f"key '{missing[0]}' is missing" in str(sent.exception)  # it is for a job, which needs all
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from lumos.compression import VideoSize
 from lumos.encoder import RequestEncoder
 from pipelines import storage
 from pipelines.cores import usable_cores
-from pipelines.decoding.given import GivenError, read_clip, read_image
+from pipelines.decoding.given import GivenError, OtherKindError, read_clip, read_image
 from pipelines.errors import UserError
 from pipelines.generation.bulk.layouts import Entry, layout_entries
 from pipelines.generation.bulk.prompts import Prompt
@@ -125,6 +125,9 @@ def _read_all_given(
         kind, path = source
         try:
             return read_image(path, size) if kind == "image" else read_clip(path, size)
+        except OtherKindError as error:
+            other = "clip (--continue)" if kind == "image" else "image (--image)"
+            raise UserError(f"{where[source]}: {kind} {path}: {error}; give it as {other}") from error
         except GivenError as error:
             raise UserError(f"{where[source]}: {kind} {path}: {error}") from error
 

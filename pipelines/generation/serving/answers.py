@@ -16,6 +16,7 @@ _MEANINGS = {
     409: "The video is not completed.",
     413: "The body is too long, or its length is not told.",
     415: "The body is neither JSON nor multipart/form-data.",
+    416: "No byte of the file is in the range; Content-Range tells how many it has.",
     429: "This client asks for more than it may; Retry-After says when to come again.",
     500: "The service failed; its log says more.",
     503: "Too many requests are here, or the model or the store does not answer; Retry-After says when to come again.",
@@ -29,11 +30,22 @@ _HEADERS = {
     "x-lumos-config-hash": "Names everything that decides the video but prompt and seed.",
     "x-lumos-warning": "That the model was not trained on such videos, if it was not.",
     "content-disposition": "A name for the file.",
+    "accept-ranges": "bytes: ranges of the video can be asked for.",
+    "content-range": "Which bytes these are, of how many.",
+    "etag": "Names the file, which never changes; for If-Range.",
     "openai-poll-after-ms": "Milliseconds to wait before asking again; not of jobs that are done.",
 }
-_OF_STATUS = {401: ["www-authenticate"], 429: ["retry-after"], 503: ["retry-after"], 409: ["retry-after"]}
+_OF_STATUS = {
+    401: ["www-authenticate"],
+    429: ["retry-after"],
+    503: ["retry-after"],
+    409: ["retry-after"],
+    416: ["content-range"],
+}
 _OF_KIND = {
     "file": ["x-lumos-seed", "x-lumos-config-hash", "x-lumos-warning", "content-disposition"],
+    "stored": ["x-lumos-seed", "x-lumos-config-hash", "content-disposition", "accept-ranges", "etag"],
+    "part": ["x-lumos-seed", "x-lumos-config-hash", "content-disposition", "accept-ranges", "etag", "content-range"],
     "job": ["openai-poll-after-ms", "x-lumos-warning"],
     "events": [],
 }
@@ -65,17 +77,20 @@ ERRORS = {
     "direct": _errors(504),
     "missing": _errors(400, 404),
     "conflict": _errors(409),
+    "range": _errors(416),
 }
 
 
-def described(model: type[BaseModel] | None, text: str, kind: str, content: dict[str, Any] | None = None) -> Responses:
-    """The answer 200 of a path, with its headers."""
+def described(
+    model: type[BaseModel] | None, text: str, kind: str, content: dict[str, Any] | None = None, status: int = 200
+) -> Responses:
+    """A good answer of a path, with its headers."""
     answer: dict[str, Any] = {"description": text, "headers": _headers(_OF_KIND[kind])}
     if model is not None:
         answer["model"] = model
     if content is not None:
         answer["content"] = content
-    return {200: answer}
+    return {status: answer}
 
 
 def body_schema(model: type[BaseModel], max_bytes: int) -> dict[str, Any]:

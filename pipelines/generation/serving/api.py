@@ -21,7 +21,7 @@ from pipelines.generation.serving.guard import BodyReader, GuardedRoute, Rates, 
 from pipelines.generation.serving.jobs import JobStore
 from pipelines.generation.serving.observe import Metrics, Observer, merged
 from pipelines.generation.serving.page import add_page
-from pipelines.generation.serving.requests import Served
+from pipelines.generation.serving.requests import Served, usual_sizes
 from pipelines.generation.serving.runner import JobRunner
 from pipelines.generation.serving.service import Service, add_error_handlers
 from pipelines.generation.serving.videos import add_video_routes
@@ -34,7 +34,7 @@ _SWAGGER = Path(fastapi_offline.__file__).parent / "static"  # the files of Swag
 
 def build_api(models: Mapping[str, Served], config: ServeConfig, store: JobStore) -> FastAPI:
     """The application; the first model is the one of requests that name none. It does jobs while its lifespan lasts."""
-    metrics = Metrics(store.worker)
+    metrics = Metrics(store.worker, [size for served in models.values() for size in usual_sizes(served, config)])
     runner = JobRunner(store, models, config, metrics)
     service = Service(models, config, runner, metrics)
 

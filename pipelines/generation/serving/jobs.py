@@ -161,6 +161,19 @@ class JobStore:
         except FileNotFoundError:
             return None
 
+    def local_path(self, job_id: str, name: str) -> str | None:
+        """Where a file of a job is on a disk; None in S3."""
+        return self._file(job_id, name) if storage.is_local(self.uri) else None
+
+    def file_size(self, job_id: str, name: str) -> int:
+        """Bytes of a file of a job."""
+        files, path = storage.filesystem(self._file(job_id, name))
+        return int(files.size(path))
+
+    def read_range(self, job_id: str, name: str, start: int, stop: int) -> bytes:
+        """Bytes ``start..stop-1`` of a file of a job."""
+        return storage.read_range(self._file(job_id, name), start, stop)
+
     def remove_file(self, job_id: str, name: str) -> None:
         """Drop a file of a job."""
         storage.remove(self._file(job_id, name))

@@ -15,11 +15,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lumos.compression import VideoSize
 from pipelines.generation.request import VideoRequest
 
 REQUEST_ID_HEADER = "x-request-id"
 _GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LOG_BYTES, _LOG_FILES = 20_000_000, 3
+OTHER = "other"  # as a label
+_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _SECONDS = (0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600, 1800)
 
 request_id: contextvars.ContextVar[str | None] = contextvars.ContextVar("request_id", default=None)
@@ -27,11 +30,18 @@ access_log = logging.getLogger("pipelines.generation.serving.access")
 
 
 class Metrics:
-    """Counts of one API process; its name is a label, so that those of several stand beside each other."""
+    """Counts of one API process; its name is a label, so that those of several stand beside each other.
 
-    def __init__(self, process: str) -> None:
+    Labels tell the sizes and lengths of ``sizes`` and of images; all others are "other", as clients could ask for any
+    number of them, each a series that is kept and scraped for ever.
+    """
+
+    def __init__(self, process: str, sizes: Iterable[VideoSize] = ()) -> None:
         self.registry = CollectorRegistry()
         self._process = process
+        known = list(sizes)
+        self._sizes = {f"{size.width}x{size.height}" for size in known}
+        self._lengths = {"1", *(str(size.num_frames) for size in known)}
         names = ("process",)
 
         def gauge(name: str, text: str) -> Gauge:
@@ -71,6 +81,7 @@ class Metrics:
 
     def count_answer(self, method: str, path: str, status: int) -> None:
         """An answer, by the pattern of its path."""
+        method = method if method in _METHODS else OTHER  # a client could make up any number
         self._answers.labels(self._process, method, path, str(status)).inc()
 
     def count_job(self, model: str, end: str) -> None:
@@ -80,13 +91,17 @@ class Metrics:
     def batch_began(self, model: str, request: VideoRequest, batch_size: int, waited_s: float) -> None:
         """A request came to be drawn."""
         self._batch.labels(self._process, model).observe(batch_size)
-        self._queued.labels(self._process, model, *_size(request)).observe(waited_s)
+        self._queued.labels(self._process, model, *self._size(request)).observe(waited_s)
 
     def video_done(self, model: str, request: VideoRequest, seconds: float) -> None:
         """A request has its video."""
         t, h, w = request.size.latent_shape
-        self._seconds.labels(self._process, model, *_size(request)).observe(seconds)
+        self._seconds.labels(self._process, model, *self._size(request)).observe(seconds)
         self._tokens.labels(self._process, model).inc(t * h * w)
+
+    def _size(self, request: VideoRequest) -> tuple[str, str]:
+        size, frames = f"{request.size.width}x{request.size.height}", str(request.size.num_frames)
+        return size if size in self._sizes else OTHER, frames if frames in self._lengths else OTHER
 
     def text(self) -> bytes:
         """As Prometheus reads them."""
@@ -103,10 +118,6 @@ def merged(texts: Iterable[bytes]) -> bytes:
             if not line.startswith("#") or line not in metric[:2]:  # its help and type, once
                 metric.append(line)
     return "".join(f"{line}\n" for metric in lines.values() for line in metric).encode()
-
-
-def _size(request: VideoRequest) -> tuple[str, str]:
-    return f"{request.size.width}x{request.size.height}", str(request.size.num_frames)
 
 
 class Observer:
@@ -133,7 +144,7 @@ class Observer:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            route = getattr(scope.get("route"), "path", "other")  # not the path: a client could make up any number
+            route = getattr(scope.get("route"), "path", OTHER)  # not the path: a client could make up any number
             self._metrics.count_answer(scope["method"], route, status)
             client = scope.get("client")
             fields = {

@@ -4,6 +4,7 @@ import math
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from lumos.compression import TEMPORAL_FACTOR, VideoSize, num_latent_frames, parse_size
@@ -120,26 +121,40 @@ def extended(
 ) -> tuple[VideoRequest, int]:
     """What is drawn to go on with a video of ``num_before`` frames, and how many of them it begins with.
 
-    As many as leave the whole as long as the model was trained on, where it names that; settings are those of the first
-    video where nothing is said.
+    As many as leave the whole as long as the longest that the model was trained on at this size, where it names that,
+    and as fit its context and the service's bounds: at least one. Settings are those of the first video where nothing
+    is said.
     """
     added = num_added(body, first.size.fps, first.size.num_frames)
     name = body.name_of("num_frames", "frames", "seconds")
-    trained = served.card.folder.default_size
-    longest = max(added + 1, trained.num_frames if trained else first.size.num_frames)
-    num_given = min(num_before, longest - added)
     request = replace(
         first,
         prompt=body.prompt.strip(),
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
-        size=_checked(name, lambda: served.encoder.size(**asdict(replace(first.size, num_frames=num_given + added)))),
         sampling=_sampling(body, config).over(first.sampling),
         format=_format(body, added + 1, config),
         given=None,
     )
-    _check_caps(name, request.size, config)
-    check_fits(request, served)
-    return request, num_given
+    num_given = max(1, min(num_before, _longest_trained(first.size, served) - added))
+    while True:
+        try:
+            whole = asdict(replace(first.size, num_frames=num_given + added))
+            request = replace(request, size=_checked(name, partial(served.encoder.size, **whole)))
+            _check_caps(name, request.size, config)
+            check_fits(request, served)
+        except BadRequestError:
+            if num_given == 1:
+                raise
+            num_given -= TEMPORAL_FACTOR
+        else:
+            return request, num_given
+
+
+def _longest_trained(size: VideoSize, served: Served) -> int:
+    """Frames of the longest videos of a size that a model was trained on; of any, where it was on none of that size."""
+    trained = [each for each in trained_sizes(served) if each.num_frames > 1]
+    alike = [each for each in trained if (each.width, each.height) == (size.width, size.height)]
+    return max((each.num_frames for each in alike or trained), default=size.num_frames)
 
 
 def _num_frames(body: VideoBody, fps: float, usual: int | None) -> int:
@@ -225,11 +240,18 @@ def _checked(field: str, make: Callable[[], Any]) -> Any:
         raise BadRequestError(text.replace("num_frames", field) if named == field else text, named) from error
 
 
-def trained_on(served: Served) -> list[dict[str, Any]]:
+def trained_sizes(served: Served) -> list[VideoSize]:
     """The sizes and lengths that a model was trained on, where its folder names them."""
     info = served.card.folder.info
-    sizes = [VideoSize.of_latents(shape, info.fps) for shape in info.shapes] if info.fps is not None else []
-    return [{"size": f"{size.width}x{size.height}", "frames": size.num_frames} for size in sizes]
+    return [VideoSize.of_latents(shape, info.fps) for shape in info.shapes] if info.fps is not None else []
+
+
+def usual_sizes(served: Served, config: ServeConfig) -> list[VideoSize]:
+    """Those, and the one that requests get which name none."""
+    try:
+        return [*trained_sizes(served), served.encoder.size(**asdict(config.video))]
+    except ValueError:  # the checkpoint names no size: every request must
+        return trained_sizes(served)
 
 
 def describe_model(served: Served, config: ServeConfig) -> Model:
@@ -248,7 +270,9 @@ def describe_model(served: Served, config: ServeConfig) -> Model:
     limits = {
         "size_multiple_of": folder.vocabulary.grid_unit,
         "frames": "1 + 4k",
-        "trained_on": trained_on(served),
+        "trained_on": [
+            {"size": f"{size.width}x{size.height}", "frames": size.num_frames} for size in trained_sizes(served)
+        ],
         "max_steps": config.max_steps,
         "max_tokens": folder.config.max_seq_len,
         "max_cells": config.max_cells,

@@ -88,10 +88,17 @@ class VideoReference(BaseModel):
 
 
 class ExtensionBody(_Body):
-    """A finished video to go on with; what is left out is as it was made."""
+    """A finished video to go on with; what is left out is as it was made.
+
+    What is drawn begins with as many of its last frames as are left of the longest videos that the model was trained
+    on (`limits` of GET /v1/models) once those to add are taken off: at least one. Adding less at a time lets it see
+    more of what was before; the answer's `num_given` says how much.
+    """
 
     video: VideoReference | None = Field(None, description="Of this service; or an uploaded file.")
-    seconds: Annotated[str, Field(max_length=20)] | float | None = Field(None, description="Length of what is added.")
+    seconds: Annotated[str, Field(max_length=20)] | float | None = Field(
+        None, description="Length of what is added, met to the nearest 4k frames; half of a whole video if left out."
+    )
     num_frames: int | None = Field(None, ge=1, le=100_000, description="Frames that are added, 4k.")
     frames: int | None = Field(None, ge=1, le=100_000, description="Alias of num_frames.")
 

@@ -20,8 +20,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
-from lumos.compression import VideoSize
-from pipelines.decoding.given import GivenError, GivenLimits, read_clip, read_image
+from lumos.compression import TEMPORAL_FACTOR, VideoSize
+from pipelines.decoding.given import GivenError, GivenLimits, OtherKindError, read_clip, read_image
 from pipelines.errors import UserError
 from pipelines.generation.config import ServeConfig
 from pipelines.generation.generator import Progress
@@ -46,8 +46,13 @@ _MAX_FIELDS = 30
 _MAX_PART = 1 << 26  # bytes; bodies are shorter
 _DATA_URL = re.compile(r"data:([a-z0-9.+/-]*)((?:;[a-z0-9=._-]+)*),", re.IGNORECASE)
 _LIMITS = GivenLimits(max_seconds=20.0)
+_ANY_FRAMES = 1 << 30  # of a clip of unknown length
 _DECODERS = 2  # files of strangers that are decoded at a time
 _CLIPS = (b"ftyp", b"\x1aE\xdf\xa3", b"AVI ", b"moov", b"mdat")  # within the first bytes of videos
+_REMEDIES = {  # by field, of a picture in the place of a clip, or the other way round
+    "input_reference": "send it with its own media type (image/..., video/...)",
+    "video": "a video begins with it where it is the input_reference of POST /v1/videos",
+}
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
@@ -126,8 +131,10 @@ class Service:
         """A clip to go on with: what would have been asked for to get it, and its last frames."""
         plain = VideoBody.model_validate({"prompt": body.prompt, "seed": body.seed})
         first = to_request(plain, served, self.config)
-        least, _ = extended(body, first, 1, served, self.config)  # so much must be possible before a clip is decoded
-        longest = max(least.size.num_frames, first.size.num_frames)
+        # So much must be possible before a clip is decoded.
+        _, most = extended(body, first, _ANY_FRAMES, served, self.config)
+        # Of a longer clip, that is how many frames a video of this length would begin with.
+        longest = 2 * most + TEMPORAL_FACTOR - 1
         frames = await self._read("video", read_clip, file.data, replace(first.size, num_frames=longest))
         return first, frames
 
@@ -136,7 +143,8 @@ class Service:
         try:
             frames: NDArray[np.uint8] = await loop.run_in_executor(self._decoders, read, data, size, _LIMITS)
         except GivenError as error:
-            raise BadRequestError(f"{field}: {error}", field) from error
+            remedy = f"; {_REMEDIES[field]}" if isinstance(error, OtherKindError) else ""
+            raise BadRequestError(f"{field}: {error}{remedy}", field) from error
         return frames
 
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
@@ -16,6 +16,7 @@ from pipelines.generation.config import MAX_SEED
 from pipelines.generation.request import VideoRequest, file_name
 from pipelines.generation.serving import pictures
 from pipelines.generation.serving.answers import ERRORS, body_schema, described
+from pipelines.generation.serving.content import file_answer
 from pipelines.generation.serving.jobs import Job
 from pipelines.generation.serving.requests import extended, num_added, to_request, untrained
 from pipelines.generation.serving.runner import Before, picture_name, request_of
@@ -43,6 +44,7 @@ _EVENTS = (
     "Events `progress` (done, total, picture: JPEG as base64, of each latent frame), and `queued`, `in_progress`, "
     "`completed`, `failed` with the video object, or `deleted`."
 )
+_RANGE = "Of the video's bytes, such as `bytes=0-1023`. Several, or what is no range, get the whole."
 VideoId = Annotated[str, Path(max_length=100, description="Of a video object.")]
 
 
@@ -72,7 +74,9 @@ class _VideoRoutes:
     async def extend_video(self, request: Request) -> Response:
         """Go on with a finished video, whose last frames begin what is drawn, or with a clip.
 
-        The answer holds the whole of a video of this service, and the last frames of a clip.
+        The answer holds the whole of a video of this service, and the last frames of a clip. The more is added at a
+        time, the fewer frames it goes on from: together they are as long as what the model was trained on. Adding that
+        length less one frame, or more, goes on from the last frame alone.
         """
         body, file = await body_of(ExtensionBody, request)
         before: Before | None = None
@@ -139,20 +143,29 @@ class _VideoRoutes:
         return DeletedVideo(id=job.id)
 
     async def download_content(
-        self, video_id: VideoId, request: Request, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
+        self,
+        video_id: VideoId,
+        request: Request,
+        variant: Literal["video", "thumbnail", "spritesheet"] = "video",
+        range_: Annotated[str | None, Header(alias="Range", description=_RANGE)] = None,
     ) -> Response:
         """The video of a job that is completed, or a JPEG of its middle frame or of many of its frames."""
         job = await self._job(video_id, request)
-        data, made = await self._content(job), request_of(job)
         if variant != "video":
+            data = await self._content(job)
             draw = pictures.thumbnail if variant == "thumbnail" else pictures.spritesheet
             return Response(await asyncio.to_thread(draw, data), media_type="image/jpeg")
+        made = request_of(job)
         headers = {
             "X-Lumos-Seed": str(made.seed),
             "X-Lumos-Config-Hash": job.config_hash,
             "Content-Disposition": f'inline; filename="{file_name(made.prompt, made.seed, made.format)}"',
         }
-        return Response(data, media_type=MEDIA_TYPES[made.format], headers=headers)
+        try:
+            name = _file_of(job)
+            return await file_answer(self._store, job.id, name, request, headers, MEDIA_TYPES[made.format])
+        except FileNotFoundError as error:
+            raise _not_completed(job) from error
 
     async def watch_video(self, video_id: VideoId, request: Request) -> Response:
         """Server-sent events of a job, from its beginning to its end."""
@@ -170,11 +183,9 @@ class _VideoRoutes:
 
     async def _content(self, job: Job) -> bytes:
         """The file of a job; a 409 where it is not completed."""
-        if job.status == "failed":
-            raise HTTPException(409, f"video {job.id} failed: {(job.error or {}).get('message', '')}")
-        data = await asyncio.to_thread(self._store.read_file, job.id, job.file) if job.file else None
-        if job.is_open or data is None:
-            raise HTTPException(409, f"video {job.id} is {job.status}, not completed", {"Retry-After": "1"})
+        data = await asyncio.to_thread(self._store.read_file, job.id, _file_of(job))
+        if data is None:
+            raise _not_completed(job)
         return data
 
     async def _events(self, job: Job) -> AsyncIterator[str]:
@@ -240,13 +251,20 @@ def add_video_routes(v1: APIRouter, service: Service) -> None:
         response_model=DeletedVideo,
         responses=read | missing,
     )
-    files = {MEDIA_TYPES[service.config.format]: _BINARY, "image/jpeg": _BINARY}
-    v1.add_api_route(
-        "/videos/{video_id}/content",
-        routes.download_content,
-        response_class=Response,
-        responses=described(None, "The file.", "file", files) | read | missing | ERRORS["conflict"],
-    )
+    whole = {MEDIA_TYPES[service.config.format]: _BINARY, "image/jpeg": _BINARY}
+    part = described(None, "The range that is asked for.", "part", {MEDIA_TYPES[service.config.format]: _BINARY}, 206)
+    for method in ("GET", "HEAD"):
+        v1.add_api_route(
+            "/videos/{video_id}/content",
+            routes.download_content,
+            methods=[method],
+            response_class=Response,
+            responses=described(None, "The file.", "stored", whole)
+            | (part | ERRORS["range"] if method == "GET" else {})
+            | read
+            | missing
+            | ERRORS["conflict"],
+        )
     v1.add_api_route(
         "/videos/{video_id}/events",
         routes.watch_video,
@@ -259,6 +277,19 @@ def add_video_routes(v1: APIRouter, service: Service) -> None:
 
 def _event(name: str, value: dict[str, Any]) -> str:
     return f"event: {name}\ndata: {json.dumps(value)}\n\n"
+
+
+def _file_of(job: Job) -> str:
+    """The name of a job's file; a 409 where it is not completed."""
+    if job.status == "failed":
+        raise HTTPException(409, f"video {job.id} failed: {(job.error or {}).get('message', '')}")
+    if job.is_open or not job.file:
+        raise _not_completed(job)
+    return job.file
+
+
+def _not_completed(job: Job) -> HTTPException:
+    return HTTPException(409, f"video {job.id} is {job.status}, not completed", {"Retry-After": "1"})
 
 
 def _check_whole(body: ExtensionBody, first: VideoRequest, num_before: int) -> None:

@@ -14,6 +14,7 @@ from jobs.evaluate import command
 from pipelines.errors import JobError, UserError
 from pipelines.evaluation.evaluate import EvaluateConfig, evaluate, folder_labels
 from pipelines.evaluation.gallery import write_gallery
+from pipelines.evaluation.models import ModelFiles
 from pipelines.evaluation.recording import RecordConfig
 from pipelines.evaluation.results import as_json, as_text, verdict, write_results
 from pipelines.evaluation.run import run_evaluation
@@ -90,6 +91,14 @@ def test_results_stay_where_the_next_evaluation_fails(tmp_path):
     with pytest.raises(JobError, match="none of the 2 videos"):
         run_evaluation(config, RecordConfig())
     assert {path.name: path.read_bytes() for path in (tmp_path / "out-evaluation").iterdir()} == results
+
+
+@pytest.mark.parametrize("wrong", [{"reference": "nope"}, {"models": ModelFiles(clip="nope")}])
+def test_an_evaluation_that_cannot_begin_leaves_nothing(folders, tmp_path, wrong):
+    config = EvaluateConfig(folders=(str(folders[1]),), out=str(tmp_path / "new" / "results"), **wrong)
+    with pytest.raises(UserError, match="nope"):
+        run_evaluation(config, RecordConfig())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unreadable_videos_are_told_and_the_others_measured(folders, tmp_path):
@@ -185,7 +194,8 @@ def test_results_stand_on_the_run_that_made_the_model(trained, tmp_path):
     client, run_id = trained
     done = CliRunner().invoke(command, [str(tmp_path / "videos")])
     assert done.exit_code == 0, done.output
-    assert f"recorded on run {run_id} at step 70" in done.output
+    (told,) = [line for line in done.output.splitlines() if f"recorded on run {run_id} at step 70" in line]
+    assert told.endswith("mlruns.db, where the model of these videos says it was trained; --run names another, or none")
     data = client.get_run(run_id).data.metrics
     figures = json.loads((tmp_path / "videos-evaluation" / "evaluation.json").read_text())["runs"][0]["figures"]
     assert data["eval/motion"] == figures["motion"]["value"]
@@ -207,7 +217,8 @@ def test_two_folders_of_one_run_do_not_hide_each_others_figures_there(trained, t
     done = CliRunner().invoke(
         command, [str(videos), str(tmp_path / "others"), "--run", str(tmp_path / "train"), "--run", "none"]
     )
-    assert f"videos: recorded on run {run_id}" in done.output
+    (told,) = [line for line in done.output.splitlines() if f"videos: recorded on run {run_id}" in line]
+    assert "--run" not in told
 
 
 def test_a_run_is_named_by_id_or_not_at_all(trained, folders, tmp_path):

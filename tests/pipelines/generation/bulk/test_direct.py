@@ -19,7 +19,7 @@ from pipelines.config import config_to_yaml
 from pipelines.errors import UserError
 from pipelines.generation.bulk.run import generate
 from pipelines.generation.config import BatchConfig, GenerateConfig, SamplingChoice, SizeConfig
-from pipelines.media import encode_video
+from pipelines.media import encode_jpeg, encode_video
 from pipelines.storage.lock import dataset_lock
 from tests.pipelines.data.videos import moving_square, write_video
 
@@ -152,6 +152,17 @@ def test_rows_that_cannot_be_met_leave_nothing_behind(
     with pytest.raises(UserError, match=message):
         generate(with_rows(generate_config, tmp_path, *rows))
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def test_a_picture_is_no_clip_and_a_clip_no_picture(generate_config: GenerateConfig, tmp_path: Path) -> None:
+    picture, clip = tmp_path / "photo.jpg", tmp_path / "clip.mp4"
+    picture.write_bytes(encode_jpeg(np.zeros((40, 40, 3), np.uint8)))
+    write_video(clip, moving_square(9))
+    with pytest.raises(UserError, match=r"clip: clip .*photo\.jpg: it is no video: a picture .*as image \(--image\)"):
+        generate(replace(generate_config, clip=str(picture)))
+    with pytest.raises(UserError, match=r"image .*clip\.mp4: it is no picture: a video .*as clip \(--continue\)"):
+        generate(replace(generate_config, image=str(clip)))
+    assert not Path(generate_config.output).exists()
 
 
 def test_a_name_of_an_unknown_kind_is_a_folder_only_where_it_says_so(

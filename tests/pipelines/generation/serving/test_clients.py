@@ -100,3 +100,21 @@ def test_no_request_that_openapi_allows_meets_a_5xx_or_what_it_does_not_tell(ser
 
         with suppress(Unsatisfiable):  # nothing wrong can be sent to a path without parameters
             run()
+
+
+def test_ranges_of_a_video_are_answered_as_openapi_tells(service: str) -> None:
+    client = openai.OpenAI(base_url=f"{service}/v1", api_key="sesame")
+    video = client.videos.create_and_poll(prompt=CAPTIONS[0], poll_interval_ms=50, extra_body={"steps": 1})
+    schema = schemathesis.openapi.from_url(f"{service}/openapi.json")
+    for method, wanted, status in (
+        ("GET", "bytes=0-1", 206),
+        ("GET", "bytes=999999999-", 416),
+        ("GET", "bytes=0-1,3-4", 200),
+        ("HEAD", "bytes=0-1", 200),
+    ):
+        operation = schema["/v1/videos/{video_id}/content"][method]
+        case = operation.Case(path_parameters={"video_id": video.id}, headers={"Range": wanted})
+        response = case.call(base_url=service, headers={"Authorization": "Bearer sesame"}, timeout=60)
+        assert response.status_code == status
+        assert str(status) in operation.definition.raw["responses"]
+        case.validate_response(response, checks=CHECKS)

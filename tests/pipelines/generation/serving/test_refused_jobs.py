@@ -81,6 +81,25 @@ def test_a_clip_to_go_on_with_is_not_decoded_where_so_much_cannot_be_added(
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    ("path", "field", "words"),
+    [
+        ("/v1/videos", "input_reference", "send it with its own media type"),
+        ("/v1/videos/extensions", "video", "it is the input_reference of POST /v1/videos"),
+    ],
+)
+def test_a_picture_is_no_clip(config: ServeConfig, path: str, field: str, words: str) -> None:
+    async def main() -> None:
+        async with service_of(config) as app, client_to(app) as client:
+            files = {field: ("photo.mp4", png(), "video/mp4")}
+            refused = await client.post(path, data={"prompt": CAPTIONS[0]}, files=files)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, field)
+            assert f"{field}: it is no video: a picture (png)" in refused.json()["error"]["message"]
+            assert words in refused.json()["error"]["message"]
+
+    asyncio.run(main())
+
+
 def test_a_video_does_not_grow_without_end(config: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each extension decodes the whole, in the process that answers all clients."""
     monkeypatch.setattr(videos, "_MAX_SECONDS", 13 / 12)

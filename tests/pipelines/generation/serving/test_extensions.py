@@ -1,0 +1,61 @@
+"""How much of a video is gone on from."""
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.generation.config import ServeConfig
+from pipelines.media import encode_video
+from tests.pipelines.generation.conftest import CAPTIONS
+from tests.pipelines.generation.serving.in_process import client_to, finished, service_of
+from tests.pipelines.generation.serving.test_jobs import PROMPT, post
+from tests.pipelines.generation.test_run import copy_model
+
+pytestmark = pytest.mark.usefixtures("quick_looks")
+URL = "/v1/videos/extensions"
+CLIP = ("clip.mp4", encode_video(np.zeros((33, 32, 32, 3), np.uint8), 12.0), "video/mp4")
+
+
+@pytest.mark.parametrize(
+    ("added", "max_cells", "given", "given_of_clip"),
+    [(4, None, 9, 13), (8, None, 9, 9), (12, None, 5, 5), (16, None, 1, 1), (20, None, 1, 1), (4, 64, 9, 9)],
+)
+def test_an_extension_goes_on_from_what_the_longest_trained_length_and_the_service_leave(
+    config: ServeConfig,
+    model_dir: Path,
+    tmp_path: Path,
+    added: int,
+    max_cells: int | None,
+    given: int,
+    given_of_clip: int,
+) -> None:
+    # At this size 9 and 17 frames.
+    model = copy_model(model_dir, tmp_path / "model", info={"shapes": [[3, 4, 4], [5, 4, 4], [9, 2, 2], [1, 4, 4]]})
+
+    async def main() -> None:
+        service = replace(config, model=str(model), max_cells=max_cells)
+        async with service_of(service) as app, client_to(app) as client:
+            video = await finished(client, (await post(client, {**PROMPT, "steps": 1}))["id"])
+            body = {"prompt": CAPTIONS[0], "num_frames": added, "video": {"id": video["id"]}}
+            longer = await client.post(URL, json=body)
+            assert longer.status_code == 200, longer.text
+            assert (longer.json()["num_given"], longer.json()["num_frames"]) == (given, 9 + added)
+            form = {"prompt": CAPTIONS[0], "num_frames": str(added), "steps": "1"}
+            of_clip = await client.post(URL, data=form, files={"video": CLIP})
+            assert of_clip.status_code == 200, of_clip.text
+            assert of_clip.json()["num_given"] == given_of_clip
+
+    asyncio.run(main())
+
+
+def test_the_interface_tells_how_much_is_gone_on_from(config: ServeConfig) -> None:
+    async def main() -> None:
+        async with service_of(config) as app, client_to(app) as client:
+            schema = (await client.get("/openapi.json")).json()
+            assert "from the last frame alone" in schema["paths"][URL]["post"]["description"]
+            assert "num_given" in schema["components"]["schemas"]["ExtensionBody"]["description"]
+
+    asyncio.run(main())
