@@ -16,6 +16,7 @@ from lumos.config import SamplingConfig
 from lumos.decoder import Decoder
 from pipelines import storage
 from pipelines.errors import UserError
+from pipelines.storage import s3
 from pipelines.training.checkpoints import (
     MODEL_FILE,
     TEXT_TOKENIZER_FILE,
@@ -165,6 +166,7 @@ def locate(where: str) -> StoredCheckpoint:
     Raises:
         UserError: if there is none; the message names the steps that are kept.
     """
+    s3.check_store(where)
     chosen = open_checkpoint(where) or _named(where)
     damaged = damaged_files(chosen)
     if damaged:

@@ -13,7 +13,6 @@ from tqdm import tqdm
 from pipelines import storage
 from pipelines.config import config_hash
 from pipelines.errors import UserError
-from pipelines.storage import s3
 from pipelines.storage.lock import dataset_lock, local_lock
 from pipelines.training.checkpoints import (
     StoredCheckpoint,
@@ -51,7 +50,6 @@ def describe_fork(where: str) -> dict[str, str]:
         UserError: if there is no such checkpoint; the message names the steps that are kept.
     """
     try:
-        s3.check_store(where)
         stored = locate(where)
     except UserError as error:
         raise UserError(f"fork_from = {error}") from error

@@ -165,15 +165,17 @@ class RunStore:
         run_file, config_file = (storage.join(folder, name) for name in ("run.json", "config.yaml"))
         try:
             run_id = storage.read_json(run_file).get("run_id")
-        except (AttributeError, ValueError) as error:
-            raise UserError(f"{run_file} cannot be read ({error}): name the run by its id") from error
+            config = yaml.safe_load(storage.read_bytes(config_file)) if storage.exists(config_file) else {}
+            uri = (config.get("tracking") or {}).get("uri")
+        except (AttributeError, ValueError, yaml.YAMLError) as error:
+            raise UserError(
+                f"{folder}: run.json or config.yaml cannot be read ({error}): name the run by its id"
+            ) from error
         if run_id is None:
             raise UserError(
                 f"{folder} is the output of a run that MLflow does not have yet: begin it with `lumos train`"
             )
-        config = yaml.safe_load(storage.read_bytes(config_file)) if storage.exists(config_file) else {}
-        named = self.tracking_uri or (config.get("tracking") or {}).get("uri")
-        return TrackingStore.choose(named, Path(folder)).uri, run_id
+        return TrackingStore.choose(self.tracking_uri or uri, Path(folder)).uri, run_id
 
     def _default_uri(self) -> str:
         if self.tracking_uri is not None:

@@ -244,9 +244,11 @@ def test_quotes_in_names_runs_that_go_on_and_those_without_steps(odd_store, capl
 
 
 def test_a_run_file_that_cannot_be_read_is_told(tmp_path):
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(UserError, match=r"run.json cannot be read .*: name the run by its id"):
-        RunStore(None).find([str(tmp_path)])
+    for run, config in (("{", "{}"), ('{"run_id": "x"}', ""), ('{"run_id": "x"}', "tracking: [")):  # cut off by a kill
+        (tmp_path / "run.json").write_text(run)
+        (tmp_path / "config.yaml").write_text(config)
+        with pytest.raises(UserError, match=r"run.json or config.yaml cannot be read [^$]*: name the run by its id"):
+            RunStore(None).find([str(tmp_path)])
 
 
 def test_an_experiment_without_runs_is_told_as_such(store):

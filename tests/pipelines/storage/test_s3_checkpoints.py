@@ -77,6 +77,8 @@ def test_what_cannot_be_exported_out_of_a_store_is_named(run, direct, tmp_path):
     path = f"{uri.removeprefix('s3://')}/attempt-00001/{STEP.format(1)}"
     with pytest.raises(UserError, match=rf"the checkpoint of step 4 was not kept; {uri} has those of steps 3"):
         locate(f"{uri}@4")
+    with pytest.raises(UserError, match=r"create the bucket 'not-there'"):
+        locate("s3://not-there/run")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("x")
     done = CliRunner().invoke(export_command, [uri, str(tmp_path / "mine")])
