@@ -156,6 +156,10 @@ def find_config(kind: str, source: str) -> Path:
     names = shipped_configs(kind)
     close = difflib.get_close_matches(source, names, n=1)
     remedy = f"did you mean {close[0]!r}?" if close else "check the path"
+    if path.is_dir():
+        remedy = "it is a folder: name a YAML file"
+    elif "=" in source:
+        remedy = "the config comes before KEY=VALUE"
     raise UserError(
         f"config {source!r} is neither a file nor a shipped {kind} config ({', '.join(names) or 'none'}); {remedy}"
     )
@@ -278,7 +282,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
-        raise UserError(f"override {override!r}: expected key.path=value, for example train.lr=1e-4")
+        raise UserError(f"override {override!r}: expected key.path=value, for example optimizer.lr=1e-4")
     try:
         value = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
@@ -314,6 +318,8 @@ def _describe(cls: type[Any], raw: Any, detail: ErrorDetails) -> str:
         close = [known_as] if known_as else difflib.get_close_matches(keys[-1], siblings, n=1)
         remedy = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(siblings)}"
         return f"unknown key {name!r} = {_show(value)}; {remedy}"
+    if kind == "missing" and keys[-1].isdecimal():  # an item of a tuple, which is of a set length
+        return f"{'.'.join(keys[:-1])}: it has {keys[-1]} items, and needs more"
     if kind in _MISSING:
         return f"key {name!r} is missing; it has no default"
     if kind == "value_error":  # raised by a dataclass about itself; its message names field and value

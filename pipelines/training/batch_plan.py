@@ -301,9 +301,11 @@ def _check_rows(buckets: Sequence[PlanBucket], config: TrainConfig) -> None:
         name, batch = ("image_batch", config.image_batch) if image else ("global_batch", config.global_batch)
         there = sum(bucket.num_rows for bucket in own)
         if there < (batch or 0):
+            workers, most = config.num_workers, there // config.num_workers * config.num_workers  # it is a multiple
+            lower = f"set {name} to at most {most}, or " if most else f"lower {name} and num_workers = {workers}, or "
+            lower = lower if there else ""
             raise UserError(
-                f"there are {there} training rows, fewer than a batch of {name} = {batch}: set {name} to at most "
-                f"{max(there, 1)}, or curate more videos"
+                f"there are {there} training rows, fewer than a batch of {name} = {batch}: {lower}curate more videos"
             )
 
 

@@ -66,7 +66,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(
             (self.dataset is None) == bool(self.sources),
-            "dataset and sources are both set: keep one of them" if self.sources else "set dataset, or sources",
+            "dataset and sources are both set: set dataset to null, or sources to []"
+            if self.sources
+            else "set dataset, or sources",
         )
         named = [source.dataset for source in self.sources]
         twice = next((name for name in named if named.count(name) > 1), None)

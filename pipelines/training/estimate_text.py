@@ -13,6 +13,7 @@ def as_text(plan: Plan) -> str:
     question, config = plan.question, plan.config
     device, counts = question.cluster.device, plan.counts
     exact, dense = plan.mean("exact.model"), plan.mean("dense.model")
+    hours = plan.days * 24 * question.cluster.count
     lines = [
         f"{amount(counts.total)} parameters: embedding {amount(counts.embedding)}, attention "
         f"{amount(counts.attention)}, MLP {amount(counts.mlp)}, head {amount(counts.visual_head)} visual and "
@@ -45,8 +46,8 @@ def as_text(plan: Plan) -> str:
         "",
         f"at {question.mfu:.0%} MFU (exact count; {question.mfu * dense / exact:.0%} by the usual count): "
         f"{plan.step_seconds:.3g} s a step, {plan.tokens_per_s:,.0f} tokens/s",
-        f"{plan.steps:,} steps, {amount(plan.steps * plan.mean('tokens'))} tokens: {_days(plan.days)}, "
-        f"{plan.days * 24 * question.cluster.count:,.0f} device hours, "
+        f"{plan.steps:,} steps, {amount(plan.steps * plan.mean('tokens'))} tokens: {_time(plan.days * 86400)}, "
+        f"{f'{hours:,.0f}' if hours >= 10 else f'{hours:.2g}'} device hours, "
         f"{plan.steps * exact:.3g} FLOPs ({plan.steps * dense:.3g} as usual)",
     ]  # fmt: skip
     if plan.epochs is not None:
@@ -55,7 +56,7 @@ def as_text(plan: Plan) -> str:
     lines += [
         f"checkpoints: {byte_size(plan.checkpoint_bytes)} each, {byte_size(kept * plan.checkpoint_bytes)} for the "
         f"{config.checkpoint.keep} kept and the one being written; one every {config.checkpoint.every} steps "
-        f"({config.checkpoint.every * plan.step_seconds / 60:.3g} min)",
+        f"({_time(config.checkpoint.every * plan.step_seconds)})",
         f"network: {byte_size(plan.network_bytes)} a device and step, "
         f"{byte_size(plan.network_bytes / plan.step_seconds)}/s to take as long as the step itself; "
         f"reading: {byte_size(plan.read_bytes_per_s)}/s for all workers",
@@ -120,5 +121,8 @@ def _parts(parts: Mapping[str, float]) -> list[str]:
     return [f"  {name:26s}{byte_size(size):>10s}" for name, size in sorted(parts.items(), key=lambda item: -item[1])]
 
 
-def _days(days: float) -> str:
-    return f"{days:.3g} days" if days >= 2 else f"{24 * days:.3g} hours"
+def _time(seconds: float) -> str:
+    for unit, size, least in (("days", 86400, 2), ("hours", 3600, 2), ("min", 60, 2)):
+        if seconds >= least * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"

@@ -107,6 +107,7 @@ def export_to(stored: StoredCheckpoint, target: str, *, dtype: ExportDtype = "fp
         UserError: as there, or if the place in the store holds something else.
     """
     if storage.is_local(target):
+        _check_folder(Path(storage.filesystem(target)[1]))
         export(stored, Path(storage.filesystem(target)[1]), dtype=dtype, ema=ema)
         return
     names, mark = storage.list_names(target), storage.join(target, CONFIG_FILE)
@@ -120,6 +121,16 @@ def export_to(stored: StoredCheckpoint, target: str, *, dtype: ExportDtype = "fp
         for path in sorted(model.iterdir(), key=lambda path: path.name == CONFIG_FILE):
             fs, there = storage.filesystem(storage.join(target, path.name))
             fs.put_file(str(path), there)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that has more than a model in it, since it would be replaced as a whole."""
+    if folder.is_file():
+        raise UserError(f"{folder} is a file: name a folder")
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    other = next((name for name in names if not is_model_file(name)), None)
+    if other is not None:
+        raise UserError(f"{folder} holds files that are not a checkpoint, such as {other}: name another folder")
 
 
 def _copy(folder: Path, target: Path, sampling: SamplingConfig | None) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray.train
+import torch
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.util.queue import Queue
@@ -29,13 +30,22 @@ from pipelines.training.worker import Job, train_worker
 
 def check_cluster(config: TrainConfig) -> None:
     """Refuse a cluster on which the run would wait for ever; before it is started, as far as that can be told."""
-    lack = lacking(processes_of(config))
+    lack = lacking(processes_of(config)) or _lacking_gpus(config)
     if lack and not (is_joined() and config.cluster.autoscaling):
         without = ", or set resources.device=cpu to train without GPUs" if config.resources.device == "gpu" else ""
         raise UserError(
             f"num_workers = {config.num_workers} workers and their loaders need {lack}: lower num_workers, "
             f"resources.cpus_per_worker or resources.cpus_per_loader{without}"
         )
+
+
+def _lacking_gpus(config: TrainConfig) -> str:
+    """What of GPUs is lacking, in the words of ``lacking``, which before Ray has started here cannot tell of them."""
+    wanted = sum(needs.get("GPU", 0.0) for needs in processes_of(config))
+    if not wanted or is_joined() or ray.is_initialized():
+        return ""
+    there = torch.cuda.device_count()
+    return f"{wanted:g} GPU (there is {there})" if wanted > there else ""
 
 
 def processes_of(config: TrainConfig) -> list[dict[str, float]]:

@@ -115,8 +115,11 @@ def _train(config: TrainConfig) -> TrainResult:
         find_beginning(
             prepared, output
         )  # refuses a parent that does not fit before there is a folder, and a lock in it
-    with joining(places(config, output), config.cluster), held(output):
-        return _continue(prepared, output)
+    with joining(places(config, output), config.cluster):
+        if not output.begun:
+            check_cluster(config)  # of what can be known before Ray starts; likewise
+        with held(output):
+            return _continue(prepared, output)
 
 
 def places(config: TrainConfig, output: Output) -> dict[str, str | None]:

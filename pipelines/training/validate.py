@@ -149,7 +149,7 @@ def describe(run: PreparedRun) -> str | None:
     if not unread:
         return (
             f"no validation: {', '.join(run.dataset_names)} has no rows of the split {wanted.split!r}; training goes "
-            "on without"
+            "on without. To hold some back, raise publish.val_share and give `lumos curate` again"
         )
     shapes = ", ".join(dict.fromkeys("x".join(map(str, bucket.shape)) for bucket in unread))
     left_out, there = (sum(bucket.rows for bucket in some) for some in (unread, buckets))

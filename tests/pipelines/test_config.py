@@ -112,7 +112,7 @@ def test_overrides_come_after_the_file_in_order(write):
         ("steps: 1.0", "steps: input should be a valid integer, got 1.0"),
         ("steps: true", "steps: input should be a valid integer, got True"),
         ("steps: 1\nname: 3", "name: input should be a valid string, got 3; quote it to make it text"),
-        ("steps: 1\noptimizer: {betas: [0.1]}", "optimizer.betas"),
+        ("steps: 1\noptimizer: {betas: [0.1]}", "optimizer.betas: it has 1 items, and needs more"),
         ("steps: 1\noptimizer: {kind: adam}", "optimizer.kind: input should be 'adamw' or 'sgd', got 'adam'"),
         ("steps: 1\noptimizer: {lr: -1}", "optimizer: lr must be positive, got -1.0"),
         ("steps: 1\noptimizer: 5", "optimizer: "),
@@ -170,6 +170,10 @@ def test_shipped_names_and_paths(tmp_path, monkeypatch):
         load_config(ExampleConfig, "smal")
     with pytest.raises(UserError, match="neither a file"):
         load_config(ExampleConfig, "../example/small")
+    with pytest.raises(UserError, match="it is a folder: name a YAML file"):
+        load_config(ExampleConfig, str(folder))
+    with pytest.raises(UserError, match=r"'output=a' is neither .* the config comes before KEY=VALUE"):
+        load_config(ExampleConfig, "output=a")
 
 
 def test_dict_and_yaml_and_back(write, tmp_path):

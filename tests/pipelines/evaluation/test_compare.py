@@ -209,6 +209,18 @@ def test_versions_devices_and_older_programs_make_no_other_group(odd_store):
     assert [dict(group.differences) for group in comparison.groups] == [{"data.order": "1"}, {"data.order": "2"}]
 
 
+def test_the_page_says_whose_seeds_are_too_few(odd_store, store, tmp_path):
+    def page():
+        write_report(tmp_path / "out", compare_runs(odd_store.found()), RunStore(f"sqlite:///{store}/mlruns.db"))
+        return (tmp_path / "out" / "compare.html").read_text()
+
+    odd_store("best", [2.0, 1.0])
+    odd_store("other", [2.0, 1.5], **{"optimizer.lr": 0.2})
+    assert "One seed each: how much seeds differ" in page()
+    odd_store("again", [2.0, 1.6], seed=1, **{"optimizer.lr": 0.2})
+    assert "It has one seed only: how much seeds differ" in page()
+
+
 def test_groups_of_one_name_stay_apart(odd_store):
     for letter in "ab":
         odd_store("one name", [2.0, 1.0], **{"data.dataset": letter * 70})

@@ -81,9 +81,15 @@ def test_what_cannot_be_exported_out_of_a_store_is_named(run, direct, tmp_path):
         locate("s3://not-there/run")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("x")
-    done = CliRunner().invoke(export_command, [uri, str(tmp_path / "mine")])
-    assert isinstance(done.exception, UserError)
-    assert "mine holds files that are not a checkpoint: name another folder" in str(done.exception)
+    (tmp_path / "mine" / "config.json").write_text("{}")  # as other projects have one: the folder would be replaced
+    for name, told in {
+        "mine": "holds files that are not a checkpoint, such as notes",
+        "mine/notes": "is a file",
+    }.items():
+        done = CliRunner().invoke(export_command, [uri, str(tmp_path / name)])
+        assert isinstance(done.exception, UserError)
+        assert f"{name} {told}: name " in str(done.exception)
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["config.json", "notes"]
     name = f"{path}/engine/mp_rank_00_model_states.pt"
     content = bytearray(direct.cat_file(name))
     content[len(content) // 2] ^= 1

@@ -39,7 +39,10 @@ def test_shipped_configs_are_valid(name):
         ("data.mix={image: 0, video: 1}", r"data.mix: mix.image must be positive, got 0.0; .*leave it out"),
         ("data.mix={}", r"mix names neither image nor video"),
         ("data.mix={film: 1}", r"unknown key 'data.mix.film'"),
-        ("data.sources=[{dataset: a}]", "data: dataset and sources are both set: keep one of them"),
+        (
+            "data.sources=[{dataset: a}]",
+            r"data: dataset and sources are both set: set dataset to null, or sources to \[\]",
+        ),
         ("data.dataset=null", "data: set dataset, or sources"),
         ("data.sources=[{dataset: a, weight: 0}]", r"weight of a must be positive, got 0.0; .*leave the source out"),
         ("data.sources=[{dataset: a, weight: 1, repeat: 1}]", r"a has a weight and a repeat: set one of them"),

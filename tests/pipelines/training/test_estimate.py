@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -121,6 +122,8 @@ def test_a_plan_adds_up(tmp_path):
     assert plan.fits
     assert as_values(plan)["memory_peak"] == plan.peak.memory.peak
     assert "fits" not in as_text(plan)
+    assert re.search(r" tokens: \S+ s, [^0]\S+ device hours, ", as_text(plan))  # of what takes no hour
+    assert re.search(r"one every \d+ steps \(\S+ s\)", as_text(plan))
 
 
 def test_what_does_not_fit_is_told_with_the_keys_that_help(tmp_path):

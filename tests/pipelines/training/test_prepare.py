@@ -48,6 +48,10 @@ def test_a_good_config_is_prepared(config):
 def test_too_few_rows_is_an_error(config):
     with pytest.raises(UserError, match="21 training rows, fewer than a batch of global_batch = 24"):
         prepare(replace(config, global_batch=24))
+    with pytest.raises(UserError, match="= 24: set global_batch to at most 20, or curate"):  # a multiple again
+        prepare(replace(config, global_batch=24, num_workers=4))
+    with pytest.raises(UserError, match="= 24: lower global_batch and num_workers = 24, or curate"):
+        prepare(replace(config, global_batch=24, num_workers=24))
 
 
 def test_a_missing_dataset_is_an_error(config, tmp_path):

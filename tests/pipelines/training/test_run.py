@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 from mlflow.tracking import MlflowClient
 
-from pipelines.errors import JobError
+from pipelines.errors import JobError, UserError
 from pipelines.tracking import Tracker, TrackingStore
 from pipelines.training import run as run_module
 from pipelines.training.checkpoints import LoopState, StoredCheckpoint
@@ -24,6 +24,16 @@ from pipelines.training.sender import Sender
 from tests.pipelines.training.runs import step_record, tiny_config
 from tests.pipelines.training.snapshots import write_snapshot
 from tests.pipelines.training.test_checkpoints import STEP, write_checkpoint
+
+
+def test_gpus_that_are_not_there_are_told_before_anything_begins(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    config = tiny_config(write_snapshot(tmp_path / "dataset", {(2, 4, 4): 20}), tmp_path / "out")
+    with pytest.raises(UserError, match=r"need 2 GPU \(there is 0\).*set resources.device=cpu"):
+        train(replace(config, num_workers=2, resources=replace(config.resources, device="gpu")))
+    assert [path.name for path in tmp_path.iterdir()] == ["dataset"]
 
 
 def test_an_interrupt_of_the_workers_is_one_of_the_driver():

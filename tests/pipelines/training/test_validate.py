@@ -87,6 +87,7 @@ def test_a_snapshot_without_held_out_rows_is_told(tmp_path):
     config = tiny_config(write_snapshot(tmp_path / "dataset", TRAIN), tmp_path)
     run = prepare(config)
     assert "has no rows of the split 'val'; training goes on without" in describe(run)
+    assert "publish.val_share" in describe(run)
     assert describe(replace(run, config=replace(config, validation=ValidationConfig(every=0)))) is None
 
 
