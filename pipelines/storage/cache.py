@@ -43,9 +43,7 @@ def local_path(uri: str) -> str:
     for _ in range(_CHANGES):
         files = _list(uri)
         target = cache_folder() / _key(files) / Path(*_last_names(uri))
-        if not target.exists():
-            _fetch(uri, files, target)
-        if _list(uri) == files:
+        if target.exists() or _fetch(uri, files, target):
             return str(target)
     raise UserError(f"{uri} changes while it is fetched: wait until it is written, and give the same command again")
 
@@ -70,14 +68,14 @@ def _last_names(uri: str) -> list[str]:
     return storage.filesystem(uri)[1].split("/")[-2:]
 
 
-def _fetch(uri: str, files: list[FileInfo], target: Path) -> None:
-    """Bring files to a folder that appears whole; of processes that want it at once, one does the work."""
+def _fetch(uri: str, files: list[FileInfo], target: Path) -> bool:
+    """Bring files to a folder that appears whole, unless they change; of processes that want it, one does the work."""
     root = cache_folder()
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f"{target.relative_to(root).parts[0]}.lock"):
             if target.exists():
-                return
+                return True
             partial = root / f".fetching-{target.relative_to(root).parts[0]}"
             shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed, as the lock is ours
             partial.mkdir()
@@ -88,8 +86,11 @@ def _fetch(uri: str, files: list[FileInfo], target: Path) -> None:
                     fs.get_file(storage.filesystem(file.uri)[1], str(here))
                     if here.stat().st_size != file.size:
                         raise OSError(errno.EIO, f"only {here.stat().st_size} of {file.size} bytes came", file.uri)
+                if _list(uri) != files:  # what came may be of a later version, whose name is another
+                    return False
                 target.parent.mkdir(parents=True, exist_ok=True)
                 (partial if files[0].path else partial / target.name).rename(target)
+                return True
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except PermissionError as error:

@@ -269,8 +269,8 @@ _held: dict[str, _S3Lock] = {}  # by this process
 def _read(uri: str) -> tuple[Owner, str, float] | None:
     """Who holds a lock, the tag of that version of the object, and the seconds since it was written."""
     try:
+        tag, age = s3.describe_object(uri)  # first: if the data are of a later version, a write in its place fails
         data = s3.filesystem(brisk=True).cat_file(s3.path(uri))
-        tag, age = s3.describe_object(uri)  # later than the data: an age of theirs, or of something younger
     except FileNotFoundError:
         return None
     return Owner.from_bytes(data), tag, age

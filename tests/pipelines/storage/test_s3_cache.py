@@ -1,5 +1,7 @@
 """Files of a store that are kept on this machine."""
 
+from pathlib import Path
+
 import pytest
 
 from pipelines.errors import UserError
@@ -39,3 +41,19 @@ def test_what_the_store_refuses_is_not_told_as_the_disk(uri, monkeypatch):
         UserError, match=r"model cannot be read \(Access Denied: s3://.*weights\): these credentials may"
     ):
         local_path(uri)
+
+
+def test_what_changed_while_it_was_fetched_is_not_kept_under_the_name_of_what_was_there(
+    uri, bucket, direct, monkeypatch
+):
+    get = S3Store.get_file
+
+    def late(self, *arguments, **options):
+        direct.pipe_file(f"{bucket}/model/weights", b"n" * 1000)  # another writes, as large
+        return get(self, *arguments, **options)
+
+    monkeypatch.setattr(S3Store, "get_file", late)
+    assert Path(local_path(uri), "weights").read_bytes() == b"n" * 1000
+    direct.pipe_file(f"{bucket}/model/weights", b"w" * 1000)  # and the first is back
+    monkeypatch.setattr(S3Store, "get_file", get)
+    assert Path(local_path(uri), "weights").read_bytes() == b"w" * 1000

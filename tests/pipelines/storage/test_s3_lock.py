@@ -49,6 +49,33 @@ def test_the_lock_of_a_killed_run_expires(bucket, direct, monkeypatch, capsys):
     assert int(silent) + int(left) in range(8, 11)  # seconds, each rounded by itself
 
 
+def test_a_lock_taken_between_two_looks_at_it_is_not_taken_back(bucket, direct, monkeypatch):
+    """As by a run that was cut off as it renewed, and comes back when another takes over."""
+    uri, path = f"{bucket}/d", f"{bucket}/d/.lock".removeprefix("s3://")
+    looks = []
+
+    def then_taken(look):
+        def looked(*arguments, **options):
+            found = look(*arguments, **options)
+            if not looks:
+                direct.pipe_file(path, OTHER_OWNER)
+            looks.append(look)
+            return found
+
+        return looked
+
+    with pytest.raises(JobError, match="another run took"), dataset_lock(uri):  # noqa: PT012
+        store = s3.filesystem(brisk=True)
+        monkeypatch.setattr(s3, "describe_object", then_taken(s3.describe_object))
+        monkeypatch.setattr(store, "cat_file", then_taken(store.cat_file))
+        held = lock._held[uri]
+        held.tag = '"of the renewal before"'  # as the answer to the last one was lost
+        for _ in range(2):
+            held._renew()
+        assert direct.cat_file(path) == OTHER_OWNER
+        check_lock(uri)
+
+
 def test_who_waits_for_a_killed_run_is_refused_by_one_that_lives(bucket, direct):
     uri, path = f"{bucket}/d", f"{bucket}/d/.lock".removeprefix("s3://")
     direct.pipe_file(path, OTHER_OWNER)
