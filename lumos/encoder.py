@@ -95,10 +95,15 @@ class RequestEncoder:
         text_ids = self._text.encode(prompt_text(self.folder.prompt_template, prompt, size))
         shape = size.latent_shape
         header = header_tokens(self.folder.vocabulary, text_ids, num_latents=shape[0], fps=size.fps)
-        length = video_layout(len(header), shape).length
-        if length > self.folder.config.max_seq_len:
+        length, limit = video_layout(len(header), shape).length, self.folder.config.max_seq_len
+        if length - len(text_ids) >= limit:  # whatever the prompt
             raise ValueError(
-                f"{size} and a prompt of {len(text_ids)} tokens make {length} tokens, the model takes "
-                f"{self.folder.config.max_seq_len}: use a shorter prompt, fewer frames or a smaller size"
+                f"{size} alone make {length - len(text_ids)} tokens, the model takes {limit}: use fewer frames or a "
+                "smaller size"
+            )
+        if length > limit:
+            raise ValueError(
+                f"{size} and a prompt of {len(text_ids)} tokens make {length} tokens, the model takes {limit}: use a "
+                "shorter prompt, fewer frames or a smaller size"
             )
         return GenerationRequest(text_ids=text_ids, shape=shape, fps=size.fps, seed=seed, config=sampling, given=given)

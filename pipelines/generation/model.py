@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lumos.api import Model
 from lumos.checkpoint import check_weights
+from lumos.compression import VideoSize
 from lumos.config import SamplingConfig
 from lumos.folder import ModelFolder, open_folder
 from pipelines import storage
@@ -35,6 +36,14 @@ class ModelCard:
     config: ModelRunConfig
     sampling: SamplingConfig  # of requests that say nothing: the run's, completed from what the model recommends
     identity: dict[str, Any]  # hashes and settings on the model's side that decide a video
+
+    def untrained(self, size: VideoSize) -> str | None:
+        """What to tell of a size that the model was not trained on; nothing where it was, or its folder names none."""
+        info = self.folder.info
+        if not info.shapes or info.fps is None or size.latent_shape in {tuple(shape) for shape in info.shapes}:
+            return None
+        trained = ", ".join(str(VideoSize.of_latents(shape, info.fps)) for shape in info.shapes[:8])
+        return f"{size} is no size that the model was trained on: {trained}"
 
     def folder_here(self) -> ModelFolder:
         """The folder on the machine of this process, fetched from a store if need be.

@@ -73,7 +73,8 @@ def plan(config: GenerateConfig, card: ModelCard) -> list[Job]:
                 request.encode(encoder)
                 fits.add(prompt.text)
         except ValueError as error:
-            raise UserError(f"{prompt.where} ({prompt.text[:60]!r}): {error}") from error
+            where = "video" if " alone make " in str(error) else f"{prompt.where} ({prompt.text[:60]!r})"
+            raise UserError(f"{where}: {error}") from error
         jobs.append(Job(request, _row(entry, request, source, card)))
     return jobs
 
@@ -117,7 +118,7 @@ def _read_all_given(
         source = _source(entry.prompt, config)
         if source is not None:
             named = source[1] in (entry.prompt.image, entry.prompt.clip)
-            where.setdefault(source, entry.prompt.where if named else source[0])
+            where.setdefault(source, f"{entry.prompt.where}: {source[0]} " if named else f"{source[0]}: ")
     if len(where) * size.width * size.height * 3 > _MAX_GIVEN_BYTES:
         raise UserError(f"prompts: {len(where)} pictures or clips are given, too many for one run: split the file")
 
@@ -127,9 +128,9 @@ def _read_all_given(
             return read_image(path, size) if kind == "image" else read_clip(path, size)
         except OtherKindError as error:
             other = "clip (--continue)" if kind == "image" else "image (--image)"
-            raise UserError(f"{where[source]}: {kind} {path}: {error}; give it as {other}") from error
+            raise UserError(f"{where[source]}{path}: {error}; give it as {other}") from error
         except GivenError as error:
-            raise UserError(f"{where[source]}: {kind} {path}: {error}") from error
+            raise UserError(f"{where[source]}{path}: {error}") from error
 
     with ThreadPoolExecutor(usable_cores()) as pool:
         try:

@@ -70,6 +70,8 @@ def generate(config: GenerateConfig, say: Say = lambda _: None) -> GenerateResul
             manifest = None if single else Manifest(config.output)
             pending = [job for job in jobs if manifest is None or not manifest.holds(job.row)]
             if pending:
+                if (why := card.untrained(pending[0].request.size)) is not None:
+                    say(f"warning: {why}")
                 with joining({**model_places(config), "output": config.output}, config.cluster):
                     _make(config, card, pending, manifest, say, total=len(jobs))
             if manifest is not None:

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from pipelines.generation.config import MAX_SEED
 from pipelines.generation.request import Refusal, file_name
 from pipelines.generation.serving.answers import ERRORS, body_schema, described
-from pipelines.generation.serving.requests import describe_model, to_request, untrained
+from pipelines.generation.serving.requests import describe_model, to_request
 from pipelines.generation.serving.schema import BadRequestError, Image, ImageBody, Images, Model, ModelList, VideoBody
 from pipelines.generation.serving.service import Service, body_of, refuse
 from pipelines.media import MEDIA_TYPES
@@ -41,7 +41,7 @@ def add_direct_routes(v1: APIRouter, service: Service) -> None:
             "X-Lumos-Config-Hash": asked.config_hash(served.card.identity),
             "Content-Disposition": f'inline; filename="{file_name(asked.prompt, asked.seed, asked.format)}"',
         }
-        if (why := untrained(asked.size, served)) is not None:
+        if (why := served.card.untrained(asked.size)) is not None:
             headers["X-Lumos-Warning"] = why
         return Response(answer, media_type=MEDIA_TYPES[asked.format], headers=headers)
 

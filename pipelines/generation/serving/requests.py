@@ -66,7 +66,7 @@ def to_request(body: VideoBody | ImageBody, served: Served, config: ServeConfig)
     )
     name = body.name_of("size", "num_frames", "frames", "seconds")
     _check_caps(name, size, config)
-    if config.untrained_sizes == "refuse" and not isinstance(body, ImageBody) and (why := untrained(size, served)):
+    if config.untrained_sizes == "refuse" and not isinstance(body, ImageBody) and (why := served.card.untrained(size)):
         raise BadRequestError(why, name)
     motion = getattr(body, "motion", None)
     request = VideoRequest(
@@ -77,26 +77,17 @@ def to_request(body: VideoBody | ImageBody, served: Served, config: ServeConfig)
         format="png" if isinstance(body, ImageBody) else _format(body, num_frames, config),
         motion=config.motion if motion is None and num_frames > 1 else motion,
     )
-    check_fits(request, served)
+    check_fits(request, served, name)
     return request
 
 
-def untrained(size: VideoSize, served: Served) -> str | None:
-    """What to tell of a size that the model was not trained on; nothing where it was, or its folder names none."""
-    info = served.card.folder.info
-    if not info.shapes or info.fps is None or size.latent_shape in {tuple(shape) for shape in info.shapes}:
-        return None
-    trained = ", ".join(str(VideoSize.of_latents(shape, info.fps)) for shape in info.shapes[:8])
-    return f"{size} is no size that the model was trained on: {trained}"
-
-
-def check_fits(request: VideoRequest, served: Served) -> None:
-    """Raise a ``BadRequestError`` if prompt and video are longer than the model's context."""
+def check_fits(request: VideoRequest, served: Served, name: str) -> None:
+    """Raise a ``BadRequestError`` if prompt and video, which a field of that name sizes, exceed the model's context."""
     try:
         request.encode(served.encoder)
     except ValueError as error:
         text = str(error)
-        field = "motion" if text.startswith("motion") else "prompt" if "prompt" in text else None
+        field = "motion" if text.startswith("motion") else "prompt" if "prompt" in text else name
         raise BadRequestError(text, field) from error
 
 
@@ -141,7 +132,7 @@ def extended(
             whole = asdict(replace(first.size, num_frames=num_given + added))
             request = replace(request, size=_checked(name, partial(served.encoder.size, **whole)))
             _check_caps(name, request.size, config)
-            check_fits(request, served)
+            check_fits(request, served, name)
         except BadRequestError:
             if num_given == 1:
                 raise
@@ -197,7 +188,7 @@ def parse_seconds(value: str | float) -> float:
     except ValueError as error:
         raise BadRequestError(f"seconds: {value!r:.40} is no number", "seconds") from error
     if not 0 < seconds <= 100_000:
-        raise BadRequestError(f"seconds: {value!s:.40} is not in 0..100000", "seconds")
+        raise BadRequestError(f"seconds: {value!s:.40} is not above 0 and at most 100000", "seconds")
     return seconds
 
 

@@ -18,7 +18,7 @@ from pipelines.generation.serving import pictures
 from pipelines.generation.serving.answers import ERRORS, body_schema, described
 from pipelines.generation.serving.content import file_answer
 from pipelines.generation.serving.jobs import Job
-from pipelines.generation.serving.requests import extended, num_added, to_request, untrained
+from pipelines.generation.serving.requests import extended, num_added, to_request
 from pipelines.generation.serving.runner import Before, picture_name, request_of
 from pipelines.generation.serving.schema import (
     BadRequestError,
@@ -67,7 +67,7 @@ class _VideoRoutes:
         requests = [replace(first, seed=first.seed + place) for place in range(count)]
         jobs = await self._runner.submit(served.name, requests, request.state.owner)
         created = self._answer(jobs[0])
-        if (why := untrained(first.size, served)) is not None:
+        if (why := served.card.untrained(first.size)) is not None:
             created.headers["X-Lumos-Warning"] = why
         return created
 

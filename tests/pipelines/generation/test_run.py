@@ -51,7 +51,7 @@ def copy_model(model_dir: Path, target: Path, **changes: Any) -> Path:
         ({"video": SizeConfig(num_frames=10)}, "num_frames 10 is not 1 \\+ 4k: use 9 or 13"),
         ({"video": SizeConfig(fps=500.0)}, "fps 500 is outside 1..64"),
         ({"video": SizeConfig(num_frames=1 + 4 * 100, fps=1.0)}, "longer than 64 s"),
-        ({"video": SizeConfig(width=512, height=512)}, "smaller size"),
+        ({"video": SizeConfig(width=512, height=512)}, "^video: 512x512, .* alone make .* takes 600: use fewer frames"),
         ({"format": "png"}, "png holds one frame, num_frames is 9"),
         ({"output": "one.mp4"}, "one.mp4 is one file, for 2 videos"),
         ({"output": "one.gif", "prompts": ("one",)}, "does not end in .mp4"),

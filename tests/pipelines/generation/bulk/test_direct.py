@@ -95,6 +95,17 @@ def test_pictures_and_clips_of_a_file_are_found_beside_it(
     assert generate(config).generated == 1  # what it begins with is another picture now
 
 
+def test_a_size_that_the_model_was_not_trained_on_is_told(generate_config: GenerateConfig) -> None:
+    said: list[str] = []
+    generate(generate_config, said.append)
+    assert not [words for words in said if "trained" in words]
+    other = replace(generate_config, prompts=("a red square",), output=f"{generate_config.output}.gif", format="gif")
+    generate(replace(other, video=SizeConfig(num_frames=5)), said.append)
+    assert (
+        "warning: 32x32, 5 frames at 12 fps is no size that the model was trained on: 32x32, 9 frames at 12 fps" in said
+    )
+
+
 def test_progress_counts_every_latent_frame_once(
     generate_config: GenerateConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,9 +169,9 @@ def test_a_picture_is_no_clip_and_a_clip_no_picture(generate_config: GenerateCon
     picture, clip = tmp_path / "photo.jpg", tmp_path / "clip.mp4"
     picture.write_bytes(encode_jpeg(np.zeros((40, 40, 3), np.uint8)))
     write_video(clip, moving_square(9))
-    with pytest.raises(UserError, match=r"clip: clip .*photo\.jpg: it is no video: a picture .*as image \(--image\)"):
+    with pytest.raises(UserError, match=r"^clip: [^ ]*photo\.jpg: it is no video: a picture .*as image \(--image\)"):
         generate(replace(generate_config, clip=str(picture)))
-    with pytest.raises(UserError, match=r"image .*clip\.mp4: it is no picture: a video .*as clip \(--continue\)"):
+    with pytest.raises(UserError, match=r"^image: [^ ]*clip\.mp4: it is no picture: a video .*as clip \(--continue\)"):
         generate(replace(generate_config, image=str(clip)))
     assert not Path(generate_config.output).exists()
 
