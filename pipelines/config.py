@@ -7,6 +7,7 @@ and checks its own ranges in ``__post_init__`` with ``ValueError``.
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -124,7 +125,19 @@ def _read(cls: type[RunConfig], source: str, overrides: Sequence[str]) -> tuple[
         raise UserError(f"config {path}: expected a mapping of keys to values, found {_show(raw)}")
     for override in overrides:
         _apply_override(raw, override)
+    for key, number in _numbers(raw):
+        if not math.isfinite(number):
+            raise UserError(f"config {path}: {key}: {_show(number)} is no finite number")
     return path, raw
+
+
+def _numbers(values: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Keys and values of all that is a float."""
+    if isinstance(values, float):
+        yield prefix, values
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in items:
+        yield from _numbers(value, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _filled(cls: type[ConfigT], raw: dict[str, Any]) -> ConfigT:

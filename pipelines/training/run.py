@@ -114,7 +114,7 @@ def _train(config: TrainConfig) -> TrainResult:
     if config.fork_from is not None and not output.begun:
         find_beginning(
             prepared, output
-        )  # refuses a parent that does not fit before there is a folder, and a lock in it
+        )  # refuses a parent that does not fit before there is a folder with a lock in it
     with joining(places(config, output), config.cluster):
         if not output.begun:
             check_cluster(config)  # of what can be known before Ray starts; likewise

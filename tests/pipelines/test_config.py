@@ -1,5 +1,4 @@
 import json
-import math
 import re
 import subprocess
 from dataclasses import dataclass, field
@@ -79,7 +78,7 @@ def test_reads_nested_values_of_every_kind(write):
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-4", 1e-4), ("1.5E+3", 1500.0), (".5", 0.5), ("-2.", -2.0), (".inf", math.inf), ("3", 3.0)],
+    [("1e-4", 1e-4), ("1.5E+3", 1500.0), (".5", 0.5), ("-2.", -2.0), ("3", 3.0)],
 )
 def test_floats_in_every_spelling(write, text, value):
     assert load_config(ExampleConfig, write("steps: 1"), [f"optimizer.betas=[{text}, 1.0]"]).optimizer.betas[0] == value
@@ -107,6 +106,8 @@ def test_overrides_come_after_the_file_in_order(write):
         ("steps: 1\noptimizer: {lrr: 2}", "unknown key 'optimizer.lrr' = 2; did you mean 'lr'?"),
         ("steps: 1\ntracking: {lrr: 2}", "unknown key 'tracking.lrr' = 2; did you mean 'lr'?"),
         ("steps: 1\nsources: [{path: a}, {paht: b}]", "unknown key 'sources.1.paht' = 'b'; did you mean 'path'?"),
+        ("steps: 1\noptimizer: {betas: [.9, .inf]}", "optimizer.betas.1: inf is no finite number"),
+        ("steps: 1\noptimizer: {lr: .nan}", "optimizer.lr: nan is no finite number"),
         ("steps: 1\nxyz: 2", "unknown key 'xyz' = 2; known here: name, optimizer, sources, steps, tracking, verbose"),
         ("steps: two", "steps: input should be a valid integer, got 'two'"),
         ("steps: 1.0", "steps: input should be a valid integer, got 1.0"),
