@@ -192,36 +192,39 @@ class Waiting:
     def __init__(self, wanted: Callable[[], str], say: Callable[[str], None], *, first_s: float = 15.0) -> None:
         """``wanted`` tells it in words, "" for nothing; ``say`` shows a line to the user, once a minute."""
         self._wanted, self._say, self._first = wanted, say, first_s
-        self._over = threading.Event()
+        self._come, self._end = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._follow, name="waiting", daemon=True)
 
     def over(self) -> None:
-        """It has come."""
-        self._over.set()
+        """It has come; where it is lost again, as with a node, that is said likewise."""
+        self._come.set()
 
     @property
     def is_over(self) -> bool:
-        """Whether it has."""
-        return self._over.is_set()
+        """Whether it has, and is not waited for again."""
+        return self._come.is_set()
 
     def __enter__(self) -> "Waiting":
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._end.set()
         self._thread.join()
 
     def _follow(self) -> None:
         begin, pause = time.monotonic(), self._first
-        while not self._over.wait(pause):
+        while not self._end.wait(pause):
             wanted = self._wanted()
             pause = 4 * self._first if wanted else self._first
-            if wanted:
-                self._say(
-                    f"waiting for {wanted}, for {time.monotonic() - begin:.0f} s now and until it is there: other jobs "
-                    "hold it, or machines are being added"
-                )
+            if not wanted:
+                begin = time.monotonic()
+                continue
+            self._come.clear()
+            self._say(
+                f"waiting for {wanted}, for {time.monotonic() - begin:.0f} s now and until it is there: other jobs "
+                "hold it, or machines are being added"
+            )
 
 
 def held_by_others(processes: Sequence[Mapping[str, float]]) -> str:

@@ -2,7 +2,6 @@ import os
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,9 +33,10 @@ def test_what_a_cluster_lacks_is_told_with_what_there_is(ray_cluster):
 
 def test_what_is_waited_for_is_said_while_others_hold_it(ray_cluster, monkeypatch):
     said: list[str] = []
+    processes = [{"CPU": 1.5}] * 2
     held = placement_group([{"CPU": 5}])
     ray.get(held.ready(), timeout=60)
-    with Waiting(partial(held_by_others, [{"CPU": 1.5}] * 2), said.append, first_s=0.1) as waiting:
+    with Waiting(lambda: held_by_others(processes), said.append, first_s=0.1) as waiting:
         time.sleep(0.5)
         assert said == [], "nothing waits"
         wanted = placement_group([{"CPU": 1.5}] * 2)
@@ -45,15 +45,28 @@ def test_what_is_waited_for_is_said_while_others_hold_it(ray_cluster, monkeypatc
                 break
             time.sleep(0.1)
         assert said[0].startswith("waiting for 3 CPU (1 free of 6), for ")
+        assert not waiting.is_over
+        remove_placement_group(held)
+        ray.get(wanted.ready(), timeout=60)
+        time.sleep(0.5)
         waiting.over()
         number = len(said)
         time.sleep(1)
         assert len(said) == number
+        assert waiting.is_over
+        processes = [{"CPU": 3.0}] * 2
+        again = placement_group([{"CPU": 5}])  # as after the loss of a node
+        for _ in range(200):
+            if len(said) > number:
+                break
+            time.sleep(0.1)
+        assert said[-1].startswith("waiting for 6 CPU (3 free of 6), for ")
+        assert not waiting.is_over
     context = SimpleNamespace(get_job_id=lambda: "02000000")
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
-    assert held_by_others([{"CPU": 1.5}] * 2) == "", "what waits is another job's"
+    assert held_by_others([{"CPU": 3}] * 2) == "", "what waits is another job's"
     monkeypatch.undo()
-    for group in (held, wanted):
+    for group in (again, wanted):
         remove_placement_group(group)
 
 
