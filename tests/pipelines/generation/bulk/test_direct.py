@@ -212,6 +212,7 @@ def test_ctrl_c_ends_a_run_and_says_how_to_go_on(generate_config: GenerateConfig
     )
     assert process.stderr is not None
     assert process.stderr.readline() == "reading the request\n"
+    assert process.stderr.readline().startswith("warning: 32x32, 41 frames at 12 fps is no size that the model was")
     assert process.stderr.readline() == f"loading {slow.model}\n"
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=60)
