@@ -156,8 +156,9 @@ def _matters(name: str) -> bool:
 
 
 def _label(differences: Mapping[str, str], runs: Sequence[Run]) -> str:
-    """The last part of each differing key with its value; where there is no room for that, the run's name."""
-    words = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in differences.items())
+    """The last part of each differing key that has a value, with it; the run's name where there is none, or no room."""
+    named = [f"{name.rpartition('.')[2]} {value}" for name, value in differences.items() if value != "None"]
+    words = ", ".join(named)
     return words if 0 < len(words) <= 60 else runs[0].name
 
 

@@ -115,7 +115,8 @@ def figure_text(figure: Figure | None, *, with_interval: bool = True) -> str:
     mean = _number(figure.mean)
     if figure.interval is None or not with_interval:
         return mean
-    return f"{mean} ± {_number((figure.interval[1] - figure.interval[0]) / 2)}"
+    half = (figure.interval[1] - figure.interval[0]) / 2
+    return f"{mean} ± {half:.2g}" if half < 100 else f"{mean} ± {_number(half)}"
 
 
 def _steps(group: Group) -> str:
