@@ -17,7 +17,7 @@ from jobs.command import run
 def command(out: Path, seed: int) -> None:
     """Render a corpus of moving shapes, curate it, train from scratch, serve, generate for held-out prompts and judge.
 
-    Needs no network and no GPU; takes up to ten minutes on two cores. Writes into OUT: report.html (videos, figures,
+    Needs no network and no GPU; takes about eleven minutes on two cores. Writes into OUT: report.html (videos, figures,
     loss curves, data ledger, what to try next), summary.json (the figures) and everything made on the way.
 
     Example: lumos demo --out /tmp/demo --seed 1
