@@ -84,11 +84,15 @@ start_node() {
         --resources "{\"node$number\": 1000}" >>"$STATE/$number/log" 2>&1 </dev/null &
 }
 
-# Until Ray says that a node has joined.
+# Until Ray says that a node has joined. It gives itself 30 s for that, too few where the machine is busy: then again.
 wait_for_node() {
-    local end=$((SECONDS + 150)) log=$STATE/$1/log
+    local end=$((SECONDS + 240)) log=$STATE/$1/log
     while [ $SECONDS -lt $end ]; do
         ! grep -q "Ray runtime started" "$log" 2>/dev/null || return 0
+        if grep -q "node timed out during startup" "$log" 2>/dev/null; then
+            mv "$log" "$log.$SECONDS"
+            start_node "$1"
+        fi
         sleep 0.3
     done
     tail -n 20 "$log" >&2
