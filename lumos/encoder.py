@@ -12,6 +12,10 @@ from lumos.layout import header_tokens, motion_prompt, prompt_text, video_layout
 from lumos.tokenizers import TextTokenizer
 
 
+class SizeError(ValueError):
+    """A video that no prompt is short enough for."""
+
+
 class RequestEncoder:
     """Turns what is asked of a model into requests of the sampler; needs no weights."""
 
@@ -82,6 +86,7 @@ class RequestEncoder:
         how much is to move, 0 (nothing) to 9, to a model that was trained with it.
 
         Raises:
+            SizeError: if the video alone is longer than the model's context.
             ValueError: if the prompt is empty, prompt and video are longer than the model's context, or motion is
                 nothing that the model knows.
         """
@@ -97,7 +102,7 @@ class RequestEncoder:
         header = header_tokens(self.folder.vocabulary, text_ids, num_latents=shape[0], fps=size.fps)
         length, limit = video_layout(len(header), shape).length, self.folder.config.max_seq_len
         if length - len(text_ids) >= limit:  # whatever the prompt
-            raise ValueError(
+            raise SizeError(
                 f"{size} alone make {length - len(text_ids)} tokens, the model takes {limit}: use fewer frames or a "
                 "smaller size"
             )

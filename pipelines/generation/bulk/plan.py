@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lumos.compression import VideoSize
-from lumos.encoder import RequestEncoder
+from lumos.encoder import RequestEncoder, SizeError
 from pipelines import storage
 from pipelines.cores import usable_cores
 from pipelines.decoding.given import GivenError, OtherKindError, read_clip, read_image
@@ -72,9 +72,10 @@ def plan(config: GenerateConfig, card: ModelCard) -> list[Job]:
             if prompt.text not in fits:
                 request.encode(encoder)
                 fits.add(prompt.text)
+        except SizeError as error:  # whatever the prompt
+            raise UserError(f"video: {error}") from error
         except ValueError as error:
-            where = "video" if " alone make " in str(error) else f"{prompt.where} ({prompt.text[:60]!r})"
-            raise UserError(f"{where}: {error}") from error
+            raise UserError(f"{prompt.where} ({prompt.text[:60]!r}): {error}") from error
         jobs.append(Job(request, _row(entry, request, source, card)))
     return jobs
 
