@@ -35,6 +35,7 @@ class SamplingOptions(TypedDict, total=False):
     guidance_scale: float
     history_ratio: float
     temperature: float
+    draw_temperature: float
     release_temperature: bool
     release_given_frames: bool
     shortcuts: ShortcutConfig | None

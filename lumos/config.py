@@ -148,7 +148,10 @@ class SamplingConfig:
     num_steps: int = 50  # mask-predict steps per latent frame
     guidance_scale: float = 15.0  # 1 means no guidance: the unconditional branch is not run
     history_ratio: float = 0.7  # share of a finished frame's cells hidden from later frames, in [0, 1]
-    temperature: float = 1.0  # of the re-masking noise at the first step; the draw itself is at temperature 1
+    temperature: float = 1.0  # of the re-masking noise at the first step
+    # Of the draw of a code: below 1 the likely codes are drawn more often than the model says, which the paper's
+    # sampler never does. Confidence is that of the draw.
+    draw_temperature: float = 1.0
     release_temperature: bool = False  # let the re-masking temperature compound over frames, as the release does
     release_given_frames: bool = False  # show given frames unmasked in the history, as the release does
     shortcuts: ShortcutConfig | None = None  # faster and approximate; none: the sampler of the paper
@@ -161,6 +164,10 @@ class SamplingConfig:
         )
         require(0.0 <= self.history_ratio <= 1.0, f"history_ratio must be in [0, 1], got {self.history_ratio}")
         require(self.temperature >= 0.0, f"temperature must not be negative, got {self.temperature}")
+        require(
+            0.01 <= self.draw_temperature <= 100.0,  # beyond, float32 logits would overflow
+            f"draw_temperature must be in [0.01, 100], got {self.draw_temperature}",
+        )
 
     @property
     def passes(self) -> tuple[object, ...]:
@@ -183,6 +190,7 @@ class SamplingChoice:
     guidance_scale: float | None = None
     history_ratio: float | None = None
     temperature: float | None = None
+    draw_temperature: float | None = None
     release_temperature: bool | None = None
     release_given_frames: bool | None = None
     shortcuts: ShortcutConfig | None = None  # faster and approximate; none and none recommended: the full sampler

@@ -199,6 +199,7 @@ def _draw_frame(
     """Draw one latent frame of every request by masked decoding."""
     codes = torch.zeros(len(draws), len(branches.slots), dtype=torch.int64)
     unknown = torch.ones_like(codes, dtype=torch.bool)
+    heat = torch.tensor([stream.config.draw_temperature for stream in draws])
     for stream in draws:
         stream.begin_frame()
     for step in range(num_steps):
@@ -213,6 +214,7 @@ def _draw_frame(
         if len(uniform):
             frames = branches.frames(codes, unknown)
             hidden = branches.guided(frames, unknown, drawn, step=step, num_steps=num_steps)
+            hidden /= heat.repeat_interleave(drawn.sum(-1)).unsqueeze(-1).to(hidden.device)
             codes[drawn], probabilities = _draw(branches, hidden, uniform)
         unknown &= ~drawn
         for request, selected in enumerate(torch.split(probabilities, drawn.sum(-1).tolist())):

@@ -60,8 +60,10 @@ class VideoRequest:
     def config_hash(self, model_identity: dict[str, Any]) -> str:
         """Names everything that decides the video but prompt and seed, ``ModelCard.identity`` included."""
         sampling = asdict(self.sampling)
-        if self.sampling.shortcuts is None:  # as before there were any
+        if self.sampling.shortcuts is None:  # as before there were any; likewise below
             del sampling["shortcuts"]
+        if self.sampling.draw_temperature == 1.0:
+            del sampling["draw_temperature"]
         settings: dict[str, Any] = {"size": asdict(self.size), "sampling": sampling, "format": self.format}
         if self.motion is not None:
             settings["motion"] = self.motion

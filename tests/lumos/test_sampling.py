@@ -77,7 +77,7 @@ def plain_sampler(model, req):
         temperature = cfg.temperature
         for step in range(cfg.num_steps):
             cond, uncond = (logits(p + history, frame_ids(grid)) for p in prompts)
-            guided = (uncond + cfg.guidance_scale * (cond - uncond)).double()
+            guided = (uncond + cfg.guidance_scale * (cond - uncond)).double() / cfg.draw_temperature
             temperature *= 1 - (step + 1) / cfg.num_steps
             confidence = fill_grid(grid, guided.softmax(-1), temperature, generator)
             if step + 1 < cfg.num_steps:
@@ -90,11 +90,12 @@ def plain_sampler(model, req):
     return np.stack(video_codes)
 
 
+@pytest.mark.parametrize("heat", [1.0, 0.6, 1.5])
 @pytest.mark.parametrize("seed", range(4))
-def test_default_options_equal_a_plain_sampler(seed):
+def test_the_options_of_the_draw_equal_a_plain_sampler(seed, heat):
     model = tiny_model(seed)
     given = np.random.default_rng(seed).integers(0, VOCABULARY.codebook_size, (1, 2, 4)) if seed % 2 else None
-    req = request(seed, given=given)
+    req = request(seed, given=given, draw_temperature=heat)
     with torch.no_grad():
         assert np.array_equal(generate(model, VOCABULARY, [req])[0], plain_sampler(model, req))
 
@@ -102,8 +103,11 @@ def test_default_options_equal_a_plain_sampler(seed):
 def test_invariance_of_a_request_to_its_batch_mates():
     model = tiny_model()
     texts = [(3, 1, 4), (1,), (9, 2, 6, 5, 3, 5, 8), (), (3, 1, 4)]
-    scales = [3.0, 1.0, 5.0, 0.0, 3.0]
-    requests = [request(i, text, guidance_scale=s) for i, (text, s) in enumerate(zip(texts, scales, strict=True))]
+    scales, heats = [3.0, 1.0, 5.0, 0.0, 3.0], [1.0, 0.5, 1.0, 2.0, 0.7]
+    requests = [
+        request(i, text, guidance_scale=scale, draw_temperature=heat)
+        for i, (text, scale, heat) in enumerate(zip(texts, scales, heats, strict=True))
+    ]
     alone = [generate(model, VOCABULARY, [req])[0] for req in requests]
     for order in ([0, 1, 2, 3, 4], [4, 2, 0], [3, 1]):
         together = generate(model, VOCABULARY, [requests[i] for i in order])

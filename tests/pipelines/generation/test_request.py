@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +8,7 @@ from lumos.compression import VideoSize
 from lumos.config import SamplingConfig
 from lumos.encoder import RequestEncoder
 from lumos.folder import open_folder
+from pipelines.config import config_hash
 from pipelines.generation.request import VideoRequest, file_name
 
 
@@ -48,6 +49,15 @@ def test_how_much_is_to_move_is_asked_of_a_model_that_knows_it(model_dir: Path, 
     ):
         with pytest.raises(ValueError, match=message):
             asked.encode(encoder)
+
+
+def test_settings_added_later_name_the_requests_of_before_as_before() -> None:
+    size = VideoSize(width=32, height=32, num_frames=13, fps=12.0)
+    plain = VideoRequest(prompt="a red square", seed=0, size=size, sampling=SamplingConfig())
+    first = {"num_steps": 50, "guidance_scale": 15.0, "history_ratio": 0.7, "temperature": 1.0}
+    first |= {"release_temperature": False, "release_given_frames": False}
+    assert plain.config_hash({}) == config_hash({"model": {}, "size": asdict(size), "sampling": first, "format": "mp4"})
+    assert plain.config_hash({}) != replace(plain, sampling=SamplingConfig(draw_temperature=0.7)).config_hash({})
 
 
 def test_given_frames_are_part_of_what_a_request_is() -> None:
