@@ -51,6 +51,7 @@ from pipelines.generation.serving.requests import Served
 
 TOKEN_VARIABLE = "LUMOS_SERVE_TOKEN"
 _SERVICE = "lumos"
+_CONTROLLER = "SERVE_CONTROLLER_ACTOR"  # Ray Serve's name for its own
 _END_S = 5.0  # that requests have when the service ends
 
 
@@ -322,6 +323,8 @@ def _check_port_on_head(host: str, port: int) -> None:
 
 def _clear_idle_serve() -> None:
     """Serve cannot open a port later: one that a bulk run left without applications is started anew."""
+    if _CONTROLLER not in {actor["name"] for actor in list_named_actors(all_namespaces=True)}:
+        return  # nor may it be asked: it would ask the controller of a cluster that this process had before
     status = ray_serve.status()
     if status.applications:
         raise UserError(
