@@ -12,10 +12,11 @@ from pipelines.cluster import cluster_is_ours
 from pipelines.data.captions.captioner import CaptionSource
 from pipelines.data.captions.choose import Caption
 from pipelines.data.config import CurateConfig
-from pipelines.data.snapshot.codes import deal_codes
+from pipelines.data.snapshot.codes import group_codes
 from pipelines.data.snapshot.ledger import build_ledger, removed_rows
 from pipelines.data.snapshot.read import TokenizerInfo
-from pipelines.data.snapshot.write import PUBLISHED_CLIPS, SnapshotContent, draw_split
+from pipelines.data.snapshot.shards import PUBLISHED_CLIPS
+from pipelines.data.snapshot.write import SnapshotContent, draw_split
 from pipelines.data.stage.columns import iterate, take
 from pipelines.data.stage.log import RunLog
 from pipelines.data.stage.run import check_fits
@@ -112,6 +113,7 @@ class Curation:
             hashes | {"captions": self.caption.hash},
         )
         made = take(run.tokens, np.searchsorted(run.tokens["clip"].to_numpy(), kept))
+        sizes = 2 * np.prod([made[name].to_numpy().astype(np.int64) for name in ("t", "h", "w")], axis=0)
         columns = {
             "clip_id": rows["key"],
             "source_id": rows["work_key"],
@@ -122,7 +124,7 @@ class Curation:
         }
         return SnapshotContent(
             clips=pa.table(columns).select(PUBLISHED_CLIPS.names).cast(PUBLISHED_CLIPS),
-            read_codes=partial(deal_codes, table=run.table("tokens"), clip_ids=rows["key"], work_keys=made["work_key"]),
+            code_groups=partial(group_codes, made["file"], made["work_key"], sizes),
             ledger=pa.concat_tables([ledger, removed_rows(run.removed)]),
             tokenizer=self.tokenizer,
             created_from={

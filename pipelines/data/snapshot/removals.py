@@ -28,8 +28,9 @@ def remove_sources(dataset: str, names: list[str]) -> list[str]:
     with dataset_lock(dataset):
         known: dict[str, set[str]] = defaultdict(set)  # by path, which may have had several contents
         for snapshot in open_snapshots(dataset, list_snapshots(dataset)):
-            for row in snapshot.read_ledger(["path", "source_id"]).to_pylist():
-                known[row["path"]] |= {row["source_id"]} - {None}
+            for piece in snapshot.ledger_pieces(["path", "source_id"]):
+                for row in piece.group_by(["path", "source_id"]).aggregate([]).to_pylist():
+                    known[row["path"]] |= {row["source_id"]} - {None}
         found: set[str] = set()
         for name in names:
             ids = {name} if is_source_id(name) else known.get(name)

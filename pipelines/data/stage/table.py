@@ -31,6 +31,11 @@ class StageTable:
         self.uri = storage.join(dataset, STAGES, stage.name, stage.hash)
         self.schema = stage.schema
 
+    @property
+    def readable(self) -> pa.Schema:
+        """All columns that can be read."""
+        return self.schema.append(_PART_FIELD)
+
     def parts(self) -> list[str]:
         """URIs of the committed files, sorted."""
         return table_parts(self.uri)
@@ -48,7 +53,12 @@ class StageTable:
         return [error for _, rows in pieces for error in rows[ERROR].drop_null().to_pylist()]
 
     def pieces(
-        self, columns: Sequence[str], keys: pa.Array | pa.ChunkedArray, *, may_lack: bool = False
+        self,
+        columns: Sequence[str],
+        keys: pa.Array | pa.ChunkedArray,
+        *,
+        may_lack: bool = False,
+        parts: Sequence[str] | None = None,
     ) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
         """The rows of some keys, each key's from one part, some parts at a time; memory holds one piece.
 
@@ -56,6 +66,7 @@ class StageTable:
             columns: Wanted columns; ``PART`` may be among them.
             keys: No key twice.
             may_lack: Whether keys may be pending.
+            parts: As they were listed, for who goes by ``PART``; others may come meanwhile.
 
         Yields:
             For each row the place of its key among ``keys``, and the rows: ``work_key`` and ``columns``.
@@ -67,7 +78,7 @@ class StageTable:
         wanted = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
         seen = np.zeros(len(wanted) + 1, bool)
         seen[-1] = True  # where -1, the place of what is not wanted, leads
-        read = (table.cast(schema) for table in read_parts(self.parts(), schema.names))
+        read = (table.cast(schema) for table in read_parts(self.parts() if parts is None else parts, schema.names))
         if PART in columns:
             read = (
                 table.append_column(_PART_FIELD, pa.array(np.full(table.num_rows, number, np.int32)))
@@ -96,8 +107,7 @@ class StageTable:
     def read(self, columns: Sequence[str] | None = None, keys: pa.Array | pa.ChunkedArray | None = None) -> pa.Table:
         """All rows (or those of some keys), each key's from one part."""
         wanted = list(columns if columns is not None else self.schema.names)
-        every = self.schema.append(_PART_FIELD)
-        empty = pa.schema([every.field(name) for name in wanted]).empty_table()
+        empty = self.readable.empty_table().select(wanted)
         pieces = self.pieces(wanted, self.keys() if keys is None else keys)
         return pa.concat_tables([empty, *(rows.select(wanted) for _, rows in pieces)])
 

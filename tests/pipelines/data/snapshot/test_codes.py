@@ -1,64 +1,60 @@
-from dataclasses import replace
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.snapshot.codes import deal_codes
-from pipelines.data.stage import table as stage_table
-from pipelines.data.stage.table import StageTable
+from pipelines.data.snapshot import codes
+from pipelines.data.snapshot.codes import group_codes
 from pipelines.data.steps.tokens import TOKENIZED
 from pipelines.errors import JobError
-from tests.pipelines.data.stage.test_run import stage
 
 
 @pytest.fixture
-def table(tmp_path):
-    """Ten files of thirty clips; the last file has clips of the first again."""
-    table = StageTable(str(tmp_path), replace(stage(), schema=TOKENIZED))
-    (tmp_path / "stages" / "double" / stage().hash).mkdir(parents=True)
-    for part in range(10):
+def files(tmp_path):
+    """Ten files of thirty clips."""
+    paths = [f"{tmp_path}/part-{part}.parquet" for part in range(10)]
+    for part, path in enumerate(paths):
         rows = [
             {"work_key": f"w{number}", "key": f"k{number}", "codes": [number, number + 1] * (1 + number % 3)}
-            for number in [*range(30 * part, 30 * part + 30), *(range(5) if part == 9 else ())]
+            for number in range(30 * part, 30 * part + 30)
         ]
-        pq.write_table(pa.Table.from_pylist(rows, schema=TOKENIZED), f"{table.uri}/part-{part}.parquet")
-    return table
+        pq.write_table(pa.Table.from_pylist(rows, schema=TOKENIZED), path)
+    return pa.array(paths)
 
 
-def ids(numbers, letter="k"):
-    return pa.chunked_array([[f"{letter}{number}" for number in numbers]], pa.string())
+def grouped(files, numbers):
+    """Groups of clips by number."""
+    names = pa.chunked_array([[f"w{number}" for number in numbers]])
+    column = pa.DictionaryArray.from_arrays(pa.array(np.array(numbers) // 30), files)
+    sizes = 4 * (1 + np.array(numbers) % 3)
+    return list(group_codes(pa.chunked_array([column]), names, sizes))
 
 
-def deal(table, numbers, shards):
-    return list(deal_codes(shards, table=table, clip_ids=ids(numbers), work_keys=ids(numbers, "w")))
-
-
-@pytest.mark.parametrize("rows", [1, 100, 1 << 16])
-def test_each_shard_gets_the_codes_of_its_clips_in_order(table, monkeypatch, rows):
-    monkeypatch.setattr(stage_table, "_PIECE_ROWS", rows)
+@pytest.mark.parametrize("least", [1, 500, 1 << 20])
+def test_every_group_reads_the_codes_of_its_clips(files, monkeypatch, least):
+    monkeypatch.setattr(codes, "_LEAST_BYTES", least)
     numbers = np.random.default_rng(0).permutation(300)[:250]
-    shards = [ids(part) for part in np.array_split(numbers, 7)]
-    found = deal(table, range(300), [*shards, ids([])])
-    assert [array.type for array in found] == [pa.list_(pa.uint16())] * 8
-    for part, array in zip(np.array_split(numbers, 7), found, strict=False):
-        assert array.to_pylist() == [[number, number + 1] * (1 + number % 3) for number in part.tolist()]
-    assert len(found[-1]) == 0
+    groups = grouped(files, numbers)
+    assert len(groups) == {1: 10, 500: 4, 1 << 20: 1}[least]
+    assert sorted(np.concatenate([group.clips for group in groups])) == list(range(250))
+    for group in groups:
+        own = numbers[group.clips].tolist()
+        assert group.read().to_pylist() == [[number, number + 1] * (1 + number % 3) for number in own]
 
 
-def test_each_file_is_read_once(table, monkeypatch):
-    read = []
-
-    def counting(part, columns, rows=None):
-        read.append(part)
-        return pq.read_table(part, columns=columns)
-
-    monkeypatch.setattr(stage_table, "read_columns", counting)
-    deal(table, range(300), [ids([number]) for number in range(300)])
-    assert len(read) == 10
+def test_each_file_is_read_once(files, monkeypatch):
+    monkeypatch.setattr(codes, "_LEAST_BYTES", 500)
+    read = [uri for group in grouped(files, list(range(300))) for uri in group.read.args[0]]
+    assert sorted(read) == files.to_pylist()
 
 
-def test_a_clip_that_is_not_there_is_told(table):
-    with pytest.raises(JobError, match=r"lacks 1 of 2 rows, such as that of w300: .* give the same command again"):
-        deal(table, [7, 300], [ids([7, 300])])
+def test_no_clips_have_no_groups():
+    none = pa.chunked_array([], pa.string())
+    assert list(group_codes(none, none, np.zeros(0, int))) == []
+
+
+def test_a_clip_that_is_not_there_is_told(files):
+    [group] = grouped(files, [7])
+    pq.write_table(TOKENIZED.empty_table(), files[0].as_py())
+    with pytest.raises(JobError, match=r"lacks 1 of 1 rows, such as that of w7: .* give the same command again"):
+        group.read()
