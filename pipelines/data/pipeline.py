@@ -55,7 +55,7 @@ class Curation:
             HashSources(config),
             SplitSources(config, look.stages[0] if look else None),
             Decide(),
-            NearDuplicates(),
+            NearDuplicates(self.caption.given_to),
             *([look] if look else []),
             *([self.features] if self.features else []),
             self.caption,

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.config import config_hash
-from pipelines.data.captions.captioner import CaptionSource
+from pipelines.data.captions.captioner import CaptionSource, clean_captions
 from pipelines.data.captions.given import share_captions
 from pipelines.data.captions.registry import captioner_named
 from pipelines.data.config import CurateConfig
@@ -47,6 +47,15 @@ class Caption(Step):
         """Of the captioners' configurations, as a ledger names it."""
         hashes = [stage.hash for stage in self.stages]
         return hashes[0] if len(hashes) == 1 else config_hash(hashes)
+
+    def given_to(self, run: Run, uris: Sequence[str]) -> set[str]:
+        """Files that have a caption fit to be used by what the user brought, for them or others of their content."""
+        texts = share_captions(self.given, run.sources).texts
+        return {
+            uri
+            for uri in uris
+            if any(caption_fault(said["text"], self.rules) is None for said in clean_captions(texts.get(uri, ()), ""))
+        }
 
     def apply(self, run: Run) -> None:
         """Caption what is new, and choose; without a caption that is fit, a clip may be rejected."""

@@ -4,6 +4,9 @@ A clip's fingerprint is a thumbnail of every half second. Two clips are near-dup
 match a stretch of the other's: the mean cosine of thumbnails in step, at the best offset, reaches the threshold. So a
 shot that two files begin at different moments is found too, and one that runs backwards is not.
 
+Likeness makes chains: two clips may each be like a third, and not like each other. So of a group that is linked, the
+best copy is kept, and every further one that is like none of those kept before it.
+
 Pairs worth comparing have some frame of like signature, the signs of 256 random projections: frames are sorted by
 signature eight times, each time by other bits first, and compared with those they come to lie beside. What is held of
 each frame is its signature; the thumbnails themselves are read again for the few clips that have a like. The
@@ -11,6 +14,7 @@ projections are seeded and the result does not depend on the order of the clips.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -23,6 +27,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from pipelines.data.reasons import near_duplicate
+from pipelines.data.stage.columns import take
 from pipelines.data.steps.run import Run, Step
 from pipelines.data.video.fingerprint import DIMENSIONS
 
@@ -35,8 +40,11 @@ _SPREAD = 6.0  # standard deviations by which signatures of frames as like as th
 _BLOCK = 1 << 11  # clips whose frames are projected at a time
 _CACHED = 1 << 14  # fingerprints that are kept unpacked
 _PAIRS = 1 << 14  # of clips that are compared before groups are formed anew
+_KEPT_COMPARED = 64  # copies kept of a group, the best, that each clip of it is compared with
 
 Print = NDArray[np.float32]  # [frames, DIMENSIONS], rows of unit length, or zero where flat
+# Of clips at some places, an ascending number for each, the lowest that of the best copy.
+Preference = Callable[[NDArray[np.int64]], NDArray[np.int64]]
 # Told in pieces: places of clips, and their stored fingerprints.
 Fingerprints = Iterable[tuple[NDArray[np.int64], Sequence[bytes]]]
 
@@ -75,12 +83,18 @@ def similarity(first: Print, second: Print) -> float:
 
 
 def find_near_duplicates(
-    keys: pa.Array | pa.ChunkedArray, read: Callable[[], Fingerprints], threshold: float
+    keys: pa.Array | pa.ChunkedArray,
+    read: Callable[[], Fingerprints],
+    threshold: float,
+    prefer: Preference | None = None,
 ) -> dict[int, NearDuplicate]:
     """By index, the clips that need not be kept, and what they are near-duplicates of.
 
-    Of every group of clips linked by similarity, all but the one with the lowest key. ``read`` is called twice and
-    tells the fingerprint of each place in ``keys`` once; from ``threshold`` (a cosine) on two are near-duplicates.
+    Args:
+        keys: Of the clips.
+        read: Tells the fingerprint of each place in ``keys`` once; called twice.
+        threshold: A cosine; from there on two are near-duplicates.
+        prefer: Which copies are better; of equals, and without it, that with the lowest key is.
     """
     order = pc.sort_indices(keys).to_numpy().astype(np.int64)
     # From here on clips are numbered among those with a like, in the order of their keys.
@@ -106,11 +120,46 @@ def find_near_duplicates(
         alike = [similarity(print_of(first), print_of(second)) >= threshold for first, second in some.tolist()]
         links = np.concatenate([links, some[np.array(alike, bool)]])
         lowest = _lowest_linked(links, len(places))
-    return {
-        int(places[clip]): NearDuplicate(int(places[kept]), similarity(print_of(clip), print_of(kept)))
-        for clip, kept in enumerate(lowest.tolist())
-        if kept != clip
-    }
+    preference = np.zeros(len(places), np.int64) if prefer is None else prefer(places)
+    found = _choose_kept(lowest, links, preference, threshold, lambda *pair: similarity(*map(print_of, pair)))
+    return {int(places[clip]): NearDuplicate(int(places[kept]), cosine) for clip, (kept, cosine) in found.items()}
+
+
+def _choose_kept(
+    groups: NDArray[np.int64],
+    links: NDArray[np.int64],
+    preference: NDArray[np.int64],
+    threshold: float,
+    compare: Callable[[int, int], float],
+) -> dict[int, tuple[int, float]]:
+    """Of clips that are linked in groups, those not kept: the copy kept in place of each, and the cosine of the two.
+
+    Args:
+        groups: Number of each clip's group.
+        links: Pairs of clips that are known to be alike.
+        preference: The lower the number, the better the copy; of equals the first is.
+        threshold: From which cosine on two are alike.
+        compare: The cosine of two clips.
+    """
+    alike: dict[int, set[int]] = defaultdict(set)
+    for one, other in links.tolist():
+        alike[one].add(other)
+        alike[other].add(one)
+    order = np.lexsort((preference, groups))
+    _, sizes = np.unique(groups, return_counts=True)
+    found: dict[int, tuple[int, float]] = {}
+    for members in np.split(order, np.cumsum(sizes)[:-1]):
+        kept: list[int] = []
+        for clip in members.tolist():
+            best = kept[:_KEPT_COMPARED]
+            tried = [*best, *sorted(alike[clip].intersection(kept).difference(best))] if kept else []
+            cosines = ((copy, compare(clip, copy)) for copy in tried)
+            like = next(((copy, cosine) for copy, cosine in cosines if cosine >= threshold), None)
+            if like is None:
+                kept.append(clip)
+            else:
+                found[clip] = like
+    return found
 
 
 def _signatures(rank: NDArray[np.int64], fingerprints: Fingerprints) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
@@ -175,7 +224,15 @@ def _lowest_linked(links: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 
 
 class NearDuplicates(Step):
-    """Marks clips that show what another one shows, found across the whole set."""
+    """Marks clips that show what another one shows, found across the whole set.
+
+    Kept is a clip with a caption before one without, then the larger picture, then the longer clip, then the lowest
+    key.
+    """
+
+    def __init__(self, captioned: Callable[[Run, Sequence[str]], set[str]]) -> None:
+        """``captioned`` tells which of some files, by URI, have a caption."""
+        self.captioned = captioned
 
     def apply(self, run: Run) -> None:
         """Decide, and group the sources that are linked so, whose split is drawn together."""
@@ -184,12 +241,20 @@ class NearDuplicates(Step):
             return
         kept = clips.verdicts.kept
         rows = clips.of(kept)
-        found = find_near_duplicates(
-            rows["key"], partial(clips.fingerprints, run.table("split"), rows["key"]), threshold
-        )
+        read = partial(clips.fingerprints, run.table("split"), rows["key"])
+        found = find_near_duplicates(rows["key"], read, threshold, partial(self._prefer, run, rows))
         pairs = []
         for place, duplicate in found.items():
             original = rows["key"][duplicate.of].as_py()
             clips.verdicts.set(int(kept[place]), "duplicate", near_duplicate(original, duplicate.cosine))
             pairs.append((rows["work_key"][place].as_py(), rows["work_key"][duplicate.of].as_py()))
         run.groups = linked_groups(pairs)
+
+    def _prefer(self, run: Run, rows: pa.Table, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        some = take(rows, places)
+        captioned = self.captioned(run, pc.unique(some["uri"]).to_pylist())
+        areas = [width * height for _, _, width, height in some["picture"].to_pylist()]
+        seconds = pc.round(pc.subtract(some["end_s"], some["start_s"]), 3).to_numpy()
+        lacking = np.array([uri not in captioned for uri in some["uri"].to_pylist()])
+        order = np.lexsort((-seconds, -np.array(areas, np.int64), lacking))
+        return np.argsort(order)
