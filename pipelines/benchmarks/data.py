@@ -20,8 +20,9 @@ import torch
 from tqdm import tqdm
 
 from lumos.tokenizers import TokenizerConfig, load_video_tokenizer
-from pipelines.benchmarks.curation import measure_curation, stateless, write_manifest
+from pipelines.benchmarks.curation import measure_curation, write_manifest
 from pipelines.benchmarks.machine import describe_machine, product_ms, ratio
+from pipelines.benchmarks.made_up import stateless
 from pipelines.cluster import connect
 from pipelines.data.config import CurateConfig, TokenConfig
 from pipelines.data.settings import DecodeConfig, SourceConfig, SplitConfig

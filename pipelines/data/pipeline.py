@@ -12,7 +12,6 @@ from pipelines.cluster import cluster_is_ours
 from pipelines.data.captions.captioner import CaptionSource
 from pipelines.data.captions.choose import Caption
 from pipelines.data.config import CurateConfig
-from pipelines.data.snapshot.codes import group_codes
 from pipelines.data.snapshot.ledger import build_ledger, removed_rows
 from pipelines.data.snapshot.read import TokenizerInfo
 from pipelines.data.snapshot.shards import PUBLISHED_CLIPS
@@ -20,7 +19,9 @@ from pipelines.data.snapshot.write import SnapshotContent, draw_split
 from pipelines.data.stage.columns import iterate, take
 from pipelines.data.stage.log import RunLog
 from pipelines.data.stage.run import check_fits
+from pipelines.data.stage.stage import WORK_KEY
 from pipelines.data.stage.table import StageTable
+from pipelines.data.stage.values import StoredValues
 from pipelines.data.steps.duplicates import NearDuplicates
 from pipelines.data.steps.features import Features, Similarity
 from pipelines.data.steps.looks import Look
@@ -114,6 +115,7 @@ class Curation:
         )
         made = take(run.tokens, np.searchsorted(run.tokens["clip"].to_numpy(), kept))
         sizes = 2 * np.prod([made[name].to_numpy().astype(np.int64) for name in ("t", "h", "w")], axis=0)
+        codes = StoredValues(files=made["file"], keys=made["work_key"], key_column=WORK_KEY, column="codes")
         columns = {
             "clip_id": rows["key"],
             "source_id": rows["work_key"],
@@ -124,7 +126,7 @@ class Curation:
         }
         return SnapshotContent(
             clips=pa.table(columns).select(PUBLISHED_CLIPS.names).cast(PUBLISHED_CLIPS),
-            code_groups=partial(group_codes, made["file"], made["work_key"], sizes),
+            code_groups=partial(codes.groups, sizes),
             ledger=pa.concat_tables([ledger, removed_rows(run.removed)]),
             tokenizer=self.tokenizer,
             created_from={

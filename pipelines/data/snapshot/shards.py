@@ -16,11 +16,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines import storage
-from pipelines.data.snapshot.codes import CodeGroup
 from pipelines.data.snapshot.read import BYTES_BESIDE_CODES, Bucket, Shard
 from pipelines.data.snapshot.schemas import LATER_COLUMNS, TOKENS
 from pipelines.data.stage.columns import iterate, parquet_bytes, take
 from pipelines.data.stage.tasks import is_worth_tasks, run_tasks, start_tasks
+from pipelines.data.stage.values import ValueGroup
 
 _ROW_GROUP_BYTES = 128_000  # of codes and captions: what a reader must decode for the sake of one row
 _OLD_ROW_GROUP_ROWS = 256  # of snapshots whose manifest names none
@@ -106,7 +106,7 @@ def shard_bytes(clips: pa.Table, codes: pa.Array | pa.ChunkedArray, *, row_group
 
 
 def write_shards(
-    uri: str, clips: pa.Table, groups: Iterable[CodeGroup], planned: Sequence[PlannedShard], whole: Mapping[str, Shard]
+    uri: str, clips: pa.Table, groups: Iterable[ValueGroup], planned: Sequence[PlannedShard], whole: Mapping[str, Shard]
 ) -> Iterator[Shard]:
     """Write the shards of a snapshot that are not there yet, by Ray's workers if they are many; in any order.
 
@@ -135,7 +135,7 @@ def write_shards(
     every = np.concatenate([shard.clips for shard in missing])
     places[every] = np.arange(len(every))
     firsts = np.cumsum([0, *(sum(len(shard.clips) for shard in bundle) for bundle in bundles)])
-    calls = ((group.read, places[group.clips], firsts) for group in groups if (places[group.clips] >= 0).any())
+    calls = ((group.read, places[group.rows], firsts) for group in groups if (places[group.rows] >= 0).any())
     dealt = list(start_tasks(deal_codes, calls, remote=remote, num_returns=len(bundles)))
 
     def writes() -> Iterator[tuple[Any, ...]]:

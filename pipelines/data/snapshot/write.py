@@ -18,7 +18,6 @@ import pyarrow.compute as pc
 from pipelines import storage
 from pipelines.data.settings import PublishConfig
 from pipelines.data.snapshot.card import dataset_card
-from pipelines.data.snapshot.codes import CodeGroup
 from pipelines.data.snapshot.ledger import (
     count_reasons,
     count_statuses,
@@ -52,6 +51,7 @@ from pipelines.data.snapshot.shards import (
 )
 from pipelines.data.stage.columns import digest_rows, take
 from pipelines.data.stage.tasks import is_worth_tasks, run_tasks
+from pipelines.data.stage.values import ValueGroup
 from pipelines.storage.lock import check_lock
 
 _FORMAT = 3  # counted up where the same content gives other bytes, or is hashed otherwise
@@ -63,7 +63,7 @@ class SnapshotContent:
     """All that a snapshot is made of."""
 
     clips: pa.Table  # the kept clips, as ``PUBLISHED_CLIPS``
-    code_groups: Callable[[], Iterable[CodeGroup]]  # codes of all clips, which are numbered in the order of ``clips``
+    code_groups: Callable[[], Iterable[ValueGroup]]  # codes of all clips, which are numbered in the order of ``clips``
     ledger: pa.Table  # a table of ``schemas.LEDGER``, in any order
     tokenizer: TokenizerInfo  # what made the codes
     created_from: dict[str, Any]  # the config (without paths and resources) and stage hashes behind it

@@ -147,6 +147,8 @@ def commit_part(stage: Stage, uri: str, rows: Sequence[Row]) -> pa.Table:
 def read_columns(uri: str, columns: list[str] | None, rows: pc.Expression | None = None) -> pa.Table:
     """Some columns (None: all) and rows of one Parquet file; of a remote one, little else is fetched."""
     with storage.open_ranges(uri) as file:
+        if rows is None:  # a third of the time, for files as small as most are
+            return pq.ParquetFile(file).read(columns=columns, use_threads=False)
         return pq.read_table(file, columns=columns, filters=rows)
 
 

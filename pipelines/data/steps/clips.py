@@ -1,6 +1,6 @@
 """All clips of a run, a column each, so that millions fit: what is known of them, and what becomes of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -68,14 +68,6 @@ class Clips:
                 self.verdicts.set(index, "rejected", too_few_frames(have, needed, config.fps))
             else:
                 self.shapes[index] = (shape.num_frames, shape.width, shape.height)
-
-    def fingerprints(self, split: StageTable, keys: pa.ChunkedArray) -> Iterator[tuple[NDArray[np.int64], list[bytes]]]:
-        """Fingerprints of some clips in pieces: their places among ``keys``, and what the split stage holds."""
-        wanted = keys.combine_chunks()
-        for _, rows in split.pieces(["key", "fingerprint"], pc.unique(self.table["work_key"])):
-            places = pc.fill_null(pc.index_in(rows["key"], wanted), -1).to_numpy().astype(np.int64)
-            chosen = places >= 0
-            yield places[chosen], rows["fingerprint"].filter(pa.array(chosen)).to_pylist()
 
     def score_column(self) -> pa.StructArray:
         """As the ledger's column."""

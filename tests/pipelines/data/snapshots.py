@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.data.settings import PublishConfig
-from pipelines.data.snapshot.codes import CodeGroup
 from pipelines.data.snapshot.read import Snapshot, TokenizerInfo
 from pipelines.data.snapshot.schemas import LEDGER
 from pipelines.data.snapshot.shards import PUBLISHED_CLIPS
 from pipelines.data.snapshot.write import SnapshotContent, draw_split, write_snapshot
+from pipelines.data.stage.values import ValueGroup
 
 TOKENIZER = TokenizerInfo("fsq", 1000, (4, 8, 8), "sha256:" + "0" * 64)
 
@@ -55,12 +55,12 @@ def snapshot_content(
     )
 
 
-def _code_groups(clips: Mapping[str, np.ndarray]) -> Iterator[CodeGroup]:
+def _code_groups(clips: Mapping[str, np.ndarray]) -> Iterator[ValueGroup]:
     """Their codes in groups of seven."""
     codes = pa.array([grid.astype(np.uint16).ravel() for grid in clips.values()], pa.list_(pa.uint16()))
     for numbers in np.split(np.arange(len(clips)), range(7, len(clips), 7)):
         own = codes.take(pa.array(numbers))
-        yield CodeGroup(numbers, partial(pa.chunked_array, [own]))
+        yield ValueGroup(numbers, partial(pa.chunked_array, [own]))
 
 
 def make_snapshot(dataset: str, clips: Mapping[str, np.ndarray], *, config: PublishConfig | None = None) -> Snapshot:

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -5,11 +7,13 @@ import pytest
 from pipelines.data.curate import curate
 from pipelines.data.settings import SplitConfig
 from pipelines.data.snapshot.read import open_snapshot
+from pipelines.data.stage import tasks
+from pipelines.data.stage.values import ValueGroup
 from pipelines.data.steps import duplicates
 from pipelines.data.steps.duplicates import (
-    _signatures,
     find_near_duplicates,
     linked_groups,
+    sign,
     similarity,
     unpack_fingerprint,
 )
@@ -31,9 +35,15 @@ def prints(*films):
 
 
 def told(*films):
-    """Their fingerprints in pieces of seven."""
-    packed = [frames.tobytes() for frames in films]
-    return lambda: ((np.arange(len(packed))[at : at + 7], packed[at : at + 7]) for at in range(0, len(packed), 7))
+    """Their fingerprints in groups of seven."""
+    packed = pa.array([frames.tobytes() for frames in films], pa.binary())
+
+    def groups(places):
+        for at in range(0, len(places), 7):
+            rows = np.arange(at, min(at + 7, len(places)))
+            yield ValueGroup(rows, partial(pa.chunked_array, [packed.take(pa.array(places[rows]))]))
+
+    return groups
 
 
 def test_copies_and_parts_are_found_and_the_lowest_key_is_kept():
@@ -66,15 +76,27 @@ def test_a_few_frames_of_a_long_clip_are_found(frames):
         assert find_near_duplicates(pa.array(["a", "b"]), told(long, long[at : at + 4]), 0.99).keys() == {1}
 
 
-def test_signatures_do_not_depend_on_how_clips_are_grouped():
-    clips = [film(8, seed).tobytes() for seed in range(50)]
-    rank = np.arange(50)
-    words, owners = _signatures(rank, [(rank, clips)])
-    for size in (1, 3, 7):
-        pieces = [(rank[at : at + size], clips[at : at + size]) for at in range(0, 50, size)]
-        again = _signatures(rank, reversed(pieces))
-        np.testing.assert_array_equal(again[0], words)
-        np.testing.assert_array_equal(again[1], owners)
+def test_candidates_do_not_depend_on_how_clips_are_dealt(monkeypatch):
+    clips = [film(8, seed % 30) for seed in range(50)]
+    packed = pa.array([clip.tobytes() for clip in clips])
+    found = []
+    for size, frames in ((50, 1 << 20), (1, 40), (7, 100)):
+        monkeypatch.setattr(duplicates, "_TASK_FRAMES", frames)
+        ranks = np.array_split(np.random.default_rng(size).permutation(50), -(-50 // size))
+        signed = [sign(partial(pa.chunked_array, [packed.take(pa.array(own))]), own) for own in ranks]
+        found.append(duplicates._candidates(signed, 0.99, remote=False).tolist())
+    assert found[0] == found[1] == found[2] == [[number, number + 30] for number in range(20)]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_find_the_same(monkeypatch):
+    clips = [film(8, seed=index % 90) for index in range(120)]
+    keys = pa.array([f"{number:03d}" for number in range(120)])
+    here = find_near_duplicates(keys, told(*clips), 0.99)
+    monkeypatch.setattr(tasks, "_FEW_BYTES", 0)
+    monkeypatch.setattr(duplicates, "_TASK_FRAMES", 300)
+    assert find_near_duplicates(keys, told(*clips), 0.99) == here
+    assert len(here) == 30
 
 
 def test_a_crowd_of_one_picture_is_one_group():
