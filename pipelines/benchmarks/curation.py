@@ -4,6 +4,7 @@ All of it is real, from the listing to the published snapshot, but for three fun
 hashes, scores and codes are made up from names.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -27,6 +29,7 @@ from pipelines.data.steps.tokens import load_tokenizer_info
 from pipelines.memory import own_memory, sampled_memory
 
 _SAMPLE_SECONDS = 0.05
+_WORKER_SAMPLE_SECONDS = 0.5  # looking at all processes takes some milliseconds
 _TOKENS = TokenConfig(fps=FPS, num_frames=(5,), sizes=("64x64",), decode_back_share=0.0)
 
 
@@ -39,8 +42,8 @@ def write_manifest(path: Path, count: int) -> None:
 def measure_curation(root: Path, clips: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Curate a manifest whose sources hold so many clips, twice: all of it, then with nothing left to do.
 
-    Works below ``root``, and calls ``say`` with a line about each figure. Returns seconds of both runs, and MB by which
-    the driver grew.
+    Works below ``root``, and calls ``say`` with a line about each figure. Returns seconds of both runs, MB by which the
+    driver grew, and MB that the largest worker held, pages of Ray's store that it read among them.
     """
     say(f"curation of {clips} clips that nobody decodes")
     manifest, dataset = root / "videos.parquet", str(root / "curated")
@@ -48,13 +51,27 @@ def measure_curation(root: Path, clips: int, say: Callable[[str], None]) -> dict
     config = CurateConfig(dataset=dataset, source=SourceConfig(path=str(manifest)), tokens=_TOKENS, progress=False)
     found: dict[str, Any] = {"clips": clips}
     for name in ("all", "nothing"):
-        with sampled_memory(own_memory, _SAMPLE_SECONDS) as memory:
+        with (
+            sampled_memory(own_memory, _SAMPLE_SECONDS) as memory,
+            sampled_memory(_largest_worker, _WORKER_SAMPLE_SECONDS) as workers,
+        ):
             begin = time.perf_counter()
             kept = _curate(config)
             seconds = time.perf_counter() - begin
-        found[name] = {"kept": kept, "seconds": seconds, "driver_growth_mb": (max(memory) - memory[0]) / 1e6}
-        say(f"  {name} to do: {seconds:.0f} s, driver grew by {found[name]['driver_growth_mb']:.0f} MB, kept {kept}")
+        growth, peak = (max(memory) - memory[0]) / 1e6, max(workers) / 1e6
+        found[name] = {"kept": kept, "seconds": seconds, "driver_growth_mb": growth, "worker_peak_mb": peak}
+        say(f"  {name} to do: {seconds:.0f} s, driver grew by {growth:.0f} MB, worker {peak:.0f} MB, kept {kept}")
     return found
+
+
+def _largest_worker() -> float:
+    """Bytes that the largest of Ray's workers has in memory."""
+    largest = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::"):
+                largest = max(largest, float(process.memory_info().rss))
+    return largest
 
 
 def _curate(config: CurateConfig) -> int:
