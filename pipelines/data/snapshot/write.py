@@ -8,7 +8,7 @@ publishing again after an interruption finds the files that are there and writes
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -81,8 +81,7 @@ def write_snapshot(dataset: str, content: SnapshotContent, config: PublishConfig
     without manifest, which no reader looks at; the next call goes on with it, or removes it if it publishes something
     else. A ``JobError`` if another run took the dataset over.
     """
-    ledger = content.ledger.cast(LEDGER)
-    parts = {number: take(ledger, places) for number, places in partition_keys(ledger["key"])}
+    parts = _Parts(content.ledger)
     digest = _content_digest(content, parts, config)
     published = list_snapshots(dataset)
     folder = storage.join(dataset, SNAPSHOTS)
@@ -107,16 +106,16 @@ def write_snapshot(dataset: str, content: SnapshotContent, config: PublishConfig
         captioners=_captioners(content.clips),
         buckets=buckets,
         totals={name: _total(buckets, name) for name in ("train", "val")},
-        ledger=LedgerInfo(ledger.num_rows, count_statuses(parts.values()), ledger_parts),
+        ledger=LedgerInfo(content.ledger.num_rows, count_statuses([content.ledger]), ledger_parts),
     )
-    _write_card(uri, manifest, parts)
+    _write_card(uri, manifest, content.ledger)
     check_lock(dataset)
     storage.write_json_atomic(storage.join(uri, MANIFEST), asdict(manifest))
     return open_snapshot(uri)
 
 
 def _restored(
-    dataset: str, uri: str, content: SnapshotContent, parts: Mapping[int, pa.Table], planned: Sequence[PlannedShard]
+    dataset: str, uri: str, content: SnapshotContent, parts: "_Parts", planned: Sequence[PlannedShard]
 ) -> Snapshot:
     """A published snapshot; files of it that are missing or of another size are written again, byte for byte."""
     snapshot = open_snapshot(uri)
@@ -128,23 +127,40 @@ def _restored(
     if not all(part.path in found for part in snapshot.manifest.ledger.parts):
         _write_ledger(dataset, uri, parts, list(found))
     if _CARD not in found:
-        _write_card(uri, snapshot.manifest, parts)
+        _write_card(uri, snapshot.manifest, content.ledger)
     return snapshot
 
 
-def _write_card(uri: str, manifest: Manifest, parts: Mapping[int, pa.Table]) -> None:
-    card = dataset_card(manifest, count_reasons(parts.values()))
+class _Parts:
+    """The parts of a ledger by number, each put together when it is asked for."""
+
+    def __init__(self, ledger: pa.Table) -> None:
+        self._ledger = ledger
+        self._places = dict(partition_keys(ledger["key"]))
+        self.bytes = ledger.nbytes
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._places)
+
+    def num_rows(self, number: int) -> int:
+        return len(self._places[number])
+
+    def part(self, number: int) -> pa.Table:
+        """Its rows, sorted by key."""
+        return take(self._ledger, self._places[number]).cast(LEDGER)
+
+
+def _write_card(uri: str, manifest: Manifest, ledger: pa.Table) -> None:
+    card = dataset_card(manifest, count_reasons([ledger]))
     storage.write_bytes_atomic(storage.join(uri, _CARD), card.encode())
 
 
-def _write_ledger(
-    dataset: str, uri: str, parts: Mapping[int, pa.Table], found: Sequence[str]
-) -> tuple[LedgerPart, ...]:
+def _write_ledger(dataset: str, uri: str, parts: _Parts, found: Sequence[str]) -> tuple[LedgerPart, ...]:
     """Write the parts of a ledger, by number, that are not there yet."""
-    remote = is_worth_tasks(sum(part.nbytes for part in parts.values()))
+    remote = is_worth_tasks(parts.bytes)
     there = {number for number in parts if ledger_path(number) in found}
-    kept = ((uri, number, parts[number].num_rows) for number in parts if number in there)
-    new = ((uri, number, parts[number]) for number in parts if number not in there)
+    kept = ((uri, number, parts.num_rows(number)) for number in parts if number in there)
+    new = ((uri, number, parts.part(number)) for number in parts if number not in there)
     written = list(run_tasks(look_at_part, kept, remote=remote))
     for part in run_tasks(write_ledger_part, new, remote=remote):
         check_lock(dataset)
@@ -166,7 +182,7 @@ def _write_shards(
     return bucket_shards(planned, written)
 
 
-def _content_digest(content: SnapshotContent, ledger: Mapping[int, pa.Table], config: PublishConfig) -> str:
+def _content_digest(content: SnapshotContent, ledger: _Parts, config: PublishConfig) -> str:
     clips = content.clips
     parts = {
         "created_from": content.created_from,
@@ -174,7 +190,7 @@ def _content_digest(content: SnapshotContent, ledger: Mapping[int, pa.Table], co
         "tokenizer": asdict(content.tokenizer),
         "writer": [pa.__version__, _FORMAT],
         "clips": [digest_rows(take(clips, places)) for _, places in partition_keys(clips["clip_id"])],
-        "ledger": [digest_rows(part) for part in ledger.values()],
+        "ledger": [digest_rows(ledger.part(number)) for number in ledger],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -84,7 +84,7 @@ class StageTable:
                 table.append_column(_PART_FIELD, pa.array(np.full(table.num_rows, number, np.int32)))
                 for number, table in enumerate(read)
             )
-        for tables in _grouped(read):
+        for tables in _grouped(read, max(_PIECE_ROWS, len(wanted) // 4)):  # each time all wanted keys are hashed
             group = pa.concat_tables(tables)
             places = pc.fill_null(pc.index_in(group[WORK_KEY], wanted), -1).to_numpy().astype(np.int64)
             chosen = np.zeros(group.num_rows, bool)
@@ -112,14 +112,14 @@ class StageTable:
         return pa.concat_tables([empty, *(rows.select(wanted) for _, rows in pieces)])
 
 
-def _grouped(tables: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:
+def _grouped(tables: Iterable[pa.Table], most_rows: int) -> Iterator[list[pa.Table]]:
     """Tables in groups of some size: enough rows that looking up their keys costs little, few enough bytes."""
     group: list[pa.Table] = []
     rows = size = 0
     for table in tables:
         group.append(table)
         rows, size = rows + table.num_rows, size + table.nbytes
-        if rows >= _PIECE_ROWS or size >= _PIECE_BYTES:
+        if rows >= most_rows or size >= _PIECE_BYTES:
             yield group
             group, rows, size = [], 0, 0
     if group:

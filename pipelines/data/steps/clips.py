@@ -59,15 +59,20 @@ class Clips:
 
     def plan_shapes(self, config: TokenConfig) -> None:
         """Settle what of each kept clip is to be encoded; reject those that are too short."""
-        for index in self.verdicts.kept.tolist():
-            scores = {name: float(self.scores[name][index]) for name in ("aspect", "duration", "image")}
-            shape = plan_shape(scores, config)
-            if shape is None:
-                needed = min((count for count in config.num_frames if count > 1), default=5)
-                have = 1 if scores["image"] else int(scores["duration"] * config.fps + 0.01)
-                self.verdicts.set(index, "rejected", too_few_frames(have, needed, config.fps))
-            else:
-                self.shapes[index] = (shape.num_frames, shape.width, shape.height)
+        kept = self.verdicts.kept
+        have = np.floor(self.scores["duration"][kept] * config.fps + 0.01)  # spans are rounded to milliseconds
+        image = self.scores["image"][kept]
+        columns = [self.scores["aspect"][kept], np.where(image > 0, 1, have), image]
+        kinds, kind_of = np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)
+        needed = min((count for count in config.num_frames if count > 1), default=5)
+        for number, (aspect, count, is_image) in enumerate(kinds.tolist()):
+            members = kept[kind_of == number]
+            shape = plan_shape({"aspect": aspect, "duration": count / config.fps, "image": is_image}, config)
+            if shape is not None:
+                self.shapes[members] = (shape.num_frames, shape.width, shape.height)
+                continue
+            for index in members.tolist():
+                self.verdicts.set(index, "rejected", too_few_frames(int(count), needed, config.fps))
 
     def score_column(self) -> pa.StructArray:
         """As the ledger's column."""
