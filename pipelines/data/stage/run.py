@@ -111,10 +111,11 @@ def run_stage(
         JobError: a worker failed, or too many inputs did. What was committed is kept.
     """
     table = StageTable(dataset, stage)
-    pending = anti_join(inputs, table.keys())
+    done, failed = table.done()
+    pending = anti_join(inputs, done)
     before = inputs.num_rows - pending.num_rows
     state = StageProgress(total=inputs.num_rows, before=before, work_total=_sum(pending, WORK))
-    failed_before = table.failures(inputs[WORK_KEY]) if math.isfinite(max_failed) else []
+    failed_before = failed.filter(pc.is_in(failed[WORK_KEY], inputs[WORK_KEY].combine_chunks()))[ERROR].to_pylist()
     if len(failed_before) > max_failed:
         raise TooManyFailuresError(failed_before[0], len(failed_before))
     if log is not None:

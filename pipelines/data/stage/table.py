@@ -42,22 +42,25 @@ class StageTable:
 
     def keys(self) -> pa.Array:
         """All keys that are done."""
-        chunks = [chunk for table in read_parts(self.parts(), [WORK_KEY]) for chunk in table[WORK_KEY].chunks]
-        return pc.unique(pa.chunked_array(chunks, type=pa.string()))
+        return self.done()[0]
 
-    def failures(self, keys: pa.ChunkedArray) -> list[str]:
-        """Failures of these keys."""
-        if ERROR not in self.schema.names:
-            return []
-        pieces = self.pieces([ERROR], keys, may_lack=True)
-        return [error for _, rows in pieces for error in rows[ERROR].drop_null().to_pylist()]
+    def done(self) -> tuple[pa.Array, pa.Table]:
+        """All keys that are done, and the rows of those that failed, ``work_key`` and ``error``, each key once."""
+        columns = [name for name in (WORK_KEY, ERROR) if name in self.schema.names]
+        keys: list[pa.Array] = []
+        failed = [pa.schema([(WORK_KEY, pa.string()), (ERROR, pa.string())]).empty_table()]
+        for table in read_parts(self.parts(), columns):
+            keys += table[WORK_KEY].chunks
+            if ERROR in columns and table[ERROR].null_count < table.num_rows:
+                failed.append(table.filter(pc.is_valid(table[ERROR])).cast(failed[0].schema))
+        failures = pa.concat_tables(failed).group_by(WORK_KEY, use_threads=False).aggregate([(ERROR, "first")])
+        return pc.unique(pa.chunked_array(keys, pa.string())), failures.rename_columns([WORK_KEY, ERROR])
 
     def pieces(
         self,
         columns: Sequence[str],
         keys: pa.Array | pa.ChunkedArray,
         *,
-        may_lack: bool = False,
         parts: Sequence[str] | None = None,
     ) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
         """The rows of some keys, each key's from one part, some parts at a time; memory holds one piece.
@@ -65,7 +68,6 @@ class StageTable:
         Args:
             columns: Wanted columns; ``PART`` may be among them.
             keys: No key twice.
-            may_lack: Whether keys may be pending.
             parts: As they were listed, for who goes by ``PART``; others may come meanwhile.
 
         Yields:
@@ -78,7 +80,9 @@ class StageTable:
         wanted = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
         seen = np.zeros(len(wanted) + 1, bool)
         seen[-1] = True  # where -1, the place of what is not wanted, leads
-        read = (table.cast(schema) for table in read_parts(self.parts() if parts is None else parts, schema.names))
+        read = (
+            _as_schema(table, schema) for table in read_parts(self.parts() if parts is None else parts, schema.names)
+        )
         if PART in columns:
             read = (
                 table.append_column(_PART_FIELD, pa.array(np.full(table.num_rows, number, np.int32)))
@@ -97,7 +101,7 @@ class StageTable:
             if chosen.any():
                 yield places[chosen], group.filter(pa.array(chosen))
         pa.default_memory_pool().release_unused()
-        if not may_lack and not seen.all():
+        if not seen.all():
             example = wanted[int(np.flatnonzero(~seen)[0])]
             raise JobError(
                 f"{self.uri} lacks {(~seen).sum()} of {len(wanted)} rows, such as that of {example}: files of it were "
@@ -110,6 +114,10 @@ class StageTable:
         empty = self.readable.empty_table().select(wanted)
         pieces = self.pieces(wanted, self.keys() if keys is None else keys)
         return pa.concat_tables([empty, *(rows.select(wanted) for _, rows in pieces)])
+
+
+def _as_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    return table if table.schema.equals(schema) else table.cast(schema)  # a third of the time that reading takes
 
 
 def _grouped(tables: Iterable[pa.Table], most_rows: int) -> Iterator[list[pa.Table]]:
