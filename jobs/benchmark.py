@@ -29,18 +29,20 @@ def command() -> None:
 def data(json_path: Path | None, repeats: int, copies: int, null_rows: int, clips: int) -> None:
     """Measure the data pipeline.
 
+    seconds, driver_growth_mb, worker_peak_mb: of a whole curation of so many clips, whose scores and codes are made up;
+    by how much the driver grows, and what the largest worker holds.
     score_pass_vs_floor: speed of the pass that splits and scores, over that of the same processes only decoding the
     same frames at the same small size. tokenize_vs_floor: speed of the token stage over that of decoding and encoder
     calls alone. null_row_ms: what a row costs in a stage that does nothing, anti-join and commit included.
-    driver_growth_mb: memory that the driver takes for a manifest of so many rows. The figures of a whole curation, of
-    clips whose scores and codes are made up, are in the file, under raw.
+    null_driver_growth_mb: memory that the driver takes for a manifest of so many rows.
     """
     from pipelines.benchmarks.data import DataBenchmarkConfig, run_data_benchmark
 
     config = DataBenchmarkConfig(repeats=repeats, copies=copies, null_rows=null_rows, clips=clips)
     found = run_data_benchmark(config, click.echo)
-    for name in ("score_pass_vs_floor", "tokenize_vs_floor", "null_row_ms", "driver_growth_mb"):
-        click.echo(f"{name} {found[name]}")
+    for name, value in found.items():
+        if isinstance(value, int | float):
+            click.echo(f"{name} {value}")
     write(json_path, found)
 
 

@@ -10,7 +10,8 @@ if __name__ == "__main__":  # run as a script: import from the checkout, not fro
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from jobs.command import config_arguments, curate_arguments, resolve, run
-from jobs.data_upkeep import gc, over_dataset, remove, repair, retry, unlock
+from jobs.data_removals import remove, restore
+from jobs.data_upkeep import gc, over_dataset, repair, retry, unlock
 
 
 @click.group()
@@ -91,7 +92,7 @@ def plan(config: str, overrides: tuple[str, ...], print_config: bool, **options:
     click.echo(plan_curation(resolved, cluster, sources=int(options["sources"]), seed=int(options["seed"])))
 
 
-for changing in (repair, retry, remove, unlock, gc):
+for changing in (repair, retry, remove, restore, unlock, gc):
     command.add_command(changing)
 
 if __name__ == "__main__":

@@ -55,18 +55,6 @@ def retry(dataset: str, failure_class: str) -> None:
     click.echo("give the same `lumos curate` again to retry them" if forgotten else f"no failure is {failure_class}")
 
 
-@click.command(short_help="Take sources out of all later snapshots.")
-@over_dataset
-@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
-def remove(dataset: str, sources: tuple[str, ...]) -> None:
-    """Take sources (paths as the ledger has them, or source_ids) out of all snapshots to come, under any name."""
-    from pipelines.data.snapshot.removals import remove_sources
-
-    for source_id in remove_sources(dataset, list(sources)):
-        click.echo(f"removed {source_id}")
-    click.echo("the next `lumos curate` publishes a snapshot without it; published ones stay until `gc --keep`")
-
-
 @click.command(short_help="Delete what no snapshot needs.")
 @over_dataset
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")

@@ -20,8 +20,9 @@ import torch
 from tqdm import tqdm
 
 from lumos.tokenizers import TokenizerConfig, load_video_tokenizer
-from pipelines.benchmarks.curation import measure_curation, stateless, write_manifest
+from pipelines.benchmarks.curation import measure_curation, write_manifest
 from pipelines.benchmarks.machine import describe_machine, product_ms, ratio
+from pipelines.benchmarks.made_up import stateless
 from pipelines.cluster import connect
 from pipelines.data.config import CurateConfig, TokenConfig
 from pipelines.data.settings import DecodeConfig, SourceConfig, SplitConfig
@@ -118,12 +119,14 @@ def run_data_benchmark(config: DataBenchmarkConfig, say: Callable[[str], None]) 
     """Measure everything; ``say`` is called with a line about each figure.
 
     Returns:
-        JSON-able: ``score_pass_vs_floor``, ``tokenize_vs_floor``, ``null_row_ms``, ``driver_growth_mb``, and under
+        JSON-able: ``clips``, ``seconds``, ``driver_growth_mb`` and ``worker_peak_mb`` of a curation that decodes
+        nothing; ``score_pass_vs_floor``, ``tokenize_vs_floor``, ``null_row_ms``, ``null_driver_growth_mb``; under
         ``raw`` the samples behind them; machine, versions, and the product's time before and after.
     """
     before = product_ms()
     with tempfile.TemporaryDirectory(prefix="lumos-benchmark-") as folder, connect():
         root = Path(folder)
+        curated = measure_curation(root, config.clips, say)  # first, while the driver holds nothing else
         film = root / "film.mp4"
         say("rendering the film")
         render_film(film)
@@ -133,12 +136,13 @@ def run_data_benchmark(config: DataBenchmarkConfig, say: Callable[[str], None]) 
         scored = _score_pass(sources, root, config, say)
         tokenized = _tokenize(sources, root, config, say)
         rows = _null_rows(root, config, say)
-        curated = measure_curation(root, config.clips, say)
     figures = {
         "score_pass_vs_floor": ratio(scored["floor_s"], scored["stage_s"]),
         "tokenize_vs_floor": ratio(tokenized["floor_s"], tokenized["stage_s"]),
         "null_row_ms": rows["null_row_ms"],
-        "driver_growth_mb": rows["driver_growth_mb"],
+        "null_driver_growth_mb": rows["driver_growth_mb"],
+        "clips": config.clips,
+        **{name: round(curated["all"][name], 1) for name in ("seconds", "driver_growth_mb", "worker_peak_mb")},
     }
     return {
         "schema": 1,

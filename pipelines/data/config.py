@@ -14,11 +14,11 @@ from pipelines.data.settings import (
     DecodeConfig,
     FeatureConfig,
     LooksConfig,
+    PublishConfig,
     ResourceConfig,
     SourceConfig,
     SplitConfig,
 )
-from pipelines.data.snapshot.write import PublishConfig
 
 
 @dataclass(frozen=True, kw_only=True)

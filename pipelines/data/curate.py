@@ -88,7 +88,7 @@ def curate(config: CurateConfig) -> CurateResult:
         snapshot_uri=snapshot.uri,
         snapshot_id=manifest.snapshot_id,
         counts=manifest.ledger.counts,
-        reasons=count_reasons(content.ledger),
+        reasons=count_reasons([content.ledger]),
         uncaptioned=pc.sum(pc.equal(pc.list_value_length(content.clips["captions"]), 0)).as_py() or 0,
         left_out=done.captions.left_out,
         caption_cost=done.captions.cost(config.captions.endpoint),

@@ -12,14 +12,16 @@ from pipelines.cluster import cluster_is_ours
 from pipelines.data.captions.captioner import CaptionSource
 from pipelines.data.captions.choose import Caption
 from pipelines.data.config import CurateConfig
-from pipelines.data.snapshot.codes import deal_codes
 from pipelines.data.snapshot.ledger import build_ledger, removed_rows
 from pipelines.data.snapshot.read import TokenizerInfo
-from pipelines.data.snapshot.write import PUBLISHED_CLIPS, SnapshotContent, draw_split
+from pipelines.data.snapshot.shards import PUBLISHED_CLIPS
+from pipelines.data.snapshot.write import SnapshotContent, draw_split
 from pipelines.data.stage.columns import iterate, take
 from pipelines.data.stage.log import RunLog
 from pipelines.data.stage.run import check_fits
+from pipelines.data.stage.stage import WORK_KEY
 from pipelines.data.stage.table import StageTable
+from pipelines.data.stage.values import StoredValues
 from pipelines.data.steps.duplicates import NearDuplicates
 from pipelines.data.steps.features import Features, Similarity
 from pipelines.data.steps.looks import Look
@@ -54,7 +56,7 @@ class Curation:
             HashSources(config),
             SplitSources(config, look.stages[0] if look else None),
             Decide(),
-            NearDuplicates(),
+            NearDuplicates(self.caption.given_to),
             *([look] if look else []),
             *([self.features] if self.features else []),
             self.caption,
@@ -112,6 +114,8 @@ class Curation:
             hashes | {"captions": self.caption.hash},
         )
         made = take(run.tokens, np.searchsorted(run.tokens["clip"].to_numpy(), kept))
+        sizes = 2 * np.prod([made[name].to_numpy().astype(np.int64) for name in ("t", "h", "w")], axis=0)
+        codes = StoredValues(files=made["file"], keys=made["work_key"], key_column=WORK_KEY, column="codes")
         columns = {
             "clip_id": rows["key"],
             "source_id": rows["work_key"],
@@ -122,7 +126,7 @@ class Curation:
         }
         return SnapshotContent(
             clips=pa.table(columns).select(PUBLISHED_CLIPS.names).cast(PUBLISHED_CLIPS),
-            read_codes=partial(deal_codes, table=run.table("tokens"), clip_ids=rows["key"], work_keys=made["work_key"]),
+            code_groups=partial(codes.groups, sizes),
             ledger=pa.concat_tables([ledger, removed_rows(run.removed)]),
             tokenizer=self.tokenizer,
             created_from={

@@ -301,3 +301,16 @@ class CaptionConfig:
         require(low >= 0 and (high is None or high >= low), f"min_words {low} and max_words {high} leave nothing")
         for language in self.languages:
             require(len(language) == 2 and language.islower(), f"languages are codes such as en, got {language!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishConfig:
+    """How kept clips are laid out in a snapshot."""
+
+    seed: int = 0  # of the shuffle and of the draw of the validation split
+    val_share: float = 0.02  # of sources (not of clips) that go to the split "val"
+    shard_mb: float = 128.0  # size that shards aim for
+
+    def __post_init__(self) -> None:
+        require(0 <= self.val_share < 1, f"val_share must be at least 0 and below 1, got {self.val_share}")
+        require(self.shard_mb > 0, f"shard_mb must be positive, got {self.shard_mb}")

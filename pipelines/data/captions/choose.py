@@ -1,7 +1,7 @@
 """All captioners of a curation together, and which of their captions a clip gets."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -11,13 +11,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.config import config_hash
-from pipelines.data.captions.captioner import CaptionSource
+from pipelines.data.captions.captioner import CaptionSource, clean_captions
 from pipelines.data.captions.given import share_captions
 from pipelines.data.captions.registry import captioner_named
 from pipelines.data.config import CurateConfig
 from pipelines.data.reasons import caption_fault_kind, no_caption, other_language, too_few_words, too_many_words
 from pipelines.data.settings import CaptionConfig
 from pipelines.data.snapshot.schemas import CAPTIONS
+from pipelines.data.stage.columns import take
 from pipelines.data.steps.run import Captions, Run, Step, read_in_order
 
 _PIECE = 1 << 14  # clips at a time, as Python's objects weigh several times more
@@ -48,6 +49,15 @@ class Caption(Step):
         hashes = [stage.hash for stage in self.stages]
         return hashes[0] if len(hashes) == 1 else config_hash(hashes)
 
+    def given_to(self, run: Run, uris: Sequence[str]) -> set[str]:
+        """Files that have a caption fit to be used by what the user brought, for them or others of their content."""
+        texts = share_captions(self.given, run.sources).texts
+        return {
+            uri
+            for uri in uris
+            if any(caption_fault(said["text"], self.rules) is None for said in clean_captions(texts.get(uri, ()), ""))
+        }
+
     def apply(self, run: Run) -> None:
         """Caption what is new, and choose; without a caption that is fit, a clip may be rejected."""
         clips, kept = run.clips, run.clips.verdicts.kept
@@ -67,6 +77,9 @@ class Caption(Step):
 
     def gather(self, clips: NDArray[np.int64], made: Mapping[str, pa.Table]) -> Captions:
         """Put together what each captioner made of clips (ascending), without what is not fit or is said twice."""
+        rules = self.rules
+        if len(made) == 1 and rules.min_words is None and rules.max_words is None and not rules.languages:
+            return self._of_one(clips, next(iter(made.values())))
         of = [pa.array([], CAPTIONS)]
         faults: dict[int, tuple[str, str]] = {}
         left_out: Counter[str] = Counter()
@@ -83,13 +96,27 @@ class Caption(Step):
                     errors = [row["error"] for row in rows if row["error"]]
                     faults[clip] = ("failed", errors[0]) if errors else ("rejected", no_caption(unfit))
             of.append(pa.array(chosen, CAPTIONS))
-        tokens = {
-            name: sum(pc.sum(table[name]).as_py() or 0 for table in made.values())
-            for name in ("input_tokens", "output_tokens")
+        captions = pa.chunked_array(of, CAPTIONS)
+        return Captions(clips=clips, of=captions, faults=faults, left_out=dict(left_out), **_tokens(made.values()))
+
+    def _of_one(self, clips: NDArray[np.int64], made: pa.Table) -> Captions:
+        """Likewise, where one captioner made all and nothing it said is unfit: it says nothing twice."""
+        captions = pa.chunked_array([pa.array([], CAPTIONS), *made["captions"].cast(CAPTIONS).chunks])
+        lacking = np.flatnonzero(pc.equal(pc.fill_null(pc.list_value_length(captions), 0), 0).to_numpy())
+        errors = take(made["error"], lacking).to_pylist()
+        faults = {
+            clip: ("failed", error) if error else ("rejected", no_caption([]))
+            for clip, error in zip(clips[lacking].tolist(), errors, strict=True)
         }
-        return Captions(
-            clips=clips, of=pa.chunked_array(of, CAPTIONS), faults=faults, left_out=dict(left_out), **tokens
-        )
+        return Captions(clips=clips, of=captions, faults=faults, left_out={}, **_tokens([made]))
+
+
+def _tokens(made: Iterable[pa.Table]) -> dict[str, int]:
+    """Tokens that endpoints counted, by column."""
+    tables = list(made)
+    return {
+        name: sum(pc.sum(table[name]).as_py() or 0 for table in tables) for name in ("input_tokens", "output_tokens")
+    }
 
 
 def unique_captions(captions: Sequence[dict[str, str]]) -> list[dict[str, str]]:

@@ -1,9 +1,7 @@
 """The dataset card: what a person reads who finds a snapshot."""
 
-import pyarrow as pa
-import pyarrow.compute as pc
+from collections.abc import Mapping
 
-from pipelines.data.reasons import reason_classes
 from pipelines.data.snapshot.read import Manifest
 
 _COLUMNS = """\
@@ -20,8 +18,8 @@ _COLUMNS = """\
 """
 
 
-def dataset_card(manifest: Manifest, ledger: pa.Table) -> str:
-    """The README.md of a snapshot."""
+def dataset_card(manifest: Manifest, reasons: Mapping[str, int]) -> str:
+    """The README.md of a snapshot, given the ledger's rows that were not kept by "status: class of reason"."""
     tokenizer = manifest.tokenizer
     cells = "x".join(map(str, tokenizer.compression))
     lines = [
@@ -40,15 +38,15 @@ def dataset_card(manifest: Manifest, ledger: pa.Table) -> str:
         lines.append(f"| {b.split} | {b.t} x {b.h} x {b.w} | {b.rows} | {b.tokens} | {len(b.shards)} | {size} |")
     lines += ["", "Captions by: " + (", ".join(manifest.captioners) or "nobody") + ".", "", "## Yield", ""]
     lines += ["| status | reason | rows |", "|---|---|---:|"]
-    kept = pc.equal(ledger["status"], "kept")
-    told = pa.table([ledger["status"], pc.if_else(kept, "", reason_classes(ledger["reason"]))], ["status", "reason"])
-    counts = told.group_by(["status", "reason"]).aggregate([([], "count_all")])
-    for row in counts.sort_by([("status", "ascending"), ("reason", "ascending")]).to_pylist():
-        lines.append(f"| {row['status']} | {row['reason']} | {row['count_all']} |")
+    kept = manifest.ledger.counts.get("kept")
+    counted = {**reasons, **({"kept: ": kept} if kept else {})}
+    for told, count in sorted(counted.items()):
+        status, _, reason = told.partition(": ")
+        lines.append(f"| {status} | {reason} | {count} |")
     lines += [
         "",
-        "`ledger.parquet` has one row per clip, and one per source that yields none, with every score, the decision "
-        "and its reason.",
+        "`ledger/*.parquet`, sorted by key, has one row per clip, and one per source that yields none, with every "
+        "score, the decision and its reason.",
         "",
         "## Rows",
         "",

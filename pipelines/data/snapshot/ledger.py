@@ -1,15 +1,28 @@
-"""The ledger: one row per clip, and one per source that yields none, with what became of it and why."""
+"""The ledger: one row per clip, and one per source that yields none, with what became of it and why.
 
-from collections.abc import Mapping, Sequence
+It is written in parts, each of the keys between two prefixes, so that parts can be made apart from each other.
+"""
+
+import hashlib
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pipelines import storage
 from pipelines.data.keys import ledger_file_key
 from pipelines.data.reasons import REMOVED, exact_duplicate, reason_classes
+from pipelines.data.snapshot.read import LedgerPart
 from pipelines.data.snapshot.schemas import LEDGER, STAGES, STATUSES
+from pipelines.data.stage.columns import parquet_bytes
+
+_PART_ROWS = 1 << 16  # of a part, at most on the average
+_PREFIX_DIGITS = 4  # of keys, which begin with the hexadecimal digits of a hash, that decide in which part they are
+LEDGER_ROW_GROUP_ROWS = 1 << 16
 
 
 class Verdicts:
@@ -122,9 +135,53 @@ def paths_of(source_ids: pa.ChunkedArray, first: pa.Table) -> pa.ChunkedArray:
     return first["path"].take(pc.index_in(source_ids, first["source_id"].combine_chunks()))
 
 
-def count_reasons(ledger: pa.Table) -> dict[str, int]:
-    """Rows that were not kept by "status: class of reason", most frequent first."""
-    left = ledger.filter(pc.not_equal(ledger["status"], "kept"))
-    what = pc.binary_join_element_wise(left["status"], reason_classes(left["reason"]), ": ")
-    counts = {count["values"]: count["counts"] for count in pc.value_counts(what).to_pylist()}
+def count_reasons(pieces: Iterable[pa.Table]) -> dict[str, int]:
+    """Rows of a ledger that were not kept by "status: class of reason", most frequent first."""
+    counts: Counter[str] = Counter()
+    for piece in pieces:
+        left = piece.filter(pc.not_equal(piece["status"], "kept"))
+        what = pc.binary_join_element_wise(left["status"], reason_classes(left["reason"]), ": ")
+        counts.update({count["values"]: count["counts"] for count in pc.value_counts(what).to_pylist()})
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def count_statuses(pieces: Iterable[pa.Table]) -> dict[str, int]:
+    """Rows of a ledger by status, every status named."""
+    counts: Counter[str] = Counter()
+    for piece in pieces:
+        counts.update({count["values"]: count["counts"] for count in pc.value_counts(piece["status"]).to_pylist()})
+    return {status: counts[status] for status in STATUSES}
+
+
+def partition_keys(keys: pa.ChunkedArray) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Deal keys to parts by their first digits: the number of each part that has some, and their places, sorted by key.
+
+    Which part a key is in depends on how many keys there are, on nothing else.
+    """
+    count = 1
+    while count * _PART_ROWS < len(keys) and count < 16**_PREFIX_DIGITS:
+        count *= 2
+    bounds = (f"{number * 16**_PREFIX_DIGITS // count:0{_PREFIX_DIGITS}x}" for number in range(1, count))
+    order = pc.sort_indices(keys).to_numpy().astype(np.int64)
+    firsts = [bisect_left(order, bound, key=lambda place: keys[int(place)].as_py()) for bound in bounds]
+    for number, places in enumerate(np.split(order, firsts)):
+        if len(places):
+            yield number, places
+
+
+def ledger_path(number: int) -> str:
+    """Where a part of a ledger is, relative to its snapshot."""
+    return f"ledger/part-{number:05d}.parquet"
+
+
+def write_ledger_part(uri: str, number: int, rows: pa.Table) -> LedgerPart:
+    """Write a part, sorted already, of the ledger of a snapshot, whole or not at all."""
+    path, data = ledger_path(number), parquet_bytes(rows, row_group_rows=LEDGER_ROW_GROUP_ROWS)
+    storage.write_bytes_atomic(storage.join(uri, path), data)
+    return LedgerPart(path, rows.num_rows, hashlib.sha256(data).hexdigest())
+
+
+def look_at_part(uri: str, number: int, rows: int) -> LedgerPart:
+    """What a manifest says of a part that is there."""
+    path = ledger_path(number)
+    return LedgerPart(path, rows, storage.sha256_file(storage.join(uri, path)))

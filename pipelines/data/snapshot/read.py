@@ -6,7 +6,7 @@ written last.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lumos.config import TokenizerInfo as TokenizerInfo  # part of the manifest
 from pipelines import storage
-from pipelines.data.snapshot.schemas import SCHEMA_VERSION
+from pipelines.data.snapshot.schemas import LEDGER, SCHEMA_VERSION
 from pipelines.errors import UserError
 
 SNAPSHOTS = "snapshots"
@@ -88,13 +88,21 @@ class SplitTotal:
 
 
 @dataclass(frozen=True)
-class LedgerInfo:
-    """The snapshot's ledger file and its rows by status."""
+class LedgerPart:
+    """One Parquet file of a ledger, its rows sorted by key; all of them come after those of the part before."""
 
-    path: str
+    path: str  # relative to the snapshot
     rows: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class LedgerInfo:
+    """The files of a snapshot's ledger, and its rows by status."""
+
+    rows: int
     counts: dict[str, int]
+    parts: tuple[LedgerPart, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +150,23 @@ class Snapshot:
 
     def read_ledger(self, columns: list[str] | None = None) -> pa.Table:
         """The ledger, sorted by key, all columns or some."""
-        return self._read(self.manifest.ledger.path, columns)
+        schema = LEDGER if columns is None else pa.schema([LEDGER.field(name) for name in columns])
+        return pa.concat_tables(list(self.ledger_pieces(columns)) or [schema.empty_table()])
+
+    def ledger_pieces(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """The same, a part at a time.
+
+        Raises:
+            UserError: if a part is gone, is damaged, or has other rows than its manifest counts.
+        """
+        for part in self.manifest.ledger.parts:
+            table = self._read(part.path, columns)
+            if table.num_rows != part.rows:
+                raise UserError(
+                    f"{storage.join(self.uri, part.path)} has {table.num_rows} rows, its manifest says {part.rows}: "
+                    "the file was changed; copy it back, or publish the dataset again"
+                )
+            yield table
 
     def _read(self, path: str, columns: list[str] | None) -> pa.Table:
         uri = storage.join(self.uri, path)
@@ -178,6 +202,9 @@ def open_snapshot(uri: str, *, expected_tokenizer: TokenizerIdentity | None = No
                 f"snapshot {found} has schema version {version}, newer than {SCHEMA_VERSION}, the newest this lumos "
                 "reads: update lumos, or publish the dataset with this one"
             )
+        if version == 1 and "ledger" in value:
+            ledger = value["ledger"]
+            ledger["parts"] = [{name: ledger.pop(name) for name in ("path", "sha256")} | {"rows": ledger["rows"]}]
         manifest = _MANIFEST.validate_python(value)  # keys that this version does not know are left aside
     except (ValueError, KeyError, TypeError) as error:
         problem = repr(error)

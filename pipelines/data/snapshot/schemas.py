@@ -4,7 +4,7 @@ import pyarrow as pa
 
 from pipelines.data.scores import SCORES
 
-SCHEMA_VERSION = 1  # of published snapshots
+SCHEMA_VERSION = 2  # of published snapshots; the ledger of version 1 is a single file
 
 # The stages whose configuration a ledger row names.
 STAGES = ("split", "features", "captions", "tokens")

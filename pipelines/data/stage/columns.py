@@ -1,5 +1,6 @@
-"""Columns of Arrow tables: taken, sorted and walked through in pieces, and written as Parquet."""
+"""Columns of Arrow tables: taken, sorted, hashed and walked through in pieces, and written as Parquet."""
 
+import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
@@ -59,3 +60,32 @@ def parquet_bytes(table: pa.Table, *, row_group_rows: int, **layout: Any) -> byt
     options = {"compression": "zstd", "compression_level": 3, "version": "2.6", "data_page_version": "1.0"}
     pq.write_table(table.combine_chunks(), sink, row_group_size=row_group_rows, **options, **layout)
     return sink.getvalue()
+
+
+def digest_rows(table: pa.Table) -> str:
+    """Hex SHA-256 of the values in a table's columns, in their order, however they lie in memory."""
+    digest = hashlib.sha256()
+    for field, column in zip(table.schema, table.columns, strict=True):
+        digest.update(f"{field.name}: {field.type}, {len(column)}\n".encode())
+        for data in _plain_buffers(pa.concat_arrays([*column.chunks, pa.array([], column.type)])):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _plain_buffers(array: pa.Array) -> Iterator[Any]:
+    """Which values are there, and the values: of what may be null, zero stands where it is."""
+    yield np.packbits(array.is_valid().to_numpy(zero_copy_only=False))
+    if pa.types.is_struct(array.type):
+        for child in array.flatten():
+            yield from _plain_buffers(child)
+    elif pa.types.is_list(array.type):
+        yield pc.fill_null(pc.list_value_length(array), 0).to_numpy()
+        yield from _plain_buffers(array.flatten())
+    elif pa.types.is_string(array.type):
+        filled = pc.fill_null(array, "")
+        yield pc.binary_length(filled).to_numpy()
+        _, offsets, text = filled.buffers()
+        bounds = np.frombuffer(offsets, np.int32, len(filled) + 1, 4 * filled.offset) if len(filled) else (0, 0)
+        yield text[int(bounds[0]) : int(bounds[-1])] if text is not None else b""
+    else:
+        yield np.ascontiguousarray(pc.fill_null(array, 0).to_numpy())

@@ -34,19 +34,27 @@ from pipelines.errors import JobError, UserError
 from pipelines.storage.lock import check_lock
 
 _WAVE_ROWS = 1 << 16  # inputs handed to Ray at a time, which bounds what the driver holds
+_FIRST_PARTS = 64  # of the first wave, which tells how long a part takes
+_BLOCK_SECONDS = 2.0  # of work that Ray hands to a worker at once, if that is several parts: each time costs the driver
 
 
 class StageWorker:
-    """What runs in a Ray worker: computes a batch and commits it."""
+    """What runs in a Ray worker: computes batches of about ``part_rows``, the most by default, and commits each."""
 
-    def __init__(self, stage: Stage, uri: str) -> None:
+    def __init__(self, stage: Stage, uri: str, part_rows: int | None = None) -> None:
         self.stage = stage
         self.uri = uri
+        self.part_rows = part_rows or stage.rows_per_part
         self._function: RowFunction | None = None
         self.lock = threading.Lock()  # Ray may call from several threads
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Compute and commit; returns one row, a ``BatchReport``."""
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Compute and commit; returns a row for each part, a ``BatchReport``."""
+        bounds = pairwise(_part_bounds(self.stage, block, self.part_rows))
+        reports = [asdict(self._commit(block.slice(first, last - first))) for first, last in bounds]
+        return pa.Table.from_pylist(reports)
+
+    def _commit(self, batch: pa.Table) -> BatchReport:
         begin = time.perf_counter()
         inputs = batch.to_pylist()
         keys = [row[WORK_KEY] for row in inputs]
@@ -70,7 +78,7 @@ class StageWorker:
             work=_sum(batch, WORK),
         )
         report.publish(self.stage.name)
-        return pa.table({name: [value] for name, value in asdict(report).items()})
+        return report
 
 
 def _sum(table: pa.Table, column: str) -> float:
@@ -103,10 +111,11 @@ def run_stage(
         JobError: a worker failed, or too many inputs did. What was committed is kept.
     """
     table = StageTable(dataset, stage)
-    pending = anti_join(inputs, table.keys())
+    done, failed = table.done()
+    pending = anti_join(inputs, done)
     before = inputs.num_rows - pending.num_rows
     state = StageProgress(total=inputs.num_rows, before=before, work_total=_sum(pending, WORK))
-    failed_before = table.failures(inputs[WORK_KEY]) if math.isfinite(max_failed) else []
+    failed_before = failed.filter(pc.is_in(failed[WORK_KEY], inputs[WORK_KEY].combine_chunks()))[ERROR].to_pylist()
     if len(failed_before) > max_failed:
         raise TooManyFailuresError(failed_before[0], len(failed_before))
     if log is not None:
@@ -186,21 +195,32 @@ def _part_bounds(stage: Stage, pending: pa.Table, size: int) -> list[int]:
 
 
 def _in_waves(stage: Stage, table: StageTable, pending: pa.Table) -> Iterator[BatchReport]:
-    """Compute; yields what is told of each part as it is committed."""
-    for start in range(0, pending.num_rows, _WAVE_ROWS):
-        yield from _execute(stage, table, pending.slice(start, _WAVE_ROWS))
+    """Compute; yields what is told of each part once it is committed."""
+    start, seconds = 0, math.inf  # that a part takes
+    while start < pending.num_rows:
+        wave = pending.slice(start, _WAVE_ROWS if start else min(_WAVE_ROWS, _FIRST_PARTS * stage.rows_per_part))
+        start += wave.num_rows
+        spent = []
+        for report in _execute(stage, table, wave, parts=max(1, int(_BLOCK_SECONDS / seconds))):
+            spent.append(report.busy_s)
+            yield report
+        seconds = max(1e-3, sum(spent) / max(1, len(spent)))
         pa.default_memory_pool().release_unused()  # it would keep what the wave took
 
 
-def _execute(stage: Stage, table: StageTable, pending: pa.Table) -> Iterator[BatchReport]:
-    """Run one wave."""
+def _execute(stage: Stage, table: StageTable, pending: pa.Table, *, parts: int) -> Iterator[BatchReport]:
+    """Run one wave; a worker is handed so many parts at a time, or fewer where there would be no work for others."""
     resources = stage.resources
     processes = _processes(resources)
     # Enough parts that workers end at about the same time, few enough that commits cost little.
     even = math.ceil(pending.num_rows / (4 * processes))
     size = min(stage.rows_per_part, max(stage.min_rows_per_part, even))
+    bounds = _part_bounds(stage, pending, size)
+    together = min(parts, math.ceil((len(bounds) - 1) / (4 * processes)))
     # `take` copies: a slice would drag the whole table along when it is pickled.
-    blocks = [pending.take(pa.array(np.arange(*bounds))) for bounds in pairwise(_part_bounds(stage, pending, size))]
+    blocks = [
+        pending.take(pa.array(np.arange(*ends))) for ends in pairwise([*bounds[:-1][::together], pending.num_rows])
+    ]
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it tells the plan of every execution, and errors twice
     data: ray.data.Dataset = ray.data.from_arrow(blocks)
     options: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": resources.num_cpus}
@@ -212,11 +232,10 @@ def _execute(stage: Stage, table: StageTable, pending: pa.Table) -> Iterator[Bat
     if stage.stateful:
         most = min(processes, len(blocks))
         pool = ray.data.ActorPoolStrategy(min_size=min(resources.min_workers, most), max_size=most)
-        data = data.map_batches(StageWorker, fn_constructor_args=(stage, table.uri), compute=pool, **options)
+        data = data.map_batches(StageWorker, fn_constructor_args=(stage, table.uri, size), compute=pool, **options)
     else:
-        if resources.max_workers is not None:
-            options["concurrency"] = min(resources.max_workers, len(blocks))
-        data = data.map_batches(lambda batch: StageWorker(stage, table.uri)(batch), **options)
+        options["concurrency"] = min(processes, len(blocks))  # each begins with a second of imports
+        data = data.map_batches(lambda block: StageWorker(stage, table.uri, size)(block), **options)
     data.context.enable_progress_bars = False  # ours count rows, across waves
     data.context.raise_original_map_exception = True
     data.context.execution_no_progress_timeout_s = -1  # one batch may hold hours of film; decoding has its own bounds

@@ -1,6 +1,6 @@
 """All clips of a run, a column each, so that millions fit: what is known of them, and what becomes of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -59,23 +59,20 @@ class Clips:
 
     def plan_shapes(self, config: TokenConfig) -> None:
         """Settle what of each kept clip is to be encoded; reject those that are too short."""
-        for index in self.verdicts.kept.tolist():
-            scores = {name: float(self.scores[name][index]) for name in ("aspect", "duration", "image")}
-            shape = plan_shape(scores, config)
-            if shape is None:
-                needed = min((count for count in config.num_frames if count > 1), default=5)
-                have = 1 if scores["image"] else int(scores["duration"] * config.fps + 0.01)
-                self.verdicts.set(index, "rejected", too_few_frames(have, needed, config.fps))
-            else:
-                self.shapes[index] = (shape.num_frames, shape.width, shape.height)
-
-    def fingerprints(self, split: StageTable, keys: pa.ChunkedArray) -> Iterator[tuple[NDArray[np.int64], list[bytes]]]:
-        """Fingerprints of some clips in pieces: their places among ``keys``, and what the split stage holds."""
-        wanted = keys.combine_chunks()
-        for _, rows in split.pieces(["key", "fingerprint"], pc.unique(self.table["work_key"])):
-            places = pc.fill_null(pc.index_in(rows["key"], wanted), -1).to_numpy().astype(np.int64)
-            chosen = places >= 0
-            yield places[chosen], rows["fingerprint"].filter(pa.array(chosen)).to_pylist()
+        kept = self.verdicts.kept
+        have = np.floor(self.scores["duration"][kept] * config.fps + 0.01)  # spans are rounded to milliseconds
+        image = self.scores["image"][kept]
+        columns = [self.scores["aspect"][kept], np.where(image > 0, 1, have), image]
+        kinds, kind_of = np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)
+        needed = min((count for count in config.num_frames if count > 1), default=5)
+        for number, (aspect, count, is_image) in enumerate(kinds.tolist()):
+            members = kept[kind_of == number]
+            shape = plan_shape({"aspect": aspect, "duration": count / config.fps, "image": is_image}, config)
+            if shape is not None:
+                self.shapes[members] = (shape.num_frames, shape.width, shape.height)
+                continue
+            for index in members.tolist():
+                self.verdicts.set(index, "rejected", too_few_frames(int(count), needed, config.fps))
 
     def score_column(self) -> pa.StructArray:
         """As the ledger's column."""

@@ -4,16 +4,22 @@ A clip's fingerprint is a thumbnail of every half second. Two clips are near-dup
 match a stretch of the other's: the mean cosine of thumbnails in step, at the best offset, reaches the threshold. So a
 shot that two files begin at different moments is found too, and one that runs backwards is not.
 
+Likeness makes chains: two clips may each be like a third, and not like each other. So of a group that is linked, the
+best copy is kept, and every further one that is like none of those kept before it.
+
 Pairs worth comparing have some frame of like signature, the signs of 256 random projections: frames are sorted by
-signature eight times, each time by other bits first, and compared with those they come to lie beside. What is held of
-each frame is its signature; the thumbnails themselves are read again for the few clips that have a like. The
-projections are seeded and the result does not depend on the order of the clips.
+signature eight times, each time by other bits first, and compared with those they come to lie beside. Ray's workers
+make the signatures and keep them; each sorts those that begin with some bits, and pairs come back. The thumbnails
+themselves are read again for the few clips that have a like. The projections are seeded and the result does not depend
+on the order of the clips, or on how they are dealt to workers.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +29,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from pipelines.data.reasons import near_duplicate
+from pipelines.data.stage.columns import take
+from pipelines.data.stage.tasks import fetch, is_worth_tasks, run_tasks, start_tasks
+from pipelines.data.stage.values import StoredValues, ValueGroup
 from pipelines.data.steps.run import Run, Step
 from pipelines.data.video.fingerprint import DIMENSIONS
 
@@ -33,12 +42,17 @@ _BITS = 32 * _WORDS
 _NEIGHBOURS = 16  # that each frame is compared with, as very many may be alike
 _SPREAD = 6.0  # standard deviations by which signatures of frames as like as the threshold asks may differ further
 _BLOCK = 1 << 11  # clips whose frames are projected at a time
+_TASK_FRAMES = 1 << 20  # that a task sorts, about
+_CLIP_BYTES = 8 * DIMENSIONS  # of the fingerprint of a clip, roughly
 _CACHED = 1 << 14  # fingerprints that are kept unpacked
 _PAIRS = 1 << 14  # of clips that are compared before groups are formed anew
+_KEPT_COMPARED = 64  # copies kept of a group, the best, that each clip of it is compared with
 
 Print = NDArray[np.float32]  # [frames, DIMENSIONS], rows of unit length, or zero where flat
-# Told in pieces: places of clips, and their stored fingerprints.
-Fingerprints = Iterable[tuple[NDArray[np.int64], Sequence[bytes]]]
+# Of clips at some places, an ascending number for each, the lowest that of the best copy.
+Preference = Callable[[NDArray[np.int64]], NDArray[np.int64]]
+# Given places of clips, their stored fingerprints in groups, which number the places given.
+Fingerprints = Callable[[NDArray[np.int64]], Iterable[ValueGroup]]
 
 
 @dataclass(frozen=True)
@@ -75,25 +89,29 @@ def similarity(first: Print, second: Print) -> float:
 
 
 def find_near_duplicates(
-    keys: pa.Array | pa.ChunkedArray, read: Callable[[], Fingerprints], threshold: float
+    keys: pa.Array | pa.ChunkedArray,
+    fingerprints: Fingerprints,
+    threshold: float,
+    prefer: Preference | None = None,
 ) -> dict[int, NearDuplicate]:
     """By index, the clips that need not be kept, and what they are near-duplicates of.
 
-    Of every group of clips linked by similarity, all but the one with the lowest key. ``read`` is called twice and
-    tells the fingerprint of each place in ``keys`` once; from ``threshold`` (a cosine) on two are near-duplicates.
+    Args:
+        keys: Of the clips.
+        fingerprints: Where those of places in ``keys`` are.
+        threshold: A cosine; from there on two are near-duplicates.
+        prefer: Which copies are better; of equals, and without it, that with the lowest key is.
     """
     order = pc.sort_indices(keys).to_numpy().astype(np.int64)
     # From here on clips are numbered among those with a like, in the order of their keys.
-    signatures = _signatures(np.argsort(order), read())
-    ranks, pairs = np.unique(_candidates(*signatures, threshold), return_inverse=True)
+    rank, every = np.argsort(order), fingerprints(np.arange(len(order)))
+    remote = is_worth_tasks(len(order) * _CLIP_BYTES)
+    signed = list(start_tasks(sign, ((group.read, rank[group.rows]) for group in every), remote=remote, num_returns=3))
+    ranks, pairs = np.unique(_candidates(signed, threshold, remote=remote), return_inverse=True)
     places = order[ranks]
-    wanted = dict(zip(places.tolist(), range(len(places)), strict=True))
-    packed = {
-        wanted[place]: data
-        for some, prints in read()
-        for place, data in zip(some.tolist(), prints, strict=True)
-        if place in wanted
-    }
+    packed: dict[int, bytes] = {}
+    for group in fingerprints(places):
+        packed |= zip(group.rows.tolist(), group.read().to_pylist(), strict=True)
 
     @lru_cache(_CACHED)
     def print_of(clip: int) -> Print:
@@ -106,57 +124,114 @@ def find_near_duplicates(
         alike = [similarity(print_of(first), print_of(second)) >= threshold for first, second in some.tolist()]
         links = np.concatenate([links, some[np.array(alike, bool)]])
         lowest = _lowest_linked(links, len(places))
-    return {
-        int(places[clip]): NearDuplicate(int(places[kept]), similarity(print_of(clip), print_of(kept)))
-        for clip, kept in enumerate(lowest.tolist())
-        if kept != clip
-    }
+    preference = np.zeros(len(places), np.int64) if prefer is None else prefer(places)
+    found = _choose_kept(lowest, links, preference, threshold, lambda *pair: similarity(*map(print_of, pair)))
+    return {int(places[clip]): NearDuplicate(int(places[kept]), cosine) for clip, (kept, cosine) in found.items()}
 
 
-def _signatures(rank: NDArray[np.int64], fingerprints: Fingerprints) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """Of every frame that shows something, in the order of ranks: its signature [frames, words], its clip's rank."""
+def _choose_kept(
+    groups: NDArray[np.int64],
+    links: NDArray[np.int64],
+    preference: NDArray[np.int64],
+    threshold: float,
+    compare: Callable[[int, int], float],
+) -> dict[int, tuple[int, float]]:
+    """Of clips that are linked in groups, those not kept: the copy kept in place of each, and the cosine of the two.
+
+    Args:
+        groups: Number of each clip's group.
+        links: Pairs of clips that are known to be alike.
+        preference: The lower the number, the better the copy; of equals the first is.
+        threshold: From which cosine on two are alike.
+        compare: The cosine of two clips.
+    """
+    alike: dict[int, set[int]] = defaultdict(set)
+    for one, other in links.tolist():
+        alike[one].add(other)
+        alike[other].add(one)
+    order = np.lexsort((preference, groups))
+    _, sizes = np.unique(groups, return_counts=True)
+    found: dict[int, tuple[int, float]] = {}
+    for members in np.split(order, np.cumsum(sizes)[:-1]):
+        kept: list[int] = []
+        for clip in members.tolist():
+            best = kept[:_KEPT_COMPARED]
+            tried = [*best, *sorted(alike[clip].intersection(kept).difference(best))] if kept else []
+            cosines = ((copy, compare(clip, copy)) for copy in tried)
+            like = next(((copy, cosine) for copy, cosine in cosines if cosine >= threshold), None)
+            if like is None:
+                kept.append(clip)
+            else:
+                found[clip] = like
+    return found
+
+
+def sign(
+    read: Callable[[], pa.ChunkedArray], ranks: NDArray[np.int64]
+) -> tuple[NDArray[np.uint32], NDArray[np.int64], int]:
+    """Of every frame of some clips that shows something: signature [words, frames], rank of the clip; how many."""
     # Whole numbers below 2^24, so that sums are exact in any order: how clips are grouped must not change a sign.
     planes = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), (DIMENSIONS, _BITS))
-    words, owners = [np.zeros((0, _WORDS), np.uint32)], [np.zeros(0, np.int64)]
-    for places, packed in fingerprints:
-        for start in range(0, len(packed), _BLOCK):
-            some = packed[start : start + _BLOCK]
-            lively = unpack_fingerprint(b"".join(some)).any(axis=1)
-            pixels = np.frombuffer(b"".join(some), np.uint8).reshape(-1, DIMENSIONS)[lively].astype(np.float32)
-            centred = DIMENSIONS * pixels - pixels.sum(axis=1, keepdims=True)
-            words.append(np.packbits(centred @ planes > 0, axis=1, bitorder="little").view(np.uint32))
-            lengths = [len(data) // DIMENSIONS for data in some]
-            owners.append(np.repeat(rank[places[start : start + _BLOCK]], lengths)[lively])
+    words, owners = [np.zeros((_WORDS, 0), np.uint32)], [np.zeros(0, np.int64)]
+    first = 0
+    for batch in (chunk.slice(at, _BLOCK) for chunk in read().chunks for at in range(0, len(chunk), _BLOCK)):
+        own = ranks[first : first + len(batch)]
+        first += len(batch)
+        pixels = np.frombuffer(b"".join(batch.to_pylist()), np.uint8).reshape(-1, DIMENSIONS).astype(np.float32)
+        sums = pixels.sum(axis=1, keepdims=True)
+        spread = DIMENSIONS * np.einsum("ij,ij->i", pixels, pixels).astype(np.float64) - sums[:, 0].astype(float) ** 2
+        lively = spread > (FLAT * DIMENSIONS) ** 2
+        signs = (DIMENSIONS * pixels[lively] - sums[lively]) @ planes > 0
+        words.append(np.packbits(signs, axis=1, bitorder="little").view(np.uint32).T)
+        lengths = pc.binary_length(batch).to_numpy() // DIMENSIONS
+        owners.append(np.repeat(own, lengths)[lively])
     every = np.concatenate(owners)
-    by_rank = np.argsort(every, kind="stable")
-    return np.concatenate(words)[by_rank], every[by_rank]
+    return np.ascontiguousarray(np.concatenate(words, axis=1)), every, len(every)
 
 
-def _candidates(words: NDArray[np.uint32], owners: NDArray[np.int64], threshold: float) -> NDArray[np.int64]:
-    """Pairs of clips, [n, 2], the lower first, sorted, that have frames of like signatures."""
-    count = len(owners)
-    clips = int(owners.max(initial=0)) + 1
+def _candidates(signed: Sequence[Sequence[Any]], threshold: float, *, remote: bool) -> NDArray[np.int64]:
+    """Pairs of clips, [n, 2], the lower rank first, sorted, that have frames of like signatures."""
+    count = sum(fetch(size) if remote else size for _, _, size in signed)
     prefix = int(np.clip(np.log2(count + 1), 8, 24))  # bits that must agree
+    bits = int(np.clip(np.ceil(np.log2((count + 1) / _TASK_FRAMES)), 0, 8))  # that say which task has a frame
+    signatures = [part for words, owners, _ in signed for part in (words, owners)]
+    calls = ((word, part, bits, prefix, threshold, *signatures) for word in range(_WORDS) for part in range(1 << bits))
+    pairs = np.zeros((0, 2), np.int64)
+    for found in run_tasks(find_pairs, calls, remote=remote):
+        pairs = np.unique(np.concatenate([pairs, found]), axis=0)
+    return pairs
+
+
+def find_pairs(
+    word: int, part: int, bits: int, prefix: int, threshold: float, *signatures: NDArray[Any]
+) -> NDArray[np.int64]:
+    """Pairs of clips, [n, 2], the lower rank first, of which frames lie beside each other and are alike.
+
+    Frames are sorted by their signature from the word of that number on; those whose first ``bits`` are ``part`` count.
+    ``signatures`` are words and owners of all frames, in turns. Only frames are compared whose first ``prefix`` bits,
+    no fewer than ``bits``, agree.
+    """
+    mine = [np.flatnonzero(words[word] >> (32 - bits) == part) if bits else slice(None) for words in signatures[::2]]
+    empty = np.zeros((_WORDS, 0), np.uint32), np.zeros(0, np.int64)
+    words = np.concatenate([empty[0], *(each[:, own] for each, own in zip(signatures[::2], mine, strict=True))], axis=1)
+    owners = np.concatenate([empty[1], *(each[own] for each, own in zip(signatures[1::2], mine, strict=True))])
     flips = math.acos(min(max(threshold, -1.0), 1.0)) / math.pi  # share of signs that frames so like differ in
     most = _BITS * flips + _SPREAD * math.sqrt(_BITS * flips * (1 - flips)) + 1
-    pairs = np.zeros(0, np.int64)
-    for word in range(_WORDS):
-        found = [pairs]
-        code = words[:, word].astype(np.uint64) << np.uint64(32) | words[:, (word + 1) % _WORDS]
-        ordered = np.argsort(code, kind="stable")
-        code = code[ordered]
-        new = np.ones(len(ordered), bool)  # of a clip's equal frames in a row, one
-        new[1:] = (np.diff(owners[ordered]) != 0) | (np.diff(code) != 0)
-        ordered, code = ordered[new], code[new] >> np.uint64(64 - prefix)
-        for step in range(1, min(len(ordered), _NEIGHBOURS + 1)):
-            near = np.flatnonzero(code[:-step] == code[step:])
-            one, other = ordered[near], ordered[near + step]
-            differing = np.bitwise_count(words[one] ^ words[other]).sum(axis=1)
-            chosen = (differing <= most) & (owners[one] != owners[other])
-            low, high = np.sort([owners[one[chosen]], owners[other[chosen]]], axis=0)
-            found.append(np.unique(low * clips + high))
-        pairs = np.unique(np.concatenate(found))
-    return np.stack(np.divmod(pairs, clips), axis=1)
+    code = words[word].astype(np.uint64) << np.uint64(32) | words[(word + 1) % _WORDS]
+    ordered = np.lexsort((owners, code))
+    code = code[ordered]
+    new = np.ones(len(ordered), bool)  # of a clip's equal frames in a row, one
+    new[1:] = (np.diff(owners[ordered]) != 0) | (np.diff(code) != 0)
+    ordered, code = ordered[new], code[new] >> np.uint64(64 - prefix)
+    found = [np.zeros((0, 2), np.int64)]
+    for step in range(1, min(len(ordered), _NEIGHBOURS + 1)):
+        near = np.flatnonzero(code[:-step] == code[step:])
+        one, other = ordered[near], ordered[near + step]
+        differing = np.bitwise_count(words[:, one] ^ words[:, other]).sum(axis=0)
+        chosen = (differing <= most) & (owners[one] != owners[other])
+        if chosen.any():
+            found.append(np.sort(np.stack([owners[one[chosen]], owners[other[chosen]]], axis=1), axis=1))
+    return np.unique(np.concatenate(found), axis=0)
 
 
 def linked_groups(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -174,8 +249,22 @@ def _lowest_linked(links: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     return np.asarray(first[groups])
 
 
+def _fingerprints(clips: pa.Table, places: NDArray[np.int64]) -> Iterator[ValueGroup]:
+    some = take(clips.select(["key", "split_part"]), places)
+    stored = StoredValues(files=some["split_part"], keys=some["key"], key_column="key", column="fingerprint")
+    return stored.groups(np.full(len(places), _CLIP_BYTES))
+
+
 class NearDuplicates(Step):
-    """Marks clips that show what another one shows, found across the whole set."""
+    """Marks clips that show what another one shows, found across the whole set.
+
+    Kept is a clip with a caption before one without, then the larger picture, then the longer clip, then the lowest
+    key.
+    """
+
+    def __init__(self, captioned: Callable[[Run, Sequence[str]], set[str]]) -> None:
+        """``captioned`` tells which of some files, by URI, have a caption."""
+        self.captioned = captioned
 
     def apply(self, run: Run) -> None:
         """Decide, and group the sources that are linked so, whose split is drawn together."""
@@ -184,12 +273,20 @@ class NearDuplicates(Step):
             return
         kept = clips.verdicts.kept
         rows = clips.of(kept)
-        found = find_near_duplicates(
-            rows["key"], partial(clips.fingerprints, run.table("split"), rows["key"]), threshold
-        )
+        fingerprints = partial(_fingerprints, rows)
+        found = find_near_duplicates(rows["key"], fingerprints, threshold, partial(self._prefer, run, rows))
         pairs = []
         for place, duplicate in found.items():
             original = rows["key"][duplicate.of].as_py()
             clips.verdicts.set(int(kept[place]), "duplicate", near_duplicate(original, duplicate.cosine))
             pairs.append((rows["work_key"][place].as_py(), rows["work_key"][duplicate.of].as_py()))
         run.groups = linked_groups(pairs)
+
+    def _prefer(self, run: Run, rows: pa.Table, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        some = take(rows, places)
+        captioned = self.captioned(run, pc.unique(some["uri"]).to_pylist())
+        areas = [width * height for _, _, width, height in some["picture"].to_pylist()]
+        seconds = pc.round(pc.subtract(some["end_s"], some["start_s"]), 3).to_numpy()
+        lacking = np.array([uri not in captioned for uri in some["uri"].to_pylist()])
+        order = np.lexsort((-seconds, -np.array(areas, np.int64), lacking))
+        return np.argsort(order)

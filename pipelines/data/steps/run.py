@@ -68,7 +68,7 @@ class Run:
     # Of each source that has one, its duplicate group, by which its split is drawn.
     groups: dict[str, str] = field(init=False, default_factory=dict)
     captions: Captions = field(init=False)  # of the clips that got so far
-    # What the token stage made of the kept clips, without codes; ``clip`` numbers them.
+    # What the token stage made of the kept clips, without codes, which are in ``file``; ``clip`` numbers the clips.
     tokens: pa.Table = field(init=False)
 
     def table(self, name: str) -> StageTable:
@@ -143,15 +143,20 @@ def check_device(key: str, device: str) -> None:
         )
 
 
-def read_in_order(table: StageTable, columns: Sequence[str], keys: pa.ChunkedArray) -> pa.Table:
+def read_in_order(
+    table: StageTable, columns: Sequence[str], keys: pa.ChunkedArray, *, parts: Sequence[str] | None = None
+) -> pa.Table:
     """Some columns of a stage that makes one row of each input, in the order of the inputs' keys, each told once.
+
+    ``parts`` are the table's files, for who goes by ``PART``.
 
     Raises:
         JobError: the table lacks a key.
     """
-    found = [(places, rows.select([WORK_KEY, *columns])) for places, rows in table.pieces(columns, keys)]
+    pieces = table.pieces(columns, keys, parts=parts)
+    found = [(places, rows.select([WORK_KEY, *columns])) for places, rows in pieces]
     every = np.concatenate([places for places, _ in found] or [np.zeros(0, np.int64)])
     _, first = np.unique(every, return_index=True)  # ascending; a key may have several rows, where it was given twice
-    schema = pa.schema([table.schema.field(name) for name in (WORK_KEY, *columns)])
+    schema = table.readable.empty_table().select([WORK_KEY, *columns]).schema
     rows = pa.concat_tables([schema.empty_table(), *(rows for _, rows in found)])
     return take(rows, first)

@@ -20,6 +20,7 @@ from pipelines.data.settings import DecodeConfig
 from pipelines.data.snapshot.read import TokenizerInfo
 from pipelines.data.stage.columns import iterate
 from pipelines.data.stage.stage import Row, Stage
+from pipelines.data.stage.table import PART
 from pipelines.data.steps.run import Check, Run, Step, check_device, read_in_order
 from pipelines.data.video.frames import CLIP_INPUTS, ClipReader, Wanted, clip_inputs
 from pipelines.decoding.errors import VideoError
@@ -163,10 +164,13 @@ class Tokenize(Step):
         """Encode what is new; of codes, only their hashes are read."""
         clips, kept = run.clips, run.clips.verdicts.kept
         inputs = token_inputs(clips.of(kept), clips.shapes[kept], run.config.tokens.decode_back_share)
-        columns = ["fps", "t", "h", "w", "codes_sha256", "psnr", "error"]
-        made = read_in_order(run.compute("tokens", inputs), columns, inputs["work_key"])
+        columns = ["fps", "t", "h", "w", "codes_sha256", "psnr", "error", PART]
+        table = run.compute("tokens", inputs)
+        parts = table.parts()
+        made = read_in_order(table, columns, inputs["work_key"], parts=parts)
         clips.verdicts.mark("tokens", kept)
         clips.scores["psnr"][kept] = made["psnr"].to_numpy()
         for place in np.flatnonzero(made["error"].is_valid().to_numpy()).tolist():
             clips.verdicts.set(int(kept[place]), "failed", made["error"][place].as_py())
-        run.tokens = made.append_column("clip", pa.array(kept))
+        files = pa.DictionaryArray.from_arrays(made[PART].combine_chunks(), pa.array(parts, pa.string()))
+        run.tokens = made.drop_columns([PART]).append_column("file", files).append_column("clip", pa.array(kept))

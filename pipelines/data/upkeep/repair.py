@@ -22,9 +22,10 @@ from pipelines.data.keys import source_of
 from pipelines.data.reasons import parse_duplicate
 from pipelines.data.settings import CaptionConfig
 from pipelines.data.snapshot.card import dataset_card
+from pipelines.data.snapshot.ledger import count_reasons
 from pipelines.data.snapshot.read import Bucket, Snapshot, open_snapshots
-from pipelines.data.snapshot.schemas import LEDGER
-from pipelines.data.snapshot.write import PUBLISHED_CLIPS, deal_shards, draw_split, shard_bytes
+from pipelines.data.snapshot.shards import PUBLISHED_CLIPS, deal_shards, shard_bytes
+from pipelines.data.snapshot.write import draw_split
 from pipelines.data.stage.stage import Row
 from pipelines.data.stage.table import STAGES, table_parts
 from pipelines.data.steps.duplicates import linked_groups
@@ -97,14 +98,18 @@ def _intact(snapshot: Snapshot, path: str, sha256: str) -> bytes | None:
 
 def _repair_snapshot(dataset: str, snapshot: Snapshot, done: Repair) -> None:
     name, manifest = snapshot.manifest.snapshot_id, snapshot.manifest
-    ledger_data = _intact(snapshot, manifest.ledger.path, manifest.ledger.sha256)
-    if ledger_data is None:
-        done.beyond[f"{name}/{manifest.ledger.path}"] = "give the `lumos curate` that made it again, or delete it"
+    found_parts = {part.path: _intact(snapshot, part.path, part.sha256) for part in manifest.ledger.parts}
+    lost = [path for path, part_data in found_parts.items() if part_data is None]
+    if lost:
+        for path in lost:
+            done.beyond[f"{name}/{path}"] = "give the `lumos curate` that made it again, or delete the snapshot"
         return
-    ledger = pq.read_table(pa.BufferReader(ledger_data), schema=LEDGER)
+    ledger = snapshot.read_ledger()
     if not storage.exists(storage.join(snapshot.uri, "README.md")):
         check_lock(dataset)
-        storage.write_bytes_atomic(storage.join(snapshot.uri, "README.md"), dataset_card(manifest, ledger).encode())
+        storage.write_bytes_atomic(
+            storage.join(snapshot.uri, "README.md"), dataset_card(manifest, count_reasons([ledger])).encode()
+        )
         done.restored.append(f"{name}/README.md")
     damaged: list[tuple[Bucket, int]] = []
     found: dict[str, list[str]] = {}  # clips of the intact shards, by path

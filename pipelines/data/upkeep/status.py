@@ -76,7 +76,7 @@ def dataset_status(dataset: str) -> DatasetStatus:
     return DatasetStatus(
         snapshots=tuple(ids),
         counts=snapshots[-1].manifest.ledger.counts if snapshots else {},
-        reasons=count_reasons(snapshots[-1].read_ledger(["status", "reason"])) if snapshots else {},
+        reasons=count_reasons(snapshots[-1].ledger_pieces(["status", "reason"])) if snapshots else {},
         tables=tuple(_table_status(dataset, stage, name, used.get(f"{stage}/{name}", [])) for stage, name in tables),
         run=last_run(dataset),
     )
@@ -179,8 +179,8 @@ def _drop_removed(
     """
     gone = set(read_removed(dataset))
     for snapshot in snapshots if gone else ():
-        ledger = snapshot.read_ledger(["source_id", "status"])
-        gone -= set(ledger.filter(pc.equal(ledger["status"], "kept"))["source_id"].to_pylist())
+        for piece in snapshot.ledger_pieces(["source_id", "status"]):
+            gone -= set(pc.unique(piece.filter(pc.equal(piece["status"], "kept"))["source_id"]).to_pylist())
     told = []
     for stage, name in tables if gone else ():
         if stage in _NOT_OF_SOURCES:

@@ -18,9 +18,9 @@ from lumos.compression import CELL, num_source_frames
 from lumos.tokenizers import TokenizerConfig, VideoTokenizer
 from pipelines import storage
 from pipelines.data.reasons import reason_of
+from pipelines.data.snapshot.ledger import count_statuses
 from pipelines.data.snapshot.read import Bucket, Shard, Snapshot
 from pipelines.data.snapshot.schemas import LATER_COLUMNS, LEDGER, TOKENS
-from pipelines.data.snapshot.write import count_statuses
 from pipelines.data.stage.stage import Row
 from pipelines.data.upkeep.stills import decode_clips
 from pipelines.data.video.frames import Wanted
@@ -124,13 +124,22 @@ def _check_shard(snapshot: Snapshot, bucket: Bucket, shard: Shard, table: pa.Tab
 
 
 def _check_ledger(snapshot: Snapshot, clip_ids: pa.ChunkedArray) -> Iterator[str]:
-    info = snapshot.manifest.ledger
-    ledger, problems = _read(snapshot, info.path, info.sha256, LEDGER)
-    yield from problems
-    if ledger is None:
-        return
-    if ledger.num_rows != info.rows or count_statuses(ledger) != info.counts:
-        yield f"{info.path}: rows by status are {count_statuses(ledger)}, the manifest says {info.counts}"
+    info, tables = snapshot.manifest.ledger, []
+    for part in info.parts:
+        table, problems = _read(snapshot, part.path, part.sha256, LEDGER)
+        yield from problems
+        if table is None:
+            return
+        if table.num_rows != part.rows:
+            yield f"{part.path}: {table.num_rows} rows, the manifest says {part.rows}"
+        tables.append(table.select(["key", "status"]))
+    ledger = pa.concat_tables([LEDGER.empty_table().select(["key", "status"]), *tables])
+    counts = count_statuses([ledger])
+    if ledger.num_rows != info.rows or counts != info.counts:
+        yield f"ledger: rows by status are {counts}, the manifest says {info.counts}"
+    keys = ledger["key"].combine_chunks()
+    if pc.any(pc.greater(keys[:-1], keys[1:])).as_py():
+        yield "ledger: its rows are not sorted by key"
     kept = ledger.filter(pc.equal(ledger["status"], "kept"))["key"]
     yield from _named(
         "kept by the ledger but in no shard", kept.filter(pc.invert(pc.is_in(kept, clip_ids))).to_pylist()

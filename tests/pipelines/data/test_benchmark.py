@@ -15,6 +15,7 @@ def test_a_curation_of_clips_that_are_made_up(tmp_path):
     assert found["all"]["kept"] == found["nothing"]["kept"]
     assert 240 < found["all"]["kept"] < 300  # one of ten shows no motion
     assert len(said) == 3
+    assert found["all"]["worker_peak_mb"] > 50
     snapshot = open_snapshot(str(tmp_path / "curated"))
     assert snapshot.manifest.ledger.rows == 300
     assert snapshot.manifest.ledger.counts["kept"] == found["all"]["kept"]

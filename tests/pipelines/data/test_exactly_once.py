@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.data.curate import curate
+from pipelines.data.snapshot import ledger
 from pipelines.data.snapshot.read import open_snapshot
 from pipelines.data.stage.log import last_run
 from tests.pipelines.data.corpora import curate_config, published, write_corpus
@@ -30,8 +32,8 @@ curate(curate_config(*map(Path, sys.argv[1:4]), "resources.workers=2"))
 class Run:
     """A curation in a process of its own."""
 
-    def __init__(self, corpus: Path, dataset: Path, tokenizer: Path) -> None:
-        command = [sys.executable, "-c", _DRIVER, str(corpus), str(dataset), str(tokenizer)]
+    def __init__(self, corpus: Path, dataset: Path, tokenizer: Path, *, driver: str = _DRIVER) -> None:
+        command = [sys.executable, "-c", driver, str(corpus), str(dataset), str(tokenizer)]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def descendants(self) -> Iterator[tuple[int, str]]:
@@ -47,11 +49,16 @@ class Run:
                 continue
 
     def targets(self, kind: str) -> list[int]:
-        """What can be killed: the driver, Ray workers that hold a stage, or decode children."""
+        """What can be killed: the driver, decode children, Ray workers that hold a stage or do a part of the rest."""
         if kind == "driver":
             return [self.process.pid] if self.process.poll() is None else []
-        mark = {"worker": "ray::MapWorker", "child": "decode_child"}[kind]
-        return sorted(pid for pid, command in self.descendants() if mark in command)
+        marks = {
+            "worker": ("ray::MapWorker",),
+            "child": ("decode_child",),
+            "decision": ("ray::sign", "ray::find_pairs"),
+            "publication": ("ray::deal_codes", "ray::write_bundle", "ray::write_ledger_part"),
+        }[kind]
+        return sorted(pid for pid, command in self.descendants() if any(mark in command for mark in marks))
 
     def kill(self, kind: str, *, when: Callable[[], bool], random_state: random.Random) -> bool:
         """SIGKILL one target once there is one and ``when`` holds; whether that came before the run's end."""
@@ -59,7 +66,7 @@ class Run:
             if when() and (found := self.targets(kind)):
                 os.kill(random_state.choice(found), signal.SIGKILL)
                 return True
-            time.sleep(0.02)
+            time.sleep(0.005)
         return False
 
 
@@ -74,9 +81,10 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def untouched(corpus, tokenizer_file, tmp_path_factory, ray_cluster):
-    """Files of a run that nobody disturbed."""
-    config = curate_config(corpus, tmp_path_factory.mktemp("untouched") / "d", tokenizer_file)
-    return published(open_snapshot(curate(config).snapshot_uri))
+    """Dataset and files of a run that nobody disturbed."""
+    dataset = tmp_path_factory.mktemp("untouched") / "d"
+    result = curate(curate_config(corpus, dataset, tokenizer_file))
+    return {"dataset": dataset, "files": published(open_snapshot(result.snapshot_uri))}
 
 
 def test_exactly_once_after_three_kills(corpus, tokenizer_file, untouched, tmp_path):
@@ -90,8 +98,54 @@ def test_exactly_once_after_three_kills(corpus, tokenizer_file, untouched, tmp_p
     assert second.kill("child", when=lambda: True, random_state=chance)
     assert second.kill("worker", when=lambda: parts(dataset, "tokens") > 0, random_state=chance)
     assert second.process.wait(timeout=200) == 0
-    assert published(open_snapshot(str(dataset))) == untouched
+    assert published(open_snapshot(str(dataset))) == untouched["files"]
     assert {path: path.stat().st_mtime_ns for path in committed} == committed  # what was done was not done again
+
+
+# Likewise, but with decisions and publication in many small pieces by Ray's workers, as of millions of clips.
+_MANY_PIECES = """
+from pipelines.data.snapshot import ledger, shards
+from pipelines.data.stage import tasks
+from pipelines.data.steps import duplicates
+tasks._FEW_BYTES, duplicates._TASK_FRAMES, shards._TASK_BYTES, ledger._PART_ROWS = 0, 10, 1, 1
+"""
+
+
+@pytest.mark.slow
+def test_exactly_once_after_kills_in_decisions_and_publication(
+    corpus, tokenizer_file, untouched, ray_cluster, tmp_path, monkeypatch
+):
+    dataset, chance = tmp_path / "d", random.Random(0)
+    options = ["publish.shard_mb=0.001", "near_duplicates=0.9999"]
+    driver = _MANY_PIECES + _DRIVER.replace('"resources.workers=2"', f'"resources.workers=2", *{options}')
+    config = curate_config(corpus, dataset, tokenizer_file, *options)
+    monkeypatch.setattr(ledger, "_PART_ROWS", 1)
+    shutil.copytree(untouched["dataset"] / "stages", dataset / "stages")
+    expected = published(open_snapshot(curate(config).snapshot_uri))
+    assert len(expected) > 50
+    shutil.rmtree(dataset / "snapshots")
+
+    def written(what: str) -> dict[str, int]:
+        return {str(path): path.stat().st_mtime_ns for path in dataset.glob(f"snapshots/*/{what}/**/*.parquet")}
+
+    first = Run(corpus, dataset, tokenizer_file, driver=driver)
+    assert first.kill("decision", when=lambda: True, random_state=chance)
+    assert first.kill("publication", when=lambda: len(written("data")) > 1, random_state=chance)
+    assert first.kill("driver", when=lambda: len(written("data")) > 5, random_state=chance)
+    first.process.wait()
+    before = written("data")
+    second = Run(corpus, dataset, tokenizer_file, driver=driver)
+    assert second.kill("publication", when=lambda: len(written("ledger")) > 1, random_state=chance)
+    assert second.kill("driver", when=lambda: len(written("ledger")) > 5, random_state=chance)
+    second.process.wait()
+    assert not list(dataset.glob("snapshots/*/manifest.json"))
+    before |= written("data") | written("ledger")
+    third = Run(corpus, dataset, tokenizer_file, driver=driver)
+    assert third.process.wait(timeout=200) == 0
+    assert published(open_snapshot(str(dataset))) == expected
+    after = written("data") | written("ledger")
+    assert {path: after[path] for path in before} == before  # what was done was not done again
+    assert len(after) > len(before)
 
 
 @pytest.mark.slow
@@ -131,5 +185,5 @@ def test_exactly_once_after_twenty_kills(corpus, tokenizer_file, untouched, tmp_
     assert last.process.wait(timeout=600) == 0
     files = published(open_snapshot(str(dataset)))
     assert {name: value for name, value in files.items() if name != "id"} == {
-        name: value for name, value in untouched.items() if name != "id"
+        name: value for name, value in untouched["files"].items() if name != "id"
     }

@@ -369,10 +369,10 @@ def test_bad_access_ends_before_any_work(access, tmp_path, monkeypatch, trouble,
     assert not (tmp_path / "d").exists()
 
 
-@pytest.mark.parametrize("verb", ["status", "report", "verify", "repair", "retry", "remove", "unlock", "gc"])
+@pytest.mark.parametrize("verb", ["status", "report", "verify", "repair", "retry", "remove", "restore", "unlock", "gc"])
 def test_upkeep_tells_in_one_line_what_is_wrong_with_its_store(proxy, bucket, monkeypatch, verb):
     def told(uri):
-        options = ["a.mp4"] if verb == "remove" else []
+        options = ["a.mp4"] if verb in ("remove", "restore") else []
         error = CliRunner().invoke(data_command, [verb, uri, *options]).exception
         assert isinstance(error, UserError)  # exit status 2
         return str(error)

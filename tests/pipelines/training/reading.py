@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from lumos.config import TokenizerInfo
-from pipelines.data.snapshot.write import PublishConfig, write_snapshot
+from pipelines.data.settings import PublishConfig
+from pipelines.data.snapshot.write import write_snapshot
 from pipelines.training.batch_plan import rank_rows
 from pipelines.training.config import TrainConfig
 from pipelines.training.prepare import prepare

@@ -8,7 +8,7 @@ import torch
 
 from lumos.config import TokenizerInfo
 from lumos.layout import parse
-from pipelines.data.snapshot.write import PublishConfig
+from pipelines.data.settings import PublishConfig
 from pipelines.data.snapshot.write import write_snapshot as write_published
 from pipelines.errors import UserError
 from pipelines.training.config import MixConfig, SourceConfig

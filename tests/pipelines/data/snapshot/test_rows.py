@@ -5,10 +5,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.snapshot import write as write_module
+from pipelines.data.settings import PublishConfig
+from pipelines.data.snapshot import shards
 from pipelines.data.snapshot.read import Snapshot
 from pipelines.data.snapshot.rows import RowReader
-from pipelines.data.snapshot.write import PublishConfig
 from pipelines.errors import UserError
 from tests.pipelines.data.snapshots import make_snapshot
 
@@ -18,7 +18,7 @@ COLUMNS = ["clip_id", "captions", "fps", "codes"]
 @pytest.fixture(params=["today's", "an older program's"])
 def snapshot(request, tmp_path, monkeypatch) -> Snapshot:
     if request.param != "today's":
-        monkeypatch.setattr(write_module, "row_group_rows", lambda *shape: None)
+        monkeypatch.setattr(shards, "row_group_rows", lambda *shape: None)
     draw = np.random.default_rng(0)
     clips = {f"s{number:03d}:0": draw.integers(0, 1000, (3, 20, 40)) for number in range(700)}
     return make_snapshot(str(tmp_path), clips, config=PublishConfig(val_share=0.1, shard_mb=1.5))
@@ -78,7 +78,7 @@ def test_damaged_shards_are_named_with_a_remedy(snapshot):
 
 def test_a_shard_of_other_rows_than_its_manifest_says_is_refused(snapshot):
     (bucket, *others) = snapshot.manifest.buckets
-    shards = (replace(bucket.shards[0], rows=bucket.shards[0].rows + 1), *bucket.shards[1:])
-    manifest = replace(snapshot.manifest, buckets=(replace(bucket, shards=shards), *others))
+    renamed = (replace(bucket.shards[0], rows=bucket.shards[0].rows + 1), *bucket.shards[1:])
+    manifest = replace(snapshot.manifest, buckets=(replace(bucket, shards=renamed), *others))
     with pytest.raises(UserError, match=r"has \d+ rows, its manifest says \d+"):
         RowReader(replace(snapshot, manifest=manifest), COLUMNS, max_bytes=0).row(0, 0)

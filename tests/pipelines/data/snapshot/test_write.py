@@ -8,11 +8,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines import storage
+from pipelines.data.settings import PublishConfig
+from pipelines.data.snapshot import ledger, shards
 from pipelines.data.snapshot.read import list_snapshots, open_snapshot
-from pipelines.data.snapshot.schemas import TOKENS
-from pipelines.data.snapshot.write import PublishConfig, draw_split, write_snapshot
+from pipelines.data.snapshot.schemas import LEDGER, TOKENS
+from pipelines.data.snapshot.write import draw_split, write_snapshot
+from pipelines.data.stage import tasks
+from pipelines.data.upkeep.status import dataset_status
+from pipelines.data.upkeep.verify import verify_snapshot
 from pipelines.errors import UserError
-from tests.pipelines.data.snapshots import TOKENIZER, make_snapshot, snapshot_content
+from pipelines.storage import write_bytes_atomic
+from tests.pipelines.data.snapshots import TOKENIZER, as_version_1, make_snapshot, snapshot_content
 
 CONFIG = PublishConfig(val_share=0.3, shard_mb=0.01)
 
@@ -21,6 +28,11 @@ def clips(count=60):
     generator = np.random.default_rng(0)
     shapes = [(5, 6, 6), (2, 4, 8)]
     return {f"src{i // 2:02d}:{i % 2}": generator.integers(0, 1000, shapes[i % 3 == 0]) for i in range(count)}
+
+
+def hashed_clips() -> dict[str, np.ndarray]:
+    """The same under keys as sources have them."""
+    return {f"{hashlib.sha256(key.encode()).hexdigest()}:{key}": codes for key, codes in clips().items()}
 
 
 def files(root: Path) -> dict[str, str]:
@@ -57,7 +69,7 @@ def test_the_manifest_has_the_hash_of_every_file(tmp_path):
     snapshot = make_snapshot(str(tmp_path), clips(), config=CONFIG)
     manifest = snapshot.manifest
     hashes = {shard.path: shard.sha256 for bucket in manifest.buckets for shard in bucket.shards}
-    hashes[manifest.ledger.path] = manifest.ledger.sha256
+    hashes |= {part.path: part.sha256 for part in manifest.ledger.parts}
     found = files(Path(snapshot.uri))
     assert found.pop("manifest.json") == snapshot.digest
     found.pop("README.md")
@@ -92,6 +104,81 @@ def test_an_unfinished_snapshot_is_invisible_and_removed(tmp_path):
     made.popitem()
     assert make_snapshot(str(tmp_path), made, config=CONFIG).manifest.snapshot_id.startswith("v0002-")
     assert not unfinished.exists()
+
+
+def times(root: Path) -> dict[str, int]:
+    return {str(p.relative_to(root)): p.stat().st_mtime_ns for p in root.rglob("*.parquet")}
+
+
+def test_what_an_interrupted_publication_wrote_is_not_written_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "_PART_ROWS", 20)
+    made = hashed_clips()
+    untouched = make_snapshot(str(tmp_path / "a"), made, config=CONFIG)
+    parquet = [path for path in files(Path(untouched.uri)) if path.endswith(".parquet")]
+    shard_files = [path for path in parquet if path.startswith("data/")]
+    for most in (2, len(shard_files) + 1):  # files that are there when it is interrupted: shards, and of the ledger one
+
+        def write(uri, data, *, most=most):
+            if len(times(tmp_path / "b")) == most:
+                raise OSError("no more")
+            write_bytes_atomic(uri, data)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(storage, "write_bytes_atomic", write)
+            with pytest.raises(OSError, match="no more"):
+                make_snapshot(str(tmp_path / "b"), made, config=CONFIG)
+        assert list_snapshots(str(tmp_path / "b")) == []
+        before = times(tmp_path / "b")
+        assert len(before) == most
+    assert len(shard_files) > 2
+    assert len(parquet) > len(shard_files) + 1
+    again = make_snapshot(str(tmp_path / "b"), made, config=CONFIG)
+    assert files(Path(again.uri)) == files(Path(untouched.uri))
+    assert {path: time for path, time in times(tmp_path / "b").items() if path in before} == before
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_write_the_same_bytes_in_whatever_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "_PART_ROWS", 20)
+    content = snapshot_content(hashed_clips(), config=CONFIG)
+    expected = files(Path(write_snapshot(str(tmp_path / "here"), content, CONFIG).uri))
+    assert sum(path.startswith("ledger/") for path in expected) > 2
+    monkeypatch.setattr(tasks, "_FEW_BYTES", 0)
+    for size in (1, 20_000, 10**9):
+        monkeypatch.setattr(shards, "_TASK_BYTES", size)
+        found = write_snapshot(str(tmp_path / str(size)), content, CONFIG)
+        assert files(Path(found.uri)) == expected
+
+
+def test_the_parts_of_a_ledger_are_sorted_and_follow_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "_PART_ROWS", 20)
+    content = snapshot_content(hashed_clips(), config=CONFIG)
+    names = [f"@odd {number}" for number in range(9)] + ["", "zz"]  # of files that cannot be read, and others
+    rows = [{"key": name, "path": name, "status": "failed", "reason": "x (permanent): y"} for name in names]
+    more = pa.concat_tables([content.ledger, pa.Table.from_pylist(rows, schema=LEDGER)])
+    snapshot = write_snapshot(str(tmp_path), replace(content, ledger=more), CONFIG)
+    pieces = [piece["key"].to_pylist() for piece in snapshot.ledger_pieces(["key"])]
+    assert len(pieces) > 2
+    assert [key for keys in pieces for key in keys] == sorted(more["key"].to_pylist())
+    assert snapshot.read_ledger()["key"].to_pylist() == sorted(more["key"].to_pylist())
+    assert [part.rows for part in snapshot.manifest.ledger.parts] == [len(keys) for keys in pieces]
+
+
+def test_a_snapshot_with_a_ledger_of_version_1_is_read_and_appended_to(tmp_path):
+    made = clips()
+    first = make_snapshot(str(tmp_path), made, config=CONFIG)
+    table = first.read_ledger()
+    as_version_1(first)
+    before = files(Path(first.uri))
+    old = open_snapshot(str(tmp_path))
+    assert old.manifest.schema_version == 1
+    assert old.read_ledger().equals(table)
+    assert not verify_snapshot(old).problems
+    second = make_snapshot(str(tmp_path), made | {"src99:0": made["src00:0"]}, config=CONFIG)
+    assert second.manifest.parents == (first.manifest.snapshot_id,)
+    assert second.read_ledger().num_rows == table.num_rows + 1
+    assert dataset_status(str(tmp_path)).snapshots == (first.manifest.snapshot_id, second.manifest.snapshot_id)
+    assert files(Path(first.uri)) == before
 
 
 def test_the_seed_shuffles(tmp_path):
@@ -163,7 +250,7 @@ def test_a_damaged_manifest_or_shard_is_named(tmp_path):
     (Path(snapshot.uri) / "manifest.json").write_text('{"schema_version": 1}')
     with pytest.raises(UserError, match=r"no manifest of a snapshot \(snapshot_id: Field required\): copy it back"):
         open_snapshot(snapshot.uri)
-    ledger = Path(snapshot.uri) / snapshot.manifest.ledger.path
-    ledger.write_bytes(ledger.read_bytes()[:-9])
-    with pytest.raises(UserError, match=rf"{ledger.name} is damaged .*copy it back"):
+    part = Path(snapshot.uri) / snapshot.manifest.ledger.parts[0].path
+    part.write_bytes(part.read_bytes()[:-9])
+    with pytest.raises(UserError, match=rf"{part.name} is damaged .*copy it back"):
         snapshot.read_ledger()

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines.data.stage import columns as tables
-from pipelines.data.stage.columns import sort, take
+from pipelines.data.stage.columns import digest_rows, sort, take
 
 SCHEMA = pa.schema(
     [("name", pa.string()), ("list", pa.list_(pa.struct([("text", pa.string())]))), ("number", pa.int64())]
@@ -47,3 +47,27 @@ def test_more_text_is_taken_than_one_array_holds():
     with pytest.raises(pa.ArrowInvalid, match="overflow"):
         column.take(pa.array([3]))
     assert take(column, np.array([39, 0])).num_chunks == 1
+
+
+def test_the_digest_of_rows_is_that_of_their_values_however_they_lie_in_memory():
+    said = pa.list_(pa.struct([("text", pa.string()), ("captioner", pa.string())]))
+    rows = [
+        {"key": f"k{n}", "score": {"a": n / 3, "b": None if n % 3 else 1.0}, "said": [{"text": "é" * n}] * (n % 3)}
+        for n in range(40)
+    ]
+    rows[7] |= {"key": None, "score": None, "said": None}
+    schema = pa.schema([("key", pa.string()), ("score", pa.struct([("a", "f8"), ("b", "f8")])), ("said", said)])
+    table = pa.Table.from_pylist(rows, schema)
+    expected = digest_rows(table)
+    pieces = [table.slice(at, 7) for at in range(0, 40, 7)]
+    assert digest_rows(pa.concat_tables(pieces)) == expected
+    assert digest_rows(table.take(pa.array(range(40)))) == expected
+    assert digest_rows(pa.concat_tables([table, table]).slice(40)) == expected
+    garbage = pa.array([1.0, 2.0, 3.0], mask=np.array([True, False, True]))  # under nulls
+    assert digest_rows(pa.table({"x": garbage})) == digest_rows(pa.table({"x": pa.array([None, 2.0, None])}))
+    others = [table.slice(1), table.rename_columns(["key", "score", "x"])]
+    for place, change in ((3, {"key": "other"}), (7, {"key": ""}), (7, {"said": []}), (9, {"score": {"a": 3.0}})):
+        changed = [row | change if number == place else row for number, row in enumerate(rows)]
+        others.append(pa.Table.from_pylist(changed, schema))
+    assert len({expected, *map(digest_rows, others)}) == len(others) + 1
+    assert digest_rows(schema.empty_table()) == digest_rows(table.slice(40))

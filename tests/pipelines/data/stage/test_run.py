@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.data.stage import run as run_module
 from pipelines.data.stage.run import StageWorker, _part_bounds, run_stage
 from pipelines.data.stage.stage import Stage, StageResources
 from pipelines.data.stage.table import StageTable, anti_join
@@ -190,3 +191,15 @@ def test_rows_of_a_remote_file_share_a_part(clips, size, bounds):
     local = pa.table({"uri": [uri.removeprefix("s3:/") for uri in uris]})
     assert _part_bounds(together, local, size) == even
     assert all(last > first for first, last in pairwise(bounds))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("stateful", [False, True])
+def test_parts_are_as_large_however_many_a_worker_is_handed_at_a_time(tmp_path, monkeypatch, stateful):
+    monkeypatch.setattr(run_module, "_FIRST_PARTS", 4)
+    for seconds in (0.0, 60.0):
+        monkeypatch.setattr(run_module, "_BLOCK_SECONDS", seconds)
+        assert run(stage(stateful=stateful, die_on=150), inputs(range(300)), tmp_path / str(seconds)) == 300
+    names = [sorted(path.name for path in (tmp_path / name).rglob("part-*.parquet")) for name in ("0.0", "60.0")]
+    assert names[0] == names[1]
+    assert len(names[0]) == 46  # 28 rows first, in parts of 4, then 272 in parts of 7

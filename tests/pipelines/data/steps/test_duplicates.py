@@ -1,19 +1,26 @@
+from functools import partial
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipelines.data.curate import curate
 from pipelines.data.settings import SplitConfig
+from pipelines.data.snapshot.read import open_snapshot
+from pipelines.data.stage import tasks
+from pipelines.data.stage.values import ValueGroup
 from pipelines.data.steps import duplicates
 from pipelines.data.steps.duplicates import (
-    _signatures,
     find_near_duplicates,
     linked_groups,
+    sign,
     similarity,
     unpack_fingerprint,
 )
 from pipelines.data.video.fingerprint import DIMENSIONS
 from pipelines.data.video.shots import split_source
-from tests.pipelines.data.videos import moving_square, write_video
+from tests.pipelines.data.corpora import curate_config
+from tests.pipelines.data.videos import moving_square, write_table, write_video
 
 
 def film(frames, seed):
@@ -28,9 +35,15 @@ def prints(*films):
 
 
 def told(*films):
-    """Their fingerprints in pieces of seven."""
-    packed = [frames.tobytes() for frames in films]
-    return lambda: ((np.arange(len(packed))[at : at + 7], packed[at : at + 7]) for at in range(0, len(packed), 7))
+    """Their fingerprints in groups of seven."""
+    packed = pa.array([frames.tobytes() for frames in films], pa.binary())
+
+    def groups(places):
+        for at in range(0, len(places), 7):
+            rows = np.arange(at, min(at + 7, len(places)))
+            yield ValueGroup(rows, partial(pa.chunked_array, [packed.take(pa.array(places[rows]))]))
+
+    return groups
 
 
 def test_copies_and_parts_are_found_and_the_lowest_key_is_kept():
@@ -63,15 +76,27 @@ def test_a_few_frames_of_a_long_clip_are_found(frames):
         assert find_near_duplicates(pa.array(["a", "b"]), told(long, long[at : at + 4]), 0.99).keys() == {1}
 
 
-def test_signatures_do_not_depend_on_how_clips_are_grouped():
-    clips = [film(8, seed).tobytes() for seed in range(50)]
-    rank = np.arange(50)
-    words, owners = _signatures(rank, [(rank, clips)])
-    for size in (1, 3, 7):
-        pieces = [(rank[at : at + size], clips[at : at + size]) for at in range(0, 50, size)]
-        again = _signatures(rank, reversed(pieces))
-        np.testing.assert_array_equal(again[0], words)
-        np.testing.assert_array_equal(again[1], owners)
+def test_candidates_do_not_depend_on_how_clips_are_dealt(monkeypatch):
+    clips = [film(8, seed % 30) for seed in range(50)]
+    packed = pa.array([clip.tobytes() for clip in clips])
+    found = []
+    for size, frames in ((50, 1 << 20), (1, 40), (7, 100)):
+        monkeypatch.setattr(duplicates, "_TASK_FRAMES", frames)
+        ranks = np.array_split(np.random.default_rng(size).permutation(50), -(-50 // size))
+        signed = [sign(partial(pa.chunked_array, [packed.take(pa.array(own))]), own) for own in ranks]
+        found.append(duplicates._candidates(signed, 0.99, remote=False).tolist())
+    assert found[0] == found[1] == found[2] == [[number, number + 30] for number in range(20)]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_find_the_same(monkeypatch):
+    clips = [film(8, seed=index % 90) for index in range(120)]
+    keys = pa.array([f"{number:03d}" for number in range(120)])
+    here = find_near_duplicates(keys, told(*clips), 0.99)
+    monkeypatch.setattr(tasks, "_FEW_BYTES", 0)
+    monkeypatch.setattr(duplicates, "_TASK_FRAMES", 300)
+    assert find_near_duplicates(keys, told(*clips), 0.99) == here
+    assert len(here) == 30
 
 
 def test_a_crowd_of_one_picture_is_one_group():
@@ -113,6 +138,53 @@ def test_what_shows_nothing_is_like_nothing():
     assert similarity(*prints(short, short)) == 0.0
     assert find_near_duplicates(pa.array(["a", "b", "c"]), told(flat, flat, flat[:0]), 0.99) == {}
     assert find_near_duplicates(pa.array([], pa.string()), told(), 0.99) == {}
+
+
+def chain(count):
+    """Clips of which each is like the next, at 0.994, and unlike those after that."""
+    generator = np.random.default_rng(0)
+    one, other = (generator.normal(0, 1, (8, DIMENSIONS)) for _ in range(2))
+    angles = [0.11 * number for number in range(count)]
+    return [
+        (128 + 30 * (np.cos(angle) * one + np.sin(angle) * other)).clip(0, 255).astype(np.uint8) for angle in angles
+    ]
+
+
+@pytest.mark.parametrize("best", [0, 1, 4])
+def test_of_a_chain_no_clip_is_said_to_be_of_one_that_it_is_not_like(best):
+    clips = chain(5)
+    keys = pa.array([f"k{number}" for number in range(5)])
+    found = find_near_duplicates(keys, told(*clips), 0.99, lambda places: (places != best).astype(np.int64))
+    packed = prints(*clips)
+    assert best not in found
+    assert found
+    for place, duplicate in found.items():
+        assert duplicate.of not in found
+        assert duplicate.cosine == pytest.approx(similarity(packed[place], packed[duplicate.of]))
+        assert duplicate.cosine >= 0.99
+    kept = [place for place in range(5) if place not in found]
+    assert all(similarity(packed[a], packed[b]) < 0.99 for a in kept for b in kept if a != b)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_captioned_copy_is_kept_then_the_larger_then_the_longer(tokenizer_file, tmp_path):
+    corpus = tmp_path / "videos"
+    corpus.mkdir()
+    for seed in range(3):
+        frames = moving_square(30, size=(192, 192), seed=seed)
+        write_video(corpus / f"{seed}_large.mp4", frames)
+        write_video(corpus / f"{seed}_small.mp4", np.stack([frame[::2, ::2] for frame in frames]))
+        write_video(corpus / f"{seed}_short.mp4", frames[:20])
+    said = {"0_short.mp4": "a square moves", "0_small.mp4": "too short", "1_small.mp4": "a square moves"}
+    write_table(corpus / "captions.csv", list(said.items()))
+    options = ["captions.require=false", "captions.min_words=3", "near_duplicates=0.98"]
+    result = curate(curate_config(corpus, tmp_path / "d", tokenizer_file, *options))
+    rows = open_snapshot(result.snapshot_uri).read_ledger().to_pylist()
+    kept = {row["path"]: row["key"] for row in rows if row["status"] == "kept"}
+    assert sorted(kept) == ["0_short.mp4", "1_small.mp4", "2_large.mp4"]
+    of_seed = {path[0]: key for path, key in kept.items()}
+    others = [row for row in rows if row["path"] not in kept]
+    assert all(row["reason"].startswith(f"near: of {of_seed[row['path'][0]]} ") for row in others)
 
 
 def test_links_make_groups():

@@ -12,6 +12,7 @@ from pipelines.data.upkeep.repair import repair_dataset
 from pipelines.data.upkeep.verify import verify_snapshot
 from pipelines.errors import UserError
 from tests.pipelines.data.corpora import copy_stages, curate_config, published
+from tests.pipelines.data.snapshots import as_version_1
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -74,9 +75,9 @@ def test_a_failed_row_of_a_clip_does_not_keep_its_shard_from_being_made_again(da
 def test_a_run_restores_what_its_snapshot_lost(dataset, corpus, tokenizer_file):
     snapshot = open_snapshot(str(dataset))
     before = published(snapshot)
-    for name in ("ledger.parquet", "README.md", shards(dataset)[0].relative_to(snapshot.uri)):
+    for name in ("ledger/part-00000.parquet", "README.md", shards(dataset)[0].relative_to(snapshot.uri)):
         (Path(snapshot.uri) / name).unlink()
-    assert [*repair_dataset(str(dataset)).beyond] == [f"{snapshot.manifest.snapshot_id}/ledger.parquet"]
+    assert [*repair_dataset(str(dataset)).beyond] == [f"{snapshot.manifest.snapshot_id}/ledger/part-00000.parquet"]
     shards(dataset)[0].unlink()
     options = ["publish.shard_mb=0.002", "publish.val_share=0.3"]
     result = curate(curate_config(corpus, dataset, tokenizer_file, *options))
@@ -115,6 +116,20 @@ def test_unusable_stage_files_are_computed_again(dataset, corpus, tokenizer_file
     assert result.computed["split"] > 0
     assert result.computed["tokens"] > 0
     assert published(open_snapshot(str(dataset))) == before
+
+
+def test_a_snapshot_with_a_ledger_of_version_1_is_repaired(dataset):
+    as_version_1(open_snapshot(str(dataset)))
+    before = published(open_snapshot(str(dataset)))
+    for path in shards(dataset):
+        path.unlink()
+    done = repair_dataset(str(dataset))
+    assert done.restored
+    assert not done.beyond
+    assert published(open_snapshot(str(dataset))) == before
+    ledger = Path(open_snapshot(str(dataset)).uri) / "ledger.parquet"
+    ledger.unlink()
+    assert [path.partition("/")[2] for path in repair_dataset(str(dataset)).beyond] == [ledger.name]
 
 
 def test_captioners_are_checked_before_anything_is_repaired(dataset):

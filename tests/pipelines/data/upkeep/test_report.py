@@ -11,8 +11,9 @@ import pytest
 
 from pipelines.data.reasons import reason_classes
 from pipelines.data.scores import Thresholds
+from pipelines.data.settings import PublishConfig
 from pipelines.data.snapshot.schemas import LEDGER, SCORES
-from pipelines.data.snapshot.write import PublishConfig, write_snapshot
+from pipelines.data.snapshot.write import write_snapshot
 from pipelines.data.steps.decide import decide
 from pipelines.data.upkeep.report import score_columns, what_if, write_report
 from tests.pipelines.data.corpora import reason_class

@@ -14,7 +14,7 @@ from jobs.data import command
 from pipelines.data.curate import curate
 from pipelines.data.snapshot import removals
 from pipelines.data.snapshot.read import list_snapshots, open_snapshot
-from pipelines.data.snapshot.removals import remove_sources
+from pipelines.data.snapshot.removals import remove_sources, restore_sources
 from pipelines.data.upkeep import repair, status
 from pipelines.data.upkeep.repair import repair_dataset
 from pipelines.data.upkeep.report import score_columns, what_if, write_report
@@ -156,6 +156,16 @@ def test_a_removed_source_is_in_no_later_snapshot_under_any_name(dataset, corpus
     fates = {row["path"]: row["status"] for row in open_snapshot(str(dataset)).read_ledger().to_pylist()}
     assert fates["good_000.mp4"] == fates["twin of 'good' 0.mp4"] == "rejected"
     assert verify_snapshot(open_snapshot(str(dataset))).rows == GOOD - 1
+    with pytest.raises(UserError, match=r"'good_002.mp4' is not removed from .*; there are removed: "):
+        restore_sources(str(dataset), ["good_000.mp4", "good_002.mp4"])
+    shown = CliRunner().invoke(command, ["restore", str(dataset), "good_001.mp4", "good_000.mp4"])
+    assert shown.exit_code == 0, shown.output
+    result = curate(curate_config(corpus, dataset, tokenizer_file))
+    assert result.computed == {"sources": 0, "split": 0, "captions": 0, "tokens": 0}
+    again = open_snapshot(str(dataset))
+    assert again.read_ledger().equals(before.read_ledger())
+    shards = [[shard.sha256 for b in one.manifest.buckets for shard in b.shards] for one in (before, again)]
+    assert shards[0] == shards[1]
 
 
 def test_gc_deletes_what_no_snapshot_needs_and_a_rerun_makes_it_again(dataset, corpus, tokenizer_file):
