@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from pipelines.data.config import TokenConfig, plan_shape
 from pipelines.data.keys import picture_keys
-from pipelines.data.reasons import too_few_frames
 from pipelines.data.scores import SCORES, Thresholds, scores_of
 from pipelines.data.snapshot.ledger import Verdicts
 from pipelines.data.stage.columns import take
@@ -58,14 +57,12 @@ class Clips:
             self.verdicts.set(index, *decide(scores, thresholds))
 
     def plan_shapes(self, config: TokenConfig) -> None:
-        """Settle what of each kept clip is to be encoded; reject those that are too short."""
+        """Settle what of each kept clip is to be encoded; reject those that are too short or too small."""
         for index in self.verdicts.kept.tolist():
-            scores = {name: float(self.scores[name][index]) for name in ("aspect", "duration", "image")}
+            scores = {name: float(self.scores[name][index]) for name in ("aspect", "duration", "height", "image")}
             shape = plan_shape(scores, config)
-            if shape is None:
-                needed = min((count for count in config.num_frames if count > 1), default=5)
-                have = 1 if scores["image"] else int(scores["duration"] * config.fps + 0.01)
-                self.verdicts.set(index, "rejected", too_few_frames(have, needed, config.fps))
+            if isinstance(shape, str):
+                self.verdicts.set(index, "rejected", shape)
             else:
                 self.shapes[index] = (shape.num_frames, shape.width, shape.height)
 

@@ -192,7 +192,7 @@ class SplitSources(Step):
         self.looks = looks
         early = None
         if looks is not None:
-            early = EarlyLooks(looks, StageTable(config.dataset, looks).uri, config.looks, config.thresholds)
+            early = EarlyLooks(looks, StageTable(config.dataset, looks).uri, config.looks, config.bounds)
         self.stages = (split_stage(config.split, config.decode, config.resources.of("split"), looks=early),)
 
     def apply(self, run: Run) -> None:
