@@ -74,6 +74,14 @@ _BUILT_IN = (
         share=True,
         bounds={"max": None},
     ),
+    Score(
+        "cut",
+        "0..1",
+        about="how surely a cut or a transition is left inside, by a second measure than what splits",
+        of_time=True,
+        share=True,
+        bounds={"max": 0.5},
+    ),
     Score("freeze", "s", about="longest stretch of such frames", of_time=True, bounds={"max": None}),
     Score(
         "sharpness",

@@ -25,6 +25,7 @@ GOOD = {
     "dark_share": 0.0,
     "flash_share": 0.0,
     "repeat_share": 0.1,
+    "cut": 0.0,
     "freeze": 0.1,
     "sharpness": 300.0,
     "motion": 0.1,
