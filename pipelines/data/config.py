@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from lumos.compression import CELL, num_latent_frames, parse_size
 from lumos.config import TokenizerConfig, require
 from pipelines.config import ClusterConfig
+from pipelines.data.reasons import too_few_frames, too_small
 from pipelines.data.scores import DECISIVE, Thresholds, scores_of
 from pipelines.data.settings import (
     CaptionConfig,
@@ -20,6 +21,8 @@ from pipelines.data.settings import (
     SplitConfig,
 )
 
+_ROUNDING = 0.01  # of a frame, by which a span falls short that is rounded to milliseconds
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenConfig:
@@ -31,6 +34,8 @@ class TokenConfig:
     # px at most; sizes are the largest multiples of ``multiple`` within it, of several aspect ratios
     area: int = 352 * 352
     multiple: int = 32  # px
+    # by which a video's picture may be scaled up to fill its size, at most; none: by as much as it takes, as an image's
+    max_enlargement: float | None = 1.0
     batch_size: int = 1  # clips in one call of the encoder, always of this very shape (filled up where fewer are left)
     decode_back_share: float = 0.01  # of the clips whose codes are decoded again, for the score psnr
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -45,12 +50,19 @@ class TokenConfig:
             f"multiple must be a multiple of {CELL}, got {self.multiple}",
         )
         require(self.area >= self.multiple**2, f"area must be at least {self.multiple}^2 px, got {self.area}")
+        most = self.max_enlargement
+        require(most is None or most > 0, f"max_enlargement must be positive, got {most}")
         require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
         require(0 <= self.decode_back_share <= 1, f"decode_back_share must be in [0, 1], got {self.decode_back_share}")
         require(self.sizes is None or bool(self.sizes), "sizes is empty; name sizes such as 448x256, or none")
         for width, height in self.frame_sizes:
             whole = width > 0 and height > 0 and width % CELL == 0 and height % CELL == 0
             require(whole, f"sizes must be multiples of {CELL} px, got {width}x{height}")
+
+    @property
+    def shortest_video(self) -> int | None:
+        """Frames of the shortest video that is encoded; None where images alone are."""
+        return min((count for count in self.num_frames if count > 1), default=None)
 
     @property
     def frame_sizes(self) -> tuple[tuple[int, int], ...]:
@@ -87,23 +99,34 @@ class ClipShape:
     height: int
 
 
-def plan_shape(scores: Mapping[str, float], config: TokenConfig) -> ClipShape | None:
-    """The longest allowed length that a clip fills, at the size nearest to its aspect ratio; None if it is too short.
+def plan_shape(scores: Mapping[str, float], config: TokenConfig) -> ClipShape | str:
+    """The longest allowed length that a clip fills, at the size nearest to its aspect ratio of those that it fills.
 
-    Of its scores, duration (s), aspect (width / height of the picture) and image are looked at.
+    Of its scores, duration (s), height (px), aspect (width / height of the picture) and image are looked at. Where it
+    is too short or too small, the reason is told instead.
     """
-    aspect = scores["aspect"]
-    available = math.floor(scores["duration"] * config.fps + 0.01)  # spans are rounded to milliseconds
+    aspect, height = scores["aspect"], scores["height"]
+    available = math.floor(scores["duration"] * config.fps + _ROUNDING)
     if scores["image"]:
         lengths = [count for count in config.num_frames if count == 1]
     else:
         lengths = [count for count in config.num_frames if 1 < count <= available]
     if not lengths:
-        return None
-    width, height = min(
-        config.frame_sizes, key=lambda size: (round(abs(math.log(size[0] / size[1] / aspect)), 6), -size[0] * size[1])
-    )
-    return ClipShape(max(lengths), width, height)
+        shortest = config.shortest_video or 5
+        return too_few_frames(1 if scores["image"] else available, shortest, config.fps)
+
+    def enlargement(size: tuple[int, int]) -> float:
+        return max(size[0] / (aspect * height), size[1] / height)
+
+    def difference(size: tuple[int, int]) -> tuple[float, int]:
+        return round(abs(math.log(size[0] / size[1] / aspect)), 6), -size[0] * size[1]
+
+    most = math.inf if scores["image"] or config.max_enlargement is None else config.max_enlargement
+    fitting = [size for size in config.frame_sizes if round(enlargement(size), 3) <= most]
+    if not fitting:
+        least = min(config.frame_sizes, key=lambda size: (round(enlargement(size), 3), difference(size)))
+        return too_small(enlargement(least), most, (round(aspect * height), round(height)), least)
+    return ClipShape(max(lengths), *min(fitting, key=difference))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +180,15 @@ class CurateConfig:
         )
         self._check_possible()
 
+    @property
+    def bounds(self) -> Thresholds:
+        """The thresholds; the least duration, unless it is set, is that of the shortest clip that is encoded."""
+        shortest = self.tokens.shortest_video
+        if shortest is None or getattr(self.thresholds, "min_duration", None) is not None:
+            return self.thresholds
+        least = math.floor(1000 * (shortest - _ROUNDING) / self.tokens.fps) / 1000
+        return replace(self.thresholds, min_duration=least)
+
     def _frames_wanted(self) -> dict[str, int]:
         """How many frames of each clip are looked at, by the key that says so."""
         wanted = {"features.num_frames": self.features.num_frames} if self.features.scores else {}
@@ -176,7 +208,7 @@ class CurateConfig:
             for key, value in zip(keys.values(), (low, high), strict=True):
                 inside = value is None or not score.share or 0 <= value <= 1
                 require(inside, f"{key} must be in 0..1, as the score is, got {value}")
-        shortest = min((count for count in self.tokens.num_frames if count > 1), default=None)
+        shortest = self.tokens.shortest_video
         if shortest is None:  # images alone
             return
         longest, least = self.split.max_seconds, getattr(self.thresholds, "min_duration", None)
@@ -185,7 +217,7 @@ class CurateConfig:
             f"split.max_seconds {longest} is below thresholds.min_duration {least}: nothing could be kept",
         )
         require(
-            longest * self.tokens.fps + 0.01 >= shortest,
+            longest * self.tokens.fps + _ROUNDING >= shortest,
             f"split.max_seconds {longest} at tokens.fps {self.tokens.fps:g} is fewer than the {shortest} frames of the "
             "shortest allowed clip (tokens.num_frames): nothing could be kept",
         )

@@ -39,7 +39,7 @@ class Decide(Step):
 
     def apply(self, run: Run) -> None:
         """Decide."""
-        run.clips.decide(run.config.thresholds)
+        run.clips.decide(run.config.bounds)
         run.clips.plan_shapes(run.config.tokens)
 
 
@@ -143,7 +143,7 @@ def _portable(config: CurateConfig) -> dict[str, Any]:
     tokens["tokenizer"] = {"kind": config.tokens.tokenizer.kind}
     return {
         "split": split_identity(config.split),
-        "thresholds": asdict(config.thresholds),
+        "thresholds": asdict(config.bounds),
         "near_duplicates": config.near_duplicates,
         "features": {"scores": config.features.scores, "num_frames": config.features.num_frames},
         "captions": {name: getattr(config.captions, name) for name in _CAPTION_RULES},

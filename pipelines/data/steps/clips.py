@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from pipelines.data.config import TokenConfig, plan_shape
 from pipelines.data.keys import picture_keys
-from pipelines.data.reasons import too_few_frames
 from pipelines.data.scores import SCORES, Thresholds, scores_of
 from pipelines.data.snapshot.ledger import Verdicts
 from pipelines.data.stage.columns import take
@@ -58,21 +57,21 @@ class Clips:
             self.verdicts.set(index, *decide(scores, thresholds))
 
     def plan_shapes(self, config: TokenConfig) -> None:
-        """Settle what of each kept clip is to be encoded; reject those that are too short."""
+        """Settle what of each kept clip is to be encoded; reject those that are too short or too small."""
         kept = self.verdicts.kept
         have = np.floor(self.scores["duration"][kept] * config.fps + 0.01)  # spans are rounded to milliseconds
         image = self.scores["image"][kept]
-        columns = [self.scores["aspect"][kept], np.where(image > 0, 1, have), image]
+        columns = [self.scores["aspect"][kept], self.scores["height"][kept], np.where(image > 0, 1, have), image]
         kinds, kind_of = np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)
-        needed = min((count for count in config.num_frames if count > 1), default=5)
-        for number, (aspect, count, is_image) in enumerate(kinds.tolist()):
+        for number, (aspect, height, count, is_image) in enumerate(kinds.tolist()):
             members = kept[kind_of == number]
-            shape = plan_shape({"aspect": aspect, "duration": count / config.fps, "image": is_image}, config)
-            if shape is not None:
+            scores = {"aspect": aspect, "height": height, "duration": count / config.fps, "image": is_image}
+            shape = plan_shape(scores, config)
+            if not isinstance(shape, str):
                 self.shapes[members] = (shape.num_frames, shape.width, shape.height)
                 continue
             for index in members.tolist():
-                self.verdicts.set(index, "rejected", too_few_frames(int(count), needed, config.fps))
+                self.verdicts.set(index, "rejected", shape)
 
     def score_column(self) -> pa.StructArray:
         """As the ledger's column."""

@@ -217,7 +217,7 @@ class Features(Step):
                     continue
                 for name, value in self.scores.of_clip(row).items():
                     clips.scores[name][index] = value
-        clips.decide(run.config.thresholds)
+        clips.decide(run.config.bounds)
 
 
 class Similarity(Step):
@@ -254,4 +254,4 @@ class Similarity(Step):
                 numbers = spoken[bounds[place] : bounds[place + 1]]
                 texts_of_clip = [vectors[number].as_py() for number in numbers.tolist()]
                 clips.scores["similarity"][captioned[place]] = similarity(seen, texts_of_clip)
-        clips.decide(run.config.thresholds)
+        clips.decide(run.config.bounds)

@@ -177,7 +177,7 @@ def split_stage(
     added = sorted(score.name for score in scores_of("split") if score.measure is not None)
     return Stage(
         name="split",
-        settings={"version": 6, **split_identity(config), **({"measures": added} if added else {})},
+        settings={"version": 7, **split_identity(config), **({"measures": added} if added else {})},
         schema=CLIPS,
         function=partial(SplitFunction, config=config, decode=decode, looks=looks),
         rows_per_part=32,
@@ -192,7 +192,7 @@ class SplitSources(Step):
         self.looks = looks
         early = None
         if looks is not None:
-            early = EarlyLooks(looks, StageTable(config.dataset, looks).uri, config.looks, config.thresholds)
+            early = EarlyLooks(looks, StageTable(config.dataset, looks).uri, config.looks, config.bounds)
         self.stages = (split_stage(config.split, config.decode, config.resources.of("split"), looks=early),)
 
     def apply(self, run: Run) -> None:

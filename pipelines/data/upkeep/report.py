@@ -44,6 +44,7 @@ class WhatIf:
     passing: int  # clips that pass all thresholds now
     # (value, clips that would pass), by value; the last is None: without this threshold
     others: tuple[tuple[float | None, int], ...]
+    note: str = ""  # why other values change nothing that they might have changed
 
 
 def what_if(
@@ -69,7 +70,12 @@ def what_if(
             values = {other for other in values if other <= 1}
         others = [(other, passing(replace(thresholds, **{field.name: other}))) for other in sorted(values)]
         without = passing(replace(thresholds, **{field.name: None}))
-        found.append(WhatIf(name=field.name, value=value, passing=now, others=(*others, (None, without))))
+        note = ""
+        if tokens and field.name == "min_duration" and without == now:
+            shortest = min((count for count in tokens["num_frames"] if count > 1), default=0)
+            if np.count_nonzero(keeps(scores, replace(thresholds, min_duration=None))) > now:
+                note = f"less changes nothing: shorter clips lack the {shortest} frames at {tokens['fps']:g} fps"
+        found.append(WhatIf(name=field.name, value=value, passing=now, others=(*others, (None, without)), note=note))
     return found
 
 

@@ -4,9 +4,9 @@ Everything is measured on decoded pixels, so it does not depend on the codec.
 
 Motion is looked for between frames 1/8 s apart, in 8x8 px blocks of the small picture: a block has changed if its mean
 absolute difference, in luma or in chroma, exceeds what compression does to a still picture. ``motion`` is the mean
-share of changed blocks, which a moving camera drives up. ``motion_time`` is the share of looks with any changed block:
-it tells a static camera with a small moving subject (always something moves) from a still shot or a slide that is
-turned now and then (nothing moves most of the time).
+share of changed blocks, which a moving camera drives up. ``motion_time`` is the share of the time
+between looks with any changed block: it tells a static camera with a small moving subject (always something moves) from
+a still shot or a slide that is turned now and then (nothing moves most of the time).
 
 A flash is a frame much brighter or darker than the frames around it; a repeat shows the very picture of the frame
 before, as a stalled recording does.
@@ -81,7 +81,11 @@ class FrameMeter:
         # Looks follow one another, so those of a span are a stretch of them; a film may have a million.
         begin = bisect_left(self.looks, start_time, key=itemgetter(0))
         stop = bisect_right(self.looks, last_time, key=itemgetter(1))
-        shares = [share for _, _, share in self.looks[begin:stop]]
+        looks = self.looks[begin:stop]
+        shares = [share for _, _, share in looks]
+        # Where a picture stands for seconds, as at an uneven rate, one look at it spans them.
+        seconds = sum(until - since for since, until, _ in looks)
+        moving = sum(until - since for since, until, share in looks if share > 0)
         return {
             "brightness": min(1.0, float(np.mean(self.brightness[first:end])) / picture_share),
             "dark_share": float(np.mean(self.dark[first:end])),
@@ -90,7 +94,7 @@ class FrameMeter:
             "freeze": self._longest_freeze(first, end),
             "sharpness": self._sharpness(start_time, last_time) / picture_share,
             "motion": min(1.0, float(np.mean(shares)) / picture_share) if shares else 0.0,
-            "motion_time": float(np.mean([share > 0 for share in shares])) if shares else 0.0,
+            "motion_time": moving / seconds if looks else 0.0,
             **{name: float(np.mean(values[first:end])) for name, values in self.measured.items()},
         }
 

@@ -23,6 +23,7 @@ from pipelines.data.video.borders import BorderMeter, Box, turn_box
 from pipelines.data.video.fingerprint import LOOK_SECONDS, make_fingerprint, small_planes, small_size, thumbnail
 from pipelines.data.video.meter import FrameMeter
 from pipelines.data.video.reader import DecodedSource
+from pipelines.data.video.transitions import Judgement, TransitionMeter
 from pipelines.decoding.errors import VideoError
 from pipelines.decoding.video_file import TimedFrame, VideoFile, VideoInfo
 
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from pipelines.data.models.transnet import TransNetDetector
 
 _BEAT_FRAMES = 16
+_STUTTER = 0.25  # seconds
+_NEAR = 2  # frames by which two measures may differ about a cut
+_DENIED = 0.1  # of 0..1, below which a cut is none, unless the pictures around are as far apart as:
+_UNLIKE = 0.85  # 0..1.4; 0.93 and more was seen of cuts, 0.62 and less of nearly all flashes and sudden motion
 _PLANAR = frozenset(f"yuv{j}{kind}p" for j in ("", "j") for kind in ("420", "422", "444"))
 # From the range that video leaves at both ends (luma 16..235, chroma 16..240) to all of 0..255.
 _STRETCH_LUMA = ((np.arange(256) - 16) * 255 / 219).clip(0, 255).round().astype(np.uint8)
@@ -77,6 +82,8 @@ class _Pass:
     def __init__(self, config: SplitConfig, declared_fps: float) -> None:
         self.meter, self.borders = FrameMeter(), BorderMeter()
         self.shots = _shot_detector(config, declared_fps)
+        self.transitions = TransitionMeter()
+        self.fresh: list[int] = []  # numbers of the frames that do not repeat the one before
         self.rotation = 0
         self.origin = 0.0  # seconds, as the file counts
         self.frame_size = (0, 0)  # of the first frame, as coded
@@ -84,6 +91,7 @@ class _Pass:
         self.thumbnails: list[tuple[float, bytes]] = []  # several a second, of which clips take some
         self._target = config.width
         self._small = (0, 0)
+        self._changed = 0.0  # when the picture was last another than before, seconds
         # Each keeps what it has set up for frames of one kind, which takes longer than a frame itself.
         self._scaler, self._converter, self._grayer = (VideoReformatter() for _ in range(3))
 
@@ -99,7 +107,13 @@ class _Pass:
         # makes its own, by interpolation: on an averaged one, hues in the dark differ and it sees other cuts.
         planes = small_planes(frame, self._small, self._scaler)
         self.meter.add(time, planes)
-        if self.shots is not None:
+        self._changed = self._changed if self.meter.repeats[-1] else time
+        # Among frames that repeat one another, as in a film shown faster than it was taken, each that does not would
+        # look like a cut; what stands still for longer is a picture like others, and no flash.
+        stutters = self.meter.repeats[-1] and time - self._changed < _STUTTER
+        self.transitions.add(time, planes, skip=stutters)
+        if self.shots is not None and not stutters:
+            self.fresh.append(len(self.meter.times) - 1)
             self.shots.add(interpolate(frame, self._small, self._converter))
         if not self.thumbnails or time - self.thumbnails[-1][0] >= LOOK_SECONDS - 1e-3:
             self.thumbnails.append((time, thumbnail(planes).tobytes()))
@@ -130,18 +144,41 @@ def _clips(seen: _Pass, info: VideoInfo, config: SplitConfig, beat: Callable[[],
         "decoded_frames": count,
         "decoded_share": _decoded_share(info, count, end),
     }
+    judged = seen.transitions.finish()
+    cuts = []
+    if seen.shots is not None:
+        cuts = [seen.fresh[cut] for cut in seen.shots.finish()]
+        cuts = join_cuts(cuts, judged) if config.transitions else cuts
     clips = []
-    for first, stop in _spans(meter.times, seen.shots.finish() if seen.shots else [], end, meter.dark, config):
+    for first, stop in _spans(meter.times, cuts, end, meter.dark, config):
         beat()
         start_s, end_s = meter.times[first], meter.times[stop] if stop < count else end
         span = {"duration": end_s - start_s, "fps": (stop - first) / (end_s - start_s)}
+        inside = judged.sure[first + 1 : stop]
         scores = span | of_the_source | meter.clip_scores(first, stop, picture_share)
+        scores["cut"] = float(inside.max()) if len(inside) else 0.0
         rounded = {name: round(float(value), 6) for name, value in scores.items()}
         fingerprint = make_fingerprint(seen.thumbnails, start_s, end_s)
         clips.append(
             {"start_s": round(start_s, 3), "end_s": round(end_s, 3), "scores": rounded, "fingerprint": fingerprint}
         )
     return clips
+
+
+def join_cuts(cuts: Sequence[int], judged: Judgement) -> list[int]:
+    """Where shots are parted: cuts of the first measure that the second does not deny, and what it alone has seen.
+
+    Denied is what has the same picture before and after, as a flash. A transition parts three: the shots, and what
+    belongs to both.
+    """
+    found = {edge for each in judged.transitions for edge in (each.first, each.stop)}
+    for cut in cuts:
+        known = any(each.first - _NEAR <= cut <= each.stop + _NEAR for each in judged.transitions)
+        around = slice(max(0, cut - _NEAR), cut + _NEAR + 1)
+        sure = judged.sure[around].max(initial=0)
+        if not known and (sure >= _DENIED or judged.across[around].max(initial=0) >= _UNLIKE):
+            found.add(cut)
+    return sorted(found)
 
 
 def _shot_detector(config: SplitConfig, fps: float) -> "_SceneDetect | TransNetDetector | None":

@@ -25,6 +25,7 @@ GOOD = {
     "dark_share": 0.0,
     "flash_share": 0.0,
     "repeat_share": 0.1,
+    "cut": 0.0,
     "freeze": 0.1,
     "sharpness": 300.0,
     "motion": 0.1,
@@ -33,7 +34,7 @@ GOOD = {
 
 
 def scores(duration, aspect, image=0.0):
-    return {"duration": duration, "aspect": aspect, "image": image}
+    return {"duration": duration, "aspect": aspect, "height": 720, "image": image}
 
 
 def test_a_good_clip_is_kept():
@@ -55,12 +56,12 @@ def test_a_good_clip_is_kept():
     ],
 )
 def test_a_rejection_names_score_value_and_threshold(score, value, reason):
-    assert decide(GOOD | {score: value}, Thresholds()) == ("rejected", reason)
+    assert decide(GOOD | {score: value}, Thresholds(min_duration=2.0)) == ("rejected", reason)
 
 
 def test_every_reason_is_told_and_a_threshold_can_be_switched_off():
     scores = GOOD | {"motion_time": 0.0, "duration": 1.0}
-    assert decide(scores, Thresholds())[1] == "duration 1 < 2; motion_time 0 < 0.25"
+    assert decide(scores, Thresholds(min_duration=2.0))[1] == "duration 1 < 2; motion_time 0 < 0.25"
     assert decide(scores, Thresholds(min_motion_time=None, min_duration=None)) == ("kept", "")
 
 
@@ -104,7 +105,7 @@ def test_area_buckets_hold_the_release_targets():
 @pytest.mark.parametrize(
     ("duration", "aspect", "expected"),
     [
-        (1.0, 1.0, None),
+        (1.0, 1.0, "frames 12 < 17 at 12 fps"),
         (17 / 12, 1.0, ClipShape(17, 352, 352)),
         (1.417, 16 / 9, ClipShape(17, 448, 256)),  # 17 frames at 12 fps, rounded to milliseconds
         (2.0, 9 / 16, ClipShape(17, 256, 448)),
@@ -121,13 +122,47 @@ def test_sizes_can_be_listed():
 
 
 def test_an_image_is_one_frame_of_its_aspect_and_not_asked_for_time():
-    assert plan_shape(scores(0.04, 1.7, image=1.0), TokenConfig()) is None
+    assert plan_shape(scores(0.04, 1.7, image=1.0), TokenConfig()) == "frames 1 < 25 at 12 fps"
     assert plan_shape(scores(0.04, 1.7, image=1.0), TokenConfig(num_frames=(1, 25))) == ClipShape(1, 448, 256)
-    assert plan_shape(scores(1.0, 1.7), TokenConfig(num_frames=(1, 25))) is None  # a short clip is no image
+    short = plan_shape(scores(1.0, 1.7), TokenConfig(num_frames=(1, 25)))
+    assert short == "frames 12 < 25 at 12 fps"  # a short clip is no image
     image = GOOD | {"image": 1.0, "duration": 0.04, "fps": 25.0, "motion": 0.0, "motion_time": 0.0}
     assert decide(image, Thresholds()) == ("kept", "")
     assert decide(image | {"brightness": 0.0}, Thresholds())[1] == "brightness 0 < 0.02"
     assert decide(image | {"image": 0.0}, Thresholds())[0] == "rejected"
+
+
+@pytest.mark.parametrize(
+    ("height", "aspect", "most", "expected"),
+    [
+        (256, 1.75, 1.0, ClipShape(25, 448, 256)),
+        (255, 1.75, 1.0, "enlargement 1.004 > 1: 446x255 to 448x256 at least"),
+        (255, 1.75, 1.01, ClipShape(25, 448, 256)),
+        (128, 1.75, None, ClipShape(25, 448, 256)),
+        (280, 4 / 3, 1.0, "enlargement 1.029 > 1: 373x280 to 384x288 at least"),
+        (352, 1.1, 1.0, ClipShape(25, 352, 320)),
+    ],
+)
+def test_pictures_are_not_enlarged_by_more_than_is_allowed(height, aspect, most, expected):
+    clip = scores(3.0, aspect) | {"height": height}
+    assert plan_shape(clip, TokenConfig(num_frames=(25,), max_enlargement=most)) == expected
+    image = plan_shape(clip | {"image": 1.0}, TokenConfig(num_frames=(1,), max_enlargement=most))
+    assert isinstance(image, ClipShape), "an image is enlarged as it takes"
+
+
+@pytest.mark.parametrize(
+    ("fps", "frames", "kept"), [(12, 25, True), (24, 50, True), (24, 49, False), (25, 52, False), (25, 53, True)]
+)
+def test_the_least_duration_is_that_of_the_shortest_clip(fps, frames, kept):
+    config = load_config(CurateConfig, "default", ["tokens.num_frames=[25, 49]"])
+    assert config.thresholds.min_duration is None
+    clip = GOOD | {"duration": round(frames / fps, 6), "fps": fps}
+    assert (decide(clip, config.bounds)[0] == "kept") == kept
+    assert isinstance(plan_shape(clip | {"height": 720}, config.tokens), ClipShape) == kept
+    longer = load_config(CurateConfig, "default", ["thresholds.min_duration=2.5"])
+    assert longer.bounds.min_duration == 2.5
+    images = load_config(CurateConfig, "default", ["tokens.num_frames=[1]"])
+    assert images.bounds.min_duration is None
 
 
 @pytest.mark.parametrize("name", ["default", "demo"])

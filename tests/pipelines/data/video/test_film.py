@@ -8,7 +8,9 @@ import numpy as np
 import pyarrow as pa
 from scenedetect import AdaptiveDetector, detect
 
+from pipelines.data.scores import Thresholds
 from pipelines.data.settings import SplitConfig
+from pipelines.data.steps.decide import decide
 from pipelines.data.steps.duplicates import find_near_duplicates
 from pipelines.data.video.reader import ClipRequest, DecodedSource, read_clip
 from pipelines.data.video.shots import split_source
@@ -19,7 +21,9 @@ FPS = 24
 
 @cache
 def source(name: str) -> DecodedSource:
-    return split_source(str(CLIPS / f"{name}.mp4"), SplitConfig(dark_seconds=None), beat=lambda: None)
+    return split_source(
+        str(CLIPS / f"{name}.mp4"), SplitConfig(dark_seconds=None, transitions=False), beat=lambda: None
+    )
 
 
 def test_the_letterbox_is_found_to_within_two_pixels():
@@ -65,11 +69,22 @@ def test_cuts_are_those_of_the_full_size_film():
 
 
 def test_a_fade_through_black_parts_what_it_joins():
-    clips = split_source(str(CLIPS / "sintel_10s.mp4"), SplitConfig(), beat=lambda: None).clips
+    config = SplitConfig(transitions=False)
+    clips = split_source(str(CLIPS / "sintel_10s.mp4"), config, beat=lambda: None).clips
     assert all(one["end_s"] == other["start_s"] for one, other in pairwise(clips))
     assert [clip["scores"]["dark_share"] for clip in clips] == [0, 1, 0, 0]
     [whole, _] = source("sintel_10s").clips
     assert 0.3 < whole["scores"]["dark_share"] < 0.5  # it would be kept, with seconds of black in its middle
+
+
+def test_no_clip_that_scores_keep_has_a_fade_in_it():
+    for name, fade in (("sintel_10s", (74, 170)), ("sintel_12s_of_30", (146, 182))):
+        clips = split_source(str(CLIPS / f"{name}.mp4"), SplitConfig(), beat=lambda: None).clips
+        assert all(one["end_s"] == other["start_s"] for one, other in pairwise(clips))
+        kept = [clip for clip in clips if decide(clip["scores"], Thresholds())[0] == "kept"]
+        spans = [(round(clip["start_s"] * FPS), round(clip["end_s"] * FPS)) for clip in kept]
+        assert spans
+        assert all(end <= fade[0] or begin >= fade[1] for begin, end in spans), spans
 
 
 def test_the_shared_opening_is_a_near_duplicate():

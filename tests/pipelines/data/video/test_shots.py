@@ -110,6 +110,14 @@ def test_a_slide_that_is_turned_moves_hardly_ever(tmp_path):
     assert scores(write_video(tmp_path / "a.mp4", slides, fps=24))["motion_time"] < 0.1
 
 
+def test_a_picture_that_stands_for_long_moves_as_little_as_it_is_frozen(tmp_path):
+    frames = moving_square(6, size=(128, 96))
+    frozen = np.concatenate([frames, frames[-1:], frames[-1:]])
+    found = scores(write_video(tmp_path / "a.mp4", frozen, fps=24, times=[0, 1, 2, 3, 4, 5, 6, 65]))
+    assert found["freeze"] > 2.4
+    assert found["motion_time"] < 0.1
+
+
 def test_a_truncated_file_decodes_in_part(tmp_path):
     path = write_video(tmp_path / "a.mp4", moving_square(60, size=(128, 96)), options={"crf": "5", "g": "10"})
     data = path.read_bytes()
@@ -159,7 +167,7 @@ def test_what_lies_close_to_cuts_can_be_trimmed_and_nothing_is_lost(tmp_path):
 def test_black_stretches_are_shots_of_their_own(tmp_path):
     bright, black = moving_square(40), still(10, level=0)
     path = write_video(tmp_path / "a.mp4", np.concatenate([black, bright, black, bright, black[:4]]), fps=20)
-    uncut = {"detector": "content", "threshold": 255.0}
+    uncut = {"detector": "content", "threshold": 255.0, "transitions": False}
     edges = [clip["start_s"] for clip in split(path, **uncut).clips]
     assert edges == [0, 0.5, 2.5, 3]  # the last stretch is too short
     assert len(split(path, dark_seconds=None, **uncut).clips) == 1
