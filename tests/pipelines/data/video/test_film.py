@@ -10,6 +10,7 @@ from scenedetect import AdaptiveDetector, detect
 
 from pipelines.data.scores import Thresholds
 from pipelines.data.settings import SplitConfig
+from pipelines.data.stage.values import ValueGroup
 from pipelines.data.steps.decide import decide
 from pipelines.data.steps.duplicates import find_near_duplicates
 from pipelines.data.video.reader import ClipRequest, DecodedSource, read_clip
@@ -90,8 +91,12 @@ def test_no_clip_that_scores_keep_has_a_fade_in_it():
 def test_the_shared_opening_is_a_near_duplicate():
     clips = [clip for name in ("sintel_10s", "sintel_12s_of_30") for clip in source(name).clips]
     keys = pa.array([f"{index:02d}" for index in range(len(clips))])
-    prints = [clip["fingerprint"] for clip in clips]
-    found = find_near_duplicates(keys, lambda: [(np.arange(len(prints)), prints)], 0.99)
+    prints = pa.array([clip["fingerprint"] for clip in clips], pa.binary())
+
+    def fingerprints(places):
+        return [ValueGroup(np.arange(len(places)), lambda: pa.chunked_array([prints.take(pa.array(places))]))]
+
+    found = find_near_duplicates(keys, fingerprints, 0.99)
     first_of_the_longer = len(source("sintel_10s").clips)
     assert found[first_of_the_longer].of == 0
     assert found[first_of_the_longer].cosine >= 0.99
