@@ -24,6 +24,8 @@ REACH = 20  # frames before and after a step that are looked at
 WEIGHTS = "transitions.npz"
 _WIDTH, _HEIGHT = 32, 18  # px of the pictures compared
 _BINS = 16  # of a plane's histogram
+_PLANE_BINS = np.arange(0, 3 * _BINS, _BINS, dtype=np.uint8)[:, None]  # number of each plane's first
+_BELOW, _ABOVE = np.arange(-1, _BINS - 1).clip(0), np.arange(1, _BINS + 1).clip(max=_BINS - 1)
 _GRAIN = 3.0  # levels of luma; a picture of no more contrast has no layout
 _AWAY = (0, 1, 2, 3, 5, 7, 10, 14, 19)  # frames before and after a step that are compared with one another
 _PAIRS = np.array(list(combinations([*(-1 - away for away in reversed(_AWAY)), *_AWAY], 2)))
@@ -63,10 +65,11 @@ def describe(planes: NDArray[np.uint8]) -> Description:
     layout = luma - luma.mean()
     contrast = float(np.sqrt(np.mean(layout**2)))
     layout /= np.sqrt(layout.size) * np.hypot(contrast, _GRAIN)
-    counts = [np.bincount(plane.ravel() // (256 // _BINS), minlength=_BINS) for plane in small]
+    bins = small.reshape(3, -1) // (256 // _BINS) + _PLANE_BINS
+    counts = np.bincount(bins.ravel(), minlength=3 * _BINS).reshape(3, _BINS)
     # Neighbouring bins share, so that a little more light is a little difference.
-    shared = [np.convolve(np.pad(count, 1, mode="edge"), (0.25, 0.5, 0.25), mode="valid") for count in counts]
-    histogram = np.sqrt(np.concatenate(shared) / colours.size).astype(np.float32)
+    shared = 0.25 * counts[:, _BELOW] + 0.5 * counts + 0.25 * counts[:, _ABOVE]
+    histogram = np.sqrt(shared.ravel() / colours.size).astype(np.float32)
     quarters = small.reshape(3, 2, _HEIGHT // 2, 2, _WIDTH // 2).transpose(1, 3, 0, 2, 4).reshape(4, -1)
     return (layout.astype(np.float32), histogram, *(quarters / np.float32(32 * np.sqrt(quarters.shape[1]))))
 
