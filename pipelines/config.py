@@ -90,7 +90,8 @@ def show_config(cls: type[ConfigT], source: str, overrides: Sequence[str] = (), 
     except ValidationError as error:
         details = error.errors()
     missing = [_key_path(raw, detail) for detail in details if detail["type"] in _MISSING]
-    if complete or len(missing) < len(details):
+    of_tuples = any(keys[-1].isdecimal() for keys in missing)  # too short, which is an error
+    if complete or of_tuples or len(missing) < len(details):
         raise _as_user_error(cls, path, raw, overrides, details)
     stood_in = json.loads(json.dumps(raw))
     for keys in missing:

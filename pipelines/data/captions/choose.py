@@ -79,7 +79,9 @@ class Caption(Step):
         """Put together what each captioner made of clips (ascending), without what is not fit or is said twice."""
         rules = self.rules
         if len(made) == 1 and rules.min_words is None and rules.max_words is None and not rules.languages:
-            return self._of_one(clips, next(iter(made.values())))
+            only = next(iter(made.values()))
+            if (pc.max(pc.fill_null(pc.list_value_length(only["captions"]), 2)).as_py() or 0) <= 1:
+                return self._of_one(clips, only)
         of = [pa.array([], CAPTIONS)]
         faults: dict[int, tuple[str, str]] = {}
         left_out: Counter[str] = Counter()
@@ -100,7 +102,7 @@ class Caption(Step):
         return Captions(clips=clips, of=captions, faults=faults, left_out=dict(left_out), **_tokens(made.values()))
 
     def _of_one(self, clips: NDArray[np.int64], made: pa.Table) -> Captions:
-        """Likewise, where one captioner made all and nothing it said is unfit: it says nothing twice."""
+        """Likewise, where one captioner made all and nothing it said is unfit: it says one thing each."""
         captions = pa.chunked_array([pa.array([], CAPTIONS), *made["captions"].cast(CAPTIONS).chunks])
         lacking = np.flatnonzero(pc.equal(pc.fill_null(pc.list_value_length(captions), 0), 0).to_numpy())
         errors = take(made["error"], lacking).to_pylist()

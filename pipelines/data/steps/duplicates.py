@@ -102,6 +102,13 @@ def find_near_duplicates(
         threshold: A cosine; from there on two are near-duplicates.
         prefer: Which copies are better; of equals, and without it, that with the lowest key is.
     """
+    return _find_linked(keys, fingerprints, threshold, prefer)[0]
+
+
+def _find_linked(
+    keys: pa.Array | pa.ChunkedArray, fingerprints: Fingerprints, threshold: float, prefer: Preference | None
+) -> tuple[dict[int, NearDuplicate], NDArray[np.int64]]:
+    """Likewise, and pairs of near-duplicates, [n, 2], which link all that are so, directly or through others."""
     order = pc.sort_indices(keys).to_numpy().astype(np.int64)
     # From here on clips are numbered among those with a like, in the order of their keys.
     rank, every = np.argsort(order), fingerprints(np.arange(len(order)))
@@ -126,7 +133,8 @@ def find_near_duplicates(
         lowest = _lowest_linked(links, len(places))
     preference = np.zeros(len(places), np.int64) if prefer is None else prefer(places)
     found = _choose_kept(lowest, links, preference, threshold, lambda *pair: similarity(*map(print_of, pair)))
-    return {int(places[clip]): NearDuplicate(int(places[kept]), cosine) for clip, (kept, cosine) in found.items()}
+    duplicates = {int(places[clip]): NearDuplicate(int(places[kept]), cosine) for clip, (kept, cosine) in found.items()}
+    return duplicates, places[links]
 
 
 def _choose_kept(
@@ -274,13 +282,12 @@ class NearDuplicates(Step):
         kept = clips.verdicts.kept
         rows = clips.of(kept)
         fingerprints = partial(_fingerprints, rows)
-        found = find_near_duplicates(rows["key"], fingerprints, threshold, partial(self._prefer, run, rows))
-        pairs = []
+        found, links = _find_linked(rows["key"], fingerprints, threshold, partial(self._prefer, run, rows))
         for place, duplicate in found.items():
             original = rows["key"][duplicate.of].as_py()
             clips.verdicts.set(int(kept[place]), "duplicate", near_duplicate(original, duplicate.cosine))
-            pairs.append((rows["work_key"][place].as_py(), rows["work_key"][duplicate.of].as_py()))
-        run.groups = linked_groups(pairs)
+        sources = take(rows["work_key"], links.ravel()).to_pylist()
+        run.groups = linked_groups(list(zip(sources[::2], sources[1::2], strict=True)))
 
     def _prefer(self, run: Run, rows: pa.Table, places: NDArray[np.int64]) -> NDArray[np.int64]:
         some = take(rows, places)

@@ -127,6 +127,7 @@ def extended(
         given=None,
     )
     num_given = max(1, min(num_before, _longest_trained(first.size, served) - added))
+    num_given -= (num_given - 1) % TEMPORAL_FACTOR
     while True:
         try:
             whole = asdict(replace(first.size, num_frames=num_given + added))
@@ -138,7 +139,10 @@ def extended(
                 raise
             num_given -= TEMPORAL_FACTOR
         else:
-            return request, num_given
+            break
+    if config.untrained_sizes == "refuse" and (why := served.card.untrained(request.size)) is not None:
+        raise BadRequestError(why, name)
+    return request, num_given
 
 
 def _longest_trained(size: VideoSize, served: Served) -> int:

@@ -66,10 +66,7 @@ class _VideoRoutes:
         first = await self._service.with_given(first, body.input_reference, file)
         requests = [replace(first, seed=first.seed + place) for place in range(count)]
         jobs = await self._runner.submit(served.name, requests, request.state.owner)
-        created = self._answer(jobs[0])
-        if (why := served.card.untrained(first.size)) is not None:
-            created.headers["X-Lumos-Warning"] = why
-        return created
+        return self._created(jobs[0], served.card.untrained(first.size))
 
     async def extend_video(self, request: Request) -> Response:
         """Go on with a finished video, whose last frames begin what is drawn, or with a clip.
@@ -95,7 +92,7 @@ class _VideoRoutes:
         drawn, num_given = extended(body, first, len(frames), served, self._service.config)
         drawn = replace(drawn, given=frames[len(frames) - num_given :])
         jobs = await self._runner.submit(served.name, [drawn], request.state.owner, before)
-        return self._answer(jobs[0])
+        return self._created(jobs[0], served.card.untrained(drawn.size))
 
     async def list_videos(
         self,
@@ -130,6 +127,12 @@ class _VideoRoutes:
     async def retrieve_video(self, video_id: VideoId, request: Request) -> Response:
         """How far a job is."""
         return self._answer(await self._job(video_id, request))
+
+    def _created(self, job: Job, warning: str | None) -> JSONResponse:
+        answer = self._answer(job)
+        if warning is not None:
+            answer.headers["X-Lumos-Warning"] = warning
+        return answer
 
     def _answer(self, job: Job) -> JSONResponse:
         poll_ms = max(_POLL_MS, 1000 * self._runner.num_open // _POLLS_PER_S)

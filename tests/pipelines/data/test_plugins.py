@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from pipelines.config import config_to_dict
+from pipelines.data.snapshot.read import open_snapshot
 from tests.pipelines.data.corpora import curate_config
 from tests.pipelines.data.videos import moving_square, write_video
 
@@ -120,7 +121,7 @@ def curated(tmp_path_factory, videos, tokenizer_file) -> Curated:
     [snapshot] = (folder / "d" / "snapshots").iterdir()
     shards = [row for path in snapshot.glob("data/**/*.parquet") for row in pq.read_table(path).to_pylist()]
     return Curated(
-        ledger={row["path"]: row for row in pq.read_table(snapshot / "ledger.parquet").to_pylist()},
+        ledger={row["path"]: row for row in open_snapshot(str(snapshot)).read_ledger().to_pylist()},
         manifest=json.loads((snapshot / "manifest.json").read_text()),
         captions=[caption["text"] for row in shards for caption in row["captions"]],
         page=page.read_text(),

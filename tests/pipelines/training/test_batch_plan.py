@@ -39,7 +39,7 @@ def make_manifest(buckets, *, split="train"):
         tokenizer=TokenizerInfo("fsq", 64, (4, 8, 8), ""),
         buckets=tuple(entries),
         totals={},
-        ledger=LedgerInfo("", 0, "", {}),
+        ledger=LedgerInfo(0, {}, ()),
         created_from={},
     )
 

@@ -166,6 +166,12 @@ def test_of_a_chain_no_clip_is_said_to_be_of_one_that_it_is_not_like(best):
     assert all(similarity(packed[a], packed[b]) < 0.99 for a in kept for b in kept if a != b)
 
 
+def test_a_whole_chain_is_one_group_though_clips_of_it_are_kept():
+    found, links = duplicates._find_linked(pa.array(list("abcde")), told(*chain(5)), 0.99, None)
+    assert len(found) < 4  # so that two are kept at least, whose splits must be one
+    assert linked_groups([(f"s{one}", f"s{other}") for one, other in links]) == {f"s{n}": "s0" for n in range(5)}
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_captioned_copy_is_kept_then_the_larger_then_the_longer(tokenizer_file, tmp_path):
     corpus = tmp_path / "videos"

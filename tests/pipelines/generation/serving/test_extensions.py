@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -47,6 +48,24 @@ def test_an_extension_goes_on_from_what_the_longest_trained_length_and_the_servi
             of_clip = await client.post(URL, data=form, files={"video": CLIP})
             assert of_clip.status_code == 200, of_clip.text
             assert of_clip.json()["num_given"] == given_of_clip
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("untrained_sizes", "status"), [("warn", 200), ("refuse", 400)])
+def test_an_extension_longer_than_any_trained_video_is_told_or_refused(
+    config: ServeConfig, untrained_sizes: Literal["warn", "refuse"], status: int
+) -> None:
+    async def main() -> None:
+        service = replace(config, untrained_sizes=untrained_sizes)
+        async with service_of(service) as app, client_to(app) as client:
+            form = {"prompt": CAPTIONS[0], "num_frames": "20", "steps": "1"}
+            longer = await client.post(URL, data=form, files={"video": CLIP})
+            assert longer.status_code == status
+            why = longer.headers["X-Lumos-Warning"] if status == 200 else longer.json()["error"]["message"]
+            assert "32x32, 21 frames at 12 fps is no size that the model was trained on" in why
+            usual = await client.post(URL, data=form | {"num_frames": "4"}, files={"video": CLIP})
+            assert (usual.status_code, usual.headers.get("X-Lumos-Warning")) == (200, None)
 
     asyncio.run(main())
 
