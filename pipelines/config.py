@@ -333,7 +333,7 @@ def _describe(cls: type[Any], raw: Any, detail: ErrorDetails) -> str:
         remedy = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(siblings)}"
         return f"unknown key {name!r} = {_show(value)}; {remedy}"
     if kind == "missing" and keys[-1].isdecimal():  # an item of a tuple, which is of a set length
-        return f"{'.'.join(keys[:-1])}: it has {keys[-1]} items, and needs more"
+        return f"{'.'.join(keys[:-1])}: it has {len(value)} items, and needs more"
     if kind in _MISSING:
         return f"key {name!r} is missing; it has no default"
     if kind == "value_error":  # raised by a dataclass about itself; its message names field and value

@@ -4,9 +4,9 @@ Everything is measured on decoded pixels, so it does not depend on the codec.
 
 Motion is looked for between frames 1/8 s apart, in 8x8 px blocks of the small picture: a block has changed if its mean
 absolute difference, in luma or in chroma, exceeds what compression does to a still picture. ``motion`` is the mean
-share of changed blocks, which a moving camera drives up. ``motion_time`` is the share of the time
-between looks with any changed block: it tells a static camera with a small moving subject (always something moves) from
-a still shot or a slide that is turned now and then (nothing moves most of the time).
+share of changed blocks, which a moving camera drives up. ``motion_time`` is the share of the time between looks with
+any changed block: it tells a static camera with a small moving subject (always something moves) from a still shot or a
+slide that is turned now and then (nothing moves most of the time).
 
 A flash is a frame much brighter or darker than the frames around it; a repeat shows the very picture of the frame
 before, as a stalled recording does.

@@ -87,7 +87,7 @@ def lumos(plugins: dict[str, Path], *arguments: str) -> subprocess.CompletedProc
 def write_config(folder: Path, videos: Path, tokenizer: Path, **changes: dict[str, object]) -> Path:
     """The tests' usual run, as a file, with some sections changed."""
     values = config_to_dict(curate_config(videos, folder / "d", tokenizer))
-    values["thresholds"] = {"min_duration": 1.41}
+    values["thresholds"] = {"min_duration": 1.41, "max_cut": None}  # as the usual run: nothing here is footage
     for section, keys in changes.items():
         values[section] |= keys
     path = folder / "run.yaml"
