@@ -63,6 +63,21 @@ def cuts(json_path: Path | None, folder: Path, count: int, seed: int) -> None:
     write(json_path, run_cuts_benchmark(folder, GIVEN, cuts=count, seed=seed, say=click.echo))
 
 
+@command.command(short_help="How well test pictures, noise and text are told from real videos.")
+@JSON
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--clips", type=COUNT, default=48, show_default=True, help="To be generated, of each kind.")
+@click.option("--seed", type=int, default=7, show_default=True, help="Of what is generated.")
+def patterns(json_path: Path | None, folder: Path, clips: int, seed: int) -> None:
+    """Generate clips of bars, planes, noise and text, all moving, and see which the default config rejects.
+
+    FOLDER holds real videos: told is which of their clips are rejected for the same scores, plain_share and noise.
+    """
+    from pipelines.benchmarks.patterns import run_patterns_benchmark
+
+    write(json_path, run_patterns_benchmark(folder, clips=clips, seed=seed, say=click.echo))
+
+
 for each in (train, attention, loss, generate, sampling, load, check):
     command.add_command(each)
 

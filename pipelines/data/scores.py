@@ -90,6 +90,14 @@ _BUILT_IN = (
         bounds={"min": None},
     ),
     Score(
+        "plain_share",
+        "share",
+        about="of the picture at exact levels or even ramps, as test bars, planes, slides and cards of text are",
+        share=True,
+        bounds={"max": None},
+    ),
+    Score("noise", "0..1", about="spectral flatness of the picture", share=True, bounds={"max": None}),
+    Score(
         "motion",
         "share",
         about="of the picture that changes between looks 1/8 s apart, on average",

@@ -48,9 +48,11 @@ class Sample:
         meter = FrameMeter()
         size = small_size(self.frames.shape[2], self.frames.shape[1], _SMALL)
         for index, frame in enumerate(self.frames):
-            planes = cv2.cvtColor(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2YCrCb)
-            meter.add(index / self.fps, np.ascontiguousarray(planes[..., [0, 2, 1]].transpose(2, 0, 1), np.uint8))
-            meter.add_full(index / self.fps, np.asarray(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), np.uint8))
+            small = cv2.cvtColor(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2YCrCb)
+            planes = np.ascontiguousarray(small[..., [0, 2, 1]].transpose(2, 0, 1), np.uint8)
+            meter.add(index / self.fps, planes)
+            luma = np.asarray(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), np.uint8)
+            meter.add_picture(index / self.fps, luma, planes[0])
         return meter.clip_scores(0, len(self.frames))
 
     @cached_property

@@ -177,7 +177,7 @@ def split_stage(
     added = sorted(score.name for score in scores_of("split") if score.measure is not None)
     return Stage(
         name="split",
-        settings={"version": 7, **split_identity(config), **({"measures": added} if added else {})},
+        settings={"version": 8, **split_identity(config), **({"measures": added} if added else {})},
         schema=CLIPS,
         function=partial(SplitFunction, config=config, decode=decode, looks=looks),
         rows_per_part=32,

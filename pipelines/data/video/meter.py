@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from pipelines.data.scores import scores_of
 from pipelines.data.video.fingerprint import LOOK_SECONDS
+from pipelines.data.video.graphics import noisiness, plain_share
 
 _MEASURED = {score.name: score.measure for score in scores_of("split") if score.measure is not None}
 BLOCK = 8  # px
@@ -45,7 +46,8 @@ class FrameMeter:
     dark: list[bool] = field(default_factory=list)
     looks: list[tuple[float, float, float]] = field(default_factory=list)  # from, to (seconds), share of changed blocks
     repeats: list[bool] = field(default_factory=list)
-    sharpness: list[tuple[float, float]] = field(default_factory=list)  # seconds, variance of the Laplacian
+    # Seconds, variance of the Laplacian, share that is plain, noisiness.
+    pictures: list[tuple[float, float, float, float]] = field(default_factory=list)
     measured: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in _MEASURED})
     _last: NDArray[np.uint8] | None = None
     _last_look: tuple[float, list[NDArray[np.uint8]]] | None = None
@@ -69,11 +71,12 @@ class FrameMeter:
             self._last_look = (time, smooth(planes))
             self.looks.append((before, time, changed_share(reference, self._last_look[1])))
 
-    def add_full(self, time: float, luma: NDArray[np.uint8]) -> None:
-        """Measure a frame at full size, [height, width]; now and then is enough."""
+    def add_picture(self, time: float, luma: NDArray[np.uint8], small: NDArray[np.uint8]) -> None:
+        """Measure the luma of a frame, [height, width], at full size and ``small``; now and then is enough."""
         edges = cv2.Laplacian(luma, cv2.CV_16S)
         # Its variance; cv2.meanStdDev takes ten times as long.
-        self.sharpness.append((time, cv2.norm(edges, cv2.NORM_L2SQR) / edges.size - cv2.mean(edges)[0] ** 2))
+        sharpness = cv2.norm(edges, cv2.NORM_L2SQR) / edges.size - cv2.mean(edges)[0] ** 2
+        self.pictures.append((time, sharpness, plain_share(small), noisiness(small)))
 
     def clip_scores(self, first: int, end: int, picture_share: float = 1.0) -> dict[str, float]:
         """Scores of frames ``first`` up to but not including ``end``, told of the share between black bars alone."""
@@ -86,13 +89,16 @@ class FrameMeter:
         # Where a picture stands for seconds, as at an uneven rate, one look at it spans them.
         seconds = sum(until - since for since, until, _ in looks)
         moving = sum(until - since for since, until, share in looks if share > 0)
+        sharpness, plain, noise = self._of_pictures(start_time, last_time)
         return {
             "brightness": min(1.0, float(np.mean(self.brightness[first:end])) / picture_share),
             "dark_share": float(np.mean(self.dark[first:end])),
             "flash_share": float(np.mean(_flashes(self.brightness[first:end]))),
             "repeat_share": float(np.mean(self.repeats[first:end])),
             "freeze": self._longest_freeze(first, end),
-            "sharpness": self._sharpness(start_time, last_time) / picture_share,
+            "sharpness": sharpness / picture_share,
+            "plain_share": max(0.0, 1 - (1 - plain) / picture_share),  # bars are plain
+            "noise": noise,
             "motion": min(1.0, float(np.mean(shares)) / picture_share) if shares else 0.0,
             "motion_time": moving / seconds if looks else 0.0,
             **{name: float(np.mean(values[first:end])) for name, values in self.measured.items()},
@@ -107,11 +113,12 @@ class FrameMeter:
                 since = index
         return longest
 
-    def _sharpness(self, start: float, last: float) -> float:
-        begin = bisect_left(self.sharpness, start - 1e-6, key=itemgetter(0))
-        stop = bisect_right(self.sharpness, last + 1e-6, key=itemgetter(0))
-        inside = self.sharpness[begin:stop] or self.sharpness[max(0, begin - 1) : begin + 1]  # or the looks around it
-        return float(np.mean([value for _, value in inside])) if inside else 0.0
+    def _of_pictures(self, start: float, last: float) -> tuple[float, ...]:
+        """The means of what was measured of pictures between two instants, or of those around them."""
+        begin = bisect_left(self.pictures, start - 1e-6, key=itemgetter(0))
+        stop = bisect_right(self.pictures, last + 1e-6, key=itemgetter(0))
+        inside = self.pictures[begin:stop] or self.pictures[max(0, begin - 1) : begin + 1]
+        return tuple(np.mean(inside, axis=0)[1:].tolist()) if inside else (0.0, 0.0, 0.0)
 
 
 def _flashes(brightness: Sequence[float]) -> NDArray[np.bool_]:

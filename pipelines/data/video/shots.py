@@ -120,7 +120,7 @@ class _Pass:
         if self.borders.wants(time):
             luma = full_luma(frame, self._grayer)
             self.borders.add(time, luma)
-            self.meter.add_full(time, luma)
+            self.meter.add_picture(time, luma, planes[0])
 
     def picture(self) -> Box:
         """What lies between black bars, px of the upright frame."""

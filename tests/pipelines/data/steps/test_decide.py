@@ -28,6 +28,8 @@ GOOD = {
     "cut": 0.0,
     "freeze": 0.1,
     "sharpness": 300.0,
+    "plain_share": 0.3,
+    "noise": 0.1,
     "motion": 0.1,
     "motion_time": 0.9,
 }
