@@ -21,7 +21,7 @@ from pipelines.data.settings import (
     SplitConfig,
 )
 
-_ROUNDING = 0.01  # of a frame, by which a span falls short that is rounded to milliseconds
+FRAME_ROUNDING = 0.01  # of a frame, by which a span falls short that is rounded to milliseconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ def plan_shape(scores: Mapping[str, float], config: TokenConfig) -> ClipShape | 
     is too short or too small, the reason is told instead.
     """
     aspect, height = scores["aspect"], scores["height"]
-    available = math.floor(scores["duration"] * config.fps + _ROUNDING)
+    available = math.floor(scores["duration"] * config.fps + FRAME_ROUNDING)
     if scores["image"]:
         lengths = [count for count in config.num_frames if count == 1]
     else:
@@ -186,7 +186,7 @@ class CurateConfig:
         shortest = self.tokens.shortest_video
         if shortest is None or getattr(self.thresholds, "min_duration", None) is not None:
             return self.thresholds
-        least = math.floor(1000 * (shortest - _ROUNDING) / self.tokens.fps) / 1000
+        least = math.floor(1000 * (shortest - FRAME_ROUNDING) / self.tokens.fps) / 1000
         return replace(self.thresholds, min_duration=least)
 
     def _frames_wanted(self) -> dict[str, int]:
@@ -217,7 +217,7 @@ class CurateConfig:
             f"split.max_seconds {longest} is below thresholds.min_duration {least}: nothing could be kept",
         )
         require(
-            longest * self.tokens.fps + _ROUNDING >= shortest,
+            longest * self.tokens.fps + FRAME_ROUNDING >= shortest,
             f"split.max_seconds {longest} at tokens.fps {self.tokens.fps:g} is fewer than the {shortest} frames of the "
             "shortest allowed clip (tokens.num_frames): nothing could be kept",
         )

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.data import reasons
+from pipelines.data.config import FRAME_ROUNDING, TokenConfig
 from pipelines.data.scores import DECISIVE, Score, Thresholds
 
 
@@ -52,12 +52,16 @@ def keeps(scores: Mapping[str, NDArray[np.float64]], thresholds: Thresholds) -> 
     return kept
 
 
-def fills(scores: Mapping[str, NDArray[np.float64]], tokens: Mapping[str, Any]) -> NDArray[np.bool_]:
-    """Likewise, whether each has the frames of the shortest length that is encoded (``plan_shape``).
-
-    Of a config of tokens, ``num_frames`` and ``fps`` count.
-    """
-    lengths = tokens["num_frames"]
-    shortest = min((count for count in lengths if count > 1), default=math.inf)
-    available = np.floor(scores["duration"] * tokens["fps"] + 0.01)
-    return np.where(scores["image"] > 0, 1 in lengths, available >= shortest)
+def fills(scores: Mapping[str, NDArray[np.float64]], tokens: TokenConfig) -> NDArray[np.bool_]:
+    """Likewise, whether each has the frames of the shortest length, and the size, that is encoded (``plan_shape``)."""
+    images = scores["image"] > 0
+    shortest = tokens.shortest_video or math.inf
+    available = np.floor(scores["duration"] * tokens.fps + FRAME_ROUNDING)
+    filled = np.where(images, 1 in tokens.num_frames, available >= shortest)
+    if tokens.max_enlargement is None:
+        return filled
+    height = scores["height"]
+    width, least = scores["aspect"] * height, np.full(len(height), np.inf)
+    for wide, high in tokens.frame_sizes:
+        least = np.minimum(least, np.maximum(wide / width, high / height))
+    return filled & (images | ~(np.round(least, 3) > tokens.max_enlargement))

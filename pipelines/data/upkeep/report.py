@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from pipelines.data.config import TokenConfig
 from pipelines.data.reasons import reason_classes
 from pipelines.data.scores import SCORES, Thresholds
 from pipelines.data.settings import stage_place
@@ -47,12 +48,10 @@ class WhatIf:
     note: str = ""  # why other values change nothing that they might have changed
 
 
-def what_if(
-    scores: Mapping[str, Values], thresholds: Thresholds, tokens: Mapping[str, Any] | None = None
-) -> list[WhatIf]:
+def what_if(scores: Mapping[str, Values], thresholds: Thresholds, tokens: TokenConfig | None = None) -> list[WhatIf]:
     """Try other values of every threshold that is set; only scores are decided on, near-duplicates are not sought.
 
-    Of ``tokens``, ``num_frames`` and ``fps`` say what is encoded; a clip too short for that is not kept either.
+    ``tokens`` says what is encoded; a clip too short or too small for that is not kept either.
     """
     filled = fills(scores, tokens) if tokens else True
 
@@ -72,9 +71,10 @@ def what_if(
         without = passing(replace(thresholds, **{field.name: None}))
         note = ""
         if tokens and field.name == "min_duration" and without == now:
-            shortest = min((count for count in tokens["num_frames"] if count > 1), default=0)
-            if np.count_nonzero(keeps(scores, replace(thresholds, min_duration=None))) > now:
-                note = f"less changes nothing: shorter clips lack the {shortest} frames at {tokens['fps']:g} fps"
+            more = keeps(scores, replace(thresholds, min_duration=None)) & ~keeps(scores, thresholds)
+            if more.any() and not fills(scores, replace(tokens, max_enlargement=None))[more].any():
+                lacking = f"the {tokens.shortest_video or 0} frames at {tokens.fps:g} fps"
+                note = f"less changes nothing: shorter clips lack {lacking}"
         found.append(WhatIf(name=field.name, value=value, passing=now, others=(*others, (None, without)), note=note))
     return found
 
@@ -125,7 +125,18 @@ def _scores(snapshot: Snapshot) -> tuple[list[Histogram], list[WhatIf]]:
     ledger = snapshot.read_ledger(["status", "scores"])
     scores = score_columns(ledger)
     kept = pc.equal(ledger["status"].filter(pc.is_valid(ledger["scores"])), "kept").to_numpy()
-    return list(_histograms(scores, kept, thresholds)), what_if(scores, thresholds, config.get("tokens"))
+    return list(_histograms(scores, kept, thresholds)), what_if(scores, thresholds, _tokens(config))
+
+
+def _tokens(config: Mapping[str, Any]) -> TokenConfig | None:
+    """What a snapshot's config says of the shapes that are encoded; one that limits no enlargement is an older one."""
+    if "tokens" not in config:
+        return None
+    values = {"max_enlargement": None} | config["tokens"]
+    names = ("fps", "num_frames", "sizes", "area", "multiple", "max_enlargement")
+    shapes: dict[str, Any] = {name: values[name] for name in names if name in values}
+    lists = {name: tuple(shapes[name]) for name in ("num_frames", "sizes") if shapes.get(name) is not None}
+    return TokenConfig(**(shapes | lists))
 
 
 def _histograms(scores: Mapping[str, Values], kept: NDArray[np.bool_], thresholds: Thresholds) -> Iterator[Histogram]:

@@ -7,7 +7,7 @@ import pytest
 from pipelines.config import load_config
 from pipelines.data.config import ClipShape, CurateConfig, TokenConfig, area_buckets, plan_shape
 from pipelines.data.scores import SCORES, Thresholds, scores_of
-from pipelines.data.steps.decide import decide, keeps
+from pipelines.data.steps.decide import decide, fills, keeps
 from pipelines.errors import UserError
 
 GOOD = {
@@ -194,3 +194,19 @@ def test_bad_values_are_named(override, message):
 def test_a_threshold_as_text_is_refused():
     with pytest.raises(UserError, match=r"thresholds\.min_duration"):
         load_config(CurateConfig, "demo", [f"thresholds.min_duration={json.dumps('long')}"])
+
+
+@pytest.mark.parametrize("most", [None, 1.0, 1.3])
+def test_what_many_clips_fill_is_what_each_one_fills(most):
+    generator = np.random.default_rng(0)
+    columns = {
+        "duration": generator.uniform(1, 6, 200),
+        "aspect": generator.uniform(0.4, 2.6, 200),
+        "height": generator.integers(120, 700, 200).astype(float),
+        "image": (generator.random(200) < 0.2).astype(float),
+    }
+    clips = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    for config in (TokenConfig(max_enlargement=most), TokenConfig(num_frames=(1, 49), max_enlargement=most)):
+        expected = [isinstance(plan_shape(clip, config), ClipShape) for clip in clips]
+        assert fills(columns, config).tolist() == expected
+        assert 0 < sum(expected) < 200

@@ -216,7 +216,7 @@ def test_another_writer_and_missing_ids_are_told(dataset):
 def test_what_another_threshold_would_keep_is_what_it_keeps(dataset, corpus, tokenizer_file):
     scores = score_columns(open_snapshot(str(dataset)).read_ledger())
     config = curate_config(corpus, dataset, tokenizer_file)
-    found = {item.name: item for item in what_if(scores, config.thresholds, vars(config.tokens))}
+    found = {item.name: item for item in what_if(scores, config.thresholds, config.tokens)}
     assert dict(found["min_duration"].others)[None] == GOOD + 1
     assert found["min_duration"].note == "less changes nothing: shorter clips lack the 17 frames at 12 fps"
     assert not any(item.note for name, item in found.items() if name != "min_duration")
