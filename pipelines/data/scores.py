@@ -56,6 +56,13 @@ _BUILT_IN = (
         damage=True,
         bounds={"min": 0.95},
     ),
+    Score(
+        "decode_errors",
+        "frames",
+        about="in which a decoder has concealed damage, or before which it told of an error: smear, often",
+        damage=True,
+        bounds={"max": None},
+    ),
     Score("brightness", "share", about="mean luma, 0 black, 1 white", share=True, bounds={"min": 0.02, "max": 0.98}),
     Score("dark_share", "share", about="of the frames that are as good as black", share=True, bounds={"max": 0.5}),
     Score(

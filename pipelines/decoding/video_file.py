@@ -2,10 +2,13 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import av
+import av.logging
 from av.stream import Disposition
 
 from pipelines.decoding.errors import VideoError, unreadable_error
@@ -58,6 +61,7 @@ class TimedFrame:
     frame: av.VideoFrame
     time: float  # seconds, as the file counts them
     duration: float  # seconds, 0 where unknown
+    is_damaged: bool = False  # whether the decoder has concealed damage in it, or told of an error since the last one
 
 
 class VideoFile:
@@ -87,6 +91,7 @@ class VideoFile:
         context.thread_count = 1
         self.errors = 0  # packets that could not be decoded
         self.clean_clock = True  # every frame so far had a time, later than the one before
+        self._has_reported = False  # whether the decoder has told of an error since the last frame
 
     def __enter__(self) -> "VideoFile":
         return self
@@ -136,7 +141,8 @@ class VideoFile:
                 self.clean_clock = False
                 time = 0.0 if last is None else last + 1 / rate
             last = time
-            yield TimedFrame(frame, time, (frame.duration or 0) * base)
+            is_damaged, self._has_reported = frame.is_corrupt or self._has_reported, False
+            yield TimedFrame(frame, time, (frame.duration or 0) * base, is_damaged)
 
     def _decoded(self) -> Iterator[av.VideoFrame]:
         packets = self.container.demux(self.stream)
@@ -149,7 +155,9 @@ class VideoFile:
                 self.errors += 1
                 return
             try:
-                frames = packet.decode()
+                with _listen() as reports:
+                    frames = packet.decode()
+                self._has_reported |= bool(reports)
             except av.error.EOFError:
                 return
             except (av.error.MemoryError, MemoryError):
@@ -159,8 +167,22 @@ class VideoFile:
                 raise VideoError("unsupported_codec", f"{codec}: {error.strerror}") from error
             except av.error.FFmpegError:
                 self.errors += 1
+                self._has_reported = True
                 continue
             yield from frames
+
+
+@contextmanager
+def _listen() -> Iterator[list[Any]]:
+    """Collect what FFmpeg tells of errors that it recovers from, and let nobody else hear."""
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)
+    try:
+        with av.logging.Capture() as reports:
+            yield reports
+    finally:
+        av.logging.set_level(level)
 
 
 def _open_container(path: str) -> av.container.InputContainer:

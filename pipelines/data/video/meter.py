@@ -46,16 +46,18 @@ class FrameMeter:
     dark: list[bool] = field(default_factory=list)
     looks: list[tuple[float, float, float]] = field(default_factory=list)  # from, to (seconds), share of changed blocks
     repeats: list[bool] = field(default_factory=list)
+    damaged: list[bool] = field(default_factory=list)
     # Seconds, variance of the Laplacian, share that is plain, noisiness.
     pictures: list[tuple[float, float, float, float]] = field(default_factory=list)
     measured: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in _MEASURED})
     _last: NDArray[np.uint8] | None = None
     _last_look: tuple[float, list[NDArray[np.uint8]]] | None = None
 
-    def add(self, time: float, planes: NDArray[np.uint8]) -> None:
+    def add(self, time: float, planes: NDArray[np.uint8], *, is_damaged: bool = False) -> None:
         """Measure the next frame: Y, Cb and Cr, [3, height, width], luma 0 black to 255 white; all of one size."""
         luma = planes[0]
         self.times.append(time)
+        self.damaged.append(is_damaged)
         self.brightness.append(cv2.mean(luma)[0] / 255)
         bright_pixels = cv2.countNonZero(cv2.threshold(luma, DARK_PIXEL, 1, cv2.THRESH_BINARY)[1])
         self.dark.append(bright_pixels <= DARK_FRAME * luma.size)
@@ -91,6 +93,7 @@ class FrameMeter:
         moving = sum(until - since for since, until, share in looks if share > 0)
         sharpness, plain, noise = self._of_pictures(start_time, last_time)
         return {
+            "decode_errors": float(np.count_nonzero(self.damaged[first:end])),
             "brightness": min(1.0, float(np.mean(self.brightness[first:end])) / picture_share),
             "dark_share": float(np.mean(self.dark[first:end])),
             "flash_share": float(np.mean(_flashes(self.brightness[first:end]))),

@@ -106,7 +106,7 @@ class _Pass:
         # What is measured is averaged, so that grain is no motion. Shots are told on a picture made as PySceneDetect
         # makes its own, by interpolation: on an averaged one, hues in the dark differ and it sees other cuts.
         planes = small_planes(frame, self._small, self._scaler)
-        self.meter.add(time, planes)
+        self.meter.add(time, planes, is_damaged=timed.is_damaged)
         self._changed = self._changed if self.meter.repeats[-1] else time
         # Among frames that repeat one another, as in a film shown faster than it was taken, each that does not would
         # look like a cut; what stands still for longer is a picture like others, and no flash.

@@ -21,6 +21,7 @@ GOOD = {
     "declared_frames": 120,
     "decoded_frames": 120,
     "decoded_share": 1.0,
+    "decode_errors": 0.0,
     "brightness": 0.4,
     "dark_share": 0.0,
     "flash_share": 0.0,

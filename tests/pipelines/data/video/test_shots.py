@@ -138,6 +138,21 @@ def test_damage_in_the_middle_does_not_end_the_pass(tmp_path):
     assert source.clips[-1]["end_s"] == pytest.approx(5.0, abs=0.3)
 
 
+def test_errors_that_the_decoder_conceals_are_counted_where_they_are(tmp_path, capfd):
+    options = {"preset": "veryfast", "crf": "5", "g": "10", "threads": "1"}
+    path = write_video(tmp_path / "a.mp4", moving_square(60, size=(128, 96), seed=1), options=options)
+    cut = {"detector": "stride", "max_seconds": 2.5}
+    assert [clip["scores"]["decode_errors"] for clip in split(path, **cut).clips] == [0, 0]
+    data = bytearray(path.read_bytes())
+    for number in range(5):
+        data[3 * len(data) // 4 + 37 * number] ^= 0x55
+    path.write_bytes(data)
+    first, second = (clip["scores"]["decode_errors"] for clip in split(path, **cut).clips)
+    assert first == 0
+    assert 1 <= second <= 12
+    assert capfd.readouterr().err == ""
+
+
 def test_a_stream_without_a_whole_frame_is_an_error(tmp_path):
     path = write_video(tmp_path / "a.mp4", moving_square(12))
     data = path.read_bytes()
