@@ -34,6 +34,7 @@ DARK_PIXEL = 32  # luma, 0..255
 FLASH = 0.1  # of the range of luma, by which a flash differs from the median of the frames around it
 FLASH_REACH = 3  # frames before and after that count as around it
 REPEAT = 0.1  # mean absolute difference of luma, 0..255, at which a frame repeats the one before
+STANDS = 0.25  # seconds until the next frame, beyond which a picture is shown to stand still, as slides are
 DARK_FRAME = 0.01  # share of brighter pixels that a frame may have and still count as black
 
 
@@ -90,7 +91,7 @@ class FrameMeter:
         shares = [share for _, _, share in looks]
         # Where a picture stands for seconds, as at an uneven rate, one look at it spans them.
         seconds = sum(until - since for since, until, _ in looks)
-        moving = sum(until - since for since, until, share in looks if share > 0)
+        moving = sum(min(until - since, STANDS) for since, until, share in looks if share > 0)
         sharpness, plain, noise = self._of_pictures(start_time, last_time)
         return {
             "decode_errors": float(np.count_nonzero(self.damaged[first:end])),
@@ -109,10 +110,11 @@ class FrameMeter:
 
     def _longest_freeze(self, first: int, end: int) -> float:
         longest, since = 0.0, first
-        for index in range(first + 1, end):
-            if self.repeats[index]:
+        for index in range(first + 1, min(end + 1, len(self.times))):
+            stays = index < end and self.repeats[index]
+            if stays or self.times[index] - self.times[index - 1] > STANDS:
                 longest = max(longest, self.times[index] - self.times[since])
-            else:
+            if not stays:
                 since = index
         return longest
 

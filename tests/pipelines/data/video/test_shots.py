@@ -118,6 +118,14 @@ def test_a_picture_that_stands_for_long_moves_as_little_as_it_is_frozen(tmp_path
     assert found["motion_time"] < 0.1
 
 
+def test_slides_of_a_frame_each_stand_still_until_the_next(tmp_path):
+    slides = np.stack([moving_square(1, size=(128, 96), seed=seed)[0] for seed in range(5)])
+    path = write_video(tmp_path / "a.mp4", slides, fps=24, times=[0, 48, 144, 192, 193])
+    found = scores(path)
+    assert found["freeze"] == pytest.approx(4.0)
+    assert found["motion_time"] < 0.15
+
+
 def test_a_truncated_file_decodes_in_part(tmp_path):
     path = write_video(tmp_path / "a.mp4", moving_square(60, size=(128, 96)), options={"crf": "5", "g": "10"})
     data = path.read_bytes()
