@@ -88,6 +88,18 @@ def test_no_clip_that_scores_keep_has_a_fade_in_it():
         assert all(end <= fade[0] or begin >= fade[1] for begin, end in spans), spans
 
 
+def test_what_the_first_measure_does_not_see_the_second_parts_or_has_rejected():
+    path, blind = str(CLIPS / "sintel_12s_of_30.mp4"), {"detector": "content", "threshold": 255.0, "dark_seconds": None}
+    [whole] = split_source(path, SplitConfig(**blind, transitions=False), beat=lambda: None).clips
+    assert decide(whole["scores"], Thresholds()) == ("rejected", "cut 1 > 0.5")
+    clips = split_source(path, SplitConfig(**blind), beat=lambda: None).clips
+    kept = [clip for clip in clips if decide(clip["scores"], Thresholds())[0] == "kept"]
+    spans = [(round(clip["start_s"] * FPS), round(clip["end_s"] * FPS)) for clip in kept]
+    for shot in ((8, 66), (88, 142), (256, 284)):  # looked at; between them it dissolves, and fades through black
+        assert any(begin <= shot[0] and end >= shot[1] for begin, end in spans), (shot, spans)
+    assert not any(begin < change < end for begin, end in spans for change in (74, 170, 248)), spans
+
+
 def test_the_shared_opening_is_a_near_duplicate():
     clips = [clip for name in ("sintel_10s", "sintel_12s_of_30") for clip in source(name).clips]
     keys = pa.array([f"{index:02d}" for index in range(len(clips))])
