@@ -5,6 +5,7 @@ decided later, from its scores.
 """
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -154,7 +155,8 @@ def _clips(seen: _Pass, info: VideoInfo, config: SplitConfig, beat: Callable[[],
         beat()
         start_s, end_s = meter.times[first], meter.times[stop] if stop < count else end
         span = {"duration": end_s - start_s, "fps": (stop - first) / (end_s - start_s)}
-        inside = judged.sure[first + 1 : stop]
+        looked = judged.looked[slice(*np.searchsorted(judged.looked, (first, stop)))]
+        inside = judged.sure[looked[1:]]  # of the steps that both begin and end in the clip
         scores = span | of_the_source | meter.clip_scores(first, stop, picture_share)
         scores["cut"] = float(inside.max()) if len(inside) else 0.0
         rounded = {name: round(float(value), 6) for name, value in scores.items()}
@@ -171,10 +173,17 @@ def join_cuts(cuts: Sequence[int], judged: Judgement) -> list[int]:
     Denied is what has the same picture before and after, as a flash. A transition parts three: the shots, and what
     belongs to both.
     """
-    found = {edge for each in judged.transitions for edge in (each.first, each.stop)}
+    found: set[int] = set()
+    for each in judged.transitions:
+        # Of fast frames not all were looked at; where between two a cut lies, the first measure may know.
+        seen = cuts[bisect_left(cuts, each.first) : bisect_right(cuts, each.stop)]
+        found |= {seen[0] if seen else each.stop} if each.is_cut else {each.first, each.stop}
+    stops = [each.stop for each in judged.transitions]
     for cut in cuts:
-        known = any(each.first - _NEAR <= cut <= each.stop + _NEAR for each in judged.transitions)
-        around = slice(max(0, cut - _NEAR), cut + _NEAR + 1)
+        near = bisect_left(stops, cut - _NEAR)
+        known = near < len(stops) and judged.transitions[near].first - _NEAR <= cut
+        step = int(np.searchsorted(judged.looked, cut))
+        around = judged.looked[max(0, step - _NEAR) : step + _NEAR + 1]
         sure = judged.sure[around].max(initial=0)
         if not known and (sure >= _DENIED or judged.across[around].max(initial=0) >= _UNLIKE):
             found.add(cut)

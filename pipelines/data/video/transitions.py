@@ -41,10 +41,11 @@ Description = tuple[Floats, ...]
 
 @dataclass(frozen=True)
 class Transition:
-    """Where one shot gives way to another; a cut if ``first`` is ``stop``."""
+    """Where one shot gives way to another."""
 
     first: int  # first frame that does not show the one shot alone
-    stop: int  # first frame that shows the other alone
+    stop: int  # first frame that shows the other alone; of a cut, ``first`` where every frame was looked at
+    is_cut: bool = False  # whether it is one step
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Judgement:
     transitions: list[Transition]
     sure: Floats  # of each frame, how surely the step to it belongs to a transition, 0..1
     across: Floats  # of each frame, how far the layouts before and after a flash there would be apart, 0..1.4
+    looked: NDArray[np.int64]  # numbers of the frames that were looked at; of all others nothing is known
 
 
 def describe(planes: NDArray[np.uint8]) -> Description:
@@ -144,7 +146,7 @@ class TransitionMeter:
         """Judge what is left, once all frames have been seen."""
         sure, across = np.zeros((2, self._index + 1), np.float32)
         if len(self._looked) < 2:
-            return Judgement([], sure, across)
+            return Judgement([], sure, across, np.array(self._looked, np.int64))
         self._described += [self._described[-1]] * REACH
         self._judge()
         judged = np.concatenate(self._judged)[: len(self._looked)]  # of the step that leads to each
@@ -160,7 +162,7 @@ class TransitionMeter:
             if found and each.first - found[-1].stop <= _SHORT:  # what lies between is no shot
                 each = Transition(found.pop().first, each.stop)
             found.append(each if each.first > _SHORT else Transition(0, each.stop))
-        return Judgement(found, sure, across)
+        return Judgement(found, sure, across, np.array(self._looked))
 
     def _transition(self, start: int, stop: int) -> Transition:
         """That of steps ``start`` up to but not including ``stop``; a cut, if one of them goes most of the way."""
@@ -168,7 +170,7 @@ class TransitionMeter:
         if max(jumps) >= _HARD * sum(jumps):
             start += int(np.argmax(jumps))
             stop = start + 1
-        return Transition(self._until[start - 1] + 1, self._looked[stop - 1])
+        return Transition(self._until[start - 1] + 1, self._looked[stop - 1], stop == start + 1)
 
 
 def _distance(one: Description, other: Description) -> float:

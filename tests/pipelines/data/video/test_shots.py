@@ -35,6 +35,14 @@ def test_cuts_are_found_at_their_frames(tmp_path, detector):
     assert [(clip["start_s"], clip["end_s"]) for clip in clips] == [(0.0, 1.5), (1.5, 4.0), (4.0, 6.0)]
 
 
+@pytest.mark.parametrize("fps", [50, 60, 240])
+def test_a_cut_between_fast_frames_is_one_edge(tmp_path, fps):
+    path = write_video(tmp_path / "a.mp4", shots([fps // 2 + 7, fps // 2 + 1]), fps=fps)
+    clips = split(path).clips
+    assert [round(clip["start_s"] * fps) for clip in clips] == [0, fps // 2 + 7]
+    assert max(clip["scores"]["cut"] for clip in clips) < 0.5
+
+
 def test_long_shots_are_divided_evenly_and_nothing_is_lost(tmp_path):
     path = write_video(tmp_path / "a.mp4", shots([30, 90]), fps=20)
     clips = split(path, max_seconds=2.0).clips

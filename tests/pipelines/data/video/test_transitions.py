@@ -31,7 +31,7 @@ def transitions(frames, step=1 / 24):
 def test_a_cut_is_told_at_its_frame_and_one_shot_has_none():
     one, other = [picture(1)] * 30, [picture(2)] * 30
     found, sure = transitions(one + other)
-    assert found == [Transition(30, 30)]
+    assert found == [Transition(30, 30, is_cut=True)]
     assert sure[30] > 0.9
     assert np.delete(sure, 30).max() < 0.5
     assert transitions(one * 2)[0] == []
@@ -41,7 +41,7 @@ def test_a_cut_between_two_blue_pictures_is_told():
     one, other = picture(3, 60, 130), picture(4, 60, 130)
     for each in (one, other):
         each[1], each[2] = 200, 100
-    assert transitions([one] * 30 + [other] * 30)[0] == [Transition(30, 30)]
+    assert transitions([one] * 30 + [other] * 30)[0] == [Transition(30, 30, is_cut=True)]
 
 
 @pytest.mark.parametrize("length", [6, 12, 20])
@@ -63,7 +63,7 @@ def test_a_flash_is_none_and_a_film_may_be_as_short_as_a_frame():
 
 def test_frames_come_in_any_number_and_at_any_rate():
     one, other = [picture(1)] * 200, [picture(2)] * 200
-    assert transitions(one + other)[0] == [Transition(200, 200)]
+    assert transitions(one + other)[0] == [Transition(200, 200, is_cut=True)]
     [found] = transitions(one + other, step=1 / 60)[0]  # of which every second one is looked at
     assert 198 <= found.first <= 200 <= found.stop <= 202
 
@@ -73,11 +73,13 @@ def test_the_second_measure_denies_and_adds():
     sure[[20, 60]], across[80] = (0.3, 1), 1.2
 
     def joined(cuts, *transitions):
-        return join_cuts(cuts, Judgement(list(transitions), sure, across))
+        return join_cuts(cuts, Judgement(list(transitions), sure, across, np.arange(len(sure))))
 
     assert joined([20, 40, 80], Transition(60, 60)) == [20, 60, 80]
     assert joined([61], Transition(60, 60)) == [60]
     assert joined([65], Transition(60, 70)) == [60, 70]
+    assert joined([61], Transition(60, 62, is_cut=True)) == [61]
+    assert joined([], Transition(60, 62, is_cut=True)) == [62]
 
 
 @pytest.mark.parametrize("every", [2, 5])
