@@ -17,7 +17,7 @@ _VERBS = {
     "evaluate": "Measure generated videos, show them in a gallery, read official benchmarks' results.",
     "submit": "Run a verb as a job of a Ray cluster, and follow it.",
     "jobs": "The jobs of a Ray cluster: list, logs, stop.",
-    "data": "Look after a dataset: plan, status, report, verify, repair, retry, remove, unlock, gc.",
+    "data": "Look after a dataset: plan, status, report, show, export, verify, repair, retry, remove, unlock, gc.",
     "tokenizer": "Train a tokenizer, or evaluate a video tokenizer.",
     "benchmark": "Measure parts of the pipeline against the least they could cost.",
 }

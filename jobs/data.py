@@ -12,6 +12,7 @@ if __name__ == "__main__":  # run as a script: import from the checkout, not fro
 from jobs.command import config_arguments, curate_arguments, resolve, run
 from jobs.data_removals import remove, restore
 from jobs.data_upkeep import gc, over_dataset, repair, retry, unlock
+from jobs.data_views import export, show
 
 
 @click.group()
@@ -92,8 +93,8 @@ def plan(config: str, overrides: tuple[str, ...], print_config: bool, **options:
     click.echo(plan_curation(resolved, cluster, sources=int(options["sources"]), seed=int(options["seed"])))
 
 
-for changing in (repair, retry, remove, restore, unlock, gc):
-    command.add_command(changing)
+for verb in (show, export, repair, retry, remove, restore, unlock, gc):
+    command.add_command(verb)
 
 if __name__ == "__main__":
     run(command)

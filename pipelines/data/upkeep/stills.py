@@ -87,14 +87,19 @@ def _tile(image: bytes) -> bytes:
 
 
 def decode_clips(
-    snapshot: Snapshot, clips: Sequence[Row], wanted: Callable[[Row, Row], Wanted]
+    snapshot: Snapshot,
+    clips: Sequence[Row],
+    wanted: Callable[[Row, Row], Wanted],
+    *,
+    max_fetched: int | None = MAX_FETCHED,
 ) -> Iterator[tuple[Row, NDArray[np.uint8] | VideoError]]:
     """Each clip with its frames [T, H, W, 3], or why there are none; one source after another, a bar tells how far.
 
     Args:
         snapshot: Whose clips; it must lie in its dataset, as the stages know where the sources are.
-        clips: Rows with ``key`` and ``source_id``. Should too many sources have to be fetched, the first ones are.
+        clips: Rows with ``key`` and ``source_id``.
         wanted: Which frames, given the clip and its row of the split stage.
+        max_fetched: Sources that may be fetched from a store, of more the first ones; None: all.
     """
     if not clips:
         return
@@ -102,7 +107,7 @@ def decode_clips(
     places: dict[str, list[str]] = defaultdict(list)
     for row in _stage_rows(snapshot, "sources", "source_id", clips, ["work_key"]):
         places[row["source_id"]].append(row["work_key"])
-    sources = _Sources(places, [clip["source_id"] for clip in clips])
+    sources = _Sources(places, [clip["source_id"] for clip in clips], max_fetched)
     ordered = sorted(clips, key=itemgetter("source_id", "key"))
     last_of = {clip["source_id"]: clip["key"] for clip in ordered}
     with tempfile.TemporaryDirectory(prefix="lumos-clips-") as folder:
@@ -162,11 +167,11 @@ class _Sources:
     that are not on this machine, the first ones may be fetched.
     """
 
-    def __init__(self, places: Mapping[str, Sequence[str]], source_ids: Sequence[str]) -> None:
+    def __init__(self, places: Mapping[str, Sequence[str]], source_ids: Sequence[str], max_fetched: int | None) -> None:
         self._places = places
         self._files = LocalFiles()
         remote = [name for name in dict.fromkeys(source_ids) if not any(map(storage.is_local, self._uris(name)))]
-        self._may_fetch = set(remote[:MAX_FETCHED])
+        self._may_fetch = set(remote[:max_fetched])
 
     def find(self, source_id: str) -> str | VideoError:
         """The path of a source, or why none of its files can be had."""
