@@ -12,7 +12,7 @@ if __name__ == "__main__":  # run as a script: import from the checkout, not fro
 from jobs.command import config_arguments, curate_arguments, resolve, run
 from jobs.data_removals import remove, restore
 from jobs.data_upkeep import gc, over_dataset, repair, retry, unlock
-from jobs.data_views import export, show
+from jobs.data_views import export, report, show
 
 
 @click.group()
@@ -31,20 +31,6 @@ def status(dataset: str) -> None:
     from pipelines.data.upkeep.status import dataset_status
 
     click.echo(dataset_status(dataset))
-
-
-@command.command(short_help="A page with yields, scores, other thresholds and frames.")
-@over_dataset
-@click.option("--out", default="report.html", show_default=True, help="The HTML file to write.")
-@click.option("--frames/--no-frames", default=True, show_default=True, help="Decode some clips' frames to show them.")
-def report(dataset: str, out: str, frames: bool) -> None:
-    """Write a page about a snapshot: what was kept and why not, how scores lie, what others would keep, frames."""
-    from pipelines.data.snapshot.read import open_snapshot
-    from pipelines.data.upkeep.report import write_report
-
-    snapshot = open_snapshot(dataset)
-    write_report(Path(out), snapshot, frames=frames)
-    click.echo(f"{snapshot.manifest.snapshot_id}: open {out}")
 
 
 @command.command(short_help="Check a snapshot's files, counts and codes.")
@@ -93,7 +79,7 @@ def plan(config: str, overrides: tuple[str, ...], print_config: bool, **options:
     click.echo(plan_curation(resolved, cluster, sources=int(options["sources"]), seed=int(options["seed"])))
 
 
-for verb in (show, export, repair, retry, remove, restore, unlock, gc):
+for verb in (report, show, export, repair, retry, remove, restore, unlock, gc):
     command.add_command(verb)
 
 if __name__ == "__main__":

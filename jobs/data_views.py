@@ -10,6 +10,20 @@ from jobs.data_upkeep import over_dataset
 _TOKENIZER_HELP = "File or folder of the tokenizer that made the codes, if not the embedded one."
 
 
+@click.command(short_help="A page with yields, scores, other thresholds and frames.")
+@over_dataset
+@click.option("--out", default="report.html", show_default=True, help="The HTML file to write.")
+@click.option("--frames/--no-frames", default=True, show_default=True, help="Decode some clips' frames to show them.")
+def report(dataset: str, out: str, frames: bool) -> None:
+    """Write a page about a snapshot: what was kept and why not, how scores lie, what others would keep, frames."""
+    from pipelines.data.snapshot.read import open_snapshot
+    from pipelines.data.upkeep.report import write_report
+
+    snapshot = open_snapshot(dataset)
+    write_report(Path(out), snapshot, frames=frames)
+    click.echo(f"{snapshot.manifest.snapshot_id}: open {out}")
+
+
 @click.command(short_help="Clips as their sources and as their codes show them.")
 @over_dataset
 @click.argument("clips", nargs=-1, metavar="[CLIP]...")

@@ -15,6 +15,7 @@ from pipelines.data.pipeline import Curation
 from pipelines.data.snapshot.ledger import count_reasons
 from pipelines.data.snapshot.write import write_snapshot
 from pipelines.data.stage.log import RunLog
+from pipelines.data.steps.overrides import read_overrides
 from pipelines.data.steps.sources import list_sources
 from pipelines.data.steps.tokens import load_tokenizer_info
 from pipelines.errors import JobError, UserError, storage_errors_as
@@ -123,6 +124,7 @@ def prepare(config: CurateConfig) -> tuple[pa.Table, Curation]:
         captioner_named(name)
     s3.check_store(config.dataset)
     listing = list_sources(config.source)
+    overrides = read_overrides(config.overrides, listing) if config.overrides else None
     captions = CaptionSource("given", {})
     if "given" in config.captions.captioners:
         captions = find_captions(config.captions, config.source, listing)
@@ -140,4 +142,4 @@ def prepare(config: CurateConfig) -> tuple[pa.Table, Curation]:
             load_transnet(local_path(config.split.weights))
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"split.weights: {error}") from error
-    return listing, Curation(config, captions, tokenizer)
+    return listing, Curation(config, captions, tokenizer, overrides)

@@ -7,6 +7,7 @@
     near: of KEY (cosine 0.991)              a near-duplicate of a clip
     exact: of SOURCE_ID                      a file with the content of another
     removed: taken out of the dataset        a source that was taken out
+    override: NOTE (REASON)                  a person rejected the clip, or kept it though REASON says no
     decode_error (transient): detail         a failure, and whether another try may help
 
 Ledgers are published, so the texts must not change.
@@ -22,6 +23,7 @@ import pyarrow.compute as pc
 from pipelines.decoding.errors import VideoError
 
 REMOVED = "removed: taken out of the dataset"
+CANNOT_BE_KEPT = "override: cannot be kept"  # told beside the reason of a clip that has nothing to encode
 CLASSES = ("transient", "permanent")  # of failures
 
 _DUPLICATE = re.compile(r"(near|exact): of (\S+)")
@@ -104,6 +106,11 @@ def parse_duplicate(reason: str) -> tuple[str, str] | None:
     """What a row is a duplicate of: "near" and a clip's key, or "exact" and a source_id; None if it is none."""
     match = _DUPLICATE.match(reason)
     return (match[1], match[2]) if match else None
+
+
+def overridden(note: str, instead: Sequence[str] = ()) -> str:
+    """That a person decided about a clip, and what would have kept it out if it was kept."""
+    return f"override: {note or 'by hand'}" + (f" ({all_of(instead)})" if instead else "")
 
 
 def too_few_words(count: int, least: int) -> str:

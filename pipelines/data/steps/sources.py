@@ -130,8 +130,8 @@ def is_table(uri: str) -> bool:
     return uri.lower().endswith(TABLE_SUFFIXES)
 
 
-def read_table(uri: str, columns: Sequence[str], key: str) -> pa.Table:
-    """Some columns of a table, as text; messages tell the config key that named the file.
+def read_table(uri: str, columns: Sequence[str], key: str, *, optional: Sequence[str] = ()) -> pa.Table:
+    """Some columns of a table, as text, and of ``optional`` those that it has; messages tell the key that named it.
 
     Raises:
         UserError: if it is missing, unreadable, of another kind, or lacks a column.
@@ -142,7 +142,7 @@ def read_table(uri: str, columns: Sequence[str], key: str) -> pa.Table:
         with storage.open_file(uri) as file:
             if uri.lower().endswith(".csv"):
                 parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
-                texts = dict.fromkeys(columns, pa.string())
+                texts = dict.fromkeys([*columns, *optional], pa.string())
                 types = pyarrow.csv.ConvertOptions(column_types=texts, strings_can_be_null=False)
                 table = pyarrow.csv.read_csv(file, parse_options=parse, convert_options=types)
             elif uri.lower().endswith(".jsonl"):
@@ -158,8 +158,10 @@ def read_table(uri: str, columns: Sequence[str], key: str) -> pa.Table:
         raise UserError(
             f"{key} {uri} has no column {', '.join(map(repr, missing))}; "
             f"it has {', '.join(map(repr, table.column_names))}: "
-            "rename its columns, or name them in the config (captions.path_column, captions.caption_column)"
+            "rename its columns"
+            + (", or name them in the config (captions.path_column, captions.caption_column)" * ("caption" in key))
         )
+    columns = [*columns, *(name for name in optional if name in table.column_names)]
     try:
         return table.select(list(columns)).cast(pa.schema([(name, pa.string()) for name in columns]))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
