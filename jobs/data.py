@@ -10,9 +10,10 @@ if __name__ == "__main__":  # run as a script: import from the checkout, not fro
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from jobs.command import config_arguments, curate_arguments, resolve, run
+from jobs.data_export import export
 from jobs.data_removals import remove, restore
 from jobs.data_upkeep import gc, over_dataset, repair, retry, unlock
-from jobs.data_views import export, report, show
+from jobs.data_views import report, show
 
 
 @click.group()

@@ -1,26 +1,36 @@
-"""``lumos data``: the verbs that show a dataset's clips, or write them as files."""
+"""``lumos data``: the verbs that show a dataset's clips."""
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from jobs.data_upkeep import over_dataset
 
-_TOKENIZER_HELP = "File or folder of the tokenizer that made the codes, if not the embedded one."
+TOKENIZER_HELP = "File or folder of the tokenizer that made the codes, if not the embedded one."
 
 
-@click.command(short_help="A page with yields, scores, other thresholds and frames.")
+@click.command(short_help="A page with yields, scores, thresholds and frames; or two snapshots compared.")
 @over_dataset
+@click.argument("other", required=False)
 @click.option("--out", default="report.html", show_default=True, help="The HTML file to write.")
 @click.option("--frames/--no-frames", default=True, show_default=True, help="Decode some clips' frames to show them.")
-def report(dataset: str, out: str, frames: bool) -> None:
-    """Write a page about a snapshot: what was kept and why not, how scores lie, what others would keep, frames."""
+@click.option("--tokenizer", help=TOKENIZER_HELP)
+def report(dataset: str, other: str | None, out: str, frames: bool, tokenizer: str | None) -> None:
+    """Write a page about a snapshot: what was kept and why not, how scores lie, what others would keep, frames.
+
+    All clips can be filtered and sorted there, and what is ticked is downloaded as a table for `overrides`. With OTHER,
+    a later snapshot (its folder, or a dataset), the page tells what came and what went between the two, and why.
+    """
     from pipelines.data.snapshot.read import open_snapshot
+    from pipelines.data.upkeep.changes import write_changes
+    from pipelines.data.upkeep.codes import snapshot_tokenizer
     from pipelines.data.upkeep.report import write_report
 
     snapshot = open_snapshot(dataset)
-    write_report(Path(out), snapshot, frames=frames)
+    if other is not None:
+        click.echo(f"{write_changes(Path(out), snapshot, open_snapshot(other), frames=frames)}: open {out}")
+        return
+    write_report(Path(out), snapshot, frames=frames, tokenizer=snapshot_tokenizer(snapshot, tokenizer))
     click.echo(f"{snapshot.manifest.snapshot_id}: open {out}")
 
 
@@ -29,7 +39,7 @@ def report(dataset: str, out: str, frames: bool) -> None:
 @click.argument("clips", nargs=-1, metavar="[CLIP]...")
 @click.option("--out", default="show.html", show_default=True, help="The file to write: .html, or .mp4.")
 @click.option("--count", type=click.IntRange(min=1), default=8, show_default=True, help="Clips, if none is named.")
-@click.option("--tokenizer", help=_TOKENIZER_HELP)
+@click.option("--tokenizer", help=TOKENIZER_HELP)
 def show(dataset: str, clips: tuple[str, ...], out: str, count: int, tokenizer: str | None) -> None:
     """Decode the codes of kept clips, and show them beside the frames that were encoded, with the PSNR of each.
 
@@ -55,41 +65,3 @@ def show(dataset: str, clips: tuple[str, ...], out: str, count: int, tokenizer: 
             click.echo(f"{clip.row['key']}: {clip.problem}", err=True)
     click.echo(f"{snapshot.manifest.snapshot_id}: open {out}")
     click.get_current_context().exit(1 if any(clip.outside for clip in shown) else 0)
-
-
-@click.command(short_help="Kept clips as video files with captions and scores.")
-@over_dataset
-@click.argument("out")
-@click.option("--clips", type=click.Choice(["mp4", "gif"]), default="mp4", show_default=True, help="Kind of videos.")
-@click.option(
-    "--format",
-    "layout",
-    type=click.Choice(["files", "webdataset"]),
-    default="files",
-    show_default=True,
-    help="Three files a clip, or tar files of many.",
-)
-@click.option(
-    "--frames",
-    type=click.Choice(["source", "codes"]),
-    default="source",
-    show_default=True,
-    help="What videos show: the frames that were encoded, or what the codes make of them, which takes no sources.",
-)
-@click.option("--shard-clips", type=click.IntRange(min=1), default=256, show_default=True, help="Clips in a tar file.")
-@click.option("--tokenizer", help=_TOKENIZER_HELP)
-def export(dataset: str, out: str, tokenizer: str | None, **options: Any) -> None:
-    """Write the kept clips of the newest snapshot to OUT, a folder or an s3:// prefix.
-
-    Of each clip a video, its captions (.txt, one a line) and the rest (.json: path, span, split, captions, scores);
-    clips.jsonl, written last, lists all. A command that was stopped goes on when it is given again.
-    """
-    from pipelines.data.snapshot.read import open_snapshot
-    from pipelines.data.upkeep.export import Export, export_clips
-    from pipelines.data.upkeep.show import need_tokenizer
-    from pipelines.storage.s3 import check_store
-
-    check_store(out)
-    snapshot, chosen = open_snapshot(dataset), Export(**options)
-    loaded = need_tokenizer(snapshot, tokenizer) if chosen.frames == "codes" else None
-    click.echo(f"{out}: {export_clips(snapshot, out, chosen, loaded)}")

@@ -14,7 +14,7 @@ Ledgers are published, so the texts must not change.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -26,6 +26,7 @@ REMOVED = "removed: taken out of the dataset"
 CANNOT_BE_KEPT = "override: cannot be kept"  # told beside the reason of a clip that has nothing to encode
 CLASSES = ("transient", "permanent")  # of failures
 
+_NO_NOTE = "by hand"
 _DUPLICATE = re.compile(r"(near|exact): of (\S+)")
 
 
@@ -110,7 +111,26 @@ def parse_duplicate(reason: str) -> tuple[str, str] | None:
 
 def overridden(note: str, instead: Sequence[str] = ()) -> str:
     """That a person decided about a clip, and what would have kept it out if it was kept."""
-    return f"override: {note or 'by hand'}" + (f" ({all_of(instead)})" if instead else "")
+    return f"override: {note or _NO_NOTE}" + (f" ({all_of(instead)})" if instead else "")
+
+
+def parse_override(reason: str, *, kept: bool) -> str | None:
+    """The note of a person's decision that a reason tells, None if it tells of none."""
+    if not reason.startswith("override: ") or reason == CANNOT_BE_KEPT:
+        return None
+    note = reason.removeprefix("override: ")
+    note = note.partition(" (")[0] if kept else note
+    return "" if note == _NO_NOTE else note
+
+
+def originals_of(reason: str) -> list[str]:
+    """Keys and source_ids that a reason names as what a clip or file is a duplicate of."""
+    return [match[2] for match in _DUPLICATE.finditer(reason)]
+
+
+def with_names(reason: str, names: Mapping[str, str]) -> str:
+    """A reason that calls what it names as originals by other names, where there are some."""
+    return _DUPLICATE.sub(lambda match: f"{match[1]}: of {names.get(match[2], match[2])}", reason)
 
 
 def too_few_words(count: int, least: int) -> str:

@@ -192,7 +192,7 @@ def _frames(
     snapshot: Snapshot, batch: pa.Table, tokenizer: VideoTokenizer | None
 ) -> Iterator[tuple[Row, np.ndarray | VideoError]]:
     if tokenizer is None:
-        yield from decode_clips(snapshot, batch.to_pylist(), encoded_frames, max_fetched=None)
+        yield from decode_clips(snapshot, batch.to_pylist(), encoded_frames, fetch_all=True)
         return
     for row, codes in zip(batch.to_pylist(), read_clips(snapshot, batch), strict=True):
         frames, outside = decode_codes(tokenizer, codes)

@@ -75,13 +75,12 @@ def _show_looks(snapshot: Snapshot, clips: Sequence[Row]) -> dict[str, Shown]:
     for key, looks in found.items():
         if images := looks.get(own[key]) if key in own else next(iter(looks.values())):
             chosen = dict.fromkeys((0, len(images) // 2, len(images) - 1))
-            shown[key] = [_tile(images[index]) for index in chosen]
+            shown[key] = [frame_tile(decode_jpeg(images[index])) for index in chosen]
     return shown
 
 
-def _tile(image: bytes) -> bytes:
-    """A look at the height of a tile."""
-    frame = decode_jpeg(image)
+def frame_tile(frame: NDArray[np.uint8]) -> bytes:
+    """A JPEG file of a frame at the height of a tile."""
     height, width = frame.shape[:2]
     return encode_jpeg(fit_picture(frame, _tile_size(width / height)), _JPEG_QUALITY)
 
@@ -91,7 +90,7 @@ def decode_clips(
     clips: Sequence[Row],
     wanted: Callable[[Row, Row], Wanted],
     *,
-    max_fetched: int | None = MAX_FETCHED,
+    fetch_all: bool = False,
 ) -> Iterator[tuple[Row, NDArray[np.uint8] | VideoError]]:
     """Each clip with its frames [T, H, W, 3], or why there are none; one source after another, a bar tells how far.
 
@@ -99,7 +98,7 @@ def decode_clips(
         snapshot: Whose clips; it must lie in its dataset, as the stages know where the sources are.
         clips: Rows with ``key`` and ``source_id``.
         wanted: Which frames, given the clip and its row of the split stage.
-        max_fetched: Sources that may be fetched from a store, of more the first ones; None: all.
+        fetch_all: Fetch all sources that are in a store, however many; else the first ``MAX_FETCHED``.
     """
     if not clips:
         return
@@ -107,7 +106,7 @@ def decode_clips(
     places: dict[str, list[str]] = defaultdict(list)
     for row in _stage_rows(snapshot, "sources", "source_id", clips, ["work_key"]):
         places[row["source_id"]].append(row["work_key"])
-    sources = _Sources(places, [clip["source_id"] for clip in clips], max_fetched)
+    sources = _Sources(places, [clip["source_id"] for clip in clips], None if fetch_all else MAX_FETCHED)
     ordered = sorted(clips, key=itemgetter("source_id", "key"))
     last_of = {clip["source_id"]: clip["key"] for clip in ordered}
     with tempfile.TemporaryDirectory(prefix="lumos-clips-") as folder:
