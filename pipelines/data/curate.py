@@ -1,5 +1,7 @@
 """Curation from end to end: sources, split and scores, decisions, captions, tokens, a published snapshot."""
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -66,15 +68,16 @@ class CurateResult:
         return "\n".join(lines)
 
 
-def curate(config: CurateConfig) -> CurateResult:
-    """Run what is not yet done of a curation, and publish.
+def curate(config: CurateConfig, tell: Callable[[str], None] = lambda _: None) -> CurateResult:
+    """Run what is not yet done of a curation, and publish; ``tell`` is told in words what goes on before the bars.
 
     Raises:
         UserError: if sources, captions, models or dataset are not usable; nothing was begun.
         JobError: if a stage failed, or a disk or store. What was done is kept; the same call continues.
     """
     with storage_errors_as(JobError, CONTINUE):
-        listing, curation = prepare(config)
+        listing, curation = prepare(config, tell)
+        tell("starting Ray" if not os.environ.get("RAY_ADDRESS") else "joining the Ray cluster")
         with (
             joining(_places(config), config.cluster),
             dataset_lock(config.dataset),
@@ -115,7 +118,7 @@ def _places(config: CurateConfig) -> dict[str, str | None]:
     }
 
 
-def prepare(config: CurateConfig) -> tuple[pa.Table, Curation]:
+def prepare(config: CurateConfig, tell: Callable[[str], None] = lambda _: None) -> tuple[pa.Table, Curation]:
     """The listing of the sources and the steps of their curation.
 
     All that can be checked without work is: a ``UserError`` says what of sources, captions or models is not usable.
@@ -124,6 +127,8 @@ def prepare(config: CurateConfig) -> tuple[pa.Table, Curation]:
         captioner_named(name)
     s3.check_store(config.dataset)
     listing = list_sources(config.source)
+    size = pc.sum(pc.max_element_wise(listing["size"], 0)).as_py()
+    tell(f"{listing.num_rows} files" + (f" of {size / 1e6:.1f} MB" if size else "") + "; checking captions and models")
     overrides = read_overrides(config.overrides, listing) if config.overrides else None
     captions = CaptionSource("given", {})
     if "given" in config.captions.captioners:
