@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 from pipelines.decoding.errors import VideoError
 
 REMOVED = "removed: taken out of the dataset"
+OVERRIDE = "override: "  # begins the reason of a clip that a person decided about
 CANNOT_BE_KEPT = "override: cannot be kept"  # told beside the reason of a clip that has nothing to encode
 CLASSES = ("transient", "permanent")  # of failures
 
@@ -111,14 +112,14 @@ def parse_duplicate(reason: str) -> tuple[str, str] | None:
 
 def overridden(note: str, instead: Sequence[str] = ()) -> str:
     """That a person decided about a clip, and what would have kept it out if it was kept."""
-    return f"override: {note or _NO_NOTE}" + (f" ({all_of(instead)})" if instead else "")
+    return f"{OVERRIDE}{note or _NO_NOTE}" + (f" ({all_of(instead)})" if instead else "")
 
 
 def parse_override(reason: str, *, kept: bool) -> str | None:
     """The note of a person's decision that a reason tells, None if it tells of none."""
-    if not reason.startswith("override: ") or reason == CANNOT_BE_KEPT:
+    if not reason.startswith(OVERRIDE):
         return None
-    note = reason.removeprefix("override: ")
+    note = reason.removeprefix(OVERRIDE)
     note = note.partition(" (")[0] if kept else note
     return "" if note == _NO_NOTE else note
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.data.keys import is_clip_key
-from pipelines.data.reasons import parse_override, with_names
+from pipelines.data.reasons import OVERRIDE, parse_override, with_names
 from pipelines.data.scores import SCORES
 from pipelines.data.snapshot.read import Snapshot
 from pipelines.data.snapshot.schemas import STATUSES
@@ -53,10 +53,11 @@ def browse_rows(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def _draw(snapshot: Snapshot) -> pa.Table:
-    """All rows of the ledger, or the ones whose keys have the lowest hashes, by path and time."""
-    keys = snapshot.read_ledger(["key"])["key"]
-    chosen = np.zeros(len(keys), bool)
-    chosen[np.argsort(hash_strings(keys), kind="stable")[:MOST_ROWS]] = True
+    """All rows of a ledger, by path and time; of very many those decided about by hand, and those of lowest hashes."""
+    rows = snapshot.read_ledger(["key", "reason"])
+    by_hand = pc.starts_with(rows["reason"], OVERRIDE).to_numpy()
+    chosen = np.zeros(rows.num_rows, bool)
+    chosen[np.lexsort((hash_strings(rows["key"]), ~by_hand))[:MOST_ROWS]] = True
     pieces, first = [], 0
     for piece in snapshot.ledger_pieces(_COLUMNS):
         pieces.append(piece.filter(pa.array(chosen[first : first + piece.num_rows])))
