@@ -121,6 +121,21 @@ at("score").addEventListener("change", () => { if (at("order").value === "given"
 ["text", "from", "to"].forEach(id => at(id).addEventListener("input", draw));
 ["status", "order"].forEach(id => at(id).addEventListener("change", draw));
 document.querySelectorAll(".contact .decide").forEach(fill);
+// Frames of kept clips move while a pointer is over them, or from one tap to the next.
+document.querySelectorAll(".strips:has(.preview)").forEach(strips => {
+  const video = strips.querySelector(".preview");
+  const move = on => {
+    strips.classList.toggle("moving", on);
+    if (on) video.play().catch(() => {}); else video.pause();
+  };
+  strips.tabIndex = 0;
+  strips.addEventListener("pointerenter", event => event.pointerType === "mouse" && move(true));
+  strips.addEventListener("pointerleave", event => event.pointerType === "mouse" && move(false));
+  strips.addEventListener("click", event => event.pointerType !== "mouse" && move(video.paused));
+  strips.addEventListener("keydown", event => {
+    if (event.key === " " || event.key === "Enter") { event.preventDefault(); move(video.paused); }
+  });
+});
 at("given").hidden = !given;
 store();
 draw();

@@ -46,6 +46,7 @@ class Tile:
     caption: str = ""  # of a kept clip
     decoded: Sequence[bytes] = ()  # JPEG files of what its codes show at the same moments
     psnr: float | None = None  # dB of its codes
+    video: bytes = b""  # an mp4 of its source and codes side by side; empty where there is none
 
     @property
     def key(self) -> str:
@@ -71,6 +72,7 @@ class Decoded:
     source: Sequence[bytes]  # JPEG files of the moments; none where the source cannot be had
     codes: Sequence[bytes]
     psnr: float | None
+    video: bytes = b""  # as ``Tile`` has it
 
 
 # What codes of some kept clips show, by key.
@@ -115,7 +117,7 @@ def contact_sheets(
         row = row | {"reason": with_names(row["reason"], names)}
         if isinstance(frames, VideoError):
             words, frames = f"no frames, {frames.code.replace('_', ' ')}: {frames.detail}", []
-        return Tile(row, codes.source or frames, words, note, caption, codes.codes, codes.psnr)
+        return Tile(row, codes.source or frames, words, note, caption, codes.codes, codes.psnr, codes.video)
 
     def tiles(row: Row) -> list[Tile]:
         kind, name = parse_duplicate(row["reason"]) or ("", "")

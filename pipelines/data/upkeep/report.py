@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,14 +29,16 @@ from pipelines.data.steps.decide import bounds, fills, keeps
 from pipelines.data.upkeep.borderline import Border, find_borders
 from pipelines.data.upkeep.browse import browse_rows
 from pipelines.data.upkeep.contact import CLIPS_EACH, IDENTITY, Decoded, contact_sheets, name_originals
-from pipelines.data.upkeep.show import show_clips
+from pipelines.data.upkeep.show import Shown, show_clips
 from pipelines.data.upkeep.stills import decode_frames, frame_tile
+from pipelines.media import encode_video
 from pipelines.pages.plots import Values, histogram
 from pipelines.pages.render import check_writable, write_page
 
 _COLUMNS = ("path", "start_s", "end_s", "status", "reason")  # of the ledger
 _FACTORS = (0.5, 0.75, 0.9, 1.1, 1.25, 1.5)  # other thresholds that are tried
 _SOURCES = 40  # listed
+_PREVIEW_HEIGHT, _PREVIEW_CRF = 128, 28  # px and quality of moving previews, of about 30 kB each
 
 Histogram = tuple[str, Sequence[float], Markup]  # a score, its thresholds, the plot
 
@@ -139,8 +142,17 @@ def _decoded(snapshot: Snapshot, keys: Sequence[str], *, tokenizer: VideoTokeniz
         moments = list(dict.fromkeys((0, last // 2, last)))
         source = [] if isinstance(clip.source, str) else [frame_tile(clip.source[moment]) for moment in moments]
         codes = [frame_tile(clip.decoded[moment]) for moment in moments]
-        found[clip.row["key"]] = Decoded(source, codes, clip.psnr)
+        found[clip.row["key"]] = Decoded(source, codes, clip.psnr, _preview(clip) if last else b"")
     return found
+
+
+def _preview(clip: Shown) -> bytes:
+    """An mp4 of what a clip shows, source and codes side by side, as wide as two frames of its strip."""
+    frames = clip.frames
+    height = min(_PREVIEW_HEIGHT, frames.shape[1])
+    size = round(frames.shape[2] * height / frames.shape[1] / 2) * 2, height
+    small = np.stack([cv2.resize(frame, size, interpolation=cv2.INTER_AREA) for frame in frames])
+    return encode_video(small, clip.row["fps"], crf=_PREVIEW_CRF)
 
 
 def _scores(snapshot: Snapshot) -> tuple[list[Histogram], list[WhatIf], list[Border]]:
