@@ -12,6 +12,7 @@ from pipelines.data.scores import SCORES
 from pipelines.data.snapshot.read import Snapshot
 from pipelines.data.snapshot.schemas import STATUSES
 from pipelines.data.stage.columns import take
+from pipelines.data.stage.stage import Row
 from pipelines.data.upkeep.contact import hash_strings, name_originals
 
 MOST_ROWS = 20_000  # that a page holds, a few megabytes; of more, some are drawn
@@ -37,7 +38,7 @@ def browse_rows(snapshot: Snapshot) -> dict[str, Any]:
                 row["key"].partition(":")[2] if is_clip_key(row["key"]) else "",  # as the key ends
                 STATUSES.index(row["status"]),
                 with_names(row["reason"], names),
-                None if row["end_s"] is None else [round(row["start_s"], 2), round(row["end_s"], 2)],
+                _span(row),
                 [_short(values.get(name)) for name in scores],
                 parse_override(row["reason"], kept=row["status"] == "kept"),
             ]
@@ -67,6 +68,14 @@ def _draw(snapshot: Snapshot) -> pa.Table:
     table = pa.concat_tables(pieces)
     order = pc.sort_indices(table, sort_keys=[("path", "ascending"), ("start_s", "ascending")])
     return take(table, order.to_numpy().astype(np.int64))
+
+
+def _span(row: Row) -> list[float] | None:
+    """Begin and end, s: the same for an image; None for a file that has no clips."""
+    if row["end_s"] is None:
+        return None
+    is_image = bool((row["scores"] or {}).get("image"))
+    return [round(row["start_s"], 2), round(row["start_s" if is_image else "end_s"], 2)]
 
 
 def _short(value: float | None) -> float | None:

@@ -29,7 +29,7 @@ from pipelines.pages.render import render_page
 
 SUFFIXES = (".html", ".mp4")  # of what is written
 _GAP = 4  # px between the two pictures
-_BAR = 28  # px of words above them, in an mp4
+_BAR, _LETTER = 28, 9  # px: of words above them in an mp4, and of a letter, at most
 _GREY = 96
 
 
@@ -188,8 +188,9 @@ def _reel(clips: Sequence[Shown]) -> bytes:
         top, left = _BAR + (height - own_height) // 2, (width - own_width) // 2
         canvas[:, top : top + own_height, left : left + own_width] = picture
         words = "codes alone" if clip.psnr is None else f"source | codes  {clip.psnr:.1f} dB"
-        name = clip.row["path"].encode("ascii", "replace").decode()[-40:]
-        line = f"{words}  {name} {clip.row['start_s']:.1f} s{'  CODES OUTSIDE THE CODEBOOK' if clip.outside else ''}"
+        words += f"{'  CODES OUTSIDE THE CODEBOOK' if clip.outside else ''}  {clip.row['start_s']:.1f} s  "
+        room = max(8, width // _LETTER - len(words))
+        line = words + clip.row["path"].encode("ascii", "replace").decode()[-room:]
         cv2.putText(canvas[0], line, (6, 19), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 255, 255), 1, cv2.LINE_AA)
         canvas[:, :_BAR] = canvas[0, :_BAR]
         frames.append(canvas)

@@ -156,6 +156,26 @@ def test_what_is_ticked_is_the_table_that_overrides_reads(page, rows, tmp_path):
     }
 
 
+def test_a_name_without_end_does_not_widen_the_page(rows, tmp_path):
+    long = {"path": "folder/" + "no_space" * 40 + ".mp4", "reason": "near: of " + rows[0]["key"] + " (cosine 0.995)"}
+    changed = [row | (long if row["status"] != "kept" else {"path": long["path"]}) for row in rows[:60]]
+    content = replace(
+        snapshot_content({"a:0": np.zeros((1, 4, 4), int)}),
+        ledger=pa.Table.from_pylist(changed, schema=LEDGER),
+        created_from={"config": {"thresholds": asdict(THRESHOLDS)}, "stage_hashes": {}},
+    )
+    write_report(tmp_path / "report.html", write_snapshot(str(tmp_path / "d"), content, PublishConfig()), frames=False)
+    with blocking_chromium() as tab:
+        for width in (390, 1280):
+            tab.resize(width, 900)
+            tab.open(f"file://{tmp_path}/report.html")
+            assert tab.run("document.documentElement.scrollWidth") <= width
+            widest = (
+                "Math.max(...[...document.querySelectorAll('td, th')].map(cell => cell.getBoundingClientRect().width))"
+            )
+            assert tab.run(widest) < 800
+
+
 def test_two_ledgers_differ_by_what_came_and_went_and_why(rows):
     before = pa.Table.from_pylist(rows[:800], schema=LEDGER)
     stricter = replace(THRESHOLDS, min_motion=0.6, min_width=None)
