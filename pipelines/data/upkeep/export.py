@@ -7,6 +7,7 @@ exported stands in ``export.json`` from the beginning on; ``clips.jsonl``, writt
 import io
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Literal
@@ -27,7 +28,7 @@ from pipelines.errors import JobError, UserError
 from pipelines.media import VideoFormat, encode_video
 
 _BATCH = 64  # clips that are made together; of a tar file, as many as ``shard_clips``
-_NAMED = 3  # clips that an error names
+_NAMED = 3  # sources that an error names
 _ABOUT, _LIST = "export.json", "clips.jsonl"
 _COLUMNS = ("source_id", "split", "captions", "fps", "t", "h", "w")
 
@@ -208,8 +209,9 @@ def _kind(row: Row, export: Export) -> VideoFormat:
 
 
 def _lacking(out: str, export: Export, done: Exported) -> JobError:
-    told = "\n  ".join(list(done.missing.values())[:_NAMED])
-    more = f"\n  and {len(done.missing) - _NAMED} more" if len(done.missing) > _NAMED else ""
+    reasons = Counter(done.missing.values()).most_common()
+    told = "\n  ".join(f"{reason} ({number} clips)" for reason, number in reasons[:_NAMED])
+    more = f"\n  and {len(reasons) - _NAMED} more sources" if len(reasons) > _NAMED else ""
     remedy = (
         "`lumos data verify` says more, and `lumos data repair` makes damaged shards again"
         if export.frames == "codes"
