@@ -14,9 +14,9 @@ from pipelines import storage
 from pipelines.data.captions.captioner import CAPTIONED, Captioner, CaptionSource, clean_captions
 from pipelines.data.config import CurateConfig
 from pipelines.data.keys import caption_key
-from pipelines.data.settings import TABLE_SUFFIXES, CaptionConfig, SourceConfig
+from pipelines.data.settings import CaptionConfig, SourceConfig
 from pipelines.data.stage.stage import Row, Stage
-from pipelines.data.steps.sources import is_table, read_table, resolve_paths, source_folder
+from pipelines.data.steps.sources import TABLE_SUFFIXES, is_table, read_table, resolve_paths, source_folder
 from pipelines.errors import UserError
 
 CAPTION_INPUTS = pa.schema(

@@ -18,7 +18,8 @@ from pipelines import storage
 from pipelines.data.config import CurateConfig
 from pipelines.data.keys import file_key
 from pipelines.data.reasons import reason_of
-from pipelines.data.settings import TABLE_SUFFIXES, SourceConfig
+from pipelines.data.settings import TABLE_SUFFIXES as TABLE_SUFFIXES  # at hand here too
+from pipelines.data.settings import SourceConfig
 from pipelines.data.snapshot.removals import read_removed
 from pipelines.data.stage.columns import sort, take
 from pipelines.data.stage.stage import WORK, Row, Stage
