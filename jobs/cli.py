@@ -1,5 +1,6 @@
 """The ``lumos`` command. A verb's module is imported only when that verb runs, so that help is immediate."""
 
+import difflib
 import importlib
 import os
 
@@ -17,7 +18,7 @@ _VERBS = {
     "evaluate": "Measure generated videos, show them in a gallery, read official benchmarks' results.",
     "submit": "Run a verb as a job of a Ray cluster, and follow it.",
     "jobs": "The jobs of a Ray cluster: list, logs, stop.",
-    "data": "Look after a dataset: plan, status, report, verify, repair, retry, remove, unlock, gc.",
+    "data": "Look after a dataset: plan, status, report, show, export, verify, repair, retry, remove, unlock, gc.",
     "tokenizer": "Train a tokenizer, or evaluate a video tokenizer.",
     "benchmark": "Measure parts of the pipeline against the least they could cost.",
 }
@@ -36,6 +37,15 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = importlib.import_module(f"jobs.{cmd_name}").command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does; an unknown verb suggests one that is written alike."""
+        close = difflib.get_close_matches(args[0], _VERBS, n=1) if args[0] not in _VERBS else []
+        if close:
+            ctx.fail(f"No such command {args[0]!r}; did you mean {close[0]!r}?")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the verbs without importing them."""

@@ -34,12 +34,19 @@ def command(config: str, overrides: tuple[str, ...], print_config: bool) -> None
     from pipelines.data.config import CurateConfig
 
     resolved = resolve(CurateConfig, *curate_arguments(config, overrides), print_config)
+    resolved.source.check_exists()  # at once: what is imported below takes seconds
+
+    def tell(words: str) -> None:
+        if resolved.progress:
+            click.echo(words, err=True)
+
+    tell(f"curating {resolved.source.path} into {resolved.dataset}")
 
     from pipelines.data.curate import CONTINUE, curate
     from pipelines.errors import JobError
 
     try:
-        result = curate(resolved)  # it joins Ray itself, once sources, captions and tokenizer are found good
+        result = curate(resolved, tell)  # it joins Ray itself, once sources, captions and tokenizer are found good
     except KeyboardInterrupt as interrupt:
         raise JobError(f"stopped; {CONTINUE}") from interrupt
     click.echo(result.summary())

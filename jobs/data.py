@@ -10,8 +10,10 @@ if __name__ == "__main__":  # run as a script: import from the checkout, not fro
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from jobs.command import config_arguments, curate_arguments, resolve, run
+from jobs.data_export import export
 from jobs.data_removals import remove, restore
 from jobs.data_upkeep import gc, over_dataset, repair, retry, unlock
+from jobs.data_views import report, show
 
 
 @click.group()
@@ -30,20 +32,6 @@ def status(dataset: str) -> None:
     from pipelines.data.upkeep.status import dataset_status
 
     click.echo(dataset_status(dataset))
-
-
-@command.command(short_help="A page with yields, scores, other thresholds and frames.")
-@over_dataset
-@click.option("--out", default="report.html", show_default=True, help="The HTML file to write.")
-@click.option("--frames/--no-frames", default=True, show_default=True, help="Decode some clips' frames to show them.")
-def report(dataset: str, out: str, frames: bool) -> None:
-    """Write a page about a snapshot: what was kept and why not, how scores lie, what others would keep, frames."""
-    from pipelines.data.snapshot.read import open_snapshot
-    from pipelines.data.upkeep.report import write_report
-
-    snapshot = open_snapshot(dataset)
-    write_report(Path(out), snapshot, frames=frames)
-    click.echo(f"{snapshot.manifest.snapshot_id}: open {out}")
 
 
 @command.command(short_help="Check a snapshot's files, counts and codes.")
@@ -92,8 +80,8 @@ def plan(config: str, overrides: tuple[str, ...], print_config: bool, **options:
     click.echo(plan_curation(resolved, cluster, sources=int(options["sources"]), seed=int(options["seed"])))
 
 
-for changing in (repair, retry, remove, restore, unlock, gc):
-    command.add_command(changing)
+for verb in (report, show, export, repair, retry, remove, restore, unlock, gc):
+    command.add_command(verb)
 
 if __name__ == "__main__":
     run(command)

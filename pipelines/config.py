@@ -333,8 +333,8 @@ def _describe(cls: type[Any], raw: Any, detail: ErrorDetails) -> str:
             return f"key {name!r} is no more: {cls.REMOVED[name]}"
         siblings = _field_names(cls, keys[:-1])
         known_as = getattr(cls, "ALSO_CALLED", {}).get(name)
-        close = [known_as] if known_as else difflib.get_close_matches(keys[-1], siblings, n=1)
-        remedy = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(siblings)}"
+        close = known_as or _close_key(cls, keys, value, siblings)
+        remedy = f"did you mean {close!r}?" if close else f"known here: {', '.join(siblings)}"
         return f"unknown key {name!r} = {_show(value)}; {remedy}"
     if kind == "missing" and keys[-1].isdecimal():  # an item of a tuple, which is of a set length
         return f"{'.'.join(keys[:-1])}: it has {len(value)} items, and needs more"
@@ -347,6 +347,32 @@ def _describe(cls: type[Any], raw: Any, detail: ErrorDetails) -> str:
         return f"{name}: it is a mapping of {', '.join(names)}; got {_show(value)}"
     hint = "; quote it to make it text" if kind == "string_type" and isinstance(value, bool | int | float) else ""
     return f"{name}: {message[:1].lower()}{message[1:]}, got {_show(value)}{hint}"
+
+
+def _close_key(cls: type[Any], keys: Sequence[str], value: Any, siblings: Sequence[str]) -> str | None:
+    """The dotted key that an unknown one was meant to be: one that is written alike, or that ends alike."""
+    every = list(_dotted_keys(cls))
+    inner = [".".join([*keys, key]) for key in value] if isinstance(value, dict) else []
+    for name in [*inner, ".".join(keys)]:
+        leaf = name.rpartition(".")[2]
+        if beside := difflib.get_close_matches(keys[-1], siblings, n=1):
+            ours = ".".join([*keys[:-1], beside[0], *name.split(".")[len(keys) :]])
+            return ours if ours in every else ".".join([*keys[:-1], beside[0]])
+        if close := [key for key in every if key.rpartition(".")[2] == leaf] or difflib.get_close_matches(
+            name, every, 1
+        ):
+            return close[0]
+    return None
+
+
+def _dotted_keys(cls: type[Any], prefix: str = "") -> Iterator[str]:
+    """All keys of a config, those of the sections in it after their own."""
+    hints = get_type_hints(cls)
+    for each in fields(cls):
+        name = prefix + each.name
+        yield name
+        for member in _dataclasses(hints[each.name]):
+            yield from _dotted_keys(member, f"{name}.")
 
 
 def _key_path(raw: Any, detail: ErrorDetails) -> list[str]:

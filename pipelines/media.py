@@ -21,7 +21,8 @@ MEDIA_TYPES: dict[VideoFormat, str] = {"mp4": "video/mp4", "gif": "image/gif", "
 # 4:2:0 and High profile without B-frames play in every browser and start at time 0; CRF 10 is visually lossless.
 # For equal bytes every time: one thread, since the number of cores would show, and no macroblock tree, whose assembly
 # gives other bits from run to run in small frames (x264 core 165: one encoding in 4 at 32x32, one in 1,000 at 48x48).
-_X264_OPTIONS = {"crf": "10", "preset": "medium", "bf": "0", "threads": "1", "x264-params": "mbtree=0"}
+_CRF = 10
+_X264_OPTIONS = {"preset": "medium", "bf": "0", "threads": "1", "x264-params": "mbtree=0"}
 _MAX_FPS_DENOMINATOR = 1001
 _MAX_PSNR = 99.0  # dB; of equal frames
 # SSIM's window and constants (Wang et al. 2004) for values 0..255.
@@ -29,13 +30,14 @@ _SSIM_WINDOW, _SSIM_SIGMA = 11, 1.5
 _SSIM_C1, _SSIM_C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
-def encode_video(frames: np.ndarray, fps: float, file_format: VideoFormat = "mp4") -> bytes:
+def encode_video(frames: np.ndarray, fps: float, file_format: VideoFormat = "mp4", *, crf: int = _CRF) -> bytes:
     """The bytes of a file that holds exactly these frames at this rate.
 
     Args:
         frames: uint8 [T, H, W, 3], RGB; H and W even.
         fps: frames per second; kept to within a fraction of denominator 1001, in gif to 1/100 s per frame.
         file_format: png takes a single frame.
+        crf: of x264, for an mp4 that may be worse and smaller.
 
     Raises:
         ValueError: if the frames have another shape or type, or the format cannot hold them.
@@ -47,10 +49,10 @@ def encode_video(frames: np.ndarray, fps: float, file_format: VideoFormat = "mp4
     rate = Fraction(fps).limit_denominator(_MAX_FPS_DENOMINATOR)
     if file_format == "gif":
         return _encode_gif(frames, rate)
-    return _encode_mp4(frames, rate)
+    return _encode_mp4(frames, rate, crf)
 
 
-def _encode_mp4(frames: np.ndarray, rate: Fraction) -> bytes:
+def _encode_mp4(frames: np.ndarray, rate: Fraction, crf: int) -> bytes:
     _, height, width, _ = frames.shape
     if height % 2 or width % 2:
         raise ValueError(f"mp4 needs even sides, got {width}x{height}")
@@ -58,7 +60,7 @@ def _encode_mp4(frames: np.ndarray, rate: Fraction) -> bytes:
     with tempfile.TemporaryDirectory(prefix="lumos-") as folder:
         path = Path(folder) / "video.mp4"
         with av.open(path, "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            stream = container.add_stream("libx264", rate=rate, options=_X264_OPTIONS)
+            stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), **_X264_OPTIONS})
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             # Untagged, players guess the colour matrix by the size.
             stream.codec_context.colorspace, stream.codec_context.color_range = Colorspace.ITU601, ColorRange.MPEG

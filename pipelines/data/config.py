@@ -139,6 +139,8 @@ class CurateConfig:
     source: SourceConfig
     split: SplitConfig = field(default_factory=SplitConfig)
     thresholds: Thresholds = field(default_factory=Thresholds)
+    # a table (CSV, JSONL, Parquet) of clips and sources that a person keeps or rejects: key, decision, note
+    overrides: str | None = None
     near_duplicates: float | None = 0.99  # cosine of fingerprints from which clips count as the same; none: keep all
     looks: LooksConfig = field(default_factory=LooksConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)

@@ -1,5 +1,7 @@
 """Curation from end to end: sources, split and scores, decisions, captions, tokens, a published snapshot."""
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -15,6 +17,7 @@ from pipelines.data.pipeline import Curation
 from pipelines.data.snapshot.ledger import count_reasons
 from pipelines.data.snapshot.write import write_snapshot
 from pipelines.data.stage.log import RunLog
+from pipelines.data.steps.overrides import read_overrides
 from pipelines.data.steps.sources import list_sources
 from pipelines.data.steps.tokens import load_tokenizer_info
 from pipelines.errors import JobError, UserError, storage_errors_as
@@ -65,15 +68,16 @@ class CurateResult:
         return "\n".join(lines)
 
 
-def curate(config: CurateConfig) -> CurateResult:
-    """Run what is not yet done of a curation, and publish.
+def curate(config: CurateConfig, tell: Callable[[str], None] = lambda _: None) -> CurateResult:
+    """Run what is not yet done of a curation, and publish; ``tell`` is told in words what goes on before the bars.
 
     Raises:
         UserError: if sources, captions, models or dataset are not usable; nothing was begun.
         JobError: if a stage failed, or a disk or store. What was done is kept; the same call continues.
     """
     with storage_errors_as(JobError, CONTINUE):
-        listing, curation = prepare(config)
+        listing, curation = prepare(config, tell)
+        tell("starting Ray" if not os.environ.get("RAY_ADDRESS") else "joining the Ray cluster")
         with (
             joining(_places(config), config.cluster),
             dataset_lock(config.dataset),
@@ -114,7 +118,7 @@ def _places(config: CurateConfig) -> dict[str, str | None]:
     }
 
 
-def prepare(config: CurateConfig) -> tuple[pa.Table, Curation]:
+def prepare(config: CurateConfig, tell: Callable[[str], None] = lambda _: None) -> tuple[pa.Table, Curation]:
     """The listing of the sources and the steps of their curation.
 
     All that can be checked without work is: a ``UserError`` says what of sources, captions or models is not usable.
@@ -123,6 +127,9 @@ def prepare(config: CurateConfig) -> tuple[pa.Table, Curation]:
         captioner_named(name)
     s3.check_store(config.dataset)
     listing = list_sources(config.source)
+    size = pc.sum(pc.max_element_wise(listing["size"], 0)).as_py()
+    tell(f"{listing.num_rows} files" + (f" of {size / 1e6:.1f} MB" if size else "") + "; checking captions and models")
+    overrides = read_overrides(config.overrides, listing) if config.overrides else None
     captions = CaptionSource("given", {})
     if "given" in config.captions.captioners:
         captions = find_captions(config.captions, config.source, listing)
@@ -140,4 +147,4 @@ def prepare(config: CurateConfig) -> tuple[pa.Table, Curation]:
             load_transnet(local_path(config.split.weights))
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"split.weights: {error}") from error
-    return listing, Curation(config, captions, tokenizer)
+    return listing, Curation(config, captions, tokenizer, overrides)

@@ -41,6 +41,11 @@ def is_source_id(name: str) -> bool:
     return len(name) == _HASH_DIGITS and set(name) <= set("0123456789abcdef")
 
 
+def is_clip_key(name: str) -> bool:
+    """Whether a name may be that of a clip."""
+    return name[_HASH_DIGITS : _HASH_DIGITS + 1] == ":" and is_source_id(name[:_HASH_DIGITS])
+
+
 def source_of(key: str) -> str:
     """The source_id that a key begins with, that of a clip or of any work on it."""
     return key[:_HASH_DIGITS]

@@ -1,6 +1,6 @@
 """The order of a curation's steps, and what a snapshot is made of in the end."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from pipelines.data.stage.values import StoredValues
 from pipelines.data.steps.duplicates import NearDuplicates
 from pipelines.data.steps.features import Features, Similarity
 from pipelines.data.steps.looks import Look
+from pipelines.data.steps.overrides import ApplyOverrides, Override
 from pipelines.data.steps.run import Check, Run, Step
 from pipelines.data.steps.sources import HashSources
 from pipelines.data.steps.split import SplitSources, split_identity
@@ -46,7 +47,13 @@ class Decide(Step):
 class Curation:
     """The steps of one run; a ``UserError`` if a stage with work left lacks what it needs."""
 
-    def __init__(self, config: CurateConfig, given: CaptionSource, tokenizer: TokenizerInfo) -> None:
+    def __init__(
+        self,
+        config: CurateConfig,
+        given: CaptionSource,
+        tokenizer: TokenizerInfo,
+        overrides: Mapping[str, Override] | None = None,
+    ) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.features = Features(config) if config.features.scores else None
         self.caption = Caption(config, given)
@@ -55,6 +62,7 @@ class Curation:
         self.steps: list[Step] = [
             HashSources(config),
             SplitSources(config, look.stages[0] if look else None),
+            *([ApplyOverrides(overrides)] if overrides else []),
             Decide(),
             NearDuplicates(self.caption.given_to),
             *([look] if look else []),

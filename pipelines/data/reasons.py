@@ -7,13 +7,14 @@
     near: of KEY (cosine 0.991)              a near-duplicate of a clip
     exact: of SOURCE_ID                      a file with the content of another
     removed: taken out of the dataset        a source that was taken out
+    override: NOTE (REASON)                  a person rejected the clip, or kept it though REASON says no
     decode_error (transient): detail         a failure, and whether another try may help
 
 Ledgers are published, so the texts must not change.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -22,8 +23,11 @@ import pyarrow.compute as pc
 from pipelines.decoding.errors import VideoError
 
 REMOVED = "removed: taken out of the dataset"
+OVERRIDE = "override: "  # begins the reason of a clip that a person decided about
+CANNOT_BE_KEPT = "override: cannot be kept"  # told beside the reason of a clip that has nothing to encode
 CLASSES = ("transient", "permanent")  # of failures
 
+_NO_NOTE = "by hand"
 _DUPLICATE = re.compile(r"(near|exact): of (\S+)")
 
 
@@ -104,6 +108,30 @@ def parse_duplicate(reason: str) -> tuple[str, str] | None:
     """What a row is a duplicate of: "near" and a clip's key, or "exact" and a source_id; None if it is none."""
     match = _DUPLICATE.match(reason)
     return (match[1], match[2]) if match else None
+
+
+def overridden(note: str, instead: Sequence[str] = ()) -> str:
+    """That a person decided about a clip, and what would have kept it out if it was kept."""
+    return f"{OVERRIDE}{note or _NO_NOTE}" + (f" ({all_of(instead)})" if instead else "")
+
+
+def parse_override(reason: str, *, kept: bool) -> str | None:
+    """The note of a person's decision that a reason tells, None if it tells of none."""
+    if not reason.startswith(OVERRIDE):
+        return None
+    note = reason.removeprefix(OVERRIDE)
+    note = note.partition(" (")[0] if kept else note
+    return "" if note == _NO_NOTE else note
+
+
+def originals_of(reason: str) -> list[str]:
+    """Keys and source_ids that a reason names as what a clip or file is a duplicate of."""
+    return [match[2] for match in _DUPLICATE.finditer(reason)]
+
+
+def with_names(reason: str, names: Mapping[str, str]) -> str:
+    """A reason that calls what it names as originals by other names, where there are some."""
+    return _DUPLICATE.sub(lambda match: f"{match[1]}: of {names.get(match[2], match[2])}", reason)
 
 
 def too_few_words(count: int, least: int) -> str:

@@ -1,5 +1,6 @@
 """Settings of the single stages, of their models and of the endpoint that captions; free of torch and of clients."""
 
+import glob
 import os
 import re
 from dataclasses import dataclass, field, replace
@@ -8,8 +9,12 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from lumos.config import require
+from pipelines import storage
 from pipelines.data.scores import scores_of
 from pipelines.data.stage.stage import StageResources
+from pipelines.errors import UserError
+
+TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")  # of tables that users bring
 
 PROMPT = (
     "Describe this video clip in one or two detailed sentences: who or what it shows, what happens, the setting, and "
@@ -43,6 +48,18 @@ class SourceConfig:
         require(bool(self.extensions), "extensions is empty; name those of video files, such as .mp4")
         for extension in self.extensions:
             require(extension.startswith("."), f"extensions begin with a dot, got {extension!r}")
+
+    def check_exists(self) -> None:
+        """Raise a ``UserError`` where nothing is; that a glob matches nothing, or a server lacks it, is found later."""
+        if storage.is_local(self.path) and not glob.has_magic(self.path) and not storage.exists(self.path):
+            raise self.is_missing()
+
+    def is_missing(self) -> UserError:
+        """That nothing is where the path says."""
+        return UserError(
+            f"source.path {self.path} does not exist; name a folder, a glob, a video, or a table of paths "
+            f"({', '.join(TABLE_SUFFIXES)})"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

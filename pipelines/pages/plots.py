@@ -126,6 +126,8 @@ def _name_ends(axes: Axes) -> None:
 def histogram(name: str, groups: Mapping[str, Values], thresholds: Sequence[float] = ()) -> Markup:
     """Draw how often values of a score occur, one group on the other, and a dashed line at each threshold.
 
+    Heights are square roots of counts.
+
     What lies far from nearly all values is told in words, as drawing it would leave no room for them.
 
     Args:
@@ -150,8 +152,12 @@ def histogram(name: str, groups: Mapping[str, Values], thresholds: Sequence[floa
         for bound in near:
             axes.axvline(bound, color=_COLORS["threshold"], linestyle="dashed", clip_on=False)
         axes.set_xlim(low, high)
-        axes.set_ylim(0, max(1, base.max()))
-        axes.locator_params(axis="y", nbins=2, integer=True)
+        most = max(1, base.max())
+        axes.set_yscale("function", functions=(lambda y: np.sqrt(np.maximum(y, 0)), np.square))  # few beside many
+        axes.set_ylim(0, most)
+        axes.set_yticks(sorted({0, round(most / 4), int(most)}))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
         axes.locator_params(axis="x", nbins=5)
         if len(below):
             axes.set_title(f"← {len(below)} more from {below.min():.4g}", loc="left")
@@ -175,10 +181,16 @@ def smooth(points: Points, window: int) -> Points:
 
 
 def _plain_range(values: Values) -> tuple[float, float]:
-    """The range of the values that are no farther from the middle nine tenths of them than these lie apart."""
-    low, high = np.quantile(values, 0.05, method="higher"), np.quantile(values, 0.95, method="lower")
-    if low < high:
-        values = values[(values >= 2 * low - high) & (values <= 2 * high - low)]
+    """The range of the values that are not far from most of them.
+
+    Most are the middle half or, where that is of one value, the middle nine tenths.
+    """
+    for share, reach in ((0.25, 3.0), (0.05, 1.0)):
+        low, high = np.quantile(values, share, method="higher"), np.quantile(values, 1 - share, method="lower")
+        if low < high:
+            far = reach * (high - low)
+            values = values[(values >= low - far) & (values <= high + far)]
+            break
     return float(values.min()), float(values.max())
 
 

@@ -23,6 +23,7 @@ CONFIG_PLACES = {
     "curate": (
         "dataset",
         "source.path",
+        "overrides",
         "split.weights",
         "features.clip.weights",
         "features.aesthetic_head",

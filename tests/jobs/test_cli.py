@@ -142,6 +142,18 @@ def test_a_source_that_is_not_there_is_named(path, message):
         CliRunner().invoke(group, ["curate", path], catch_exceptions=False)
 
 
+@pytest.mark.parametrize("arguments", [["curate", "/no/such/path"], ["curate", "default", "tokens.areaa=3"]])
+def test_a_typo_is_told_before_anything_slow_is_imported(arguments):
+    code = (
+        f"import sys; sys.argv = ['lumos', *{arguments}]; from jobs.cli import main\n"
+        "try:\n    main()\n"
+        "except SystemExit as end:\n    print(end.code, {'ray', 'torch', 'pandas'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "2 set()\n", done.stderr
+    assert ("source.path /no/such/path does not exist" in done.stderr) or ("did you mean 'tokens.area'" in done.stderr)
+
+
 def test_an_unreachable_cluster_is_bad_usage(tmp_path):
     done = lumos("demo", "--out", str(tmp_path / "out"), env={**os.environ, "RAY_ADDRESS": "127.0.0.1:9"})
     assert done.returncode == 2

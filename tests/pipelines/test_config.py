@@ -103,9 +103,12 @@ def test_overrides_come_after_the_file_in_order(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("steps: 1\noptimizer: {lrr: 2}", "unknown key 'optimizer.lrr' = 2; did you mean 'lr'?"),
-        ("steps: 1\ntracking: {lrr: 2}", "unknown key 'tracking.lrr' = 2; did you mean 'lr'?"),
-        ("steps: 1\nsources: [{path: a}, {paht: b}]", "unknown key 'sources.1.paht' = 'b'; did you mean 'path'?"),
+        ("steps: 1\noptimizer: {lrr: 2}", "unknown key 'optimizer.lrr' = 2; did you mean 'optimizer.lr'?"),
+        ("steps: 1\ntracking: {lrr: 2}", "unknown key 'tracking.lrr' = 2; did you mean 'tracking.lr'?"),
+        (
+            "steps: 1\nsources: [{path: a}, {paht: b}]",
+            "unknown key 'sources.1.paht' = 'b'; did you mean 'sources.1.path'?",
+        ),
         ("steps: 1\noptimizer: {betas: [.9, .inf]}", "optimizer.betas.1: inf is no finite number"),
         ("steps: 1\noptimizer: {lr: .nan}", "optimizer.lr: nan is no finite number"),
         ("steps: 1\nxyz: 2", "unknown key 'xyz' = 2; known here: name, optimizer, sources, steps, tracking, verbose"),
@@ -150,7 +153,7 @@ def test_every_error_of_a_file_is_told_at_once(write):
         ("sources.3.limit=1", "sources has items 0 to 0, not '3'"),
         (
             "optimiser.lr=1",
-            "with overrides of optimiser.lr: unknown key 'optimiser' = {'lr': 1}; did you mean 'optimizer'",
+            "with overrides of optimiser.lr: unknown key 'optimiser' = {'lr': 1}; did you mean 'optimizer.lr'",
         ),
     ],
 )

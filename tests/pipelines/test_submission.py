@@ -98,7 +98,7 @@ def test_overrides_options_and_run_options_go_along():
         ("train", ["nosuch"], "config 'nosuch' is neither a file nor a shipped train config"),
         ("train", ["demo", "steps=-1"], "steps must be at least 1, got -1"),
         ("train", ["demo", "lr=1"], "did you mean 'optimizer.lr'?"),
-        ("curate", ["default", "captions.requrie=true"], "did you mean 'require'?"),
+        ("curate", ["default", "captions.requrie=true"], "did you mean 'captions.require'?"),
         ("export", ["s3://b/run@3"], "export: name OUT"),
     ],
 )

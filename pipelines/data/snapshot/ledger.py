@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipelines import storage
 from pipelines.data.keys import ledger_file_key
-from pipelines.data.reasons import REMOVED, exact_duplicate, reason_classes
+from pipelines.data.reasons import REMOVED, exact_duplicate, overridden, reason_classes
 from pipelines.data.snapshot.read import LedgerPart
 from pipelines.data.snapshot.schemas import LEDGER, STAGES, STATUSES
 from pipelines.data.stage.columns import parquet_bytes
@@ -31,11 +31,26 @@ class Verdicts:
     def __init__(self, count: int) -> None:
         self._status = np.full(count, STATUSES.index("kept"), np.int8)
         self._reasons: dict[int, str] = {}
+        self._protected: dict[int, tuple[str, list[str]]] = {}  # note, and reasons that did not count
         self._seen: dict[str, NDArray[np.bool_]] = {"split": np.ones(count, bool)}
 
     def set(self, index: int, status: str, reason: str) -> None:
-        """Change what becomes of a clip."""
-        self._status[index], self._reasons[index] = STATUSES.index(status), reason
+        """Change what becomes of a clip; one that is protected stays, unless it failed."""
+        if index in self._protected and status != "failed":
+            note, instead = self._protected[index]
+            instead += [part for part in reason.split("; ") if part not in instead]  # some are found more than once
+            self._reasons[index] = overridden(note, instead)
+        else:
+            self._status[index], self._reasons[index] = STATUSES.index(status), reason
+
+    def protect(self, index: int, note: str) -> None:
+        """Keep a clip, as a person said, whatever is decided later."""
+        self._protected[index] = (note, [])
+        self._reasons[index] = overridden(note)
+
+    def expose(self, index: int) -> bool:
+        """Protect a clip no longer; whether it was."""
+        return self._protected.pop(index, None) is not None
 
     def mark(self, stage: str, indices: NDArray[np.int64]) -> None:
         """Note the clips that a stage has seen."""

@@ -1,6 +1,7 @@
 """All clips of a run, a column each, so that millions fit: what is known of them, and what becomes of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from pipelines.data.config import TokenConfig, plan_shape
 from pipelines.data.keys import picture_keys
+from pipelines.data.reasons import CANNOT_BE_KEPT, all_of
 from pipelines.data.scores import SCORES, Thresholds, scores_of
 from pipelines.data.snapshot.ledger import Verdicts
 from pipelines.data.stage.columns import take
@@ -70,8 +72,20 @@ class Clips:
             if not isinstance(shape, str):
                 self.shapes[members] = (shape.num_frames, shape.width, shape.height)
                 continue
-            for index in members.tolist():
-                self.verdicts.set(index, "rejected", shape)
+            self._reject(members, scores, shape, config)
+
+    def _reject(
+        self, members: NDArray[np.int64], scores: Mapping[str, float], reason: str, config: TokenConfig
+    ) -> None:
+        """Reject clips that are too short or too small; those that a person keeps are enlarged, if that is all."""
+        enlarged = plan_shape(scores, replace(config, max_enlargement=None))
+        for index in members.tolist():
+            if isinstance(enlarged, str) and self.verdicts.expose(index):
+                self.verdicts.set(index, "rejected", all_of([reason, CANNOT_BE_KEPT]))
+                continue
+            self.verdicts.set(index, "rejected", reason)
+            if not isinstance(enlarged, str):
+                self.shapes[index] = (enlarged.num_frames, enlarged.width, enlarged.height)
 
     def score_column(self) -> pa.StructArray:
         """As the ledger's column."""

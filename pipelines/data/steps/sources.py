@@ -1,6 +1,8 @@
 """Sources: what a folder, a glob or a table of paths names, and the content hash of each file; tables of users."""
 
+import csv
 import glob
+import io
 import math
 import os
 import stat
@@ -16,6 +18,7 @@ from pipelines import storage
 from pipelines.data.config import CurateConfig
 from pipelines.data.keys import file_key
 from pipelines.data.reasons import reason_of
+from pipelines.data.settings import TABLE_SUFFIXES as TABLE_SUFFIXES  # at hand here too
 from pipelines.data.settings import SourceConfig
 from pipelines.data.snapshot.removals import read_removed
 from pipelines.data.stage.columns import sort, take
@@ -23,7 +26,7 @@ from pipelines.data.stage.stage import WORK, Row, Stage
 from pipelines.data.steps.run import Run, Step, read_in_order
 from pipelines.decoding.errors import VideoError, unreadable_error
 from pipelines.errors import UserError
-from pipelines.storage import s3
+from pipelines.storage import http, s3
 
 # One row per file that was named; ``path`` is relative to what was named, so it does not tell where the work is done.
 LISTING = pa.schema(
@@ -35,7 +38,6 @@ LISTING = pa.schema(
     ]
 )
 HASHED = pa.schema([LISTING.field("work_key"), ("source_id", pa.string()), ("error", pa.string())])
-TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")  # of tables that users bring
 _PIECE = 1 << 16  # rows of a table that are described at a time
 
 
@@ -47,6 +49,7 @@ def list_sources(config: SourceConfig) -> pa.Table:
     """
     path = config.path
     s3.check_store(path)
+    http.check_server(path)
     if storage.is_dir(path):
         found = _table(storage.list_files(path, suffixes=config.extensions))
         missing = f"no video files under {path}; looked for *{', *'.join(config.extensions)}"
@@ -61,10 +64,7 @@ def list_sources(config: SourceConfig) -> pa.Table:
         found = _table(_list_glob(path))
         missing = f"no file matches source.path {path}"
     else:
-        raise UserError(
-            f"source.path {path} does not exist; name a folder, a glob, a video, or a table of paths "
-            f"({', '.join(TABLE_SUFFIXES)})"
-        )
+        raise config.is_missing()
     if not found.num_rows:
         raise UserError(f"{missing}; check source.path and source.extensions")
     return found
@@ -130,8 +130,8 @@ def is_table(uri: str) -> bool:
     return uri.lower().endswith(TABLE_SUFFIXES)
 
 
-def read_table(uri: str, columns: Sequence[str], key: str) -> pa.Table:
-    """Some columns of a table, as text; messages tell the config key that named the file.
+def read_table(uri: str, columns: Sequence[str], key: str, *, optional: Sequence[str] = ()) -> pa.Table:
+    """Some columns of a table, as text, and of ``optional`` those that it has; messages tell the key that named it.
 
     Raises:
         UserError: if it is missing, unreadable, of another kind, or lacks a column.
@@ -142,7 +142,7 @@ def read_table(uri: str, columns: Sequence[str], key: str) -> pa.Table:
         with storage.open_file(uri) as file:
             if uri.lower().endswith(".csv"):
                 parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
-                texts = dict.fromkeys(columns, pa.string())
+                texts = dict.fromkeys([*columns, *optional], pa.string())
                 types = pyarrow.csv.ConvertOptions(column_types=texts, strings_can_be_null=False)
                 table = pyarrow.csv.read_csv(file, parse_options=parse, convert_options=types)
             elif uri.lower().endswith(".jsonl"):
@@ -152,18 +152,35 @@ def read_table(uri: str, columns: Sequence[str], key: str) -> pa.Table:
     except FileNotFoundError as error:
         raise UserError(f"{key} {uri} does not exist; check the path") from error
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{key} {uri} cannot be read as a table: {error}") from error
+        line = _bad_line(uri) if uri.lower().endswith(".csv") and isinstance(error, pa.ArrowInvalid) else None
+        where = f", line {line}," if line else ""
+        raise UserError(f"{key} {uri}{where} cannot be read as a table: {error}") from error
     missing = [name for name in columns if name not in table.column_names]
     if missing:
         raise UserError(
             f"{key} {uri} has no column {', '.join(map(repr, missing))}; "
             f"it has {', '.join(map(repr, table.column_names))}: "
-            "rename its columns, or name them in the config (captions.path_column, captions.caption_column)"
+            "rename its columns"
+            + (", or name them in the config (captions.path_column, captions.caption_column)" * ("caption" in key))
         )
+    columns = [*columns, *(name for name in optional if name in table.column_names)]
     try:
         return table.select(list(columns)).cast(pa.schema([(name, pa.string()) for name in columns]))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UserError(f"{key} {uri}: columns {', '.join(columns)} must hold text ({error})") from error
+
+
+def _bad_line(uri: str) -> int | None:
+    """The line of a CSV file on which a row begins that has another number of columns than the head, or no text."""
+    with storage.open_file(uri) as file, io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="") as text:
+        reader = csv.reader(text)
+        head, last = next(reader, []), reader.line_num
+        for row in reader:
+            undecoded = any("\udc80" <= letter <= "\udcff" for letter in "".join(row))
+            if undecoded or (row and len(row) != len(head)):
+                return last + 1
+            last = reader.line_num
+    return None
 
 
 def resolve_paths(table_uri: str, paths: Sequence[str]) -> list[str]:

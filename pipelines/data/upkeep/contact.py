@@ -17,16 +17,18 @@ from numpy.typing import NDArray
 
 from pipelines import storage
 from pipelines.data.keys import are_ledger_files
-from pipelines.data.reasons import parse_duplicate
+from pipelines.data.reasons import originals_of, parse_duplicate, with_names
 from pipelines.data.snapshot.read import Snapshot
 from pipelines.data.snapshot.schemas import STATUSES
 from pipelines.data.stage.stage import Row
 from pipelines.data.stage.table import read_parts
+from pipelines.data.upkeep.borderline import Border
 from pipelines.data.upkeep.stills import Shown
 from pipelines.decoding.errors import VideoError
 
 IDENTITY = ("key", "source_id")  # columns of the ledger that only contact sheets take
 CLIPS_EACH = 12  # shown of every fate
+MAX_DECODED = 48  # clips whose codes are shown
 _HASH_ROWS = 1 << 16  # hashed at a time
 
 # Frames of some clips of a snapshot (ledger rows with a span), by key.
@@ -42,6 +44,14 @@ class Tile:
     words: str  # why there are no frames
     note: str = ""  # what else is said of it
     caption: str = ""  # of a kept clip
+    decoded: Sequence[bytes] = ()  # JPEG files of what its codes show at the same moments
+    psnr: float | None = None  # dB of its codes
+    video: bytes = b""  # an mp4 of its source and codes side by side; empty where there is none
+
+    @property
+    def key(self) -> str:
+        """By which a person may decide about it; empty for a file that has no clips."""
+        return str(self.row["key"]) if self.row["end_s"] is not None else ""
 
 
 @dataclass(frozen=True)
@@ -52,27 +62,62 @@ class Sheet:
     reason: str  # its class
     rows: list[Row]  # of the ledger
     total: int
+    near: str = ""  # the threshold to which they are the nearest; else they were drawn
 
 
-def contact_sheets(snapshot: Snapshot, ledger: pa.Table, frames_of: FramesOf) -> list[tuple[Sheet, list[list[Tile]]]]:
+@dataclass(frozen=True)
+class Decoded:
+    """What is shown of a clip's codes, beside its source."""
+
+    source: Sequence[bytes]  # JPEG files of the moments; none where the source cannot be had
+    codes: Sequence[bytes]
+    psnr: float | None
+    video: bytes = b""  # as ``Tile`` has it
+
+
+# What codes of some kept clips show, by key.
+CodesOf = Callable[[Snapshot, Sequence[str]], Mapping[str, Decoded]]
+
+
+def contact_sheets(
+    snapshot: Snapshot,
+    ledger: pa.Table,
+    frames_of: FramesOf,
+    *,
+    borders: Sequence[Border] = (),
+    codes_of: CodesOf | None = None,
+) -> list[tuple[Sheet, list[list[Tile]]]]:
     """Sheets, each with a tile for every row, or two: a near-duplicate stands beside its original.
 
-    The snapshot's ledger needs no scores, but a column ``class``: that of each row's reason.
+    Args:
+        snapshot: Whose clips.
+        ledger: Without scores, but with a column ``class``: that of each row's reason.
+        frames_of: Asked once for the frames of all clips.
+        borders: Clips around thresholds, which stand in place of those drawn of what a threshold rejects.
+        codes_of: Asked for what the codes of kept clips show, of the first ``MAX_DECODED``.
     """
-    sheets = choose_clips(ledger)
+    drawn = choose_clips(ledger)
+    instead = {border.score for border in borders}
+    drawn = [sheet for sheet in drawn if sheet.status != "rejected" or sheet.reason not in instead]
+    around = _border_sheets(ledger, borders)
+    sheets = [*(s for s in drawn if s.status == "kept"), *around, *(s for s in drawn if s.status != "kept")]
     chosen = [row for rank in zip_longest(*(sheet.rows for sheet in sheets)) for row in rank if row is not None]
     originals = _originals(ledger, chosen)
     alike = [row for (kind, _), row in originals.items() if kind == "near"]
     clips = {row["key"]: row for row in [*chosen, *alike] if row["end_s"] is not None}
     shown = frames_of(snapshot, list(clips.values()))
     captions = _captions(snapshot, [row["key"] for row in clips.values() if row["status"] == "kept"])
+    kept = [row["key"] for sheet in sheets for row in sheet.rows if row["status"] == "kept"]
+    decoded = codes_of(snapshot, list(dict.fromkeys(kept))[:MAX_DECODED]) if codes_of is not None else {}
+    names = name_originals(ledger, [row["reason"] for row in clips.values()])
 
     def tile(row: Row, words: str, note: str = "") -> Tile:
         frames = shown.get(row["key"], [])
-        caption = captions.get(row["key"], "")
+        caption, codes = captions.get(row["key"], ""), decoded.get(row["key"], Decoded((), (), None))
+        row = row | {"reason": with_names(row["reason"], names)}
         if isinstance(frames, VideoError):
-            return Tile(row, (), f"no frames, {frames.code.replace('_', ' ')}: {frames.detail}", note, caption)
-        return Tile(row, frames, words, note, caption)
+            words, frames = f"no frames, {frames.code.replace('_', ' ')}: {frames.detail}", []
+        return Tile(row, codes.source or frames, words, note, caption, codes.codes, codes.psnr, codes.video)
 
     def tiles(row: Row) -> list[Tile]:
         kind, name = parse_duplicate(row["reason"]) or ("", "")
@@ -84,6 +129,48 @@ def contact_sheets(snapshot: Snapshot, ledger: pa.Table, frames_of: FramesOf) ->
         return [tile(row, row["reason"]), tile(original, original["reason"], f"the original, {original['status']}")]
 
     return [(sheet, list(map(tiles, sheet.rows))) for sheet in sheets]
+
+
+def tiles_of(snapshot: Snapshot, rows: Sequence[Row], frames_of: FramesOf, names: Mapping[str, str]) -> dict[str, Tile]:
+    """A tile of each of some clips, by key; ``names`` are those of the originals that their reasons name."""
+    shown = frames_of(snapshot, rows)
+    found = {}
+    for row in rows:
+        frames = shown.get(row["key"], [])
+        told = row | {"reason": with_names(row["reason"], names)}
+        if isinstance(frames, VideoError):
+            words = f"no frames, {frames.code.replace('_', ' ')}: {frames.detail}"
+            found[row["key"]] = Tile(told, [], words)
+        else:
+            found[row["key"]] = Tile(told, frames, told["reason"])
+    return found
+
+
+def _border_sheets(ledger: pa.Table, borders: Sequence[Border]) -> list[Sheet]:
+    """The clips on both sides of each threshold, which may be none on the side of those kept."""
+    wanted = pa.array([key for border in borders for key in (*border.outside, *border.inside)], pa.string())
+    rows = {row["key"]: row for row in ledger.filter(pc.is_in(ledger["key"], wanted)).to_pylist()}
+    kept = pc.sum(pc.equal(ledger["status"], "kept")).as_py() or 0
+    sheets = []
+    for border in borders:
+        near = f"{border.name} {border.value:g}"
+        sheets.append(Sheet("rejected", border.score, [rows[key] for key in border.outside], border.total, near))
+        if border.inside:
+            sheets.append(Sheet("kept", "", [rows[key] for key in border.inside], kept, near))
+    return sheets
+
+
+def name_originals(ledger: pa.Table, reasons: Sequence[str]) -> dict[str, str]:
+    """What reasons name as originals, by path and time instead of keys and hashes."""
+    named = pa.array({name for reason in reasons for name in originals_of(reason)}, pa.string())
+    clips = ledger.filter(pc.is_in(ledger["key"], named)).to_pylist()
+    stands = ledger.filter(pc.invert(are_ledger_files(ledger["key"])))
+    sources = stands.filter(pc.is_in(stands["source_id"], named)).group_by("source_id").aggregate([("path", "min")])
+    names = dict(zip(sources["source_id"].to_pylist(), sources["path_min"].to_pylist(), strict=True))
+    for row in clips:
+        if row["end_s"] is not None:
+            names[row["key"]] = f"{row['path']}, {row['start_s']:.1f} to {row['end_s']:.1f} s"
+    return names
 
 
 def choose_clips(ledger: pa.Table) -> list[Sheet]:

@@ -126,7 +126,8 @@ def plan_curation(config: CurateConfig, cluster: Cluster, *, sources: int, seed:
         chosen = _draw(listing, sources, seed)
         with _scratch_dataset(config) as folder:
             # Of a sample any share may fail.
-            scratch = replace(config, dataset=folder, resources=replace(config.resources, max_failed_share=1.0))
+            resources = replace(config.resources, max_failed_share=1.0)
+            scratch = replace(config, dataset=folder, overrides=None, resources=resources)  # which name other sources
             _, curation = prepare(scratch)
             workers = {name: _workers(stage, cluster) for name, stage in curation.stages.items()}
             with connect(), RunLog(folder).record() as log, sampled_memory(_largest_process, _SAMPLE_SECONDS) as peaks:

@@ -6,17 +6,20 @@ millions of rows.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from lumos.tokenizers import VideoTokenizer
 from pipelines.data.config import TokenConfig
-from pipelines.data.reasons import reason_classes
+from pipelines.data.reasons import reason_classes, with_names
 from pipelines.data.scores import SCORES, Thresholds
 from pipelines.data.settings import stage_place
 from pipelines.data.snapshot.read import Snapshot
@@ -24,14 +27,19 @@ from pipelines.data.snapshot.schemas import STATUSES
 from pipelines.data.stage.log import stage_timings
 from pipelines.data.stage.stage import Row
 from pipelines.data.steps.decide import bounds, fills, keeps
-from pipelines.data.upkeep.contact import CLIPS_EACH, IDENTITY, contact_sheets
-from pipelines.data.upkeep.stills import decode_frames
+from pipelines.data.upkeep.borderline import Border, find_borders
+from pipelines.data.upkeep.browse import browse_rows
+from pipelines.data.upkeep.contact import CLIPS_EACH, IDENTITY, Decoded, contact_sheets, name_originals
+from pipelines.data.upkeep.show import Shown, show_clips
+from pipelines.data.upkeep.stills import decode_frames, frame_tile
+from pipelines.media import encode_video
 from pipelines.pages.plots import Values, histogram
 from pipelines.pages.render import check_writable, write_page
 
 _COLUMNS = ("path", "start_s", "end_s", "status", "reason")  # of the ledger
 _FACTORS = (0.5, 0.75, 0.9, 1.1, 1.25, 1.5)  # other thresholds that are tried
 _SOURCES = 40  # listed
+_PREVIEW_HEIGHT, _PREVIEW_CRF = 128, 28  # px and quality of moving previews, of about 30 kB each
 
 Histogram = tuple[str, Sequence[float], Markup]  # a score, its thresholds, the plot
 
@@ -86,46 +94,78 @@ def score_columns(ledger: pa.Table) -> dict[str, Values]:
     return {name: column.to_numpy() for name, column in zip(names, scores.flatten(), strict=True)}
 
 
-def write_report(path: Path, snapshot: Snapshot, *, frames: bool = True) -> None:
+def write_report(
+    path: Path, snapshot: Snapshot, *, frames: bool = True, tokenizer: VideoTokenizer | None = None
+) -> None:
     """Write the page about a snapshot; its folder is made.
 
-    With ``frames``, frames of some clips are decoded for contact sheets; a bar on stderr tells how far that is.
+    With ``frames``, frames of some clips are decoded for contact sheets, and with their tokenizer what the codes of
+    some show; bars on stderr tell how far that is.
 
     Raises:
         UserError: if the file cannot be written; nothing was begun.
     """
     check_writable(path)
-    histograms, others = _scores(snapshot)
-    ledger = snapshot.read_ledger([*_COLUMNS, *(IDENTITY if frames else ())])
+    histograms, others, borders = _scores(snapshot)
+    ledger = snapshot.read_ledger([*_COLUMNS, *IDENTITY])
     ledger = ledger.append_column("class", reason_classes(ledger["reason"]))
     ledger = ledger.append_column("seconds", pc.fill_null(pc.subtract(ledger["end_s"], ledger["start_s"]), 0.0))
-    reasons = _count(ledger, ["status", "class"], ("seconds", "sum"), ("path", "first"), ("reason", "first"))
+    reasons = _count(
+        ledger, ["status", "class"], ("seconds", "sum"), ("path", "first"), ("reason", "first")
+    ).to_pylist()
+    names = name_originals(ledger, [row["reason_first"] for row in reasons])
     timings = stage_timings(snapshot.dataset) if snapshot.dataset else {}
+    codes_of = partial(_decoded, tokenizer=tokenizer) if tokenizer is not None else None
     write_page(
         path,
         "data_report.html.j2",
         manifest=snapshot.manifest,
         statuses=STATUSES,
-        reasons=reasons.to_pylist(),
+        reasons=[row | {"reason_first": with_names(row["reason_first"], names)} for row in reasons],
         histograms=histograms,
         what_if=others,
         sources=_sources(ledger),
         num_sources=pc.count_distinct(ledger["path"]).as_py(),
         stages=sorted(timings.items(), key=lambda item: stage_place(item[0])),
-        sheets=contact_sheets(snapshot, ledger, decode_frames) if frames else [],
+        browse=browse_rows(snapshot),
+        sheets=contact_sheets(snapshot, ledger, decode_frames, borders=borders, codes_of=codes_of) if frames else [],
         clips_each=CLIPS_EACH,
+        decoded=tokenizer is not None,
     )
 
 
-def _scores(snapshot: Snapshot) -> tuple[list[Histogram], list[WhatIf]]:
+def _decoded(snapshot: Snapshot, keys: Sequence[str], *, tokenizer: VideoTokenizer) -> dict[str, Decoded]:
+    """What the codes of clips show at some moments, beside their sources."""
+    found = {}
+    for clip in show_clips(snapshot, keys, tokenizer):
+        last = len(clip.decoded) - 1
+        moments = list(dict.fromkeys((0, last // 2, last)))
+        source = [] if isinstance(clip.source, str) else [frame_tile(clip.source[moment]) for moment in moments]
+        codes = [frame_tile(clip.decoded[moment]) for moment in moments]
+        found[clip.row["key"]] = Decoded(source, codes, clip.psnr, _preview(clip) if last else b"")
+    return found
+
+
+def _preview(clip: Shown) -> bytes:
+    """An mp4 of what a clip shows, source and codes side by side, as wide as two frames of its strip."""
+    frames = clip.frames
+    height = min(_PREVIEW_HEIGHT, frames.shape[1])
+    size = round(frames.shape[2] * height / frames.shape[1] / 2) * 2, height
+    small = np.stack([cv2.resize(frame, size, interpolation=cv2.INTER_AREA) for frame in frames])
+    return encode_video(small, clip.row["fps"], crf=_PREVIEW_CRF)
+
+
+def _scores(snapshot: Snapshot) -> tuple[list[Histogram], list[WhatIf], list[Border]]:
     """What of the page depends on scores; they are a third of a ledger, and held no longer than here."""
     config = snapshot.manifest.created_from["config"]
     # A threshold that is newer than the snapshot did not decide on it.
     thresholds = Thresholds(**{field.name: config["thresholds"].get(field.name) for field in fields(Thresholds)})
-    ledger = snapshot.read_ledger(["status", "scores"])
+    ledger = snapshot.read_ledger(["key", "status", "reason", "scores"])
+    ledger = ledger.filter(pc.is_valid(ledger["scores"]))
     scores = score_columns(ledger)
-    kept = pc.equal(ledger["status"].filter(pc.is_valid(ledger["scores"])), "kept").to_numpy()
-    return list(_histograms(scores, kept, thresholds)), what_if(scores, thresholds, _tokens(config))
+    kept = pc.equal(ledger["status"], "kept").to_numpy()
+    histograms = list(_histograms(scores, kept, thresholds))
+    return histograms, what_if(scores, thresholds, _tokens(config)), find_borders(ledger, scores, thresholds)
 
 
 def _tokens(config: Mapping[str, Any]) -> TokenConfig | None:

@@ -75,26 +75,30 @@ def _show_looks(snapshot: Snapshot, clips: Sequence[Row]) -> dict[str, Shown]:
     for key, looks in found.items():
         if images := looks.get(own[key]) if key in own else next(iter(looks.values())):
             chosen = dict.fromkeys((0, len(images) // 2, len(images) - 1))
-            shown[key] = [_tile(images[index]) for index in chosen]
+            shown[key] = [frame_tile(decode_jpeg(images[index])) for index in chosen]
     return shown
 
 
-def _tile(image: bytes) -> bytes:
-    """A look at the height of a tile."""
-    frame = decode_jpeg(image)
+def frame_tile(frame: NDArray[np.uint8]) -> bytes:
+    """A JPEG file of a frame at the height of a tile."""
     height, width = frame.shape[:2]
     return encode_jpeg(fit_picture(frame, _tile_size(width / height)), _JPEG_QUALITY)
 
 
 def decode_clips(
-    snapshot: Snapshot, clips: Sequence[Row], wanted: Callable[[Row, Row], Wanted]
+    snapshot: Snapshot,
+    clips: Sequence[Row],
+    wanted: Callable[[Row, Row], Wanted],
+    *,
+    fetch_all: bool = False,
 ) -> Iterator[tuple[Row, NDArray[np.uint8] | VideoError]]:
     """Each clip with its frames [T, H, W, 3], or why there are none; one source after another, a bar tells how far.
 
     Args:
         snapshot: Whose clips; it must lie in its dataset, as the stages know where the sources are.
-        clips: Rows with ``key`` and ``source_id``. Should too many sources have to be fetched, the first ones are.
+        clips: Rows with ``key`` and ``source_id``.
         wanted: Which frames, given the clip and its row of the split stage.
+        fetch_all: Fetch all sources that are in a store, however many; else the first ``MAX_FETCHED``.
     """
     if not clips:
         return
@@ -102,7 +106,7 @@ def decode_clips(
     places: dict[str, list[str]] = defaultdict(list)
     for row in _stage_rows(snapshot, "sources", "source_id", clips, ["work_key"]):
         places[row["source_id"]].append(row["work_key"])
-    sources = _Sources(places, [clip["source_id"] for clip in clips])
+    sources = _Sources(places, [clip["source_id"] for clip in clips], None if fetch_all else MAX_FETCHED)
     ordered = sorted(clips, key=itemgetter("source_id", "key"))
     last_of = {clip["source_id"]: clip["key"] for clip in ordered}
     with tempfile.TemporaryDirectory(prefix="lumos-clips-") as folder:
@@ -162,11 +166,11 @@ class _Sources:
     that are not on this machine, the first ones may be fetched.
     """
 
-    def __init__(self, places: Mapping[str, Sequence[str]], source_ids: Sequence[str]) -> None:
+    def __init__(self, places: Mapping[str, Sequence[str]], source_ids: Sequence[str], max_fetched: int | None) -> None:
         self._places = places
         self._files = LocalFiles()
         remote = [name for name in dict.fromkeys(source_ids) if not any(map(storage.is_local, self._uris(name)))]
-        self._may_fetch = set(remote[:MAX_FETCHED])
+        self._may_fetch = set(remote[:max_fetched])
 
     def find(self, source_id: str) -> str | VideoError:
         """The path of a source, or why none of its files can be had."""

@@ -6,7 +6,6 @@ Nothing may be lost, doubled or changed since; what is decoded and encoded anew 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,21 +13,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from lumos.compression import CELL, num_source_frames
-from lumos.tokenizers import TokenizerConfig, VideoTokenizer
 from pipelines import storage
 from pipelines.data.reasons import reason_of
 from pipelines.data.snapshot.ledger import count_statuses
 from pipelines.data.snapshot.read import Bucket, Shard, Snapshot
 from pipelines.data.snapshot.schemas import LATER_COLUMNS, LEDGER, TOKENS
 from pipelines.data.stage.stage import Row
+from pipelines.data.upkeep.codes import encoded_frames, snapshot_tokenizer
 from pipelines.data.upkeep.stills import decode_clips
-from pipelines.data.video.frames import Wanted
 from pipelines.data.video.reader import MISMATCH
 from pipelines.decoding.errors import VideoError
-from pipelines.errors import UserError
 from pipelines.media import psnr
-from pipelines.tokenizers import load_tokenizer
 
 _EXAMPLES = 3  # named of each kind of problem
 # By how much, dB, codes on disk may show their clip worse than codes made now; other devices and versions round
@@ -189,7 +184,7 @@ def recheck(snapshot: Snapshot, count: int, tokenizer: str | None = None) -> Rec
     The snapshot must lie in its dataset, as the stages know where the sources are. ``tokenizer`` is the file or folder
     of the one that made it, None the embedded one; a ``UserError`` if it is another, or not to be had.
     """
-    loaded = _load(snapshot, tokenizer)
+    loaded = snapshot_tokenizer(snapshot, tokenizer)
     if loaded is None:
         return Recheck({}, 0.0, {"all clips": "the tokenizer that made them is none of ours: name --tokenizer"}, ())
     clips = _choose(snapshot, count)
@@ -198,10 +193,7 @@ def recheck(snapshot: Snapshot, count: int, tokenizer: str | None = None) -> Rec
     problems: list[str] = []
     same: list[bool] = []
 
-    def encoded(clip: Row, _: Row) -> Wanted:
-        return Wanted(clip["fps"], num_source_frames(clip["t"]), CELL * clip["w"], CELL * clip["h"])
-
-    for clip, frames in decode_clips(snapshot, clips, encoded):
+    for clip, frames in decode_clips(snapshot, clips, encoded_frames):
         if isinstance(frames, VideoError):
             if frames.code == MISMATCH:
                 problems.append(f"{clip['key']} cannot be checked: {frames.detail}")
@@ -218,26 +210,6 @@ def recheck(snapshot: Snapshot, count: int, tokenizer: str | None = None) -> Rec
             compared = f"{found[clip['key']]:.1f} dB, codes made now {now:.1f} dB"
             problems.append(f"codes of {clip['key']} do not show their clip: {compared}")
     return Recheck(found, float(np.mean(same)) if same else 0.0, skipped, tuple(problems))
-
-
-def _load(snapshot: Snapshot, path: str | None) -> VideoTokenizer | None:
-    """The tokenizer; None if none was named and the embedded one is another."""
-    info = snapshot.manifest.tokenizer
-    kind: Literal["fsq", "cosmos"] = "cosmos" if info.kind == "cosmos" else "fsq"
-    if kind == "cosmos" and path is None:
-        return None
-    try:
-        tokenizer = load_tokenizer(TokenizerConfig(kind=kind, path=path))
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"--tokenizer: {error}") from error
-    if tokenizer.weights_hash != info.weights_hash:
-        if path is None:
-            return None
-        raise UserError(
-            f"the snapshot was made by the tokenizer {info.kind} with weights {info.weights_hash}, this one has "
-            f"{tokenizer.weights_hash}: name its file with --tokenizer, or give --sample 0"
-        )
-    return tokenizer
 
 
 def _choose(snapshot: Snapshot, count: int) -> list[Row]:

@@ -12,6 +12,8 @@ from pipelines.data.curate import curate
 from pipelines.data.scores import scores_of
 from pipelines.data.snapshot.read import list_snapshots, open_snapshot
 from pipelines.data.steps.sources import hash_file
+from pipelines.data.upkeep.codes import find_clips
+from pipelines.data.upkeep.verify import verify_snapshot
 from pipelines.errors import JobError, UserError
 from pipelines.storage.lock import dataset_lock
 from tests.pipelines.data.corpora import FATES, GOOD, copy_stages, curate_config, published, reason_class
@@ -51,6 +53,24 @@ def test_the_ledger_accounts_for_every_source_and_clip(curated, corpus):
             assert None not in [row["scores"][score.name] for score in scores_of("split")]
             assert row["stage_hashes"]["split"]
         assert (row["stage_hashes"]["tokens"] is not None) == (row["status"] == "kept")
+
+
+@pytest.mark.slow
+def test_what_a_person_decided_is_published_and_told(copy, corpus, tokenizer_file, tmp_path):
+    lines = [("static.mp4", "keep", "a still, and fine"), ("good_001.mp4", "reject", "")]
+    table = write_table(tmp_path / "overrides.csv", lines, header=("key", "decision", "note"))
+    result = curate(curate_config(corpus, copy, tokenizer_file, f"overrides={table}"))
+    assert result.computed["split"] == 0
+    assert result.computed["tokens"] == 1
+    snapshot = open_snapshot(str(copy))
+    told = {row["path"]: row for row in snapshot.read_ledger().to_pylist()}
+    static = told["static.mp4"]
+    assert (static["status"], static["reason"]) == ("kept", "override: a still, and fine (motion_time 0 < 0.25)")
+    assert (told["good_001.mp4"]["status"], told["good_001.mp4"]["reason"]) == ("rejected", "override: by hand")
+    clips = find_clips(snapshot)["clip_id"].to_pylist()
+    assert static["key"] in clips
+    assert told["good_001.mp4"]["key"] not in clips
+    assert verify_snapshot(snapshot).problems == ()
 
 
 def test_a_file_that_is_named_twice_is_one_source(curated, corpus, tokenizer_file, tmp_path):

@@ -81,10 +81,10 @@ def flag_key_frames(source: Path, target: Path, every: int) -> Path:
     return target
 
 
-def write_table(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
-    """A captions.csv."""
+def write_table(path: Path, rows: Sequence[tuple[str, ...]], *, header: tuple[str, ...] = ("path", "caption")) -> Path:
+    """A CSV file, such as a captions.csv."""
     import csv
 
     with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("path", "caption"), *rows])
+        csv.writer(file).writerows([header, *rows])
     return path

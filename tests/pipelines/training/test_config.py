@@ -66,14 +66,14 @@ def test_shipped_configs_are_valid(name):
         ),
         (
             "sampling_choice={candidates: [{num_step: 3}]}",
-            "unknown key 'sampling_choice.candidates.0.num_step' = 3; did you mean 'num_steps'",
+            "unknown key 'sampling_choice.candidates.0.num_step' = 3; did you mean '.*candidates.0.num_steps'",
         ),
         ("sampling_choice={candidates: [{num_steps: 3}], prompts: 4}", "prompts must be at least 8, got 4"),
         (
             "sampling_choice={candidates: [{num_steps: 3}], prompts: 129}",
             "sampling_choice.prompts = 129 exceeds validation.rows = 128: they are captions of those rows",
         ),
-        ("optimiser.lr=1.0", "unknown key 'optimiser'.*did you mean 'optimizer'"),
+        ("optimiser.lr=1.0", "unknown key 'optimiser'.*did you mean 'optimizer.lr'"),
         ("steps=-3", "steps must be at least 1, got -3"),
         ("batch_size=4", "unknown key 'batch_size' = 4; did you mean 'global_batch'"),
         ("optimizer.learning_rate=0.1", "unknown key 'optimizer.learning_rate' = 0.1; did you mean 'optimizer.lr'"),

@@ -176,7 +176,7 @@ def test_shipped_configs_load(name):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("thresholds.min_motoin=0.1", "did you mean 'min_motion'"),
+        ("thresholds.min_motoin=0.1", "did you mean 'thresholds.min_motion'"),
         ("tokens.fps=-1", "fps must be positive, got -1"),
         ("tokens.num_frames=[16]", "num_frames 16 is not 1 \\+ 4k"),
         ("tokens.sizes=[50x48]", "multiples of 8 px, got 50x48"),

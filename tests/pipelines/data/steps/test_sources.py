@@ -1,6 +1,7 @@
 import hashlib
 import os
 import shutil
+import socket
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,6 +11,7 @@ from pipelines.data.captions.given import CaptionSource, clean_captions, find_ca
 from pipelines.data.settings import CaptionConfig, SourceConfig
 from pipelines.data.steps.sources import HASHED, first_paths, hash_file, list_sources
 from pipelines.errors import UserError
+from pipelines.storage import http
 from tests.pipelines.data.videos import write_table
 
 
@@ -192,3 +194,30 @@ def test_captions_are_cleaned():
         {"text": "a b", "captioner": "me"},
         {"text": "c", "captioner": "me"},
     ]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"path,caption\na.mp4,x\nb.mp4,y,z\n", r"line 3, .*Expected 2 columns, got 3: b\.mp4,y,z"),
+        (b'path,caption\n"a\n.mp4",x\nb.mp4,y\nc.mp4\n', r"line 5, .*Expected 2 columns, got 1: c\.mp4"),
+        (b"path,caption\na.mp4,x\n\xff.mp4,y\n", "line 3, .*invalid UTF8"),
+    ],
+)
+def test_an_error_in_a_csv_file_names_its_line(tmp_path, content, words):
+    table = tmp_path / "videos.csv"
+    table.write_bytes(content)
+    with pytest.raises(UserError, match=rf"source\.path .*videos\.csv, {words}"):
+        list_sources(SourceConfig(path=str(table)))
+
+
+def test_a_web_server_that_is_dead_or_silent_is_told_in_seconds(monkeypatch):
+    monkeypatch.setattr(http, "_PATIENCE_SECONDS", 0.3)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/videos/"
+        with pytest.raises(UserError, match="cannot be used: Connection refused; check the address"):
+            list_sources(SourceConfig(path=address))
+        silent.listen()
+        with pytest.raises(UserError, match=r"cannot be used: (no answer|timed out); check the address"):
+            list_sources(SourceConfig(path=address))

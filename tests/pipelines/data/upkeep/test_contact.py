@@ -134,6 +134,19 @@ def test_a_tile_shows_start_middle_and_end_of_the_clip(dataset, tmp_path):
         assert lefts == pytest.approx([0, FRAMES, 2 * (FRAMES - 1)], abs=2.1), tile.path
 
 
+def test_below_the_frames_of_a_kept_clip_is_what_its_codes_show(made, videos, tokenizer_file, tmp_path):
+    found = report(made, tmp_path, "--tokenizer", str(tokenizer_file))
+    kept = [tile for tile in found if tile.fate.startswith("kept") and tile.path != "barred.mp4"]  # which is cropped
+    assert len(kept) > CLIPS_EACH  # those drawn, and those around the threshold that rejects the still one
+    for tile in kept:
+        assert len(tile.images) == 6
+        assert re.search(r"\d\.\d dB", tile.text)
+        lefts = [square_left(image) for image in tile.images[:3]]
+        assert lefts == pytest.approx([0, 16, 32], abs=2.1), tile.path  # of the frames that were encoded, 17
+    near = next(tile for tile in found if tile.fate == "duplicate: near")
+    assert re.search(r"near: of (move_00|again)\.mp4, 0\.0 to 1\.5 s \(cosine", near.text)
+
+
 def test_the_pictures_shape_is_kept_and_its_bars_are_cut_off(dataset, tmp_path):
     found = report(dataset, tmp_path)
     for image in of(found, "static.mp4").images:

@@ -62,7 +62,7 @@ def test_what_is_not_at_hand_is_told(rechecked, tokenizer_file, tmp_path):
     assert not found.psnr
     assert not found.problems
     assert all(why.startswith("missing_file") for why in found.skipped.values())
-    with pytest.raises(UserError, match="name its file with --tokenizer, or give --sample 0"):
+    with pytest.raises(UserError, match="name its file with --tokenizer"):
         recheck(open_snapshot(str(dataset)), 2, str(tokenizer_file))
 
 
