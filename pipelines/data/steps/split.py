@@ -177,7 +177,7 @@ def split_stage(
     added = sorted(score.name for score in scores_of("split") if score.measure is not None)
     return Stage(
         name="split",
-        settings={"version": 7, **split_identity(config), **({"measures": added} if added else {})},
+        settings={"version": 8, **split_identity(config), **({"measures": added} if added else {})},
         schema=CLIPS,
         function=partial(SplitFunction, config=config, decode=decode, looks=looks),
         rows_per_part=32,
@@ -214,7 +214,7 @@ class SplitSources(Step):
         # Fingerprints are most of the table, and read where they are needed.
         columns = [*(name for name in CLIPS.names if name != "fingerprint"), PART]
         parts = table.parts()
-        rows = table.read(columns, keys=first["source_id"])
+        rows = table.read(columns, keys=first["source_id"], parts=parts)
         run.failed = rows.filter(pc.is_null(rows["key"]))
         clips = sort(rows.filter(pc.is_valid(rows["key"])), ["work_key", "start_s"])
         places = pc.index_in(clips["work_key"], first["source_id"].combine_chunks())
