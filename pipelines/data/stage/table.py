@@ -108,11 +108,17 @@ class StageTable:
                 "deleted meanwhile; give the same command again"
             )
 
-    def read(self, columns: Sequence[str] | None = None, keys: pa.Array | pa.ChunkedArray | None = None) -> pa.Table:
-        """All rows (or those of some keys), each key's from one part."""
+    def read(
+        self,
+        columns: Sequence[str] | None = None,
+        keys: pa.Array | pa.ChunkedArray | None = None,
+        *,
+        parts: Sequence[str] | None = None,
+    ) -> pa.Table:
+        """All rows (or those of some keys), each key's from one part; ``parts`` as in ``pieces``."""
         wanted = list(columns if columns is not None else self.schema.names)
         empty = self.readable.empty_table().select(wanted)
-        pieces = self.pieces(wanted, self.keys() if keys is None else keys)
+        pieces = self.pieces(wanted, self.keys() if keys is None else keys, parts=parts)
         return pa.concat_tables([empty, *(rows.select(wanted) for _, rows in pieces)])
 
 
