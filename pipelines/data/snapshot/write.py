@@ -127,7 +127,7 @@ def _restored(
     found = {file.path: file.size for file in storage.list_files(uri)}
     every = [shard for bucket in snapshot.manifest.buckets for shard in bucket.shards]
     whole = {shard.path: shard for shard in every if found.get(shard.path) == shard.bytes}
-    for _ in write_shards(uri, content.clips, content.code_groups(), planned, whole):
+    for _ in write_shards(uri, content.clips, content.code_groups, planned, whole):
         check_lock(dataset)
     listed = set(snapshot.manifest.ledger.parts)
     _write_ledger(dataset, uri, parts, [part for part in _look_at_ledger(uri, parts, found) if part in listed])
@@ -185,7 +185,7 @@ def _write_shards(
     looks = run_tasks(look_at_shard, ((uri, shard.path, len(shard.clips)) for shard in there), remote=remote)
     whole = {shard.path: shard for shard in looks}
     written = []
-    for shard in write_shards(uri, content.clips, content.code_groups(), planned, whole):
+    for shard in write_shards(uri, content.clips, content.code_groups, planned, whole):
         check_lock(dataset)
         written.append(shard)
     return bucket_shards(planned, written)

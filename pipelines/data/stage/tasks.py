@@ -1,5 +1,6 @@
 """Ray tasks over partitions of something large: as many at a time as there are cores, their results in order."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -15,6 +16,11 @@ _FEW_BYTES = 64 << 20  # below which a worker that starts takes longer than the 
 def is_worth_tasks(size: float) -> bool:
     """Whether so many bytes of work are to be dealt to Ray's workers, rather than done in this process."""
     return size >= _FEW_BYTES and ray.is_initialized()
+
+
+def store_bytes() -> float:
+    """Of memory that Ray's workers share, on all nodes together; infinitely many where there are no workers."""
+    return float(ray.cluster_resources().get("object_store_memory", 0)) if ray.is_initialized() else math.inf
 
 
 def run_tasks(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], *, remote: bool) -> Iterator[Any]:

@@ -177,6 +177,26 @@ def test_workers_write_the_same_bytes_in_whatever_pieces(tmp_path, monkeypatch):
         assert files(Path(found.uri)) == expected
 
 
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("few", [0, 1 << 40])  # bytes below which no worker is asked
+def test_codes_that_the_store_cannot_hold_are_dealt_in_rounds(tmp_path, monkeypatch, few):
+    content = snapshot_content(hashed_clips(), config=CONFIG)
+    expected = files(Path(write_snapshot(str(tmp_path / "at once"), content, CONFIG).uri))
+    monkeypatch.setattr(tasks, "_FEW_BYTES", few)
+    monkeypatch.setattr(shards, "_TASK_BYTES", 5_000)
+    monkeypatch.setattr(shards, "_ROUND_BYTES", 10_000)
+    written = []
+
+    def code_groups():
+        written.append(len(list((tmp_path / "in rounds").rglob("*.parquet"))))
+        return content.code_groups()
+
+    found = write_snapshot(str(tmp_path / "in rounds"), replace(content, code_groups=code_groups), CONFIG)
+    assert files(Path(found.uri)) == expected
+    assert len(written) > 2
+    assert written == sorted(set(written))
+
+
 def test_the_parts_of_a_ledger_are_sorted_and_follow_each_other(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger, "_PART_ROWS", 20)
     content = snapshot_content(hashed_clips(), config=CONFIG)
