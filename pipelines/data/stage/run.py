@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from pipelines import storage
 from pipelines.cluster import cluster_cores, cluster_is_ours, lacking
+from pipelines.data.stage.columns import contained
 from pipelines.data.stage.log import BatchReport, RunLog, StageProgress
 from pipelines.data.stage.stage import ERROR, WORK, WORK_KEY, RowFunction, Stage, StageResources
 from pipelines.data.stage.table import StageTable, anti_join, commit_part
@@ -115,7 +116,7 @@ def run_stage(
     pending = anti_join(inputs, done)
     before = inputs.num_rows - pending.num_rows
     state = StageProgress(total=inputs.num_rows, before=before, work_total=_sum(pending, WORK))
-    failed_before = failed.filter(pc.is_in(failed[WORK_KEY], inputs[WORK_KEY].combine_chunks()))[ERROR].to_pylist()
+    failed_before = failed.filter(contained(failed[WORK_KEY], inputs[WORK_KEY]))[ERROR].to_pylist()
     if len(failed_before) > max_failed:
         raise TooManyFailuresError(failed_before[0], len(failed_before))
     if log is not None:

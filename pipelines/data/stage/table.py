@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines import storage
-from pipelines.data.stage.columns import parquet_bytes
+from pipelines.data.stage.columns import contained, parquet_bytes, positions, widened
 from pipelines.data.stage.stage import ERROR, WORK_KEY, Row, Stage
 from pipelines.errors import JobError
 
@@ -54,7 +54,7 @@ class StageTable:
             if ERROR in columns and table[ERROR].null_count < table.num_rows:
                 failed.append(table.filter(pc.is_valid(table[ERROR])).cast(failed[0].schema))
         failures = pa.concat_tables(failed).group_by(WORK_KEY, use_threads=False).aggregate([(ERROR, "first")])
-        return pc.unique(pa.chunked_array(keys, pa.string())), failures.rename_columns([WORK_KEY, ERROR])
+        return pc.unique(widened(pa.chunked_array(keys, pa.string()))), failures.rename_columns([WORK_KEY, ERROR])
 
     def pieces(
         self,
@@ -77,7 +77,7 @@ class StageTable:
             JobError: the table lacks a key.
         """
         schema = pa.schema([self.schema.field(name) for name in dict.fromkeys([WORK_KEY, *columns]) if name != PART])
-        wanted = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
+        wanted = widened(keys)
         seen = np.zeros(len(wanted) + 1, bool)
         seen[-1] = True  # where -1, the place of what is not wanted, leads
         read = (
@@ -90,7 +90,7 @@ class StageTable:
             )
         for tables in _grouped(read, max(_PIECE_ROWS, len(wanted) // 4)):  # each time all wanted keys are hashed
             group = pa.concat_tables(tables)
-            places = pc.fill_null(pc.index_in(group[WORK_KEY], wanted), -1).to_numpy().astype(np.int64)
+            places = pc.fill_null(positions(group[WORK_KEY], wanted), -1).to_numpy().astype(np.int64)
             chosen = np.zeros(group.num_rows, bool)
             start = 0
             for table in tables:
@@ -180,4 +180,4 @@ def read_parts(uris: Sequence[str], columns: list[str] | None, rows: pc.Expressi
 
 def anti_join(inputs: pa.Table, done: pa.Array) -> pa.Table:
     """The inputs whose key is not done."""
-    return inputs.filter(pc.invert(pc.is_in(inputs[WORK_KEY], done))) if len(done) else inputs
+    return inputs.filter(pc.invert(contained(inputs[WORK_KEY], done))) if len(done) else inputs

@@ -13,7 +13,7 @@ import pytest
 from pipelines.data.stage import run as run_module
 from pipelines.data.stage.run import StageWorker, _part_bounds, run_stage
 from pipelines.data.stage.stage import Stage, StageResources
-from pipelines.data.stage.table import StageTable, anti_join
+from pipelines.data.stage.table import PART, StageTable, anti_join
 from pipelines.errors import JobError, UserError
 
 SCHEMA = pa.schema([("work_key", pa.string()), ("value", pa.int64())])
@@ -126,6 +126,17 @@ def test_a_key_that_two_runs_committed_is_read_once(tmp_path):
     assert len(table.parts()) == 2
     assert values(double, tmp_path) == sorted(2 * value + copy for value in range(9) for copy in range(2))
     assert sorted(table.keys().to_pylist()) == [f"k{value:05d}" for value in range(9)]
+
+
+def test_parts_are_numbered_as_they_were_listed(tmp_path):
+    double = stage()
+    table = StageTable(str(tmp_path), double)
+    StageWorker(double, table.uri)(inputs(range(5)))
+    parts = table.parts()
+    for value in range(5, 25):  # some of which come before it
+        StageWorker(double, table.uri)(inputs([value]))
+    assert table.parts().index(parts[0]) > 0
+    assert table.read([PART], inputs(range(5))["work_key"], parts=parts)[PART].to_pylist() == [0] * 5
 
 
 def test_a_half_written_part_is_not_read(tmp_path):
