@@ -37,7 +37,7 @@ def run_tasks(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], *,
         JobError: workers died again and again. What the function raises is raised as it was.
     """
     for references in start_tasks(function, calls, remote=remote, num_returns=1):
-        yield fetch(references[0]) if remote else references[0]
+        yield fetch(references[0])
 
 
 def start_tasks(
@@ -70,7 +70,9 @@ def _done(references: list[Any]) -> list[Any]:
 
 
 def fetch(reference: Any) -> Any:
-    """What a reference stands for, or the error of the task that was to make it."""
+    """What a reference stands for, or the error of the task that was to make it; what is none stands for itself."""
+    if not isinstance(reference, ray.ObjectRef):
+        return reference
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
