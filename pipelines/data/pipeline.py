@@ -16,7 +16,7 @@ from pipelines.data.snapshot.ledger import build_ledger, removed_rows
 from pipelines.data.snapshot.read import TokenizerInfo
 from pipelines.data.snapshot.shards import PUBLISHED_CLIPS
 from pipelines.data.snapshot.write import SnapshotContent, draw_split
-from pipelines.data.stage.columns import iterate, take
+from pipelines.data.stage.columns import iterate, release_memory, take
 from pipelines.data.stage.log import RunLog
 from pipelines.data.stage.run import check_fits
 from pipelines.data.stage.stage import WORK_KEY
@@ -95,6 +95,7 @@ class Curation:
         run = Run(self.config, self.stages, self.unready, listing, log)
         for step in self.steps:
             step.apply(run)
+            release_memory()
         return run
 
     def content(self, run: Run) -> SnapshotContent:

@@ -11,6 +11,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipelines.memory import give_back_free_memory
+
 _PIECE = 1 << 14  # rows
 T = TypeVar("T", pa.Table, pa.ChunkedArray)
 Column: TypeAlias = pa.Array | pa.ChunkedArray
@@ -74,6 +76,12 @@ def sort(table: pa.Table, columns: Sequence[str]) -> pa.Table:
     """Rows in ascending order of some columns."""
     keys = [(name, "ascending") for name in columns]
     return take(table, pc.sort_indices(table, sort_keys=keys).to_numpy().astype(np.int64))
+
+
+def release_memory() -> None:
+    """Give back to the system what Arrow and what else reads files have freed, and would keep."""
+    pa.default_memory_pool().release_unused()
+    give_back_free_memory()
 
 
 def parquet_bytes(table: pa.Table, *, row_group_rows: int, **layout: Any) -> bytes:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines import storage
-from pipelines.data.stage.columns import contained, parquet_bytes, positions, widened
+from pipelines.data.stage.columns import contained, parquet_bytes, positions, release_memory, widened
 from pipelines.data.stage.stage import ERROR, WORK_KEY, Row, Stage
 from pipelines.errors import JobError
 
@@ -53,6 +53,7 @@ class StageTable:
             keys += table[WORK_KEY].chunks
             if ERROR in columns and table[ERROR].null_count < table.num_rows:
                 failed.append(table.filter(pc.is_valid(table[ERROR])).cast(failed[0].schema))
+        release_memory()
         failures = pa.concat_tables(failed).group_by(WORK_KEY, use_threads=False).aggregate([(ERROR, "first")])
         return pc.unique(widened(pa.chunked_array(keys, pa.string()))), failures.rename_columns([WORK_KEY, ERROR])
 
@@ -100,7 +101,7 @@ class StageTable:
                 start = own.stop
             if chosen.any():
                 yield places[chosen], group.filter(pa.array(chosen))
-        pa.default_memory_pool().release_unused()
+        release_memory()
         if not seen.all():
             example = wanted[int(np.flatnonzero(~seen)[0])]
             raise JobError(

@@ -77,6 +77,24 @@ def test_every_input_is_computed_once_though_a_worker_is_killed_and_never_again(
     assert values(double, tmp_path) == [2 * value for value in range(60)]
 
 
+class Loaded(Double):
+    """One that leaves a file when it is made."""
+
+    def __init__(self, uri, **options):
+        super().__init__(uri, **options)
+        (Path(uri) / f"made-{time.monotonic_ns()}").touch()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_that_are_worth_keeping_begin_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "_FIRST_PARTS", 2)
+    alone = StageResources(max_workers=1)
+    double = replace(stage(stateful=True, rows_per_part=1), function=partial(Loaded), resources=alone)
+    Path(StageTable(str(tmp_path), double).uri).mkdir(parents=True)
+    assert run(double, inputs(range(8)), tmp_path) == 8
+    assert len(list(Path(StageTable(str(tmp_path), double).uri).glob("made-*"))) == 1
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_fan_out_keeps_all_rows_of_a_key(tmp_path):
     double = stage(copies=3)
@@ -208,6 +226,8 @@ def test_rows_of_a_remote_file_share_a_part(clips, size, bounds):
 @pytest.mark.parametrize("stateful", [False, True])
 def test_parts_are_as_large_however_many_a_worker_is_handed_at_a_time(tmp_path, monkeypatch, stateful):
     monkeypatch.setattr(run_module, "_FIRST_PARTS", 4)
+    monkeypatch.setattr(run_module, "_FIRST_ROWS", 28)
+    monkeypatch.setattr(run_module, "_WAVE_PARTS", 1)
     for seconds in (0.0, 60.0):
         monkeypatch.setattr(run_module, "_BLOCK_SECONDS", seconds)
         assert run(stage(stateful=stateful, die_on=150), inputs(range(300)), tmp_path / str(seconds)) == 300
