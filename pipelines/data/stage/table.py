@@ -19,6 +19,7 @@ from pipelines.errors import JobError
 STAGES = "stages"  # folder of a dataset
 PART = "part"  # column that any table has when it is read: number of the file, among ``StageTable.parts``
 _READERS = 16  # threads, as a store takes long to answer
+_LOCAL_READERS = 2  # of files of this machine: more of them take longer, and each keeps memory for itself
 _PIECE_ROWS = 1 << 16
 _PIECE_BYTES = 1 << 27
 _PART_FIELD = pa.field(PART, pa.int32())
@@ -99,7 +100,9 @@ class StageTable:
                 chosen[own] = ~seen[places[own]]
                 seen[places[own]] = True
                 start = own.stop
-            if chosen.any():
+            if chosen.all():  # nothing is copied
+                yield places, group
+            elif chosen.any():
                 yield places[chosen], group.filter(pa.array(chosen))
         release_memory()
         if not seen.all():
@@ -169,11 +172,12 @@ def read_columns(uri: str, columns: list[str] | None, rows: pc.Expression | None
 
 def read_parts(uris: Sequence[str], columns: list[str] | None, rows: pc.Expression | None = None) -> Iterator[pa.Table]:
     """Some columns (None: all) and rows of many Parquet files, in their order; a few ahead at a time."""
-    with ThreadPoolExecutor(_READERS) as pool:
+    readers = _LOCAL_READERS if all(map(storage.is_local, uris)) else _READERS
+    with ThreadPoolExecutor(readers) as pool:
         ahead: deque[Future[pa.Table]] = deque()
         for uri in uris:
             ahead.append(pool.submit(read_columns, uri, columns, rows))
-            if len(ahead) > _READERS:
+            if len(ahead) > readers:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()

@@ -216,7 +216,10 @@ class SplitSources(Step):
         parts = table.parts()
         rows = table.read(columns, keys=first["source_id"], parts=parts)
         run.failed = rows.filter(pc.is_null(rows["key"]))
-        clips = sort(rows.filter(pc.is_valid(rows["key"])), ["work_key", "start_s"])
+        if run.failed.num_rows:  # else nothing is copied
+            rows = rows.filter(pc.is_valid(rows["key"]))
+        clips = sort(rows, ["work_key", "start_s"])
+        del rows  # which weigh as much
         places = positions(clips["work_key"], first["source_id"]).to_numpy()
         run.clips = Clips(clips, take(first["uri"], places), parts)
 
