@@ -41,7 +41,7 @@ def data(json_path: Path | None, repeats: int, copies: int, null_rows: int, clip
     config = DataBenchmarkConfig(repeats=repeats, copies=copies, null_rows=null_rows, clips=clips)
     found = run_data_benchmark(config, click.echo)
     for name, value in found.items():
-        if isinstance(value, int | float):
+        if isinstance(value, int | float) and name != "schema":
             click.echo(f"{name} {value}")
     write(json_path, found)
 

@@ -10,7 +10,7 @@ from jobs.data_upkeep import over_dataset
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 def remove(dataset: str, sources: tuple[str, ...]) -> None:
     """Take sources (paths as the ledger has them, or source_ids) out of all snapshots to come, under any name."""
-    from pipelines.data.snapshot.removals import remove_sources
+    from pipelines.data.upkeep.removals import remove_sources
 
     for source_id in remove_sources(dataset, list(sources)):
         click.echo(f"removed {source_id}")
@@ -22,7 +22,7 @@ def remove(dataset: str, sources: tuple[str, ...]) -> None:
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 def restore(dataset: str, sources: tuple[str, ...]) -> None:
     """Undo `remove`: take sources (paths as a ledger has them, or source_ids) into the snapshots to come again."""
-    from pipelines.data.snapshot.removals import restore_sources
+    from pipelines.data.upkeep.removals import restore_sources
 
     for source_id in restore_sources(dataset, list(sources)):
         click.echo(f"restored {source_id}")

@@ -28,6 +28,7 @@ CONFIG_DIR = PROJECT_DIR / "infra" / "configs"
 
 EXPECTED = "LUMOS_EXPECTED"  # variable of a job that runs the installed code: "VERSION COMMIT" of who submitted it
 
+_STOOD_IN = "(missing)"  # for a key that is missing, to look at the others
 _MISSING = ("missing", "missing_keyword_only_argument", "missing_argument")  # kinds of pydantic's errors
 
 COMPLETE = "complete"  # object of a command's context: the config that it prints must miss nothing
@@ -95,11 +96,14 @@ def show_config(cls: type[ConfigT], source: str, overrides: Sequence[str] = (), 
         raise _as_user_error(cls, path, raw, overrides, details)
     stood_in = json.loads(json.dumps(raw))
     for keys in missing:
-        _holder(stood_in, keys)[keys[-1]] = "missing"
+        _holder(stood_in, keys)[keys[-1]] = _STOOD_IN
     try:
         plain = config_to_dict(_filled(cls, stood_in))
-    except ValidationError:  # one that is no text
-        raise _as_user_error(cls, path, raw, overrides, details) from None
+    except ValidationError as error:  # of what stood behind the missing keys, or as one of these is no text
+        others = [
+            each for each in error.errors() if _key_path(raw, each) not in missing and _STOOD_IN not in each["msg"]
+        ]
+        raise _as_user_error(cls, path, raw, overrides, [*others, *details]) from None
     for keys in missing:
         del _holder(plain, keys)[keys[-1]]
     lines = [f"# {'.'.join(keys)}: missing, and has no default\n" for keys in missing]

@@ -22,6 +22,7 @@ from pipelines.decoding.video_file import VideoFile, VideoInfo
 
 REFUSED = 3  # exit status of a file that cannot be used; standard output then says why
 _SAME_TIME = 5e-4  # seconds
+_MOST_STREAMS = 2  # of a picture, which may have one for its transparency; more are tiles of it, as phones' HEIC has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,8 @@ def read(job: GivenJob) -> NDArray[np.uint8]:
             raise VideoError("not_an_image", f"a video ({info.codec})")
         if job.num_frames > 1 and info.is_image:
             raise VideoError("not_a_clip", f"a picture ({info.codec})")
+        if info.is_image and (tiles := len(video.container.streams.video)) > _MOST_STREAMS:
+            raise VideoError("unsupported", f"a picture of {tiles} tiles ({info.codec}): save it as JPEG or PNG")
         _check_pixels(info.width, info.height, job)
         for frame in _sampled(video, job):
             wanted.append(_fitted(frame, info, job))

@@ -27,6 +27,8 @@ from pipelines.media import encode_jpeg, encode_video
 from pipelines.storage import s3
 from pipelines.storage.cache import local_path
 
+_TOLD_SIZES = 8  # at most, of those that a model was trained on
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
@@ -40,10 +42,15 @@ class ModelCard:
     def untrained(self, size: VideoSize) -> str | None:
         """What to tell of a size that the model was not trained on; nothing where it was, or its folder names none."""
         info = self.folder.info
-        if not info.shapes or info.fps is None or size.latent_shape in {tuple(shape) for shape in info.shapes}:
+        if not info.shapes or info.fps is None:
             return None
-        trained = ", ".join(str(VideoSize.of_latents(shape, info.fps)) for shape in info.shapes[:8])
-        return f"{size} is no size that the model was trained on: {trained}"
+        known = size.latent_shape in {tuple(shape) for shape in info.shapes}
+        if known and (size.num_frames == 1 or size.fps == info.fps):
+            return None
+        trained = ", ".join(str(VideoSize.of_latents(shape, info.fps)) for shape in info.shapes[:_TOLD_SIZES])
+        more = len(info.shapes) - _TOLD_SIZES
+        trained += f" and {more} more" if more > 0 else ""
+        return f"{size} is no {'rate' if known else 'size'} that the model was trained on: {trained}"
 
     def folder_here(self) -> ModelFolder:
         """The folder on the machine of this process, fetched from a store if need be.

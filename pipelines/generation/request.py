@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lumos.compression import TEMPORAL_FACTOR, VideoSize, num_latent_frames
-from lumos.config import SamplingConfig
+from lumos.config import SamplingConfig, ShortcutConfig
 from lumos.encoder import RequestEncoder
 from lumos.guidance import GenerationRequest
 from pipelines.config import config_hash
@@ -60,7 +60,7 @@ class VideoRequest:
     def config_hash(self, model_identity: dict[str, Any]) -> str:
         """Names everything that decides the video but prompt and seed, ``ModelCard.identity`` included."""
         sampling = asdict(self.sampling)
-        if self.sampling.shortcuts is None:  # as before there were any; likewise below
+        if self.sampling.shortcuts in (None, ShortcutConfig()):  # as before there were any; likewise below
             del sampling["shortcuts"]
         if self.sampling.draw_temperature == 1.0:
             del sampling["draw_temperature"]

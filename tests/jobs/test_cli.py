@@ -98,6 +98,9 @@ def test_a_config_that_misses_keys_is_printed_and_names_them(verb, missing, tmp_
     assert yaml.safe_load(again.output) == {**values, **dict.fromkeys(missing, "x")}
     wrong = CliRunner().invoke(group, [verb, "default", "sampling.num_stepz=7", "--print-config"])
     assert "unknown key 'sampling.num_stepz'" in str(wrong.exception)
+    both = str(CliRunner().invoke(group, [verb, "default", "motion=12", "--print-config"]).exception)
+    assert "motion must be in 0..9, got 12" in both
+    assert f"key '{missing[0]}' is missing" in both
     sent = CliRunner().invoke(group, ["submit", verb, "default", "--address", "http://127.0.0.1:1"])
     assert f"key '{missing[0]}' is missing" in str(sent.exception)  # it is for a job, which needs all
 

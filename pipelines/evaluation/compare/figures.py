@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from statistics import fmean
 from types import MappingProxyType
 from typing import Any
@@ -134,14 +135,18 @@ def compare_runs(
     names = sorted({name for key in grouped for name, _ in key})
     differing = [name for name in names if len({dict(key).get(name) for key in grouped}) > 1]
     groups = []
-    labels: Counter[str] = Counter()
+    labels: set[str] = set()
     for key, members in grouped.items():
         differences = {name: dict(key).get(name, neutral.get(name, "not set")) for name in differing}
-        label = _label(differences, members)
-        labels[label] += 1
+        label = named = _label(differences, members)
+        for number in count(2):  # a run may be named as another's label is numbered
+            if label not in labels:
+                break
+            label = f"{named} ({number})"
+        labels.add(label)
         groups.append(
             Group(
-                label=label if labels[label] == 1 else f"{label} ({labels[label]})",
+                label=label,
                 runs=tuple(members),
                 differences=differences,
                 final=_final(members, last),
@@ -156,8 +161,17 @@ def _matters(name: str) -> bool:
 
 
 def _label(differences: Mapping[str, str], runs: Sequence[Run]) -> str:
-    """The last part of each differing key that has a value, with it; the run's name where there is none, or no room."""
-    named = [f"{name.rpartition('.')[2]} {value}" for name, value in differences.items() if value != "None"]
+    """The last part of each differing key that has a value, with it; the run's name where there is none, or no room.
+
+    Of keys whose last parts are the same, the whole key.
+    """
+    ends = {name: name.rpartition(".")[2] for name in differences}
+    times = Counter(ends.values())
+    named = [
+        f"{end if times[end] == 1 else name} {differences[name]}"
+        for name, end in ends.items()
+        if differences[name] != "None"
+    ]
     words = ", ".join(named)
     return words if 0 < len(words) <= 60 else runs[0].name
 

@@ -116,7 +116,7 @@ def figure_text(figure: Figure | None, *, with_interval: bool = True) -> str:
     if figure.interval is None or not with_interval:
         return mean
     half = (figure.interval[1] - figure.interval[0]) / 2
-    return f"{mean} ± {half:.2g}" if half < 100 else f"{mean} ± {_number(half)}"
+    return f"{mean} ± {half:.2g}" if half < 99.5 else f"{mean} ± {_number(half)}"
 
 
 def _steps(group: Group) -> str:

@@ -3,15 +3,16 @@
 import asyncio
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import BinaryIO
 
 from fastapi import Request, Response
-from fastapi.responses import FileResponse
+from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
 
 from pipelines.generation.serving.jobs import JobStore
 
+_PIECE = 256 * 1024  # bytes that are read at once
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})", re.IGNORECASE)
 
 
@@ -25,20 +26,29 @@ async def file_answer(
         HTTPException: 416, if nothing of it is in the range.
     """
     path, tag = store.local_path(job_id, name), f'"{job_id}-{name}"'  # a file of that name never changes
-    status = await asyncio.to_thread(os.stat, path) if path is not None else None
-    size = status.st_size if status is not None else await asyncio.to_thread(store.file_size, job_id, name)
-    headers = {**headers, "Accept-Ranges": "bytes", "ETag": tag}
+    file = await asyncio.to_thread(open, path, "rb") if path is not None else None  # whole, whoever deletes it now
+    size = os.fstat(file.fileno()).st_size if file else await asyncio.to_thread(store.file_size, job_id, name)
     wanted = _range_of(request, size, tag)
-    if path is not None:
-        return _LocalFile(path, ranged=wanted is not None, stat_result=status, headers=headers, media_type=media_type)
     start, stop = wanted or (0, size)
+    headers = {**headers, "Accept-Ranges": "bytes", "ETag": tag, "Content-Length": str(stop - start)}
+    if wanted is not None:
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+    code = 200 if wanted is None else 206
     if request.method == "HEAD":
-        return Response(headers={**headers, "Content-Length": str(size)}, media_type=media_type)
+        return Response(status_code=code, media_type=media_type, headers=headers)
+    if file is not None:
+        return StreamingResponse(_pieces(file, start, stop), code, media_type=media_type, headers=headers)
     data = await asyncio.to_thread(store.read_range, job_id, name, start, stop)
-    if wanted is None:
-        return Response(data, media_type=media_type, headers=headers)
-    headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-    return Response(data, 206, media_type=media_type, headers=headers)
+    return Response(data, code, media_type=media_type, headers=headers)
+
+
+def _pieces(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
+    """Bytes of an open file, which is closed behind them."""
+    with file:
+        file.seek(start)
+        while start < stop and (piece := file.read(min(_PIECE, stop - start))):
+            start += len(piece)
+            yield piece
 
 
 def _range_of(request: Request, size: int, tag: str) -> tuple[int, int] | None:
@@ -60,24 +70,3 @@ def _range_of(request: Request, size: int, tag: str) -> tuple[int, int] | None:
             416, f"Range: the file has {size} bytes, none of them is asked for", {"Content-Range": f"bytes */{size}"}
         )
     return start, stop
-
-
-class _LocalFile(FileResponse):
-    """A file on a disk. What is no range for us is none for Starlette, which would answer in a form of its own."""
-
-    def __init__(
-        self,
-        path: str,
-        *,
-        ranged: bool,
-        stat_result: os.stat_result | None,
-        headers: Mapping[str, str],
-        media_type: str,
-    ) -> None:
-        super().__init__(path, stat_result=stat_result, headers=headers, media_type=media_type)
-        self._ranged = ranged
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._ranged:
-            scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != b"range"]}
-        await super().__call__(scope, receive, send)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from lumos.compression import TEMPORAL_FACTOR, VideoSize, num_latent_frames, parse_size
+from lumos.config import SamplingConfig, ShortcutConfig
 from lumos.encoder import RequestEncoder
 from pipelines.generation.config import SamplingChoice, ServeConfig
 from pipelines.generation.model import ModelCard
@@ -134,9 +135,11 @@ def extended(
             request = replace(request, size=_checked(name, partial(served.encoder.size, **whole)))
             _check_caps(name, request.size, config)
             check_fits(request, served, name)
-        except BadRequestError:
+        except BadRequestError as error:
             if num_given == 1:
-                raise
+                if error.field != name:
+                    raise
+                raise BadRequestError(f"{added} frames to add to one are too many: {error}", name) from error
             num_given -= TEMPORAL_FACTOR
         else:
             break
@@ -198,8 +201,13 @@ def parse_seconds(value: str | float) -> float:
 
 def _sampling(body: VideoBody | ImageBody | ExtensionBody, config: ServeConfig) -> SamplingChoice:
     _check_steps(body, config)
-    steps = body.num_inference_steps if body.num_inference_steps is not None else body.steps
-    return SamplingChoice(num_steps=steps, guidance_scale=body.guidance_scale, history_ratio=body.history_ratio)
+    return SamplingChoice(
+        num_steps=body.num_inference_steps if body.num_inference_steps is not None else body.steps,
+        guidance_scale=body.guidance_scale,
+        history_ratio=body.history_ratio,
+        draw_temperature=body.draw_temperature,
+        shortcuts=ShortcutConfig(**vars(body.shortcuts)) if body.shortcuts is not None else None,
+    )
 
 
 def _check_steps(body: VideoBody | ImageBody | ExtensionBody, config: ServeConfig) -> None:
@@ -207,6 +215,11 @@ def _check_steps(body: VideoBody | ImageBody | ExtensionBody, config: ServeConfi
     steps = getattr(body, name)
     if steps is not None and steps > config.max_steps:
         raise BadRequestError(f"{name} is {steps}; this service allows at most {config.max_steps}", name)
+    most = max(body.shortcuts.frame_steps, default=0) if body.shortcuts is not None else 0
+    if most > config.max_steps:
+        raise BadRequestError(
+            f"shortcuts: frame_steps holds {most}; this service allows at most {config.max_steps}", "shortcuts"
+        )
 
 
 def _check_caps(name: str, size: VideoSize, config: ServeConfig) -> None:
@@ -232,7 +245,11 @@ def _checked(field: str, make: Callable[[], Any]) -> Any:
     except ValueError as error:
         text = str(error)
         named = "fps" if text.startswith("fps") else "size" if text.startswith(("width", "height", "size")) else field
-        raise BadRequestError(text.replace("num_frames", field) if named == field else text, named) from error
+        if named == field == "seconds":  # which the frames are computed from
+            text = f"seconds: {text}"
+        elif named == field:
+            text = text.replace("num_frames", field)
+        raise BadRequestError(text, named) from error
 
 
 def trained_sizes(served: Served) -> list[VideoSize]:
@@ -249,6 +266,12 @@ def usual_sizes(served: Served, config: ServeConfig) -> list[VideoSize]:
         return trained_sizes(served)
 
 
+def told_shortcuts(sampling: SamplingConfig) -> dict[str, Any] | None:
+    """The shortcuts that are on, as a request names them; None for the full sampler."""
+    on = asdict(sampling.shortcuts) if sampling.shortcuts is not None else {}
+    return {name: value for name, value in on.items() if value != getattr(ShortcutConfig, name)} or None
+
+
 def describe_model(served: Served, config: ServeConfig) -> Model:
     """A model as a client sees it."""
     folder, sampling = served.card.folder, served.card.sampling
@@ -261,6 +284,8 @@ def describe_model(served: Served, config: ServeConfig) -> Model:
         "steps": sampling.num_steps,
         "guidance_scale": sampling.guidance_scale,
         "history_ratio": sampling.history_ratio,
+        "draw_temperature": sampling.draw_temperature,
+        "shortcuts": told_shortcuts(sampling),
     }
     limits = {
         "size_multiple_of": folder.vocabulary.grid_unit,

@@ -4,14 +4,17 @@ import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 from starlette.datastructures import FormData, UploadFile
 
+from lumos.config import ShortcutConfig
 from pipelines.generation.config import MAX_SEED
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
 MAX_PROMPT = 10_000  # characters
 _FILES = {"input_reference", "video"}  # fields that may be files
+_OBJECTS = {*_FILES, "shortcuts"}  # fields that may be objects: JSON in a form
 MAX_VIDEOS = 8  # of one request
 _MAX_COMMAS = MAX_PROMPT + 1000  # of what is in JSON: no more values than that are looked at
 
@@ -32,6 +35,11 @@ class ImageReference(BaseModel):
     image_url: str = Field(description="A `data:` URL; http(s) is refused.")
 
 
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+class Shortcuts(ShortcutConfig):
+    """Ways to draw a video in less time that change it; what is left out is off. `{}` is the full sampler."""
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -42,6 +50,12 @@ class _Body(BaseModel):
     steps: int | None = Field(None, ge=1, description="Alias of num_inference_steps.")
     guidance_scale: float | None = Field(None, ge=0, le=1000, allow_inf_nan=False, description="1 is no guidance.")
     history_ratio: float | None = Field(None, ge=0, le=1, description="Share of earlier frames hidden from later ones.")
+    draw_temperature: float | None = Field(
+        None, ge=0.01, le=100, allow_inf_nan=False, description="Of the draw of a code; below 1 likely ones come more."
+    )
+    shortcuts: Shortcuts | None = Field(
+        None, description="Faster, approximate sampling: `{}` is the full sampler.", examples=[{"order": "halton"}]
+    )
     user: str | None = Field(None, max_length=200, description="Taken and not used.")
 
     @model_validator(mode="after")
@@ -140,6 +154,8 @@ class Video(BaseModel):
     num_inference_steps: int
     guidance_scale: float
     history_ratio: float
+    draw_temperature: float
+    shortcuts: dict[str, Any] | None = Field(description="Faster, approximate sampling; null is the full sampler.")
     num_given: int = Field(description="Frames given to begin with: of a picture, a clip or a finished video.")
     latent_frames: int = Field(description="Of the whole video; progress counts them.")
     config_hash: str = Field(description="Names everything that decides the video but prompt and seed.")
@@ -240,6 +256,8 @@ def _check_commas(count: int, holder: str, kind: type[BaseModel], field: str | N
 def parse_form(kind: type[BodyT], form: FormData) -> tuple[BodyT, UploadFile | None]:
     """A body from multipart fields, and the file among them; ``video[id]`` is the id of ``video``.
 
+    A field that is an object may be JSON too.
+
     Raises:
         BadRequestError: if it is none; the message names the field.
     """
@@ -247,15 +265,16 @@ def parse_form(kind: type[BodyT], form: FormData) -> tuple[BodyT, UploadFile | N
     file: UploadFile | None = None
     for name, value in form.multi_items():
         outer, _, inner = name.partition("[")
-        if outer in values:
+        inner = inner.removesuffix("]")
+        if outer in values and not (inner and isinstance(values[outer], dict) and inner not in values[outer]):
             raise BadRequestError(f"{outer} is given twice", outer)
         if isinstance(value, UploadFile):
             if name not in _FILES or name not in kind.model_fields:
                 raise BadRequestError(f"{name} cannot be a file", name)
             file = value
         elif inner:
-            values[outer] = {inner.removesuffix("]"): value}
-        elif outer in _FILES and value.startswith("{"):
+            values.setdefault(outer, {})[inner] = value
+        elif outer in _OBJECTS and value.startswith("{"):
             _check_commas(value.count(","), outer, kind, outer)
             try:
                 values[outer] = json.loads(value)
@@ -277,7 +296,7 @@ def _explain(kind: type[BaseModel], error: ValidationError) -> BadRequestError:
     name = path[0] if path else None
     if first["type"] == "json_invalid":
         return BadRequestError(f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    if first["type"] == "extra_forbidden":
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         holder = f"known: {', '.join(kind.model_fields)}" if len(path) == 1 else f"in {path[0]}"
         return BadRequestError(f"unknown field {path[-1]!r}; {holder}", name)
     if first["type"] == "value_error":

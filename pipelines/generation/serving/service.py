@@ -130,7 +130,16 @@ class Service:
     ) -> tuple[VideoRequest, NDArray[np.uint8]]:
         """A clip to go on with: what would have been asked for to get it, and its last frames."""
         plain = VideoBody.model_validate({"prompt": body.prompt, "seed": body.seed})
-        first = to_request(plain, served, self.config)
+        try:
+            first = to_request(plain, served, self.config)
+        except BadRequestError as error:
+            if served.card.folder.default_size is not None or error.field in ("prompt", "seed"):
+                raise
+            raise BadRequestError(
+                f"video: {served.name} names no size that a clip could be brought to; send the clip as the "
+                "input_reference of POST /v1/videos, which takes size, num_frames and fps",
+                "video",
+            ) from error
         # So much must be possible before a clip is decoded.
         _, most = extended(body, first, _ANY_FRAMES, served, self.config)
         # Of a longer clip, that is how many frames a video of this length would begin with.

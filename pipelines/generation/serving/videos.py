@@ -18,7 +18,7 @@ from pipelines.generation.serving import pictures
 from pipelines.generation.serving.answers import ERRORS, body_schema, described
 from pipelines.generation.serving.content import file_answer
 from pipelines.generation.serving.jobs import Job
-from pipelines.generation.serving.requests import extended, num_added, to_request
+from pipelines.generation.serving.requests import extended, num_added, to_request, told_shortcuts
 from pipelines.generation.serving.runner import Before, picture_name, request_of
 from pipelines.generation.serving.schema import (
     BadRequestError,
@@ -168,7 +168,7 @@ class _VideoRoutes:
             name = _file_of(job)
             return await file_answer(self._store, job.id, name, request, headers, MEDIA_TYPES[made.format])
         except FileNotFoundError as error:
-            raise _not_completed(job) from error
+            raise _gone(job) from error
 
     async def watch_video(self, video_id: VideoId, request: Request) -> Response:
         """Server-sent events of a job, from its beginning to its end."""
@@ -185,10 +185,10 @@ class _VideoRoutes:
         return job
 
     async def _content(self, job: Job) -> bytes:
-        """The file of a job; a 409 where it is not completed."""
+        """The file of a job; a 409 where it is not completed, a 404 where its file is gone."""
         data = await asyncio.to_thread(self._store.read_file, job.id, _file_of(job))
         if data is None:
-            raise _not_completed(job)
+            raise _gone(job)
         return data
 
     async def _events(self, job: Job) -> AsyncIterator[str]:
@@ -287,12 +287,12 @@ def _file_of(job: Job) -> str:
     if job.status == "failed":
         raise HTTPException(409, f"video {job.id} failed: {(job.error or {}).get('message', '')}")
     if job.is_open or not job.file:
-        raise _not_completed(job)
+        raise HTTPException(409, f"video {job.id} is {job.status}, not completed", {"Retry-After": "1"})
     return job.file
 
 
-def _not_completed(job: Job) -> HTTPException:
-    return HTTPException(409, f"video {job.id} is {job.status}, not completed", {"Retry-After": "1"})
+def _gone(job: Job) -> HTTPException:
+    return HTTPException(404, f"the file of video {job.id} is gone: it was deleted, or somebody removed it")
 
 
 def _check_whole(body: ExtensionBody, first: VideoRequest, num_before: int) -> None:
@@ -330,6 +330,8 @@ def to_video(job: Job) -> Video:
         num_inference_steps=made.sampling.num_steps,
         guidance_scale=made.sampling.guidance_scale,
         history_ratio=made.sampling.history_ratio,
+        draw_temperature=made.sampling.draw_temperature,
+        shortcuts=told_shortcuts(made.sampling),
         num_given=job.num_given,
         latent_frames=job.total,
         config_hash=job.config_hash,

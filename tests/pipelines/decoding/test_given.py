@@ -3,6 +3,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -128,6 +129,18 @@ def test_work_without_end_is_ended(tmp_path: Path) -> None:
             read_clip(path, SIZE, limits)
     with pytest.raises(GivenError, match=r"takes more than 100 MB|status"):
         read_image(png_of(6_000, 6_000, 6_000), SIZE, GivenLimits(memory_mb=100))
+
+
+def test_an_avif_is_a_picture(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "photo.avif"), "w", format="avif") as file:
+        stream = file.add_stream("libsvtav1", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((64, 96, 3), 200, np.uint8))))
+        file.mux(stream.encode())
+    data = (tmp_path / "photo.avif").read_bytes()
+    assert abs(read_image(data, SIZE).mean() - 200) < 4
+    with pytest.raises(GivenError, match=r"it is no video: a picture"):
+        read_clip(data, SIZE)
 
 
 def test_an_image_continues_no_clip(tmp_path: Path) -> None:

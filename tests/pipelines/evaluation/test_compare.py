@@ -12,8 +12,8 @@ from mlflow.tracking import MlflowClient
 
 from pipelines.errors import UserError
 from pipelines.evaluation.compare import report
-from pipelines.evaluation.compare.figures import as_json, compare_runs, run_cost
-from pipelines.evaluation.compare.report import as_text, write_report
+from pipelines.evaluation.compare.figures import Figure, as_json, compare_runs, run_cost
+from pipelines.evaluation.compare.report import as_text, figure_text, write_report
 from pipelines.evaluation.compare.runs import RunStore
 
 MODEL = {
@@ -226,6 +226,27 @@ def test_groups_of_one_name_stay_apart(odd_store):
         odd_store("one name", [2.0, 1.0], **{"data.dataset": letter * 70})
     comparison = compare_runs(odd_store.found())
     assert [group.label for group in comparison.groups] == ["one name", "one name (2)"]
+
+
+def test_groups_whose_names_look_numbered_stay_apart(odd_store):
+    for number, name in enumerate(("one", "one (2)", "one")):
+        odd_store(name, [2.0, 1.0], **{"data.dataset": str(number) * 70})
+    labels = [group.label for group in compare_runs(odd_store.found()).groups]
+    assert len(set(labels)) == 3, labels
+
+
+def test_keys_of_one_last_part_are_named_whole(odd_store):
+    odd_store("a", [2.0, 1.0], **{"ema.decay": 0.9, "schedule.decay": "linear"})
+    odd_store("b", [2.0, 1.0], **{"ema.decay": 0.8, "schedule.decay": "cosine"})
+    labels = {group.label for group in compare_runs(odd_store.found()).groups}
+    assert "ema.decay 0.9, schedule.decay linear" in labels
+
+
+@pytest.mark.parametrize(
+    ("half", "told"), [(0.123, "1 ± 0.12"), (99.4, "1 ± 99"), (99.7, "1 ± 99.7"), (123.4, "1 ± 123.4")]
+)
+def test_an_interval_is_told_without_powers_of_ten(half, told):
+    assert figure_text(Figure(1.0, (1 - half, 1 + half), (1.0,))) == told
 
 
 def test_device_hours_are_of_the_workers_that_took_part(compared):

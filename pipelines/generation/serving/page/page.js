@@ -235,6 +235,7 @@ class Group {
     });
     const facts = [video.size, video.num_frames === 1 ? "an image" : `${video.num_frames} frames, ${video.seconds} s`,
       `${video.num_inference_steps} steps`, `guidance ${video.guidance_scale}`, `history ratio ${video.history_ratio}`];
+    if (video.shortcuts) facts.push("shortcuts");
     if (video.remixed_from_video_id) facts.push("goes on with an earlier video");
     else if (video.num_given) facts.push("starts from a picture");
     if (models.length > 1) facts.push(video.model);

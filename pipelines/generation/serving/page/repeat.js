@@ -13,6 +13,8 @@ function fields(video, source) {
     num_inference_steps: String(video.num_inference_steps),
     guidance_scale: String(video.guidance_scale),
     history_ratio: String(video.history_ratio),
+    draw_temperature: String(video.draw_temperature),
+    shortcuts: JSON.stringify(video.shortcuts ?? {}),
   };
   return source
     ? {...shared, "video[id]": source.id, num_frames: String(video.num_frames - source.num_frames)}
@@ -34,7 +36,7 @@ export function curl(video, source, picture, suffix) {
 export function python(video, source, picture, suffix) {
   const text = JSON.stringify, asked = fields(video, source);
   const number = name => `"${name}": ${asked[name]}`;
-  const numbers = ["seed", "num_frames", "num_inference_steps", "guidance_scale", "history_ratio"];
+  const numbers = ["seed", "num_frames", "num_inference_steps", "guidance_scale", "history_ratio", "draw_temperature", "shortcuts"];
   const key = token() ? `os.environ["LUMOS_TOKEN"]` : `"none"`;
   const begin = `${token() ? "import os, openai" : "import openai"}\nclient = openai.OpenAI(base_url=${text(base.href.replace(/\/$/, ""))}, api_key=${key})`;
   const made = source

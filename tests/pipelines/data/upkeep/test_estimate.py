@@ -51,9 +51,12 @@ def test_a_sample_stands_for_all_by_bytes(corpus, tokenizer_file, tmp_path):
 
 @pytest.mark.parametrize(
     ("override", "told"),
-    [("tokens.tokenizer.path=/nope", "tokens.tokenizer: .*/nope"), ("source.path=/nope", "source.path /nope")],
+    [
+        ("tokens.tokenizer.path={}", "tokens.tokenizer: .*/nowhere"),
+        ("source.path={}", "source.path .*/nowhere does not exist"),
+    ],
 )
 def test_a_plan_tells_of_bad_input_as_the_run_does(corpus, tokenizer_file, tmp_path, override, told):
-    config = curate_config(corpus, tmp_path / "d", tokenizer_file, override)
+    config = curate_config(corpus, tmp_path / "d", tokenizer_file, override.format(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=told):
         plan_curation(config, Cluster(cpus=4), sources=1)

@@ -12,10 +12,9 @@ from click.testing import CliRunner
 
 from jobs.data import command
 from pipelines.data.curate import curate
-from pipelines.data.snapshot import removals
 from pipelines.data.snapshot.read import list_snapshots, open_snapshot
-from pipelines.data.snapshot.removals import remove_sources, restore_sources
-from pipelines.data.upkeep import repair, status
+from pipelines.data.upkeep import removals, repair, status
+from pipelines.data.upkeep.removals import remove_sources, restore_sources
 from pipelines.data.upkeep.repair import repair_dataset
 from pipelines.data.upkeep.report import score_columns, what_if, write_report
 from pipelines.data.upkeep.status import collect_garbage, dataset_status, retry
@@ -183,9 +182,17 @@ def test_gc_deletes_what_no_snapshot_needs_and_a_rerun_makes_it_again(dataset, c
 
 
 def test_upkeep_refuses_what_is_no_dataset_or_in_use(dataset, tmp_path):
-    for call in (lambda uri: dataset_status(uri), lambda uri: retry(uri, "transient")):
+    calls = (
+        dataset_status,
+        lambda uri: retry(uri, "transient"),
+        lambda uri: remove_sources(uri, ["a.mp4"]),
+        lambda uri: restore_sources(uri, ["0" * 64]),
+        lambda uri: repair_dataset(uri),
+    )
+    for call in calls:
         with pytest.raises(UserError, match="is no dataset"):
             call(str(tmp_path / "nothing"))
+    assert not (tmp_path / "nothing").exists()  # not even a lock
     with dataset_lock(str(dataset)), pytest.raises(UserError, match="in use by another run"):
         collect_garbage(str(dataset), dry_run=True)
     shutil.rmtree(dataset / "snapshots")

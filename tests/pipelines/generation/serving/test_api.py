@@ -341,6 +341,8 @@ def test_the_model_and_the_interface_are_described(serve_config: ServeConfig) ->
             "steps": 4,
             "guidance_scale": 3.0,
             "history_ratio": 0.7,
+            "draw_temperature": 1.0,
+            "shortcuts": None,
         }
         assert model["limits"]["size_multiple_of"] == 16
         schema = (await client.get("/openapi.json")).json()

@@ -1,10 +1,15 @@
 """Ranges of a video, as browsers ask for them to play from any place: alike from a folder and from S3."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
+from fastapi import Request
+from fastapi.responses import StreamingResponse
 
 from pipelines.generation.config import ServeConfig
+from pipelines.generation.serving.content import file_answer
+from pipelines.generation.serving.jobs import JobStore
 from tests.pipelines.generation.serving.in_process import client_to, finished, service_of
 from tests.pipelines.generation.serving.test_jobs import PROMPT, post
 
@@ -74,3 +79,34 @@ def test_ranges_of_a_video_are_sent(anywhere: ServeConfig) -> None:
             assert (await client.head(url)).status_code == 404
 
     asyncio.run(main())
+
+
+def test_a_completed_video_whose_file_is_gone_is_not_told_to_be_unfinished(config: ServeConfig) -> None:
+    async def main() -> None:
+        async with service_of(config) as app, client_to(app) as client:
+            video = await finished(client, (await post(client, {**PROMPT, "steps": 1}))["id"])
+            for path in Path(config.jobs).rglob("*.mp4"):
+                path.unlink()
+            for variant in ("video", "thumbnail"):
+                gone = await client.get(f"/v1/videos/{video['id']}/content", params={"variant": variant})
+                assert (gone.status_code, gone.headers.get("retry-after")) == (404, None)
+                assert f"the file of video {video['id']} is gone" in gone.json()["error"]["message"]
+
+    asyncio.run(main())
+
+
+def test_a_file_that_is_deleted_while_it_is_sent_is_sent_whole(tmp_path: Path) -> None:
+    async def main() -> bytes:
+        store = JobStore(str(tmp_path))
+        path = store.local_path("job", "video.mp4")
+        assert path is not None
+        Path(path).parent.mkdir(parents=True)
+        Path(path).write_bytes(data)
+        asked = Request({"type": "http", "method": "GET", "headers": [(b"range", b"bytes=5-")]})
+        answer = await file_answer(store, "job", "video.mp4", asked, {}, "video/mp4")
+        assert isinstance(answer, StreamingResponse)
+        Path(path).unlink()
+        return b"".join([bytes(piece) async for piece in answer.body_iterator if isinstance(piece, bytes)])
+
+    data = bytes(range(256)) * 4096
+    assert asyncio.run(main()) == data[5:]

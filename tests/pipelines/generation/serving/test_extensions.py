@@ -78,3 +78,28 @@ def test_the_interface_tells_how_much_is_gone_on_from(config: ServeConfig) -> No
             assert "num_given" in schema["components"]["schemas"]["ExtensionBody"]["description"]
 
     asyncio.run(main())
+
+
+def test_a_clip_is_refused_by_a_model_that_names_no_size(config: ServeConfig, model_dir: Path, tmp_path: Path) -> None:
+    model = copy_model(model_dir, tmp_path / "model", info={"shapes": [], "fps": None})
+
+    async def main() -> None:
+        async with service_of(replace(config, model=str(model))) as app, client_to(app) as client:
+            refused = await client.post(URL, data={"prompt": CAPTIONS[0]}, files={"video": CLIP})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "video")
+            assert "input_reference of POST /v1/videos" in refused.json()["error"]["message"]
+
+    asyncio.run(main())
+
+
+def test_numbers_that_a_client_did_not_write_are_explained(config: ServeConfig) -> None:
+    async def main() -> None:
+        async with service_of(config) as app, client_to(app) as client:
+            refused = await client.post("/v1/videos", json={**PROMPT, "seconds": 5000})
+            assert "seconds: num_frames 60001 at 12 fps last longer than" in refused.json()["error"]["message"]
+            form = {"prompt": CAPTIONS[0], "num_frames": "60000"}
+            refused = await client.post(URL, data=form, files={"video": CLIP})
+            assert refused.json()["error"]["param"] == "num_frames"
+            assert "60000 frames to add to one are too many: num_frames 60001" in refused.json()["error"]["message"]
+
+    asyncio.run(main())
