@@ -104,7 +104,7 @@ class Curation:
         heads = self.features.scores.heads if self.features else {}
         kept, publish = run.clips.verdicts.kept, self.config.publish
         draw = partial(draw_split, seed=publish.seed, val_share=publish.val_share)
-        rows = run.clips.of(kept)
+        rows = take(run.clips.table.select(["key", "work_key"]), kept)
         ledger = build_ledger(
             run.sources,
             run.first,
