@@ -22,6 +22,16 @@ def give_back_large_buffers() -> None:
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
+def give_back_free_memory() -> None:
+    """Give back to the system what is free in this process (glibc; nothing elsewhere).
+
+    Left alone, glibc keeps what threads have freed, for each of them: the driver of a curation held 300 MB where its
+    tables had 70.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
+        libc.malloc_trim(0)
+
+
 def own_memory() -> float:
     """Bytes of this process that are in memory."""
     return float(psutil.Process().memory_info().rss)

@@ -81,6 +81,8 @@ def _curate(config: CurateConfig) -> int:
     texts: dict[str, tuple[str, ...]] = {uri: (said + uri,) for uri in listing["uri"].to_pylist()}
     curation = Curation(config, CaptionSource("metadata", texts), load_tokenizer_info(TokenizerConfig()))
     for name, function in (("sources", make_up_hashes), ("split", make_up_clips), ("tokens", make_up_codes)):
-        curation.stages[name] = replace(curation.stages[name], function=partial(stateless, function=function))
+        curation.stages[name] = replace(
+            curation.stages[name], function=partial(stateless, function=function), stateful=False
+        )
     content = curation.content(curation.run(listing, RunLog(config.dataset)))
     return write_snapshot(config.dataset, content, config.publish).manifest.ledger.counts["kept"]

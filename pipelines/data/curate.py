@@ -85,7 +85,8 @@ def curate(config: CurateConfig, tell: Callable[[str], None] = lambda _: None) -
             RunLog(config.dataset).record() as log,
         ):
             done = curation.run(listing, log)
-            content = curation.content(done)
+            content, captions, computed = curation.content(done), done.captions, done.computed
+            del done  # which weighs more than what is published of it
             snapshot = write_snapshot(config.dataset, content, config.publish)
     manifest = snapshot.manifest
     return CurateResult(
@@ -94,11 +95,11 @@ def curate(config: CurateConfig, tell: Callable[[str], None] = lambda _: None) -
         counts=manifest.ledger.counts,
         reasons=count_reasons([content.ledger]),
         uncaptioned=pc.sum(pc.equal(pc.list_value_length(content.clips["captions"]), 0)).as_py() or 0,
-        left_out=done.captions.left_out,
-        caption_cost=done.captions.cost(config.captions.endpoint),
+        left_out=captions.left_out,
+        caption_cost=captions.cost(config.captions.endpoint),
         rows={name: total.rows for name, total in manifest.totals.items()},
         tokens={name: total.tokens for name, total in manifest.totals.items()},
-        computed=done.computed,
+        computed=computed,
     )
 
 

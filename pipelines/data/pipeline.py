@@ -16,7 +16,7 @@ from pipelines.data.snapshot.ledger import build_ledger, removed_rows
 from pipelines.data.snapshot.read import TokenizerInfo
 from pipelines.data.snapshot.shards import PUBLISHED_CLIPS
 from pipelines.data.snapshot.write import SnapshotContent, draw_split
-from pipelines.data.stage.columns import iterate, take
+from pipelines.data.stage.columns import iterate, release_memory, take
 from pipelines.data.stage.log import RunLog
 from pipelines.data.stage.run import check_fits
 from pipelines.data.stage.stage import WORK_KEY
@@ -103,6 +103,7 @@ class Curation:
         run = Run(self.config, self.stages, self.unready, listing, log)
         for step in self.steps:
             step.apply(run)
+            release_memory()
         return run
 
     def content(self, run: Run) -> SnapshotContent:
@@ -111,7 +112,7 @@ class Curation:
         heads = self.features.scores.heads if self.features else {}
         kept, publish = run.clips.verdicts.kept, self.config.publish
         draw = partial(draw_split, seed=publish.seed, val_share=publish.val_share)
-        rows = run.clips.of(kept)
+        rows = take(run.clips.table.select(["key", "work_key"]), kept)
         ledger = build_ledger(
             run.sources,
             run.first,

@@ -10,6 +10,7 @@ raise it (see errors.py): ``FileNotFoundError`` where there is nothing, ``EIO`` 
 import hashlib
 import json
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from pipelines.errors import UserError
 from pipelines.storage import s3
 
 _READ_AHEAD = 1 << 16  # bytes that are fetched of a remote file beyond those asked for
+_UNFINISHED = re.compile(r"\..*\.\d+-[0-9a-f]{8}\.tmp")  # names of files that are being written
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,14 @@ def write_bytes_atomic(uri: str, data: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def remove_unfinished(uri: str) -> None:
+    """Delete what writers that were killed left below a folder: parts of files, under names that nobody reads."""
+    if is_local(uri):  # an object store shows none
+        for partial in Path(filesystem(uri)[1]).rglob(".*.tmp"):
+            if _UNFINISHED.fullmatch(partial.name):
+                partial.unlink(missing_ok=True)
 
 
 def write_json_atomic(uri: str, value: Any) -> None:

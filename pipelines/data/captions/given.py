@@ -15,6 +15,7 @@ from pipelines.data.captions.captioner import CAPTIONED, Captioner, CaptionSourc
 from pipelines.data.config import CurateConfig
 from pipelines.data.keys import caption_key
 from pipelines.data.settings import CaptionConfig, SourceConfig
+from pipelines.data.stage.columns import contained, widened
 from pipelines.data.stage.stage import Row, Stage
 from pipelines.data.steps.sources import TABLE_SUFFIXES, is_table, read_table, resolve_paths, source_folder
 from pipelines.errors import UserError
@@ -91,9 +92,9 @@ def share_captions(source: CaptionSource, files: pa.Table) -> CaptionSource:
 
     Files are ``uri``, ``path`` and ``source_id`` of all.
     """
-    counts = pc.value_counts(files["source_id"].drop_null())
+    counts = pc.value_counts(widened(files["source_id"].drop_null()))
     several = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
-    copies = files.filter(pc.is_in(files["source_id"], several)).select(["source_id", "path", "uri"])
+    copies = files.filter(contained(files["source_id"], several)).select(["source_id", "path", "uri"])
     ordered = copies.sort_by([("source_id", "ascending"), ("path", "ascending")]).to_pylist()
     texts = dict(source.texts)
     for _, group in groupby(ordered, key=itemgetter("source_id")):

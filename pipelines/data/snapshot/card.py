@@ -21,6 +21,7 @@ _COLUMNS = """\
 def dataset_card(manifest: Manifest, reasons: Mapping[str, int]) -> str:
     """The README.md of a snapshot, given the ledger's rows that were not kept by "status: class of reason"."""
     tokenizer = manifest.tokenizer
+    ledger = "ledger.parquet" if manifest.schema_version == 1 else "ledger/*.parquet"
     cells = "x".join(map(str, tokenizer.compression))
     lines = [
         f"# Video tokens, snapshot {manifest.snapshot_id}",
@@ -45,7 +46,7 @@ def dataset_card(manifest: Manifest, reasons: Mapping[str, int]) -> str:
         lines.append(f"| {status} | {reason} | {count} |")
     lines += [
         "",
-        "`ledger/*.parquet`, sorted by key, has one row per clip, and one per source that yields none, with every "
+        f"`{ledger}`, sorted by key, has one row per clip, and one per source that yields none, with every "
         "score, the decision and its reason.",
         "",
         "## Rows",

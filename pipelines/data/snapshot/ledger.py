@@ -18,7 +18,7 @@ from pipelines.data.keys import ledger_file_key
 from pipelines.data.reasons import REMOVED, exact_duplicate, overridden, reason_classes
 from pipelines.data.snapshot.read import LedgerPart
 from pipelines.data.snapshot.schemas import LEDGER, STAGES, STATUSES
-from pipelines.data.stage.columns import parquet_bytes
+from pipelines.data.stage.columns import contained, parquet_bytes, positions, take
 
 _PART_ROWS = 1 << 16  # of a part, at most on the average
 _PREFIX_DIGITS = 4  # of keys, which begin with the hexadecimal digits of a hash, that decide in which part they are
@@ -109,7 +109,7 @@ def build_ledger(
     clip_rows = pa.table(columns).select(LEDGER.names).cast(LEDGER)
     without_clips = pa.table({"source_id": failed["work_key"], "path": paths_of(failed["work_key"], first)})
     unreadable = sources.filter(pc.is_null(sources["source_id"]))
-    stands = pc.is_in(sources["path"], first["path"].combine_chunks())
+    stands = contained(sources["path"], first["path"])
     again = sources.filter(pc.and_(pc.is_valid(sources["source_id"]), pc.invert(stands)))
     return pa.concat_tables(
         [
@@ -147,7 +147,7 @@ def _file_rows(
 
 def paths_of(source_ids: pa.ChunkedArray, first: pa.Table) -> pa.ChunkedArray:
     """The path that stands for each content."""
-    return first["path"].take(pc.index_in(source_ids, first["source_id"].combine_chunks()))
+    return take(first["path"], positions(source_ids, first["source_id"]).to_numpy())
 
 
 def count_reasons(pieces: Iterable[pa.Table]) -> dict[str, int]:

@@ -1,11 +1,12 @@
 """Token shards: which clips each holds and in which order, and how workers write them.
 
-Clips are shuffled, so that every shard has some from almost every file of codes. Each file is read once, by a task that
-deals its codes to the tasks that write shards, some shards each.
+Clips are shuffled, so that every shard has some from almost every file of codes. Each file is read by a task that deals
+its codes to the tasks that write shards, some shards each, through Ray's store. Where that cannot hold all of them, it
+is done in rounds: each writes as many shards as the store holds codes of, and reads every file again.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
@@ -19,7 +20,7 @@ from pipelines import storage
 from pipelines.data.snapshot.read import BYTES_BESIDE_CODES, Bucket, Shard
 from pipelines.data.snapshot.schemas import LATER_COLUMNS, TOKENS
 from pipelines.data.stage.columns import iterate, parquet_bytes, take
-from pipelines.data.stage.tasks import is_worth_tasks, run_tasks, start_tasks
+from pipelines.data.stage.tasks import is_worth_tasks, run_tasks, start_tasks, store_bytes
 from pipelines.data.stage.values import ValueGroup
 
 _ROW_GROUP_BYTES = 128_000  # of codes and captions: what a reader must decode for the sake of one row
@@ -31,7 +32,9 @@ _SHARD_LAYOUT = {
     "column_encoding": {"codes.list.element": "BYTE_STREAM_SPLIT"},
     "write_statistics": False,
 }
-_TASK_BYTES = 128e6  # of the shards that one task writes, if it is not one larger shard
+_TASK_BYTES = 128e6  # of the shards that one task writes, if it is not one larger shard; and that one task deals
+_ROUND_BYTES = 32e9  # of the shards of a round, at most, as there is a piece for each two tasks that deal and write
+_STORE_SHARE = 0.4  # of Ray's store, that the codes of a round may take
 # A kept clip before its codes are fetched.
 PUBLISHED_CLIPS = pa.schema(
     [*(field for field in TOKENS if field.name != "codes"), pa.field("codes_sha256", pa.string(), nullable=False)]
@@ -106,7 +109,11 @@ def shard_bytes(clips: pa.Table, codes: pa.Array | pa.ChunkedArray, *, row_group
 
 
 def write_shards(
-    uri: str, clips: pa.Table, groups: Iterable[ValueGroup], planned: Sequence[PlannedShard], whole: Mapping[str, Shard]
+    uri: str,
+    clips: pa.Table,
+    code_groups: Callable[[], Iterable[ValueGroup]],
+    planned: Sequence[PlannedShard],
+    whole: Mapping[str, Shard],
 ) -> Iterator[Shard]:
     """Write the shards of a snapshot that are not there yet, by Ray's workers if they are many; in any order.
 
@@ -115,7 +122,7 @@ def write_shards(
     Args:
         uri: Of the snapshot.
         clips: The kept clips, as ``PUBLISHED_CLIPS``.
-        groups: Where their codes are.
+        code_groups: Where their codes are.
         planned: All shards.
         whole: Those that are there, by path.
 
@@ -130,12 +137,21 @@ def write_shards(
     if not missing:
         return
     remote = is_worth_tasks(sum(shard.bytes for shard in missing))
-    bundles = _bundled(missing)
-    places = np.full(clips.num_rows, -1, np.int64)  # of each clip among those of all missing shards
-    every = np.concatenate([shard.clips for shard in missing])
+    for shards in _grouped(missing, max(_TASK_BYTES, min(_ROUND_BYTES, _STORE_SHARE * store_bytes()))):
+        yield from _write_round(uri, clips, code_groups(), shards, remote=remote)
+
+
+def _write_round(
+    uri: str, clips: pa.Table, groups: Iterable[ValueGroup], shards: Sequence[PlannedShard], *, remote: bool
+) -> Iterator[Shard]:
+    """Write some shards, the codes of which Ray's store can hold."""
+    bundles = _grouped(shards, _TASK_BYTES)
+    places = np.full(clips.num_rows, -1, np.int64)  # of each clip among those of all these shards
+    every = np.concatenate([shard.clips for shard in shards])
     places[every] = np.arange(len(every))
     firsts = np.cumsum([0, *(sum(len(shard.clips) for shard in bundle) for bundle in bundles)])
-    calls = ((group.read, places[group.rows], firsts) for group in groups if (places[group.rows] >= 0).any())
+    most = max(1, int(len(every) * _TASK_BYTES / sum(shard.bytes for shard in shards)))
+    calls = ((*zip(*some, strict=True), firsts) for some in _readings(groups, places, most))
     dealt = list(start_tasks(deal_codes, calls, remote=remote, num_returns=len(bundles)))
 
     def writes() -> Iterator[tuple[Any, ...]]:
@@ -147,31 +163,56 @@ def write_shards(
                 references[number] = None  # its memory is free once the shards are written
             yield uri, rows, plan, int(firsts[number]), *pieces
 
-    for shards in run_tasks(write_bundle, writes(), remote=remote):
-        yield from shards
+    for written in run_tasks(write_bundle, writes(), remote=remote):
+        yield from written
 
 
-def _bundled(shards: Sequence[PlannedShard]) -> list[list[PlannedShard]]:
-    """Shards that follow each other, as many together as a task writes."""
-    before = np.cumsum([0, *(shard.bytes for shard in shards)])[:-1] // _TASK_BYTES
+def _readings(
+    groups: Iterable[ValueGroup], places: NDArray[np.int64], most: int
+) -> Iterator[list[tuple[Callable[[], pa.ChunkedArray], NDArray[np.int64]]]]:
+    """Groups of which clips are wanted, how each is read and the places of its clips, some together for a task.
+
+    Of these about ``most`` clips are wanted, or those of one group.
+    """
+    some: list[tuple[Callable[[], pa.ChunkedArray], NDArray[np.int64]]] = []
+    count = 0
+    for group in groups:
+        wanted = int(np.count_nonzero(places[group.rows] >= 0))
+        if some and count + wanted > most:
+            yield some
+            some, count = [], 0
+        if wanted:
+            some.append((group.read, places[group.rows]))
+            count += wanted
+    if some:
+        yield some
+
+
+def _grouped(shards: Sequence[PlannedShard], size: float) -> list[list[PlannedShard]]:
+    """Shards that follow each other, of about so many bytes together."""
+    before = np.cumsum([0, *(shard.bytes for shard in shards)])[:-1] // size
     numbered = groupby(zip(before.tolist(), shards, strict=True), key=lambda pair: pair[0])
     return [[shard for _, shard in pairs] for _, pairs in numbered]
 
 
-def deal_codes(read: Any, places: NDArray[np.int64], firsts: NDArray[np.int64]) -> Any:
-    """Codes of a group of clips, dealt to bundles of shards: of each bundle, a table of places and codes.
+def deal_codes(
+    reads: Sequence[Callable[[], pa.ChunkedArray]], places: Sequence[NDArray[np.int64]], firsts: NDArray[np.int64]
+) -> Any:
+    """Codes of some groups of clips, dealt to bundles of shards: of each bundle, a table of places and codes.
 
-    ``places`` are those of the clips among all, -1 where one is not wanted; bundles begin at ``firsts``, and end at the
-    last of these.
+    ``places`` are those of each group's clips among all, -1 where one is not wanted; bundles begin at ``firsts``, and
+    end at the last of these.
     """
-    codes = read()
-    order = np.argsort(places, kind="stable")
-    bounds = np.searchsorted(places[order], firsts)
-    tables = []
-    for start, stop in pairwise(bounds.tolist()):
-        own = order[start:stop]
-        tables.append(pa.table({"place": places[own], "codes": take(codes, own)}))
-    return tables[0] if len(tables) == 1 else tables
+    dealt: list[list[pa.Table]] = [[] for _ in firsts[1:]]
+    for read, group in zip(reads, places, strict=True):
+        codes = read()
+        order = np.argsort(group, kind="stable")
+        bounds = np.searchsorted(group[order], firsts)
+        for tables, (start, stop) in zip(dealt, pairwise(bounds.tolist()), strict=True):
+            own = order[start:stop]
+            tables.append(pa.table({"place": group[own], "codes": take(codes, own)}))
+    every = [pa.concat_tables(tables) for tables in dealt]
+    return every[0] if len(every) == 1 else every
 
 
 def write_bundle(

@@ -8,7 +8,7 @@ publishing again after an interruption finds the files that are there and writes
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -97,7 +97,7 @@ def write_snapshot(dataset: str, content: SnapshotContent, config: PublishConfig
 
     found = [file.path for file in storage.list_files(uri)]
     buckets = _write_shards(dataset, uri, content, planned, found)
-    ledger_parts = _write_ledger(dataset, uri, parts, found)
+    ledger_parts = _write_ledger(dataset, uri, parts, _look_at_ledger(uri, parts, found))
     manifest = Manifest(
         snapshot_id=snapshot_id,
         parents=tuple(published[-1:]),
@@ -110,6 +110,7 @@ def write_snapshot(dataset: str, content: SnapshotContent, config: PublishConfig
     )
     _write_card(uri, manifest, content.ledger)
     check_lock(dataset)
+    storage.remove_unfinished(uri)
     storage.write_json_atomic(storage.join(uri, MANIFEST), asdict(manifest))
     return open_snapshot(uri)
 
@@ -117,17 +118,22 @@ def write_snapshot(dataset: str, content: SnapshotContent, config: PublishConfig
 def _restored(
     dataset: str, uri: str, content: SnapshotContent, parts: "_Parts", planned: Sequence[PlannedShard]
 ) -> Snapshot:
-    """A published snapshot; files of it that are missing or of another size are written again, byte for byte."""
+    """A published snapshot, files of which are written again, byte for byte, where they are not what they were.
+
+    Those are shards that are missing or of another size (what else may be wrong with them, ``lumos data repair`` finds
+    and mends), and parts of the ledger that are missing or hold other bytes: nothing else can restore them.
+    """
     snapshot = open_snapshot(uri)
     found = {file.path: file.size for file in storage.list_files(uri)}
     every = [shard for bucket in snapshot.manifest.buckets for shard in bucket.shards]
     whole = {shard.path: shard for shard in every if found.get(shard.path) == shard.bytes}
-    for _ in write_shards(uri, content.clips, content.code_groups(), planned, whole):
+    for _ in write_shards(uri, content.clips, content.code_groups, planned, whole):
         check_lock(dataset)
-    if not all(part.path in found for part in snapshot.manifest.ledger.parts):
-        _write_ledger(dataset, uri, parts, list(found))
+    listed = set(snapshot.manifest.ledger.parts)
+    _write_ledger(dataset, uri, parts, [part for part in _look_at_ledger(uri, parts, found) if part in listed])
     if _CARD not in found:
         _write_card(uri, snapshot.manifest, content.ledger)
+    storage.remove_unfinished(uri)
     return snapshot
 
 
@@ -155,17 +161,20 @@ def _write_card(uri: str, manifest: Manifest, ledger: pa.Table) -> None:
     storage.write_bytes_atomic(storage.join(uri, _CARD), card.encode())
 
 
-def _write_ledger(dataset: str, uri: str, parts: _Parts, found: Sequence[str]) -> tuple[LedgerPart, ...]:
-    """Write the parts of a ledger, by number, that are not there yet."""
-    remote = is_worth_tasks(parts.bytes)
-    there = {number for number in parts if ledger_path(number) in found}
-    kept = ((uri, number, parts.num_rows(number)) for number in parts if number in there)
-    new = ((uri, number, parts.part(number)) for number in parts if number not in there)
-    written = list(run_tasks(look_at_part, kept, remote=remote))
-    for part in run_tasks(write_ledger_part, new, remote=remote):
+def _look_at_ledger(uri: str, parts: _Parts, found: Container[str]) -> list[LedgerPart]:
+    """What a manifest would say of the parts of a ledger that are there."""
+    there = [(uri, number, parts.num_rows(number)) for number in parts if ledger_path(number) in found]
+    return list(run_tasks(look_at_part, there, remote=is_worth_tasks(parts.bytes)))
+
+
+def _write_ledger(dataset: str, uri: str, parts: _Parts, there: Sequence[LedgerPart]) -> tuple[LedgerPart, ...]:
+    """Write the parts of a ledger but those that are there; all of them."""
+    written = {part.path: part for part in there}
+    new = ((uri, number, parts.part(number)) for number in parts if ledger_path(number) not in written)
+    for part in run_tasks(write_ledger_part, new, remote=is_worth_tasks(parts.bytes)):
         check_lock(dataset)
-        written.append(part)
-    return tuple(sorted(written, key=lambda part: part.path))
+        written[part.path] = part
+    return tuple(written[path] for path in sorted(written))
 
 
 def _write_shards(
@@ -176,7 +185,7 @@ def _write_shards(
     looks = run_tasks(look_at_shard, ((uri, shard.path, len(shard.clips)) for shard in there), remote=remote)
     whole = {shard.path: shard for shard in looks}
     written = []
-    for shard in write_shards(uri, content.clips, content.code_groups(), planned, whole):
+    for shard in write_shards(uri, content.clips, content.code_groups, planned, whole):
         check_lock(dataset)
         written.append(shard)
     return bucket_shards(planned, written)

@@ -3,7 +3,7 @@
 import hashlib
 import io
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +11,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipelines.memory import give_back_free_memory
+
 _PIECE = 1 << 14  # rows
 T = TypeVar("T", pa.Table, pa.ChunkedArray)
+Column: TypeAlias = pa.Array | pa.ChunkedArray
 
 
 def iterate(column: pa.ChunkedArray) -> Iterator[Any]:
@@ -45,10 +48,40 @@ def take(data: T, places: NDArray[np.int64]) -> T:
     return pa.chunked_array(pieces, data.type)
 
 
+def positions(values: Column, among: Column) -> Column:
+    """The place of each value among others (the first, if it is there more than once), null where it is not there."""
+    return pc.index_in(widened(values), value_set=widened(among))
+
+
+def contained(values: Column, among: Column) -> Column:
+    """Which values are among others."""
+    return pc.is_in(widened(values), value_set=widened(among))
+
+
+def first_places(column: Column) -> NDArray[np.int64]:
+    """The first place of each value that a column holds, ascending."""
+    wide = widened(column)
+    return np.asarray(pc.index_in(pc.unique(wide), value_set=wide), np.int64)
+
+
+def widened(column: Column) -> Column:
+    """Text of a type of which there may be more than 2 GiB together, as keys of very many clips are; nothing is copied.
+
+    Arrow puts the values of a column together where it looks others up in it or counts them.
+    """
+    return column.cast(pa.large_string()) if pa.types.is_string(column.type) else column
+
+
 def sort(table: pa.Table, columns: Sequence[str]) -> pa.Table:
     """Rows in ascending order of some columns."""
     keys = [(name, "ascending") for name in columns]
     return take(table, pc.sort_indices(table, sort_keys=keys).to_numpy().astype(np.int64))
+
+
+def release_memory() -> None:
+    """Give back to the system what Arrow and what else reads files have freed, and would keep."""
+    pa.default_memory_pool().release_unused()
+    give_back_free_memory()
 
 
 def parquet_bytes(table: pa.Table, *, row_group_rows: int, **layout: Any) -> bytes:

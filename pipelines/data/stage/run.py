@@ -27,14 +27,19 @@ from tqdm import tqdm
 
 from pipelines import storage
 from pipelines.cluster import cluster_cores, cluster_is_ours, lacking
+from pipelines.data.stage.columns import contained, release_memory
 from pipelines.data.stage.log import BatchReport, RunLog, StageProgress
 from pipelines.data.stage.stage import ERROR, WORK, WORK_KEY, RowFunction, Stage, StageResources
 from pipelines.data.stage.table import StageTable, anti_join, commit_part
 from pipelines.errors import JobError, UserError
 from pipelines.storage.lock import check_lock
 
-_WAVE_ROWS = 1 << 16  # inputs handed to Ray at a time, which bounds what the driver holds
-_FIRST_PARTS = 64  # of the first wave, which tells how long a part takes
+_WAVE_ROWS = 1 << 17  # inputs handed to Ray at a time, which bounds what its store holds of them
+_WAVE_PARTS = 16  # of each process in a wave at least, as at the end of each some wait for others
+# Of the first wave, which tells how long a part takes, so that it should not last; but workers that are worth keeping
+# begin anew with each wave, and take long for a part.
+_FIRST_PARTS = 64
+_FIRST_ROWS = 1 << 16
 _BLOCK_SECONDS = 2.0  # of work that Ray hands to a worker at once, if that is several parts: each time costs the driver
 
 
@@ -115,7 +120,7 @@ def run_stage(
     pending = anti_join(inputs, done)
     before = inputs.num_rows - pending.num_rows
     state = StageProgress(total=inputs.num_rows, before=before, work_total=_sum(pending, WORK))
-    failed_before = failed.filter(pc.is_in(failed[WORK_KEY], inputs[WORK_KEY].combine_chunks()))[ERROR].to_pylist()
+    failed_before = failed.filter(contained(failed[WORK_KEY], inputs[WORK_KEY]))[ERROR].to_pylist()
     if len(failed_before) > max_failed:
         raise TooManyFailuresError(failed_before[0], len(failed_before))
     if log is not None:
@@ -197,15 +202,17 @@ def _part_bounds(stage: Stage, pending: pa.Table, size: int) -> list[int]:
 def _in_waves(stage: Stage, table: StageTable, pending: pa.Table) -> Iterator[BatchReport]:
     """Compute; yields what is told of each part once it is committed."""
     start, seconds = 0, math.inf  # that a part takes
+    enough = _WAVE_PARTS * _processes(stage.resources) * stage.rows_per_part
+    first = max(_FIRST_ROWS, enough) if stage.stateful else _FIRST_PARTS * stage.rows_per_part
     while start < pending.num_rows:
-        wave = pending.slice(start, _WAVE_ROWS if start else min(_WAVE_ROWS, _FIRST_PARTS * stage.rows_per_part))
+        wave = pending.slice(start, max(_WAVE_ROWS, enough) if start else first)
         start += wave.num_rows
         spent = []
         for report in _execute(stage, table, wave, parts=max(1, int(_BLOCK_SECONDS / seconds))):
             spent.append(report.busy_s)
             yield report
         seconds = max(1e-3, sum(spent) / max(1, len(spent)))
-        pa.default_memory_pool().release_unused()  # it would keep what the wave took
+        release_memory()  # that the wave took
 
 
 def _execute(stage: Stage, table: StageTable, pending: pa.Table, *, parts: int) -> Iterator[BatchReport]:
@@ -218,15 +225,14 @@ def _execute(stage: Stage, table: StageTable, pending: pa.Table, *, parts: int) 
     bounds = _part_bounds(stage, pending, size)
     together = min(parts, math.ceil((len(bounds) - 1) / (4 * processes)))
     # `take` copies: a slice would drag the whole table along when it is pickled.
-    blocks = [
-        pending.take(pa.array(np.arange(*ends))) for ends in pairwise([*bounds[:-1][::together], pending.num_rows])
-    ]
+    ends = [*bounds[:-1][::together], pending.num_rows]
+    blocks: Any = [ray.put(pending.take(pa.array(np.arange(*own)))) for own in pairwise(ends)]
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it tells the plan of every execution, and errors twice
-    data: ray.data.Dataset = ray.data.from_arrow(blocks)
+    data: ray.data.Dataset = ray.data.from_arrow_refs(blocks)
     options: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": resources.num_cpus}
     if resources.num_gpus:
         # Ray wants one named, then; of smaller blocks it puts several together.
-        options |= {"num_gpus": resources.num_gpus, "batch_size": max(block.num_rows for block in blocks)}
+        options |= {"num_gpus": resources.num_gpus, "batch_size": max(last - first for first, last in pairwise(ends))}
     if resources.memory_mb:
         options["memory"] = resources.memory_mb * 1_000_000
     if stage.stateful:

@@ -12,13 +12,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines import storage
-from pipelines.data.stage.columns import parquet_bytes
+from pipelines.data.stage.columns import contained, parquet_bytes, positions, release_memory, widened
 from pipelines.data.stage.stage import ERROR, WORK_KEY, Row, Stage
 from pipelines.errors import JobError
 
 STAGES = "stages"  # folder of a dataset
 PART = "part"  # column that any table has when it is read: number of the file, among ``StageTable.parts``
 _READERS = 16  # threads, as a store takes long to answer
+_LOCAL_READERS = 2  # of files of this machine: more of them take longer, and each keeps memory for itself
 _PIECE_ROWS = 1 << 16
 _PIECE_BYTES = 1 << 27
 _PART_FIELD = pa.field(PART, pa.int32())
@@ -53,8 +54,9 @@ class StageTable:
             keys += table[WORK_KEY].chunks
             if ERROR in columns and table[ERROR].null_count < table.num_rows:
                 failed.append(table.filter(pc.is_valid(table[ERROR])).cast(failed[0].schema))
+        release_memory()
         failures = pa.concat_tables(failed).group_by(WORK_KEY, use_threads=False).aggregate([(ERROR, "first")])
-        return pc.unique(pa.chunked_array(keys, pa.string())), failures.rename_columns([WORK_KEY, ERROR])
+        return pc.unique(widened(pa.chunked_array(keys, pa.string()))), failures.rename_columns([WORK_KEY, ERROR])
 
     def pieces(
         self,
@@ -77,7 +79,7 @@ class StageTable:
             JobError: the table lacks a key.
         """
         schema = pa.schema([self.schema.field(name) for name in dict.fromkeys([WORK_KEY, *columns]) if name != PART])
-        wanted = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
+        wanted = widened(keys)
         seen = np.zeros(len(wanted) + 1, bool)
         seen[-1] = True  # where -1, the place of what is not wanted, leads
         read = (
@@ -90,7 +92,7 @@ class StageTable:
             )
         for tables in _grouped(read, max(_PIECE_ROWS, len(wanted) // 4)):  # each time all wanted keys are hashed
             group = pa.concat_tables(tables)
-            places = pc.fill_null(pc.index_in(group[WORK_KEY], wanted), -1).to_numpy().astype(np.int64)
+            places = pc.fill_null(positions(group[WORK_KEY], wanted), -1).to_numpy().astype(np.int64)
             chosen = np.zeros(group.num_rows, bool)
             start = 0
             for table in tables:
@@ -98,9 +100,11 @@ class StageTable:
                 chosen[own] = ~seen[places[own]]
                 seen[places[own]] = True
                 start = own.stop
-            if chosen.any():
+            if chosen.all():  # nothing is copied
+                yield places, group
+            elif chosen.any():
                 yield places[chosen], group.filter(pa.array(chosen))
-        pa.default_memory_pool().release_unused()
+        release_memory()
         if not seen.all():
             example = wanted[int(np.flatnonzero(~seen)[0])]
             raise JobError(
@@ -108,11 +112,17 @@ class StageTable:
                 "deleted meanwhile; give the same command again"
             )
 
-    def read(self, columns: Sequence[str] | None = None, keys: pa.Array | pa.ChunkedArray | None = None) -> pa.Table:
-        """All rows (or those of some keys), each key's from one part."""
+    def read(
+        self,
+        columns: Sequence[str] | None = None,
+        keys: pa.Array | pa.ChunkedArray | None = None,
+        *,
+        parts: Sequence[str] | None = None,
+    ) -> pa.Table:
+        """All rows (or those of some keys), each key's from one part; ``parts`` as in ``pieces``."""
         wanted = list(columns if columns is not None else self.schema.names)
         empty = self.readable.empty_table().select(wanted)
-        pieces = self.pieces(wanted, self.keys() if keys is None else keys)
+        pieces = self.pieces(wanted, self.keys() if keys is None else keys, parts=parts)
         return pa.concat_tables([empty, *(rows.select(wanted) for _, rows in pieces)])
 
 
@@ -162,11 +172,12 @@ def read_columns(uri: str, columns: list[str] | None, rows: pc.Expression | None
 
 def read_parts(uris: Sequence[str], columns: list[str] | None, rows: pc.Expression | None = None) -> Iterator[pa.Table]:
     """Some columns (None: all) and rows of many Parquet files, in their order; a few ahead at a time."""
-    with ThreadPoolExecutor(_READERS) as pool:
+    readers = _LOCAL_READERS if all(map(storage.is_local, uris)) else _READERS
+    with ThreadPoolExecutor(readers) as pool:
         ahead: deque[Future[pa.Table]] = deque()
         for uri in uris:
             ahead.append(pool.submit(read_columns, uri, columns, rows))
-            if len(ahead) > _READERS:
+            if len(ahead) > readers:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
@@ -174,4 +185,4 @@ def read_parts(uris: Sequence[str], columns: list[str] | None, rows: pc.Expressi
 
 def anti_join(inputs: pa.Table, done: pa.Array) -> pa.Table:
     """The inputs whose key is not done."""
-    return inputs.filter(pc.invert(pc.is_in(inputs[WORK_KEY], done))) if len(done) else inputs
+    return inputs.filter(pc.invert(contained(inputs[WORK_KEY], done))) if len(done) else inputs

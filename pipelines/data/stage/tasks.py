@@ -1,5 +1,6 @@
 """Ray tasks over partitions of something large: as many at a time as there are cores, their results in order."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -17,6 +18,11 @@ def is_worth_tasks(size: float) -> bool:
     return size >= _FEW_BYTES and ray.is_initialized()
 
 
+def store_bytes() -> float:
+    """Of memory that Ray's workers share, on all nodes together; infinitely many where there are no workers."""
+    return float(ray.cluster_resources().get("object_store_memory", 0)) if ray.is_initialized() else math.inf
+
+
 def run_tasks(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], *, remote: bool) -> Iterator[Any]:
     """What a function gives for each list of arguments, in their order; a few of these are drawn ahead.
 
@@ -31,7 +37,7 @@ def run_tasks(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], *,
         JobError: workers died again and again. What the function raises is raised as it was.
     """
     for references in start_tasks(function, calls, remote=remote, num_returns=1):
-        yield fetch(references[0]) if remote else references[0]
+        yield fetch(references[0])
 
 
 def start_tasks(
@@ -64,7 +70,9 @@ def _done(references: list[Any]) -> list[Any]:
 
 
 def fetch(reference: Any) -> Any:
-    """What a reference stands for, or the error of the task that was to make it."""
+    """What a reference stands for, or the error of the task that was to make it; what is none stands for itself."""
+    if not isinstance(reference, ray.ObjectRef):
+        return reference
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:

@@ -14,7 +14,9 @@ from pipelines.data.stage.table import read_parts
 from pipelines.errors import JobError
 
 _LEAST_BYTES = 64 << 20  # of the values of a group, if there are as many
-_MOST_GROUPS = 512
+_MOST_BYTES = 256 << 20  # likewise at most, but for a single file of more
+_MANY_GROUPS = 512  # from which on they are larger than the least
+_FILE_BYTES = 1 << 17  # that take as long to read as it takes to open a file
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class StoredValues:
     column: str
 
     def groups(self, sizes: NDArray[np.int64]) -> Iterator[ValueGroup]:
-        """All rows in groups of some size, and not too many; the rows of a file are in one of them.
+        """All rows in groups of some size; the rows of a file are in one of them.
 
         Sizes are bytes of the value of each row, roughly.
         """
@@ -44,9 +46,10 @@ class StoredValues:
         column = self.files.unify_dictionaries().combine_chunks()
         names, numbers = column.dictionary, column.indices.to_numpy()
         order = np.argsort(numbers, kind="stable")
-        before = np.cumsum(sizes[order]) - sizes[order]
         used, firsts, lengths = np.unique(numbers[order], return_index=True, return_counts=True)
-        group_of = before[firsts] // max(_LEAST_BYTES, int(sizes.sum()) // _MOST_GROUPS)
+        totals = np.add.reduceat(sizes[order], firsts) + _FILE_BYTES
+        most = min(max(_LEAST_BYTES, int(totals.sum()) // _MANY_GROUPS), _MOST_BYTES)
+        group_of = (np.cumsum(totals) - totals) // most
         for group in np.unique(group_of):
             own = group_of == group
             first = int(firsts[own][0])

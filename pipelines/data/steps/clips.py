@@ -44,7 +44,7 @@ class Clips:
         """Note which file of the looks stage's table has the looks of each of some clips, for who is to read them."""
         numbers = np.full(self.table.num_rows, -1, np.int32)
         parts = looks.parts()
-        for places, rows in looks.pieces([PART], picture_keys(self.of(clips))):
+        for places, rows in looks.pieces([PART], picture_keys(self.of(clips)), parts=parts):
             numbers[clips[places]] = rows[PART].to_numpy()
         indices = pa.array(numbers, mask=numbers < 0)
         column = pa.DictionaryArray.from_arrays(indices, pa.array(parts, pa.string()))

@@ -9,9 +9,10 @@ best copy is kept, and every further one that is like none of those kept before 
 
 Pairs worth comparing have some frame of like signature, the signs of 256 random projections: frames are sorted by
 signature eight times, each time by other bits first, and compared with those they come to lie beside. Ray's workers
-make the signatures and keep them; each sorts those that begin with some bits, and pairs come back. The thumbnails
-themselves are read again for the few clips that have a like. The projections are seeded and the result does not depend
-on the order of the clips, or on how they are dealt to workers.
+make the signatures and keep them; each sorts those that begin with some bits and keeps the pairs. The thumbnails
+themselves are read again for the few clips that have a like, compared by workers too, and pairs that pass come back.
+The projections are seeded and the result does not depend on the order of the clips, on how they are dealt to workers,
+or on the workers' CPUs: all that is added up is whole, so that sums are exact in any order.
 """
 
 import math
@@ -44,11 +45,15 @@ _SPREAD = 6.0  # standard deviations by which signatures of frames as like as th
 _BLOCK = 1 << 11  # clips whose frames are projected at a time
 _TASK_FRAMES = 1 << 20  # that a task sorts, about
 _CLIP_BYTES = 8 * DIMENSIONS  # of the fingerprint of a clip, roughly
+_PARTS = 1 << 20  # of one
 _CACHED = 1 << 14  # fingerprints that are kept unpacked
+_RANGE = 1 << 20  # clips, the pairs of which a task compares
 _PAIRS = 1 << 14  # of clips that are compared before groups are formed anew
+_GROUPED = 1 << 14  # clips of groups of which a task chooses those to be kept
 _KEPT_COMPARED = 64  # copies kept of a group, the best, that each clip of it is compared with
 
-Print = NDArray[np.float32]  # [frames, DIMENSIONS], rows of unit length, or zero where flat
+# [frames, DIMENSIONS], rows of unit length in whole parts of ``1 / _PARTS``, or zero where flat
+Print = NDArray[np.float64]
 # Of clips at some places, an ascending number for each, the lowest that of the best copy.
 Preference = Callable[[NDArray[np.int64]], NDArray[np.int64]]
 # Given places of clips, their stored fingerprints in groups, which number the places given.
@@ -65,11 +70,11 @@ class NearDuplicate:
 
 def unpack_fingerprint(data: bytes) -> Print:
     """Unit vectors of a stored fingerprint (uint8 thumbnails, one after another)."""
-    pixels = np.frombuffer(data, np.uint8).reshape(-1, DIMENSIONS).astype(np.float32)
-    centred = pixels - pixels.mean(axis=1, keepdims=True)
-    length = np.linalg.norm(centred, axis=1, keepdims=True)
-    lively = length > FLAT * np.sqrt(DIMENSIONS)
-    return np.where(lively, centred / np.maximum(length, 1e-6), 0).astype(np.float32)
+    pixels = np.frombuffer(data, np.uint8).reshape(-1, DIMENSIONS).astype(np.float64)
+    centred = DIMENSIONS * pixels - pixels.sum(axis=1, keepdims=True)  # times the number of pixels
+    length = np.sqrt(np.square(centred).sum(axis=1, keepdims=True))
+    lively = length > FLAT * np.sqrt(DIMENSIONS) * DIMENSIONS
+    return np.where(lively, np.rint(centred / np.maximum(length, 1) * _PARTS), 0)
 
 
 def similarity(first: Print, second: Print) -> float:
@@ -85,7 +90,7 @@ def similarity(first: Print, second: Print) -> float:
         count = int(np.diagonal(telling, offset).sum())
         if count >= MIN_FRAMES:
             best = max(best, float(np.diagonal(cosines, offset).sum()) / count)
-    return best
+    return best / _PARTS**2
 
 
 def find_near_duplicates(
@@ -110,31 +115,99 @@ def _find_linked(
 ) -> tuple[dict[int, NearDuplicate], NDArray[np.int64]]:
     """Likewise, and pairs of near-duplicates, [n, 2], which link all that are so, directly or through others."""
     order = pc.sort_indices(keys).to_numpy().astype(np.int64)
-    # From here on clips are numbered among those with a like, in the order of their keys.
+    # From here on clips are numbered in the order of their keys.
     rank, every = np.argsort(order), fingerprints(np.arange(len(order)))
     remote = is_worth_tasks(len(order) * _CLIP_BYTES)
     signed = list(start_tasks(sign, ((group.read, rank[group.rows]) for group in every), remote=remote, num_returns=3))
-    ranks, pairs = np.unique(_candidates(signed, threshold, remote=remote), return_inverse=True)
-    places = order[ranks]
-    packed: dict[int, bytes] = {}
-    for group in fingerprints(places):
-        packed |= zip(group.rows.tolist(), group.read().to_pylist(), strict=True)
+    seen, candidates = _candidates(signed, len(order), threshold, remote=remote)
+    ranks = np.flatnonzero(seen)
+    reads = ((group.read, ranks[group.rows]) for group in fingerprints(order[ranks]))
+    prints = [read[0] for read in start_tasks(read_prints, reads, remote=remote, num_returns=1)]
+    calls = ((threshold, prints, *pieces) for pieces in candidates)
+    links = np.concatenate([np.zeros((0, 2), np.int64), *run_tasks(link_pairs, calls, remote=remote)])
+    linked, local = np.unique(links, return_inverse=True)
+    lowest = _lowest_linked(local.reshape(-1, 2), len(linked))
+    preference = np.zeros(len(linked), np.int64) if prefer is None else prefer(order[linked])
+    found = {}
+    groups = ((threshold, prints, *some) for some in _deal_groups(linked, lowest, links, preference))
+    for clips, kept, cosines in run_tasks(choose_kept, groups, remote=remote):
+        for clip, copy, cosine in zip(order[clips].tolist(), order[kept].tolist(), cosines.tolist(), strict=True):
+            found[clip] = NearDuplicate(copy, cosine)
+    return found, order[links]
 
-    @lru_cache(_CACHED)
-    def print_of(clip: int) -> Print:
-        return unpack_fingerprint(packed[clip])
 
-    links, lowest = np.zeros((0, 2), np.int64), np.arange(len(places))
+def _deal_groups(
+    linked: NDArray[np.int64], lowest: NDArray[np.int64], links: NDArray[np.int64], preference: NDArray[np.int64]
+) -> Iterator[tuple[NDArray[np.int64], ...]]:
+    """Whole groups of linked clips, some at a time: the clips, the group of each, the links among them, preferences."""
+    names, sizes = np.unique(lowest, return_counts=True)
+    call_of = (np.cumsum(sizes) - sizes) // _GROUPED  # of each group
+    call_of_clip = call_of[np.searchsorted(names, lowest)]
+    call_of_link = call_of_clip[np.searchsorted(linked, links[:, 0])]
+    by_clip, by_link = (np.argsort(calls, kind="stable") for calls in (call_of_clip, call_of_link))
+    for call in np.unique(call_of).tolist():
+        own, own_links = (
+            order[slice(*np.searchsorted(calls[order], [call, call + 1]))]
+            for calls, order in ((call_of_clip, by_clip), (call_of_link, by_link))
+        )
+        yield linked[own], lowest[own], links[own_links], preference[own]
+
+
+class _Prints:
+    """The fingerprints of some clips, fetched from where ``read_prints`` left those of all that have a like."""
+
+    def __init__(self, clips: NDArray[np.int64], prints: Sequence[Any]) -> None:
+        self._packed: dict[int, bytes] = {}
+        for piece in prints:
+            numbers, values = fetch(piece)
+            own = np.flatnonzero(np.isin(numbers, clips))
+            self._packed |= zip(numbers[own].tolist(), take(values, own).to_pylist(), strict=True)
+        self._of = lru_cache(_CACHED)(lambda clip: unpack_fingerprint(self._packed[clip]))
+
+    def compare(self, one: int, other: int) -> float:
+        """The ``similarity`` of two clips."""
+        return similarity(self._of(one), self._of(other))
+
+
+def read_prints(
+    read: Callable[[], pa.ChunkedArray], clips: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], pa.ChunkedArray]:
+    """Numbers of some clips and the stored fingerprint of each."""
+    return clips, read()
+
+
+def link_pairs(threshold: float, prints: Sequence[Any], *pieces: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of pairs of clips, [n, 2], given in pieces, as many near-duplicates as link all that are so linked by any."""
+    pairs = np.unique(np.concatenate([np.zeros((0, 2), np.int64), *pieces]), axis=0)
+    clips, local = np.unique(pairs, return_inverse=True)
+    local, links, lowest = local.reshape(-1, 2), np.zeros((0, 2), np.int64), np.arange(len(clips))
+    known = _Prints(clips, prints)
     for start in range(0, len(pairs), _PAIRS):
-        some = pairs[start : start + _PAIRS]
+        some = local[start : start + _PAIRS]
         some = some[lowest[some[:, 0]] != lowest[some[:, 1]]]  # others are known to be of one group
-        alike = [similarity(print_of(first), print_of(second)) >= threshold for first, second in some.tolist()]
+        alike = [known.compare(first, second) >= threshold for first, second in clips[some].tolist()]
         links = np.concatenate([links, some[np.array(alike, bool)]])
-        lowest = _lowest_linked(links, len(places))
-    preference = np.zeros(len(places), np.int64) if prefer is None else prefer(places)
-    found = _choose_kept(lowest, links, preference, threshold, lambda *pair: similarity(*map(print_of, pair)))
-    duplicates = {int(places[clip]): NearDuplicate(int(places[kept]), cosine) for clip, (kept, cosine) in found.items()}
-    return duplicates, places[links]
+        lowest = _lowest_linked(links, len(clips))
+    return np.asarray(clips[links])
+
+
+def choose_kept(
+    threshold: float,
+    prints: Sequence[Any],
+    clips: NDArray[np.int64],
+    groups: NDArray[np.int64],
+    links: NDArray[np.int64],
+    preference: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Of whole groups of clips (ascending), those not kept, the copy kept in place of each, and their cosine."""
+    known = _Prints(clips, prints)
+
+    def compare(one: int, other: int) -> float:
+        return known.compare(int(clips[one]), int(clips[other]))
+
+    found = _choose_kept(groups, np.searchsorted(clips, links), preference, threshold, compare)
+    kept, cosines = zip(*found.values(), strict=True) if found else ((), ())
+    return clips[np.array([*found], np.int64)], clips[np.array(kept, np.int64)], np.array(cosines, np.float64)
 
 
 def _choose_kept(
@@ -197,23 +270,41 @@ def sign(
     return np.ascontiguousarray(np.concatenate(words, axis=1)), every, len(every)
 
 
-def _candidates(signed: Sequence[Sequence[Any]], threshold: float, *, remote: bool) -> NDArray[np.int64]:
-    """Pairs of clips, [n, 2], the lower rank first, sorted, that have frames of like signatures."""
-    count = sum(fetch(size) if remote else size for _, _, size in signed)
+def _candidates(
+    signed: Sequence[Sequence[Any]], clips: int, threshold: float, *, remote: bool
+) -> tuple[NDArray[np.bool_], list[list[Any]]]:
+    """Pairs of clips that have frames of like signatures.
+
+    Returns:
+        Of each clip, whether it is in a pair; and of each range of clips, what the pairs are in whose lower one is of
+        that range, a few pairs in several of these.
+    """
+    count = sum(fetch(size) for _, _, size in signed)
     prefix = int(np.clip(np.log2(count + 1), 8, 24))  # bits that must agree
     bits = int(np.clip(np.ceil(np.log2((count + 1) / _TASK_FRAMES)), 0, 8))  # that say which task has a frame
     signatures = [part for words, owners, _ in signed for part in (words, owners)]
-    calls = ((word, part, bits, prefix, threshold, *signatures) for word in range(_WORDS) for part in range(1 << bits))
-    pairs = np.zeros((0, 2), np.int64)
-    for found in run_tasks(find_pairs, calls, remote=remote):
-        pairs = np.unique(np.concatenate([pairs, found]), axis=0)
-    return pairs
+    bounds = np.arange(0, max(1, clips) + _RANGE, _RANGE)
+    sort = (prefix, threshold, bounds)
+    calls = ((word, part, bits, *sort, *signatures) for word in range(_WORDS) for part in range(1 << bits))
+    seen, found = np.zeros(clips, bool), []
+    for mine, *pieces in start_tasks(find_pairs, calls, remote=remote, num_returns=len(bounds)):
+        seen[fetch(mine)] = True
+        found.append(pieces)
+    return seen, [list(pieces) for pieces in zip(*found, strict=True)]
 
 
 def find_pairs(
-    word: int, part: int, bits: int, prefix: int, threshold: float, *signatures: NDArray[Any]
-) -> NDArray[np.int64]:
-    """Pairs of clips, [n, 2], the lower rank first, of which frames lie beside each other and are alike.
+    word: int,
+    part: int,
+    bits: int,
+    prefix: int,
+    threshold: float,
+    bounds: NDArray[np.int64],
+    *signatures: NDArray[Any],
+) -> list[NDArray[np.int64]]:
+    """Pairs of clips, [n, 2], the lower number first, of which frames lie beside each other and are alike.
+
+    First come the clips that are in any, then the pairs by the range of the lower one, whose ``bounds`` are given.
 
     Frames are sorted by their signature from the word of that number on; those whose first ``bits`` are ``part`` count.
     ``signatures`` are words and owners of all frames, in turns. Only frames are compared whose first ``prefix`` bits,
@@ -239,7 +330,8 @@ def find_pairs(
         chosen = (differing <= most) & (owners[one] != owners[other])
         if chosen.any():
             found.append(np.sort(np.stack([owners[one[chosen]], owners[other[chosen]]], axis=1), axis=1))
-    return np.unique(np.concatenate(found), axis=0)
+    pairs = np.unique(np.concatenate(found), axis=0)
+    return [np.unique(pairs), *np.split(pairs, np.searchsorted(pairs[:, 0], bounds[1:-1]))]
 
 
 def linked_groups(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:

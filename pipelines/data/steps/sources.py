@@ -21,7 +21,7 @@ from pipelines.data.reasons import reason_of
 from pipelines.data.settings import TABLE_SUFFIXES as TABLE_SUFFIXES  # at hand here too
 from pipelines.data.settings import SourceConfig
 from pipelines.data.snapshot.removals import read_removed
-from pipelines.data.stage.columns import sort, take
+from pipelines.data.stage.columns import first_places, positions, sort, take
 from pipelines.data.stage.stage import WORK, Row, Stage
 from pipelines.data.steps.run import Run, Step, read_in_order
 from pipelines.decoding.errors import VideoError, unreadable_error
@@ -97,7 +97,8 @@ def _table(files: Sequence[storage.FileInfo]) -> pa.Table:
 
 def _list_table(path: str) -> pa.Table:
     """A table of millions of rows is taken in pieces, as its names weigh several times more as Python's objects."""
-    names = pc.unique(read_table(path, ["path"], "source.path")["path"])
+    every = read_table(path, ["path"], "source.path")["path"]
+    names = take(every, first_places(every))
     names = names.filter(pc.fill_null(pc.not_equal(names, ""), False))
     pieces = [LISTING.empty_table()]
     for start in range(0, len(names), _PIECE):
@@ -218,8 +219,7 @@ def hash_file(uri: str) -> dict[str, str | None]:
 def first_paths(sources: pa.Table) -> pa.Table:
     """One row per content of the listing joined with its hashes: of equal files the one with the lowest path."""
     readable = sort(sources.filter(pc.is_valid(sources["source_id"])), ["source_id", "path"])
-    ids = readable["source_id"].combine_chunks()
-    return take(readable, pc.index_in(pc.unique(ids), ids).to_numpy())
+    return take(readable, first_places(readable["source_id"]))
 
 
 class HashSources(Step):
@@ -241,15 +241,14 @@ class HashSources(Step):
     def apply(self, run: Run) -> None:
         """Hash what is new, and find what stands for each content."""
         listing = run.listing
-        keys = pc.unique(listing["work_key"])  # a file may be listed under several names
-        files = listing.take(pc.index_in(keys, listing["work_key"].combine_chunks()))
+        files = take(listing, first_places(listing["work_key"]))  # a file may be listed under several names
         work = pc.max_element_wise(files["size"], 0).cast(pa.float64())
         # What cannot be read counts in the split stage.
         table = run.compute("sources", files.append_column(WORK, work), total=math.inf)
         hashed = read_in_order(table, ["source_id", "error"], files["work_key"])
-        places = pc.index_in(listing["work_key"], keys)
+        places = positions(listing["work_key"], files["work_key"]).to_numpy()
         for name in ("source_id", "error"):
-            listing = listing.append_column(name, hashed[name].take(places))
+            listing = listing.append_column(name, take(hashed[name], places))
         flags = pc.is_in(listing["source_id"], pa.array(read_removed(run.config.dataset), pa.string()))
         run.sources, run.removed = listing.filter(pc.invert(flags)), listing.filter(flags)
         run.first = first_paths(run.sources)

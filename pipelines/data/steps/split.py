@@ -15,7 +15,7 @@ from pipelines.data.keys import clip_key, picture_key, sources_of
 from pipelines.data.reasons import reason_of
 from pipelines.data.scores import Thresholds, scores_of
 from pipelines.data.settings import DecodeConfig, LooksConfig, SplitConfig
-from pipelines.data.stage.columns import sort
+from pipelines.data.stage.columns import positions, sort, take
 from pipelines.data.stage.stage import WORK, Row, Stage, StageResources
 from pipelines.data.stage.table import PART, StageTable, anti_join, commit_part
 from pipelines.data.steps.clips import Clips
@@ -214,15 +214,18 @@ class SplitSources(Step):
         # Fingerprints are most of the table, and read where they are needed.
         columns = [*(name for name in CLIPS.names if name != "fingerprint"), PART]
         parts = table.parts()
-        rows = table.read(columns, keys=first["source_id"])
+        rows = table.read(columns, keys=first["source_id"], parts=parts)
         run.failed = rows.filter(pc.is_null(rows["key"]))
-        clips = sort(rows.filter(pc.is_valid(rows["key"])), ["work_key", "start_s"])
-        places = pc.index_in(clips["work_key"], first["source_id"].combine_chunks())
-        run.clips = Clips(clips, first["uri"].take(places), parts)
+        if run.failed.num_rows:  # else nothing is copied
+            rows = rows.filter(pc.is_valid(rows["key"]))
+        clips = sort(rows, ["work_key", "start_s"])
+        del rows  # which weigh as much
+        places = positions(clips["work_key"], first["source_id"]).to_numpy()
+        run.clips = Clips(clips, take(first["uri"], places), parts)
 
 
 def _looked(sources: pa.ChunkedArray, looks: pa.Array) -> pa.ChunkedArray:
     """Of each source, the keys of the looks that there are of its clips, as after a change of split settings."""
-    keys = pa.chunked_array([looks], pa.string())
+    keys = pa.chunked_array([looks], looks.type)
     found = pa.table({"source": sources_of(keys), "key": keys}).group_by("source").aggregate([("key", "list")])
-    return found["key_list"].take(pc.index_in(sources, found["source"].combine_chunks()))
+    return found["key_list"].take(positions(sources, found["source"]))

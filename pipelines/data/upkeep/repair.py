@@ -102,7 +102,10 @@ def _repair_snapshot(dataset: str, snapshot: Snapshot, done: Repair) -> None:
     lost = [path for path, part_data in found_parts.items() if part_data is None]
     if lost:
         for path in lost:
-            done.beyond[f"{name}/{path}"] = "give the `lumos curate` that made it again, or delete the snapshot"
+            again = "give the `lumos curate` that made it again"
+            if manifest.schema_version == 1:
+                again = "copy it back; `lumos curate` publishes a new snapshot"
+            done.beyond[f"{name}/{path}"] = f"{again}, or delete the snapshot"
         return
     ledger = snapshot.read_ledger()
     if not storage.exists(storage.join(snapshot.uri, "README.md")):

@@ -18,6 +18,7 @@ from pipelines.data.reasons import reason_of
 from pipelines.data.snapshot.ledger import count_statuses
 from pipelines.data.snapshot.read import Bucket, Shard, Snapshot
 from pipelines.data.snapshot.schemas import LATER_COLUMNS, LEDGER, TOKENS
+from pipelines.data.stage.columns import contained, widened
 from pipelines.data.stage.stage import Row
 from pipelines.data.upkeep.codes import encoded_frames, snapshot_tokenizer
 from pipelines.data.upkeep.stills import decode_clips
@@ -66,7 +67,7 @@ def verify_snapshot(snapshot: Snapshot) -> Verification:
             problems += _check_shard(snapshot, bucket, shard, table)
             shards, rows = shards + 1, rows + table.num_rows
             tokens += table.num_rows * bucket.t * bucket.h * bucket.w
-            ids.append(table["clip_id"].combine_chunks())
+            ids += table["clip_id"].chunks
             sources.setdefault(bucket.split, []).append(pc.unique(table["source_id"]))
     clip_ids = pa.chunked_array(ids, pa.string())
     problems += _named("in more than one row", _repeated(clip_ids))
@@ -132,21 +133,21 @@ def _check_ledger(snapshot: Snapshot, clip_ids: pa.ChunkedArray) -> Iterator[str
     counts = count_statuses([ledger])
     if ledger.num_rows != info.rows or counts != info.counts:
         yield f"ledger: rows by status are {counts}, the manifest says {info.counts}"
-    keys = ledger["key"].combine_chunks()
+    keys = ledger["key"]
     if pc.any(pc.greater(keys[:-1], keys[1:])).as_py():
         yield "ledger: its rows are not sorted by key"
     kept = ledger.filter(pc.equal(ledger["status"], "kept"))["key"]
     yield from _named(
-        "kept by the ledger but in no shard", kept.filter(pc.invert(pc.is_in(kept, clip_ids))).to_pylist()
+        "kept by the ledger but in no shard", kept.filter(pc.invert(contained(kept, clip_ids))).to_pylist()
     )
-    extra = clip_ids.filter(pc.invert(pc.is_in(clip_ids, kept.combine_chunks())))
+    extra = clip_ids.filter(pc.invert(contained(clip_ids, kept)))
     yield from _named("in a shard but not kept by the ledger", extra.to_pylist())
     yield from _named("more than one ledger row", _repeated(ledger["key"]))
 
 
 def _repeated(names: pa.ChunkedArray) -> list[str]:
     """Those that are there more than once."""
-    counts = pc.value_counts(names)
+    counts = pc.value_counts(widened(names))
     repeated: list[str] = counts.field("values").filter(pc.greater(counts.field("counts"), 1)).to_pylist()
     return repeated
 

@@ -6,6 +6,11 @@ things move; and the colours of each quarter, as a wipe comes to one after anoth
 far from those after, and each side is near to itself; in a dissolve those between lie on the line from one side to the
 other; while the camera pans, frames are the farther from one another the later they come, on both sides alike. A small
 network tells these apart; its weights are beside this module, and ``teach_transitions.py`` has taught it.
+
+What is told of a source must not depend on the machine. In which order a CPU adds up a product of matrices is its own
+affair, so all that is added is whole: vectors, distances and weights count in small fractions of one, and 64-bit floats
+hold every sum of such products exactly. What else is computed is rounded alike everywhere, but for the last step's
+exponential, whose last digits are rounded off.
 """
 
 from collections.abc import Sequence
@@ -35,8 +40,14 @@ _SHORT = 4  # frames between transitions, of which so few are part of one
 _FLASH = 7  # frames from before a flash to after it
 _HARD = 0.7  # of the way from one side of a transition to the other, which a cut goes in one step
 
+# Parts of one in which numbers count: what describes a frame, distances, what is between layers, weights. Vectors are
+# no longer than 8; of the weights that there are, no sum of a layer reaches 2^53, whatever the distances.
+_VECTOR_PARTS, _DISTANCE_PARTS, _LAYER_PARTS, _WEIGHT_PARTS = 1 << 20, 1 << 16, 1 << 12, 1 << 16
+_DIGITS = 4  # of how surely a step belongs to a transition
+
 Floats = NDArray[np.float32]
-Description = tuple[Floats, ...]
+Doubles = NDArray[np.float64]
+Description = tuple[Doubles, ...]
 
 
 @dataclass(frozen=True)
@@ -59,24 +70,27 @@ class Judgement:
 
 
 def describe(planes: NDArray[np.uint8]) -> Description:
-    """What of a frame (Y, Cb and Cr, [3, height, width]) is compared: layout, histogram, quarters; a vector each."""
+    """What of a frame (Y, Cb and Cr, [3, height, width]) is compared: layout, histogram, quarters; a vector each.
+
+    They are whole numbers, in parts of ``1 / _VECTOR_PARTS``.
+    """
     size = (_WIDTH, _HEIGHT)
     small = np.stack([cv2.resize(plane, size, interpolation=cv2.INTER_AREA) for plane in planes])
-    colours = small.astype(np.float32).ravel()
-    luma = colours[: _WIDTH * _HEIGHT]
-    layout = luma - luma.mean()
-    contrast = float(np.sqrt(np.mean(layout**2)))
-    layout /= np.sqrt(layout.size) * np.hypot(contrast, _GRAIN)
+    luma = small[0].ravel().astype(np.float64)
+    count = luma.size
+    layout = count * luma - luma.sum()  # times the number of pixels, so that it is whole
+    length = np.sqrt(layout @ layout + (count * _GRAIN) ** 2 * count)
     bins = small.reshape(3, -1) // (256 // _BINS) + _PLANE_BINS
     counts = np.bincount(bins.ravel(), minlength=3 * _BINS).reshape(3, _BINS)
     # Neighbouring bins share, so that a little more light is a little difference.
     shared = 0.25 * counts[:, _BELOW] + 0.5 * counts + 0.25 * counts[:, _ABOVE]
-    histogram = np.sqrt(shared.ravel() / colours.size).astype(np.float32)
+    histogram = np.sqrt(shared.ravel() / small.size)
     quarters = small.reshape(3, 2, _HEIGHT // 2, 2, _WIDTH // 2).transpose(1, 3, 0, 2, 4).reshape(4, -1)
-    return (layout.astype(np.float32), histogram, *(quarters / np.float32(32 * np.sqrt(quarters.shape[1]))))
+    vectors = (layout / length, histogram, *(quarters / (32 * np.sqrt(quarters.shape[1]))))
+    return tuple(np.rint(vector * _VECTOR_PARTS) for vector in vectors)
 
 
-def measure_steps(described: Sequence[Floats]) -> Floats:
+def measure_steps(described: Sequence[Doubles]) -> Doubles:
     """The distances looked at: of frames described one after another, [n, d] of each kind, [n - 2 * REACH, f].
 
     The first row is of the step that leads to frame ``REACH``.
@@ -87,24 +101,27 @@ def measure_steps(described: Sequence[Floats]) -> Floats:
     for vectors in described:
         products = vectors @ vectors.T
         squares = np.diagonal(products)
-        found.append(np.sqrt(np.maximum(squares[one] + squares[other] - 2 * products[one, other], 0)))
+        found.append(np.sqrt(squares[one] + squares[other] - 2 * products[one, other]) / _VECTOR_PARTS)
     return np.concatenate(found, axis=1)
 
 
 @cache
-def _network() -> dict[str, Floats]:
+def _network() -> list[tuple[Doubles, Doubles]]:
+    """Weights, in parts of ``1 / _WEIGHT_PARTS``, and biases of each layer."""
     with resources.files(__package__).joinpath(WEIGHTS).open("rb") as file:
         stored: Any = np.load(file, allow_pickle=False)
-        return {name: stored[name].astype(np.float32) for name in stored.files}
+        layers = [(stored[f"w{layer}"].astype(np.float64), stored[f"b{layer}"].astype(np.float64)) for layer in "123"]
+    return [(np.rint(weights * _WEIGHT_PARTS), biases) for weights, biases in layers]
 
 
-def judge(measured: Floats) -> Floats:
+def judge(measured: Doubles) -> Floats:
     """How surely each step belongs to a transition, 0..1."""
-    weights, values = _network(), measured
-    for layer in ("1", "2"):
-        values = np.maximum(values @ weights[f"w{layer}"] + weights[f"b{layer}"], 0)
-    logits = (values @ weights["w3"] + weights["b3"])[:, 0]
-    return np.asarray(1 / (1 + np.exp(-logits.clip(-30, 30))), np.float32)
+    values, parts = measured, _DISTANCE_PARTS
+    for weights, biases in _network():
+        sums = np.rint(values.clip(min=0) * parts) @ weights  # what a layer gives below 0, the next one sees as 0
+        values, parts = sums / (parts * _WEIGHT_PARTS) + biases, _LAYER_PARTS
+    sure = 1 / (1 + np.exp(-values[:, 0].clip(-30, 30)))
+    return np.asarray(sure.round(_DIGITS), np.float32)
 
 
 class TransitionMeter:
@@ -134,7 +151,7 @@ class TransitionMeter:
         self._until.append(self._index)
         # A film begins as if its first frame had been there for long.
         self._described += [described] * (REACH + 1 if len(self._looked) == 1 else 1)
-        self._across.append(float(np.linalg.norm(self._described[-1 - _FLASH][0] - described[0])))
+        self._across.append(_length(self._described[-1 - _FLASH][0] - described[0]))
         if len(self._described) == _CHUNK + 2 * REACH:
             self._judge()
 
@@ -174,4 +191,8 @@ class TransitionMeter:
 
 
 def _distance(one: Description, other: Description) -> float:
-    return float(sum(np.linalg.norm(first - second) for first, second in zip(one, other, strict=True)))
+    return sum(_length(first - second) for first, second in zip(one, other, strict=True))
+
+
+def _length(vector: Doubles) -> float:
+    return float(np.sqrt(vector @ vector)) / _VECTOR_PARTS

@@ -55,7 +55,7 @@ class Run:
         marks = {
             "worker": ("ray::MapWorker",),
             "child": ("decode_child",),
-            "decision": ("ray::sign", "ray::find_pairs"),
+            "decision": ("ray::sign", "ray::find_pairs", "ray::link_pairs", "ray::choose_kept"),
             "publication": ("ray::deal_codes", "ray::write_bundle", "ray::write_ledger_part"),
         }[kind]
         return sorted(pid for pid, command in self.descendants() if any(mark in command for mark in marks))

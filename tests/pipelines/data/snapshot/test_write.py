@@ -11,6 +11,7 @@ import pytest
 from pipelines import storage
 from pipelines.data.settings import PublishConfig
 from pipelines.data.snapshot import ledger, shards
+from pipelines.data.snapshot.card import dataset_card
 from pipelines.data.snapshot.read import list_snapshots, open_snapshot
 from pipelines.data.snapshot.schemas import LEDGER, TOKENS
 from pipelines.data.snapshot.write import draw_split, write_snapshot
@@ -137,6 +138,32 @@ def test_what_an_interrupted_publication_wrote_is_not_written_again(tmp_path, mo
     assert {path: time for path, time in times(tmp_path / "b").items() if path in before} == before
 
 
+def test_parts_of_a_ledger_that_are_gone_or_damaged_are_written_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "_PART_ROWS", 20)
+    snapshot = make_snapshot(str(tmp_path), hashed_clips(), config=CONFIG)
+    expected, before = files(Path(snapshot.uri)), times(Path(snapshot.uri))
+    gone, cut_off, turned = (Path(snapshot.uri) / part.path for part in snapshot.manifest.ledger.parts[:3])
+    gone.unlink()
+    cut_off.write_bytes(cut_off.read_bytes()[:-9])
+    turned.write_bytes(turned.read_bytes()[::-1])  # of the same size
+    assert make_snapshot(str(tmp_path), hashed_clips(), config=CONFIG) == snapshot
+    assert files(Path(snapshot.uri)) == expected
+    written = {path for path, time in times(Path(snapshot.uri)).items() if time != before[path]}
+    assert written == {f"ledger/{path.name}" for path in (gone, cut_off, turned)}
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_what_a_killed_writer_left_is_removed(tmp_path, published):
+    snapshot = make_snapshot(str(tmp_path), clips(), config=CONFIG)
+    expected = files(Path(snapshot.uri))
+    if not published:
+        (Path(snapshot.uri) / "manifest.json").unlink()
+    left = Path(snapshot.uri) / snapshot.manifest.buckets[0].shards[0].path
+    left.with_name(f".{left.name}.123-0123abcd.tmp").write_bytes(b"half")
+    assert make_snapshot(str(tmp_path), clips(), config=CONFIG) == snapshot
+    assert files(Path(snapshot.uri)) == expected
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_workers_write_the_same_bytes_in_whatever_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger, "_PART_ROWS", 20)
@@ -148,6 +175,26 @@ def test_workers_write_the_same_bytes_in_whatever_pieces(tmp_path, monkeypatch):
         monkeypatch.setattr(shards, "_TASK_BYTES", size)
         found = write_snapshot(str(tmp_path / str(size)), content, CONFIG)
         assert files(Path(found.uri)) == expected
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("few", [0, 1 << 40])  # bytes below which no worker is asked
+def test_codes_that_the_store_cannot_hold_are_dealt_in_rounds(tmp_path, monkeypatch, few):
+    content = snapshot_content(hashed_clips(), config=CONFIG)
+    expected = files(Path(write_snapshot(str(tmp_path / "at once"), content, CONFIG).uri))
+    monkeypatch.setattr(tasks, "_FEW_BYTES", few)
+    monkeypatch.setattr(shards, "_TASK_BYTES", 5_000)
+    monkeypatch.setattr(shards, "_ROUND_BYTES", 10_000)
+    written = []
+
+    def code_groups():
+        written.append(len(list((tmp_path / "in rounds").rglob("*.parquet"))))
+        return content.code_groups()
+
+    found = write_snapshot(str(tmp_path / "in rounds"), replace(content, code_groups=code_groups), CONFIG)
+    assert files(Path(found.uri)) == expected
+    assert len(written) > 2
+    assert written == sorted(set(written))
 
 
 def test_the_parts_of_a_ledger_are_sorted_and_follow_each_other(tmp_path, monkeypatch):
@@ -172,6 +219,7 @@ def test_a_snapshot_with_a_ledger_of_version_1_is_read_and_appended_to(tmp_path)
     before = files(Path(first.uri))
     old = open_snapshot(str(tmp_path))
     assert old.manifest.schema_version == 1
+    assert "\n`ledger.parquet`, sorted by key" in dataset_card(old.manifest, {})
     assert old.read_ledger().equals(table)
     assert not verify_snapshot(old).problems
     second = make_snapshot(str(tmp_path), made | {"src99:0": made["src00:0"]}, config=CONFIG)

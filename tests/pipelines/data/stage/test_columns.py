@@ -2,10 +2,12 @@ import itertools
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from pipelines.data.stage import columns as tables
-from pipelines.data.stage.columns import digest_rows, sort, take
+from pipelines.data.stage.columns import contained, digest_rows, first_places, positions, sort, take
+from pipelines.data.upkeep.verify import _repeated
 
 SCHEMA = pa.schema(
     [("name", pa.string()), ("list", pa.list_(pa.struct([("text", pa.string())]))), ("number", pa.int64())]
@@ -71,3 +73,26 @@ def test_the_digest_of_rows_is_that_of_their_values_however_they_lie_in_memory()
         others.append(pa.Table.from_pylist(changed, schema))
     assert len({expected, *map(digest_rows, others)}) == len(others) + 1
     assert digest_rows(schema.empty_table()) == digest_rows(table.slice(40))
+
+
+def test_values_are_looked_up_as_arrow_does(table):
+    some = pa.chunked_array([["n003", "nowhere"], [None, "n003"]])
+    names = table["name"]
+    assert positions(some, names).to_pylist() == pc.index_in(some, names).to_pylist()
+    assert contained(names, some).to_pylist() == pc.is_in(names, some).to_pylist()
+    assert take(names, first_places(names)).to_pylist() == pc.unique(names).to_pylist()
+
+
+@pytest.mark.slow  # takes 5 GB
+def test_text_may_be_of_more_than_two_gigabytes():
+    each, count = 1 << 20, 2100
+    text = pa.py_buffer(np.random.default_rng(0).integers(97, 123, each + count, np.uint8).tobytes())
+    bounds = (np.array([start, start + each], np.int32) for start in range(count))  # all in the same memory
+    names = pa.chunked_array([pa.StringArray.from_buffers(1, pa.py_buffer(bound), text) for bound in bounds])
+    some = names.slice(5, 2)
+    with pytest.raises(pa.ArrowInvalid, match="overflow"):
+        names.combine_chunks()
+    assert positions(some, names).to_pylist() == [5, 6]
+    assert pc.all(contained(names, names)).as_py()
+    assert first_places(names).tolist() == list(range(count))
+    assert _repeated(names) == []

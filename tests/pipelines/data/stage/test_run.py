@@ -13,7 +13,7 @@ import pytest
 from pipelines.data.stage import run as run_module
 from pipelines.data.stage.run import StageWorker, _part_bounds, run_stage
 from pipelines.data.stage.stage import Stage, StageResources
-from pipelines.data.stage.table import StageTable, anti_join
+from pipelines.data.stage.table import PART, StageTable, anti_join
 from pipelines.errors import JobError, UserError
 
 SCHEMA = pa.schema([("work_key", pa.string()), ("value", pa.int64())])
@@ -77,6 +77,24 @@ def test_every_input_is_computed_once_though_a_worker_is_killed_and_never_again(
     assert values(double, tmp_path) == [2 * value for value in range(60)]
 
 
+class Loaded(Double):
+    """One that leaves a file when it is made."""
+
+    def __init__(self, uri, **options):
+        super().__init__(uri, **options)
+        (Path(uri) / f"made-{time.monotonic_ns()}").touch()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_that_are_worth_keeping_begin_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "_FIRST_PARTS", 2)
+    alone = StageResources(max_workers=1)
+    double = replace(stage(stateful=True, rows_per_part=1), function=partial(Loaded), resources=alone)
+    Path(StageTable(str(tmp_path), double).uri).mkdir(parents=True)
+    assert run(double, inputs(range(8)), tmp_path) == 8
+    assert len(list(Path(StageTable(str(tmp_path), double).uri).glob("made-*"))) == 1
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_fan_out_keeps_all_rows_of_a_key(tmp_path):
     double = stage(copies=3)
@@ -126,6 +144,17 @@ def test_a_key_that_two_runs_committed_is_read_once(tmp_path):
     assert len(table.parts()) == 2
     assert values(double, tmp_path) == sorted(2 * value + copy for value in range(9) for copy in range(2))
     assert sorted(table.keys().to_pylist()) == [f"k{value:05d}" for value in range(9)]
+
+
+def test_parts_are_numbered_as_they_were_listed(tmp_path):
+    double = stage()
+    table = StageTable(str(tmp_path), double)
+    StageWorker(double, table.uri)(inputs(range(5)))
+    parts = table.parts()
+    for value in range(5, 25):  # some of which come before it
+        StageWorker(double, table.uri)(inputs([value]))
+    assert table.parts().index(parts[0]) > 0
+    assert table.read([PART], inputs(range(5))["work_key"], parts=parts)[PART].to_pylist() == [0] * 5
 
 
 def test_a_half_written_part_is_not_read(tmp_path):
@@ -197,6 +226,8 @@ def test_rows_of_a_remote_file_share_a_part(clips, size, bounds):
 @pytest.mark.parametrize("stateful", [False, True])
 def test_parts_are_as_large_however_many_a_worker_is_handed_at_a_time(tmp_path, monkeypatch, stateful):
     monkeypatch.setattr(run_module, "_FIRST_PARTS", 4)
+    monkeypatch.setattr(run_module, "_FIRST_ROWS", 28)
+    monkeypatch.setattr(run_module, "_WAVE_PARTS", 1)
     for seconds in (0.0, 60.0):
         monkeypatch.setattr(run_module, "_BLOCK_SECONDS", seconds)
         assert run(stage(stateful=stateful, die_on=150), inputs(range(300)), tmp_path / str(seconds)) == 300

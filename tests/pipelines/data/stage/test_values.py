@@ -37,6 +37,7 @@ def stored(files, keys):
 @pytest.mark.parametrize("least", [1, 500, 1 << 20])
 def test_every_group_reads_the_codes_of_its_clips(files, monkeypatch, least):
     monkeypatch.setattr(values, "_LEAST_BYTES", least)
+    monkeypatch.setattr(values, "_FILE_BYTES", 0)
     numbers = np.random.default_rng(0).permutation(300)[:250]
     groups = grouped(files, numbers)
     assert len(groups) == {1: 10, 500: 4, 1 << 20: 1}[least]
@@ -44,6 +45,15 @@ def test_every_group_reads_the_codes_of_its_clips(files, monkeypatch, least):
     for group in groups:
         own = numbers[group.rows].tolist()
         assert group.read().to_pylist() == [[number, number + 1] * (1 + number % 3) for number in own]
+
+
+def test_many_small_files_and_many_bytes_are_many_groups(files, monkeypatch):
+    monkeypatch.setattr(values, "_LEAST_BYTES", 2 * values._FILE_BYTES)
+    assert len(grouped(files, list(range(300)))) == 5
+    monkeypatch.setattr(values, "_LEAST_BYTES", 1 << 20)
+    monkeypatch.setattr(values, "_MANY_GROUPS", 1)
+    monkeypatch.setattr(values, "_MOST_BYTES", 3 * values._FILE_BYTES)
+    assert len(grouped(files, list(range(300)))) == 4
 
 
 def test_each_file_is_read_once(files, monkeypatch):

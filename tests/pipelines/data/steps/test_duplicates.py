@@ -84,7 +84,10 @@ def test_candidates_do_not_depend_on_how_clips_are_dealt(monkeypatch):
         monkeypatch.setattr(duplicates, "_TASK_FRAMES", frames)
         ranks = np.array_split(np.random.default_rng(size).permutation(50), -(-50 // size))
         signed = [sign(partial(pa.chunked_array, [packed.take(pa.array(own))]), own) for own in ranks]
-        found.append(duplicates._candidates(signed, 0.99, remote=False).tolist())
+        seen, ranges = duplicates._candidates(signed, 50, 0.99, remote=False)
+        pairs = np.unique(np.concatenate([pair for pieces in ranges for pair in pieces]), axis=0)
+        assert np.flatnonzero(seen).tolist() == np.unique(pairs).tolist()
+        found.append(pairs.tolist())
     assert found[0] == found[1] == found[2] == [[number, number + 30] for number in range(20)]
 
 
@@ -95,8 +98,20 @@ def test_workers_find_the_same(monkeypatch):
     here = find_near_duplicates(keys, told(*clips), 0.99)
     monkeypatch.setattr(tasks, "_FEW_BYTES", 0)
     monkeypatch.setattr(duplicates, "_TASK_FRAMES", 300)
-    assert find_near_duplicates(keys, told(*clips), 0.99) == here
+    for size in (1 << 20, 40, 7):  # of ranges and groups, that tasks have
+        monkeypatch.setattr(duplicates, "_RANGE", size)
+        monkeypatch.setattr(duplicates, "_GROUPED", size)
+        assert find_near_duplicates(keys, told(*clips), 0.99) == here
     assert len(here) == 30
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_pairs_are_compared_by_workers_and_only_what_passes_comes_back(monkeypatch):
+    clips = [film(8, seed=index % 90) for index in range(120)]
+    keys = pa.array([f"{number:03d}" for number in range(120)])
+    monkeypatch.setattr(tasks, "_FEW_BYTES", 0)
+    monkeypatch.setattr(duplicates, "unpack_fingerprint", None)  # here, not in the workers
+    assert len(find_near_duplicates(keys, told(*clips), 0.99)) == 30
 
 
 def test_a_crowd_of_one_picture_is_one_group():
@@ -123,6 +138,14 @@ def test_the_result_does_not_depend_on_order():
     again = find_near_duplicates(pa.array(shuffled), told(*(clips[i] for i in order)), 0.99)
     assert {shuffled[i]: shuffled[d.of] for i, d in again.items()} == found
     assert len(found) == 20
+
+
+def test_in_which_order_numbers_are_added_up_changes_nothing():
+    order = np.random.default_rng(0).permutation(DIMENSIONS)
+    for seed in range(20):
+        film_of_both = (0.9 * film(9, seed) + 0.1 * film(9, 20 + seed)).astype(np.uint8)
+        one, other = prints(film(9, seed), film_of_both)
+        assert similarity(one[:, order], other[:, order]) == similarity(one, other) > 0.8
 
 
 def test_time_counts():

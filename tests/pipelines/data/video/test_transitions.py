@@ -1,5 +1,8 @@
 """The second measure of cuts: what it sees alone, and that with it films made of known shots fall apart rightly."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +11,16 @@ import pytest
 from pipelines.benchmarks.cuts import Cut, Tally, run_cuts_benchmark
 from pipelines.data.settings import SplitConfig
 from pipelines.data.video.shots import join_cuts, split_source
-from pipelines.data.video.transitions import Judgement, Transition, TransitionMeter
+from pipelines.data.video.transitions import (
+    REACH,
+    Judgement,
+    Transition,
+    TransitionMeter,
+    _network,
+    describe,
+    judge,
+    measure_steps,
+)
 from tests.pipelines.data.videos import moving_square, write_video
 
 CLIPS = Path(__file__).parent / "clips"
@@ -66,6 +78,40 @@ def test_frames_come_in_any_number_and_at_any_rate():
     assert transitions(one + other)[0] == [Transition(200, 200, is_cut=True)]
     [found] = transitions(one + other, step=1 / 60)[0]  # of which every second one is looked at
     assert 198 <= found.first <= 200 <= found.stop <= 202
+
+
+def test_in_which_order_numbers_are_added_up_changes_nothing(monkeypatch):
+    random = np.random.default_rng(0)
+    frames = random.integers(0, 256, (2 * REACH + 30, 3, 36, 64)).astype(np.uint8)
+    described = [np.stack(kind) for kind in zip(*map(describe, frames), strict=True)]
+    measured = measure_steps(described)
+    turned = [kind[:, random.permutation(kind.shape[1])] for kind in described]
+    assert np.array_equal(measure_steps(turned), measured)
+    judged = judge(measured)
+    assert len(np.unique(judged)) > 5
+    order = random.permutation(measured.shape[1])
+    (weights, biases), *others = _network()
+    monkeypatch.setattr("pipelines.data.video.transitions._network", lambda: [(weights[order], biases), *others])
+    assert np.array_equal(judge(measured[:, order]), judged)
+
+
+@pytest.mark.slow
+def test_no_kind_of_cpu_tells_another_digit():
+    program = (
+        "from tests.pipelines.data.video.test_transitions import picture, transitions\n"
+        "import numpy as np\n"
+        "noise = np.random.default_rng(0).normal(0, 4, (300, 3, 72, 128))\n"
+        "shares = [max(0, n % 40 - 30) / 10 for n in range(300)]\n"
+        "mixed = [picture(n // 40) * (1 - s) + picture(n // 40 + 1) * s for n, s in enumerate(shares)]\n"
+        "print(*transitions((mixed + noise).clip(0, 255).astype(np.uint8))[1].tolist())"
+    )
+    told = set()
+    for kind, lacking in (("SkylakeX", ""), ("Haswell", "X86_V4"), ("Nehalem", "X86_V4 X86_V3")):
+        environment = {**os.environ, "OPENBLAS_CORETYPE": kind, "NPY_DISABLE_CPU_FEATURES": lacking}
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)
+        told.add(done.stdout)
+    assert len(told) == 1
+    assert len(set(told.pop().split())) > 10
 
 
 def test_the_second_measure_denies_and_adds():
