@@ -175,12 +175,22 @@ def test_a_config_may_name_what_plugins_add(tmp_path, videos, tokenizer_file):
     assert "max_blueness" in refused.stderr
 
 
-def test_what_is_not_there_is_told(tmp_path, videos, tokenizer_file):
-    config = write_config(tmp_path, videos, tokenizer_file, captions={"captioners": ["toy"]})
-    nothing = tmp_path / "nothing.py"
-    nothing.write_text("")
+def load(plugin: dict[str, Path], folder: Path, videos: Path, tokenizer: Path) -> subprocess.CompletedProcess[str]:
+    return lumos(plugin, "curate", str(write_config(folder, videos, tokenizer, captions={"captioners": ["toy"]})))
+
+
+def test_a_captioner_that_no_plugin_adds_is_told(tmp_path, videos, tokenizer_file):
     good = tmp_path / "toy_score.py"
     good.write_text(TOY_SCORE)
+    done = load({"LUMOS_SCORES": good}, tmp_path, videos, tokenizer_file)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+    assert "there is no captioner 'toy'; name one of given, coca, endpoint" in done.stderr
+
+
+@pytest.mark.slow  # four starts, for four messages
+def test_what_is_not_there_is_told(tmp_path, videos, tokenizer_file):
+    nothing = tmp_path / "nothing.py"
+    nothing.write_text("")
     mute = tmp_path / "mute_score.py"
     mute.write_text("from pipelines.data.scores import Score\nSCORES = (Score(name='mute', unit='1', about='x'),)\n")
     again = tmp_path / "again.py"
@@ -190,8 +200,7 @@ def test_what_is_not_there_is_told(tmp_path, videos, tokenizer_file):
         ("LUMOS_SCORES", mute, "LUMOS_SCORES: the score 'mute' says no measure"),
         ("LUMOS_SCORES", tmp_path / "absent.py", "LUMOS_SCORES names absent, from which SCORES cannot be imported"),
         ("LUMOS_CAPTIONERS", nothing, "LUMOS_CAPTIONERS names nothing, from which CAPTIONERS cannot be imported"),
-        ("LUMOS_SCORES", good, "there is no captioner 'toy'; name one of given, coca, endpoint"),
     ):
-        done = lumos({variable: plugin}, "curate", str(config))
+        done = load({variable: plugin}, tmp_path, videos, tokenizer_file)
         assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
         assert message in done.stderr

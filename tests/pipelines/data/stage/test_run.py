@@ -223,7 +223,7 @@ def test_rows_of_a_remote_file_share_a_part(clips, size, bounds):
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("stateful", [False, True])
+@pytest.mark.parametrize("stateful", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_parts_are_as_large_however_many_a_worker_is_handed_at_a_time(tmp_path, monkeypatch, stateful):
     monkeypatch.setattr(run_module, "_FIRST_PARTS", 4)
     monkeypatch.setattr(run_module, "_FIRST_ROWS", 28)

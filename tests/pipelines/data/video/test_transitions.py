@@ -155,7 +155,8 @@ def test_what_counts_as_found():
     assert tally.figures()["precision"] == 0.5
 
 
-@pytest.mark.parametrize("cuts", [30, pytest.param(210, marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_shots.py parts a real film by the same measure
+@pytest.mark.parametrize("cuts", [30, 210])
 def test_cuts_of_every_kind_are_found_in_films_made_of_a_real_one(cuts):
     found = run_cuts_benchmark(CLIPS, FILM, cuts=cuts, seed=1, say=print)
     ours = found["ours"]
