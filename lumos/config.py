@@ -199,8 +199,11 @@ class SamplingChoice:
         self.over(SamplingConfig())
 
     def over(self, recommended: SamplingConfig) -> SamplingConfig:
-        """All settings, completed from those that are recommended."""
-        return replace(recommended, **{key: value for key, value in vars(self).items() if value is not None})
+        """All settings, completed from those that are recommended; a number of steps goes before a recommended list."""
+        chosen = {key: value for key, value in vars(self).items() if value is not None}
+        if self.num_steps is not None and self.shortcuts is None and recommended.shortcuts is not None:
+            chosen["shortcuts"] = replace(recommended.shortcuts, frame_steps=())
+        return replace(recommended, **chosen)
 
 
 _HF_NAMES = {

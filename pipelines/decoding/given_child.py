@@ -22,7 +22,6 @@ from pipelines.decoding.video_file import VideoFile, VideoInfo
 
 REFUSED = 3  # exit status of a file that cannot be used; standard output then says why
 _SAME_TIME = 5e-4  # seconds
-_MOST_STREAMS = 2  # of a picture, which may have one for its transparency; more are tiles of it, as phones' HEIC has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +51,8 @@ def read(job: GivenJob) -> NDArray[np.uint8]:
             raise VideoError("not_an_image", f"a video ({info.codec})")
         if job.num_frames > 1 and info.is_image:
             raise VideoError("not_a_clip", f"a picture ({info.codec})")
-        if info.is_image and (tiles := len(video.container.streams.video)) > _MOST_STREAMS:
-            raise VideoError("unsupported", f"a picture of {tiles} tiles ({info.codec}): save it as JPEG or PNG")
+        if info.is_image and not _is_one_picture(video):
+            raise VideoError("unsupported", f"several pictures or tiles ({info.codec}): save it as JPEG or PNG")
         _check_pixels(info.width, info.height, job)
         for frame in _sampled(video, job):
             wanted.append(_fitted(frame, info, job))
@@ -62,6 +61,14 @@ def read(job: GivenJob) -> NDArray[np.uint8]:
     if not wanted:
         raise VideoError("decode_error", "none of its pictures can be decoded")
     return np.stack(wanted)
+
+
+def _is_one_picture(video: VideoFile) -> bool:
+    """Whether a picture's file has it alone, or its transparency besides: no tiles, as phones' HEIC, no thumbnail."""
+    first, *others = (stream.codec_context for stream in video.container.streams.video)
+    gray = [context.pix_fmt is not None and context.pix_fmt.startswith("gray") for context in others]
+    alike = [(context.width, context.height) == (first.width, first.height) for context in others]
+    return len(others) <= 1 and all(gray) and all(alike) and not (others and (first.pix_fmt or "").startswith("gray"))
 
 
 def _check_pixels(width: int, height: int, job: GivenJob) -> None:

@@ -36,7 +36,7 @@ _IMAGES = {
     "bmp_pipe": re.compile(rb"BM"),
     "tiff_pipe": re.compile(rb"II\*\0|MM\0\*"),
 }
-_IMAGE_BRANDS = {"avif", "heic", "heix", "mif1"}  # pictures in MP4's container
+IMAGE_BRANDS = ("avif", "heic", "heix", "mif1")  # pictures in MP4's container
 _FALLBACK_FPS = 25.0  # of a file that names no rate
 
 
@@ -119,7 +119,7 @@ class VideoFile:
             declared_frames=stream.frames,
             declared_seconds=max(seconds, 0.0),
             is_image=self.container.format.name in _IMAGES
-            or self.container.metadata.get("major_brand", "").strip() in _IMAGE_BRANDS,
+            or self.container.metadata.get("major_brand", "").strip() in IMAGE_BRANDS,
         )
 
     def seek(self, time: float) -> None:

@@ -4,6 +4,7 @@ Everything a user can get wrong about a model is found by ``read_card``, in the 
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,13 +40,17 @@ class ModelCard:
     sampling: SamplingConfig  # of requests that say nothing: the run's, completed from what the model recommends
     identity: dict[str, Any]  # hashes and settings on the model's side that decide a video
 
+    def has_trained_shape(self, size: VideoSize) -> bool:
+        """Whether the model was trained on videos of these pixels and frames, at whatever rate."""
+        return size.latent_shape in {tuple(shape) for shape in self.folder.info.shapes}
+
     def untrained(self, size: VideoSize) -> str | None:
         """What to tell of a size that the model was not trained on; nothing where it was, or its folder names none."""
         info = self.folder.info
         if not info.shapes or info.fps is None:
             return None
-        known = size.latent_shape in {tuple(shape) for shape in info.shapes}
-        if known and (size.num_frames == 1 or size.fps == info.fps):
+        known = self.has_trained_shape(size)
+        if known and (size.num_frames == 1 or math.isclose(size.fps, info.fps, rel_tol=1e-5)):  # float32 in a shard
             return None
         trained = ", ".join(str(VideoSize.of_latents(shape, info.fps)) for shape in info.shapes[:_TOLD_SIZES])
         more = len(info.shapes) - _TOLD_SIZES

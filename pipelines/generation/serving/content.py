@@ -4,11 +4,13 @@ import asyncio
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import BinaryIO
+from contextlib import ExitStack
+from typing import Any, BinaryIO
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from pipelines.generation.serving.jobs import JobStore
 
@@ -26,29 +28,42 @@ async def file_answer(
         HTTPException: 416, if nothing of it is in the range.
     """
     path, tag = store.local_path(job_id, name), f'"{job_id}-{name}"'  # a file of that name never changes
-    file = await asyncio.to_thread(open, path, "rb") if path is not None else None  # whole, whoever deletes it now
-    size = os.fstat(file.fileno()).st_size if file else await asyncio.to_thread(store.file_size, job_id, name)
-    wanted = _range_of(request, size, tag)
-    start, stop = wanted or (0, size)
-    headers = {**headers, "Accept-Ranges": "bytes", "ETag": tag, "Content-Length": str(stop - start)}
-    if wanted is not None:
-        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-    code = 200 if wanted is None else 206
-    if request.method == "HEAD":
-        return Response(status_code=code, media_type=media_type, headers=headers)
-    if file is not None:
-        return StreamingResponse(_pieces(file, start, stop), code, media_type=media_type, headers=headers)
+    with ExitStack() as stack:
+        # Once open, a file is sent whole, whoever deletes it meanwhile.
+        file = stack.enter_context(await asyncio.to_thread(open, path, "rb")) if path is not None else None
+        size = os.fstat(file.fileno()).st_size if file else await asyncio.to_thread(store.file_size, job_id, name)
+        wanted = _range_of(request, size, tag)
+        start, stop = wanted or (0, size)
+        headers = {**headers, "Accept-Ranges": "bytes", "ETag": tag, "Content-Length": str(stop - start)}
+        if wanted is not None:
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+        code = 200 if wanted is None else 206
+        if request.method == "HEAD":
+            return Response(status_code=code, media_type=media_type, headers=headers)
+        if file is not None:
+            stack.pop_all()  # it is closed behind the last byte, or as the client leaves
+            return _LocalFile(file, start, stop, code, media_type=media_type, headers=headers)
     data = await asyncio.to_thread(store.read_range, job_id, name, start, stop)
     return Response(data, code, media_type=media_type, headers=headers)
 
 
-def _pieces(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
+class _LocalFile(StreamingResponse):
     """Bytes of an open file, which is closed behind them."""
-    with file:
-        file.seek(start)
-        while start < stop and (piece := file.read(min(_PIECE, stop - start))):
-            start += len(piece)
-            yield piece
+
+    def __init__(self, file: BinaryIO, start: int, stop: int, code: int, **options: Any) -> None:
+        super().__init__(_pieces(file, start, stop), code, **options)
+        self._file = file
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._file:
+            await super().__call__(scope, receive, send)
+
+
+def _pieces(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
+    file.seek(start)
+    while start < stop and (piece := file.read(min(_PIECE, stop - start))):
+        start += len(piece)
+        yield piece
 
 
 def _range_of(request: Request, size: int, tag: str) -> tuple[int, int] | None:

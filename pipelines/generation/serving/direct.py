@@ -56,7 +56,7 @@ def add_direct_routes(v1: APIRouter, service: Service) -> None:
         body, _ = await body_of(ImageBody, request)
         served = service.model(body.model)
         first = to_request(body, served, service.config)
-        if (count := body.n or 1) > 1 and first.seed > MAX_SEED - count:
+        if (count := body.n or 1) > 1 and first.seed > MAX_SEED + 1 - count:
             raise BadRequestError(f"seed {first.seed} leaves no room for {count} successive seeds", "seed")
         asked = [replace(first, seed=first.seed + place) for place in range(count)]
         drawing = [asyncio.create_task(service.draw(served, one)) for one in asked]

@@ -68,7 +68,7 @@ def to_request(body: VideoBody | ImageBody, served: Served, config: ServeConfig)
     name = body.name_of("size", "num_frames", "frames", "seconds")
     _check_caps(name, size, config)
     if config.untrained_sizes == "refuse" and not isinstance(body, ImageBody) and (why := served.card.untrained(size)):
-        raise BadRequestError(why, name)
+        raise BadRequestError(why, "fps" if served.card.has_trained_shape(size) else name)
     motion = getattr(body, "motion", None)
     request = VideoRequest(
         prompt=body.prompt.strip(),
@@ -215,7 +215,10 @@ def _check_steps(body: VideoBody | ImageBody | ExtensionBody, config: ServeConfi
     steps = getattr(body, name)
     if steps is not None and steps > config.max_steps:
         raise BadRequestError(f"{name} is {steps}; this service allows at most {config.max_steps}", name)
-    most = max(body.shortcuts.frame_steps, default=0) if body.shortcuts is not None else 0
+    listed = body.shortcuts.frame_steps if body.shortcuts is not None else ()
+    if steps is not None and listed:
+        raise BadRequestError(f"{name} and shortcuts.frame_steps are both given: leave one out", name)
+    most = max(listed, default=0)
     if most > config.max_steps:
         raise BadRequestError(
             f"shortcuts: frame_steps holds {most}; this service allows at most {config.max_steps}", "shortcuts"
@@ -291,7 +294,8 @@ def describe_model(served: Served, config: ServeConfig) -> Model:
         "size_multiple_of": folder.vocabulary.grid_unit,
         "frames": "1 + 4k",
         "trained_on": [
-            {"size": f"{size.width}x{size.height}", "frames": size.num_frames} for size in trained_sizes(served)
+            {"size": f"{size.width}x{size.height}", "frames": size.num_frames, "fps": size.fps}
+            for size in trained_sizes(served)
         ],
         "max_steps": config.max_steps,
         "max_tokens": folder.config.max_seq_len,

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,6 +32,7 @@ _SWEEP_S = 300.0  # between looks for what has expired
 _ATTEMPTS = 5  # of a job whose processes die: one that kills them must not do so for ever
 _STORE_PAUSE_S = 2.0  # after a failure of the store
 _SAMPLING = TypeAdapter(SamplingConfig)
+_REQUEST = {field.name for field in fields(VideoRequest) if not field.name.startswith("given")}
 _GIVEN, _BEFORE = "given.npz", "before.bin"
 
 T = TypeVar("T")
@@ -348,14 +349,16 @@ def request_to_json(request: VideoRequest) -> dict[str, Any]:
 
 
 def request_of(job: Job) -> VideoRequest:
-    """What a job asks for, without the frames given."""
-    values = dict(job.request)
+    """What a job asks for, without the frames given; what a newer program says besides is left out."""
+    values = {name: value for name, value in job.request.items() if name in _REQUEST}
     size, sampling = VideoSize(**values.pop("size")), _SAMPLING.validate_python(values.pop("sampling"))
     return VideoRequest(size=size, sampling=sampling, **values)
 
 
 def load_request(store: JobStore, job: Job) -> VideoRequest:
-    """What a job asks for, with the frames given."""
+    """What a job asks for, with the frames given; a ``ValueError`` if a newer program asks for more."""
+    if more := sorted(job.request.keys() - _REQUEST):
+        raise ValueError(f"a newer program made this job: {', '.join(more)} is not known here")
     data = store.read_file(job.id, _GIVEN)
     if data is None:
         return request_of(job)

@@ -35,9 +35,18 @@ class ImageReference(BaseModel):
     image_url: str = Field(description="A `data:` URL; http(s) is refused.")
 
 
+_Share = Annotated[float, Field(ge=0, le=1)]
+
+
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
 class Shortcuts(ShortcutConfig):
     """Ways to draw a video in less time that change it; what is left out is off. `{}` is the full sampler."""
+
+    threshold: Annotated[float, Field(gt=0, le=1)] | None = None
+    guidance_interval: tuple[_Share, _Share] = (0.0, 1.0)
+    guidance_cache_from: Annotated[float, Field(gt=0, le=1)] = 1.0
+    context_refresh: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    frame_steps: Annotated[tuple[Annotated[int, Field(ge=1, le=1_000_000)], ...], Field(max_length=1000)] = ()
 
 
 class _Body(BaseModel):
@@ -264,17 +273,17 @@ def parse_form(kind: type[BodyT], form: FormData) -> tuple[BodyT, UploadFile | N
     values: dict[str, Any] = {}
     file: UploadFile | None = None
     for name, value in form.multi_items():
-        outer, _, inner = name.partition("[")
-        inner = inner.removesuffix("]")
-        if outer in values and not (inner and isinstance(values[outer], dict) and inner not in values[outer]):
+        outer, bracket, inner = name.partition("[")
+        if bracket and not isinstance(value, UploadFile):
+            _put_inner(values, outer, inner.removesuffix("]"), value)
+            continue
+        if outer in values:
             raise BadRequestError(f"{outer} is given twice", outer)
         if isinstance(value, UploadFile):
             if name not in _FILES or name not in kind.model_fields:
                 raise BadRequestError(f"{name} cannot be a file", name)
             file = value
-        elif inner:
-            values.setdefault(outer, {})[inner] = value
-        elif outer in _OBJECTS and value.startswith("{"):
+        elif outer in _OBJECTS and value.lstrip().startswith("{"):
             _check_commas(value.count(","), outer, kind, outer)
             try:
                 values[outer] = json.loads(value)
@@ -290,6 +299,18 @@ def parse_form(kind: type[BodyT], form: FormData) -> tuple[BodyT, UploadFile | N
         raise _explain(kind, error) from error
 
 
+def _put_inner(values: dict[str, Any], outer: str, inner: str, value: str) -> None:
+    """Note a field ``outer[inner]`` of a form; an ``outer[inner][]`` is an item of a list, and may come again."""
+    holder = values.setdefault(outer, {})
+    name = inner.removesuffix("][")
+    if isinstance(holder, dict) and name != inner and isinstance(items := holder.setdefault(name, []), list):
+        items.append(value)
+    elif isinstance(holder, dict) and name not in holder:
+        holder[name] = value
+    else:
+        raise BadRequestError(f"{outer} is given twice", outer)
+
+
 def _explain(kind: type[BaseModel], error: ValidationError) -> BadRequestError:
     first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]
@@ -300,7 +321,9 @@ def _explain(kind: type[BaseModel], error: ValidationError) -> BadRequestError:
         holder = f"known: {', '.join(kind.model_fields)}" if len(path) == 1 else f"in {path[0]}"
         return BadRequestError(f"unknown field {path[-1]!r}; {holder}", name)
     if first["type"] == "value_error":
-        return BadRequestError(str(first["ctx"]["error"]), name)
+        return BadRequestError(": ".join([*path[:1], str(first["ctx"]["error"])]), name)
+    if first["type"] == "dataclass_type":
+        return BadRequestError(f"{name}: it must be an object, got {first.get('input')!r:.80}", name)
     if name is None:
         return BadRequestError(f"the body must be a JSON object: {first['msg']}")
-    return BadRequestError(f"{name}: {first['msg']}, got {first.get('input')!r:.80}", name)
+    return BadRequestError(f"{'.'.join(path)}: {first['msg']}, got {first.get('input')!r:.80}", name)

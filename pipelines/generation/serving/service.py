@@ -22,6 +22,7 @@ from starlette.formparsers import MultiPartException
 
 from lumos.compression import TEMPORAL_FACTOR, VideoSize
 from pipelines.decoding.given import GivenError, GivenLimits, OtherKindError, read_clip, read_image
+from pipelines.decoding.video_file import IMAGE_BRANDS
 from pipelines.errors import UserError
 from pipelines.generation.config import ServeConfig
 from pipelines.generation.generator import Progress
@@ -118,7 +119,9 @@ class Service:
             raise BadRequestError(
                 "input_reference: an image cannot go on with a picture: ask for 5 frames or more", "input_reference"
             )
-        is_clip = file.kind.startswith("video/") or any(mark in file.data[:16] for mark in _CLIPS)
+        head = file.data[:16]
+        is_picture = head[4:8] == b"ftyp" and head[8:12].decode("latin-1") in IMAGE_BRANDS
+        is_clip = file.kind.startswith("video/") or (not is_picture and any(mark in head for mark in _CLIPS))
         given = await self._read("input_reference", read_clip if is_clip else read_image, file.data, request.size)
         try:
             return replace(request, given=given)

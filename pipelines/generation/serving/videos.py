@@ -61,7 +61,7 @@ class _VideoRoutes:
         first = to_request(body, served, self._service.config)
         if (count := body.n or 1) > self._runner.limit:
             raise BadRequestError(f"n is {count}; this service takes at most {self._runner.limit} jobs at once", "n")
-        if count > 1 and first.seed > MAX_SEED - count:
+        if count > 1 and first.seed > MAX_SEED + 1 - count:
             raise BadRequestError(f"seed {first.seed} leaves no room for {count} successive seeds", "seed")
         first = await self._service.with_given(first, body.input_reference, file)
         requests = [replace(first, seed=first.seed + place) for place in range(count)]

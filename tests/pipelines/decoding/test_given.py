@@ -131,13 +131,18 @@ def test_work_without_end_is_ended(tmp_path: Path) -> None:
         read_image(png_of(6_000, 6_000, 6_000), SIZE, GivenLimits(memory_mb=100))
 
 
-def test_an_avif_is_a_picture(tmp_path: Path) -> None:
-    with av.open(str(tmp_path / "photo.avif"), "w", format="avif") as file:
+def avif_bytes(folder: Path) -> bytes:
+    """A light gray picture."""
+    with av.open(str(folder / "photo.avif"), "w", format="avif") as file:
         stream = file.add_stream("libsvtav1", rate=1)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
         file.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((64, 96, 3), 200, np.uint8))))
         file.mux(stream.encode())
-    data = (tmp_path / "photo.avif").read_bytes()
+    return (folder / "photo.avif").read_bytes()
+
+
+def test_an_avif_is_a_picture(tmp_path: Path) -> None:
+    data = avif_bytes(tmp_path)
     assert abs(read_image(data, SIZE).mean() - 200) < 4
     with pytest.raises(GivenError, match=r"it is no video: a picture"):
         read_clip(data, SIZE)

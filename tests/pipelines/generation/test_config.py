@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lumos.config import SamplingConfig
+from lumos.config import SamplingConfig, ShortcutConfig
 from pipelines.config import load_config, shipped_configs
 from pipelines.errors import UserError
 from pipelines.generation.config import GenerateConfig, ReplicaConfig, SamplingChoice, ServeConfig
@@ -98,5 +98,10 @@ def test_a_run_may_choose_every_setting_of_the_sampler() -> None:
     recommended = SamplingConfig(num_steps=12, guidance_scale=2.0, history_ratio=0.3, temperature=0.5)
     assert SamplingChoice().over(recommended) == recommended
     assert SamplingChoice(guidance_scale=0.0).over(recommended) == replace(recommended, guidance_scale=0.0)
+    listed = replace(recommended, shortcuts=ShortcutConfig(order="halton", frame_steps=(8, 2)))
+    assert SamplingChoice(guidance_scale=0.0).over(listed).steps_of(1) == 2
+    chosen = SamplingChoice(num_steps=5).over(listed)  # which a recommended list would make nothing of
+    assert (chosen.steps_of(0), chosen.steps_of(1)) == (5, 5)
+    assert chosen.shortcuts == ShortcutConfig(order="halton")
     everything = replace(recommended, release_temperature=True, release_given_frames=True)
     assert SamplingChoice(**asdict(everything)).over(SamplingConfig()) == everything

@@ -14,7 +14,7 @@ function fields(video, source) {
     guidance_scale: String(video.guidance_scale),
     history_ratio: String(video.history_ratio),
     draw_temperature: String(video.draw_temperature),
-    shortcuts: JSON.stringify(video.shortcuts ?? {}),
+    shortcuts: JSON.stringify(video.shortcuts ?? {order: "confidence"}),
   };
   return source
     ? {...shared, "video[id]": source.id, num_frames: String(video.num_frames - source.num_frames)}

@@ -92,6 +92,22 @@ def test_a_clip_is_refused_by_a_model_that_names_no_size(config: ServeConfig, mo
     asyncio.run(main())
 
 
+def test_rates_are_compared_as_shards_hold_them_and_one_that_is_untrained_is_told(
+    config: ServeConfig, model_dir: Path, tmp_path: Path
+) -> None:
+    model = copy_model(model_dir, tmp_path / "model", info={"fps": float(np.float32(23.976))})
+
+    async def main() -> None:
+        strict = replace(config, model=str(model), untrained_sizes="refuse")
+        async with service_of(strict) as app, client_to(app) as client:
+            assert (await client.post("/v1/videos", json={**PROMPT, "fps": 23.976, "steps": 1})).status_code == 200
+            refused = await client.post("/v1/videos", json={**PROMPT, "fps": 12, "num_frames": 9})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "fps")
+            assert "at 12 fps is no rate that the model was trained on" in refused.json()["error"]["message"]
+
+    asyncio.run(main())
+
+
 def test_numbers_that_a_client_did_not_write_are_explained(config: ServeConfig) -> None:
     async def main() -> None:
         async with service_of(config) as app, client_to(app) as client:

@@ -125,56 +125,6 @@ def png(width: int = 40, height: int = 24) -> bytes:
     return encode_video(frame, 1.0, "png")
 
 
-def test_shortcuts_and_the_temperature_of_the_draw_are_asked_for_per_request(config: ServeConfig) -> None:
-    """Each way of writing them draws one video, which is not the full sampler's; `{}` is."""
-
-    async def main() -> None:
-        async with service_of(config) as app, client_to(app) as client:
-            usual = await post(client, {**PROMPT, "steps": 6})
-            assert (usual["shortcuts"], usual["draw_temperature"]) == (None, 1.0)
-            full = await post(client, {**PROMPT, "steps": 6, "shortcuts": {}})
-            assert (full["shortcuts"], full["config_hash"]) == (None, usual["config_hash"])
-
-            asked = {"order": "halton", "frame_steps": [6, 2]}
-            fields = {"prompt": CAPTIONS[0], "seed": "7", "steps": "6", "draw_temperature": "0.5"}
-
-            def form(**more: str) -> dict[str, tuple[None, str]]:
-                return {name: (None, value) for name, value in (fields | more).items()}
-
-            ways = [
-                await client.post(
-                    "/v1/videos", json={**PROMPT, "steps": 6, "shortcuts": asked, "draw_temperature": 0.5}
-                ),
-                await client.post("/v1/videos", files=form(shortcuts=json.dumps(asked))),
-            ]
-            assert [way.status_code for way in ways] == [200, 200], [way.text for way in ways]
-            videos = [await finished(client, way.json()["id"]) for way in ways]
-            for video in videos:
-                assert (video["shortcuts"], video["draw_temperature"]) == (asked, 0.5)
-            assert videos[0]["config_hash"] == videos[1]["config_hash"] != usual["config_hash"]
-            await finished(client, usual["id"])
-            files = [(await client.get(f"/v1/videos/{video['id']}/content")).content for video in (*videos, usual)]
-            assert files[0] == files[1] != files[2]
-
-            brackets = form(**{"shortcuts[order]": "halton", "shortcuts[context_refresh]": "2"})
-            assert (await client.post("/v1/videos", files=brackets)).json()["shortcuts"] == {
-                "order": "halton",
-                "context_refresh": 2,
-            }
-            for wrong, words in (
-                ({"ordr": "halton"}, "unknown field 'ordr'; in shortcuts"),
-                ({"threshold": 2.0}, "threshold must be in (0, 1], got 2.0"),
-                ({"frame_steps": [10_000]}, "frame_steps holds 10000; this service allows at most"),
-                ("halton", "shortcuts"),
-            ):
-                refused = await client.post("/v1/videos", json={**PROMPT, "shortcuts": wrong})
-                assert (refused.status_code, refused.json()["error"]["param"]) == (400, "shortcuts")
-                assert words in refused.json()["error"]["message"]
-            assert (await client.get("/v1/models")).json()["data"][0]["defaults"]["shortcuts"] is None
-
-    asyncio.run(main())
-
-
 def test_a_video_begins_with_the_picture_or_clip_that_is_given(anywhere: ServeConfig) -> None:
     async def main() -> None:
         async with service_of(anywhere) as app, client_to(app) as client:
