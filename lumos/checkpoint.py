@@ -199,8 +199,9 @@ def read_config(path: str | os.PathLike[str]) -> tuple[ModelConfig, Vocabulary, 
     """
     file = Path(path) / CONFIG_FILE
     if not file.is_file():
+        lacks = f"it has no {CONFIG_FILE}" if file.parent.is_dir() else "there is no such folder"
         raise FileNotFoundError(
-            f"{path} is not a checkpoint: it has no {CONFIG_FILE}. Name the folder that `lumos train` exported, "
+            f"{path} is not a checkpoint: {lacks}. Name the folder that `lumos train` exported, "
             "or that of a released Lumos-1 checkpoint"
         )
     try:

@@ -95,7 +95,7 @@ class RequestEncoder:
         if motion is not None:
             if not self.folder.info.motion_prefix or size.num_frames == 1:
                 why = "it is of videos, num_frames is 1" if self.folder.info.motion_prefix else "it was trained without"
-                raise ValueError(f"motion {motion} asked of the model {self.folder.path}: {why}; leave motion out")
+                raise ValueError(f"motion {motion} asked of the model {self.folder.name}: {why}; leave motion out")
             prompt = motion_prompt(prompt, motion)
         text_ids = self._text.encode(prompt_text(self.folder.prompt_template, prompt, size))
         shape = size.latent_shape

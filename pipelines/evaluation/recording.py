@@ -90,6 +90,8 @@ def recorders(folders: Sequence[VideoFolder], config: RecordConfig) -> tuple[lis
         UserError: if a run that was named cannot be found, or not every folder has one.
     """
     runs = config.runs
+    if runs and list(runs) == [NONE]:  # of all
+        return [None] * len(folders), []
     if runs and len(runs) != len(folders):
         raise UserError(f"--run names {len(runs)} runs for {len(folders)} folders: one for each, in order, or none")
     if runs:

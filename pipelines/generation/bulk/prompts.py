@@ -1,6 +1,7 @@
 """Prompts from a config's list or a file: txt, CSV, JSONL or Parquet."""
 
 import csv
+import difflib
 import io
 import json
 import re
@@ -66,6 +67,7 @@ def read_prompts(source: str | Sequence[str]) -> list[Prompt]:
     return prompts
 
 
+_COLUMNS = ("prompt", "seed", "id", "image", "clip")
 _Rows = Iterable[tuple[str, Mapping[str, Any]]]
 
 
@@ -77,8 +79,14 @@ def _read_txt(data: bytes) -> _Rows:
 
 def _read_csv(data: bytes) -> _Rows:
     reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
-    _require_prompt_column(reader.fieldnames or [])
+    names = reader.fieldnames or []
+    _check_columns(names)
     for row in reader:
+        if None in row:  # what is behind the last column
+            count = len(names) + len(row[None])  # type: ignore[index]
+            raise ValueError(
+                f"line {reader.line_num} has {count} values for {len(names)} columns: quote a prompt that holds a comma"
+            )
         yield f"line {reader.line_num}", row
 
 
@@ -91,21 +99,26 @@ def _read_jsonl(data: bytes) -> _Rows:
                 raise ValueError(f"line {number} is no JSON: {str(error).replace('line 1 ', '')}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} is no JSON object")
-            _require_prompt_column(list(row))
+            _check_columns(list(row), f"line {number}")
             yield f"line {number}", row
 
 
 def _read_parquet(data: bytes) -> _Rows:
     file = pq.ParquetFile(io.BytesIO(data))
-    _require_prompt_column(names := file.schema_arrow.names)
-    table = file.read([name for name in ("prompt", "seed", "id", "image", "clip") if name in names])
+    _check_columns(names := file.schema_arrow.names)
+    table = file.read([name for name in _COLUMNS if name in names])
     for number, row in enumerate(table.to_pylist()):
         yield f"row {number}", row
 
 
-def _require_prompt_column(names: Sequence[str]) -> None:
+def _check_columns(names: Sequence[str], where: str = "it") -> None:
+    """Others than those that are read are ignored, but not one that looks like a slip of the pen."""
     if "prompt" not in names:
-        raise ValueError(f"it has no column prompt, only {', '.join(names) or 'none'}")
+        raise ValueError(f"{where} has no column prompt, only {', '.join(names) or 'none'}")
+    for name in names:
+        meant = difflib.get_close_matches(name.strip().lower(), _COLUMNS, n=1, cutoff=0.8)
+        if name not in _COLUMNS and meant and meant[0] not in names:
+            raise ValueError(f"{where} has a column {name!r}, which is not read: rename it to {meant[0]!r}, or drop it")
 
 
 def _prompt(row: Mapping[str, Any], where: str, folder: str) -> Prompt:

@@ -4,6 +4,7 @@ What speaks HTTP is a process of its own, so that it stays quick while a model c
 """
 
 import asyncio
+import errno
 import logging
 import os
 import signal
@@ -307,6 +308,11 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
             probe.listen(1)
         except OSError as error:
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                raise UserError(
+                    f"host: {host} is no address of this machine ({error.strerror}); give 127.0.0.1, 0.0.0.0 for all "
+                    "of its addresses, or one of them"
+                ) from error
             raise UserError(
                 f"port: cannot listen on {host}:{port} ({error.strerror}); stop what uses it, or set another port"
             ) from error

@@ -219,6 +219,9 @@ def test_two_folders_of_one_run_do_not_hide_each_others_figures_there(trained, t
     )
     (told,) = [line for line in done.output.splitlines() if f"videos: recorded on run {run_id}" in line]
     assert "--run" not in told
+    done = CliRunner().invoke(command, [str(videos), str(tmp_path / "others"), "--run", "none"])  # it is of all folders
+    assert done.exit_code == 0, done.output
+    assert "recorded" not in done.output
 
 
 def test_a_run_is_named_by_id_or_not_at_all(trained, folders, tmp_path):

@@ -19,7 +19,7 @@ from pipelines.generation.bulk.plan import plan
 from pipelines.generation.bulk.run import generate
 from pipelines.generation.config import GenerateConfig, SamplingChoice, ServeConfig, SizeConfig, TokenizerSource
 from pipelines.generation.model import read_card
-from pipelines.generation.serving.run import _announce, serve
+from pipelines.generation.serving.run import _announce, check_port, serve
 from tests.pipelines.generation.conftest import free_port, save_tokenizer
 
 
@@ -191,6 +191,10 @@ def test_a_port_in_use_is_found_before_anything_is_loaded(serve_config: ServeCon
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}"):
             serve(replace(serve_config, port=port, model="not looked at yet"))
+    with pytest.raises(UserError, match=r"host: 192\.0\.2\.1 is no address of this machine"):
+        check_port("192.0.2.1", 0)
+    with pytest.raises(UserError, match="host: no host is no address of this machine"):
+        check_port("no host", 0)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])

@@ -237,7 +237,7 @@ class Group {
       `${video.num_inference_steps} steps`, `guidance ${video.guidance_scale}`, `history ratio ${video.history_ratio}`];
     if (video.shortcuts) facts.push("shortcuts");
     if (video.remixed_from_video_id) facts.push("goes on with an earlier video");
-    else if (video.num_given) facts.push("starts from a picture");
+    else if (video.num_given) facts.push(video.num_given > 1 ? "starts from a clip" : "starts from a picture");
     if (models.length > 1) facts.push(video.model);
     facts.push(`kept until ${time(video.expires_at)}`);
     this.node = make("section", {className: "card group"}, make("h3", {textContent: video.prompt}),
