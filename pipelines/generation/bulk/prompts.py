@@ -83,7 +83,7 @@ def _read_csv(data: bytes) -> _Rows:
     _check_columns(names)
     for row in reader:
         if None in row:  # what is behind the last column
-            count = len(names) + len(row[None])  # type: ignore[index]
+            count = len(names) + len(row[None])
             raise ValueError(
                 f"line {reader.line_num} has {count} values for {len(names)} columns: quote a prompt that holds a comma"
             )
