@@ -81,8 +81,10 @@ def test_overwriting_keeps_one_complete_checkpoint(tmp_path):
 
 
 def test_bad_checkpoints_say_what_is_wrong(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"nothing is not a checkpoint: there is no such folder"):
         read_config(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match=r"it has no config\.json"):
+        read_config(tmp_path)
     folder = tmp_path / "m"
     save_checkpoint(folder, tiny_model(), VOCABULARY)
     with pytest.raises(ValueError, match=r"down_proj.weight has shape \[64, 96\], the model \[64, 80\]"):
