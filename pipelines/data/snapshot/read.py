@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
 from lumos.config import TokenizerInfo as TokenizerInfo  # part of the manifest
 from pipelines import storage
 from pipelines.data.snapshot.schemas import LEDGER, SCHEMA_VERSION
 from pipelines.errors import UserError
+from pipelines.parquet import read_parquet
 
 SNAPSHOTS = "snapshots"
 MANIFEST = "manifest.json"
@@ -172,7 +172,7 @@ class Snapshot:
         uri = storage.join(self.uri, path)
         try:
             with storage.open_file(uri) as file:
-                return pq.read_table(file, columns=columns)
+                return read_parquet(file, columns)
         except FileNotFoundError as error:
             raise UserError(
                 f"{uri} is missing from its snapshot; copy it back, or publish the dataset again"

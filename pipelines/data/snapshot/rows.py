@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pipelines import storage
 from pipelines.data.snapshot.read import Bucket, Shard, Snapshot
 from pipelines.errors import UserError
+from pipelines.parquet import open_parquet
 
 _TAIL_BYTES = 1 << 14  # read of a file's end, in the hope that its footer is no longer
 _FOOTER_BYTES = 64 << 20  # of footers, as they are in the files, that are kept
@@ -135,7 +136,7 @@ class RowReader:
         stop = max(at + chunk.total_compressed_size for at, chunk in zip(begins, chunks, strict=True))
         source = _Part(self._fetch(uri, min(begins), stop), min(begins), shard.bytes)
         try:
-            with pq.ParquetFile(source, metadata=metadata) as file:
+            with open_parquet(source, metadata=metadata) as file:
                 table = file.read_row_group(group, columns=self.columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise _damaged(uri, error) from error

@@ -8,13 +8,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines import storage
-from pipelines.data.stage.columns import contained, parquet_bytes, positions, release_memory, widened
+from pipelines.data.stage.columns import (
+    contained,
+    parquet_bytes,
+    positions,
+    release_memory,
+    widened,
+)
 from pipelines.data.stage.stage import ERROR, WORK_KEY, Row, Stage
 from pipelines.errors import JobError
+from pipelines.parquet import read_parquet, read_parquet_rows
 
 STAGES = "stages"  # folder of a dataset
 PART = "part"  # column that any table has when it is read: number of the file, among ``StageTable.parts``
@@ -162,16 +168,21 @@ def commit_part(stage: Stage, uri: str, rows: Sequence[Row]) -> pa.Table:
     return table
 
 
-def read_columns(uri: str, columns: list[str] | None, rows: pc.Expression | None = None) -> pa.Table:
-    """Some columns (None: all) and rows of one Parquet file; of a remote one, little else is fetched."""
+def read_columns(uri: str, columns: list[str] | None, rows: tuple[str, Sequence[str]] | None = None) -> pa.Table:
+    """Some columns (None: all) of one Parquet file; of a remote one, little else is fetched.
+
+    ``rows`` chooses those with one of some values in a column of text: its name, and the values.
+    """
     with storage.open_ranges(uri) as file:
-        if rows is None:  # a third of the time, for files as small as most are
-            return pq.ParquetFile(file).read(columns=columns, use_threads=False)
-        return pq.read_table(file, columns=columns, filters=rows)
+        if rows is None:
+            return read_parquet(file, columns)
+        return pa.concat_tables(read_parquet_rows(file, *rows, columns))
 
 
-def read_parts(uris: Sequence[str], columns: list[str] | None, rows: pc.Expression | None = None) -> Iterator[pa.Table]:
-    """Some columns (None: all) and rows of many Parquet files, in their order; a few ahead at a time."""
+def read_parts(
+    uris: Sequence[str], columns: list[str] | None, rows: tuple[str, Sequence[str]] | None = None
+) -> Iterator[pa.Table]:
+    """What ``read_columns`` reads of each of many files, in their order; a few ahead at a time."""
     readers = _LOCAL_READERS if all(map(storage.is_local, uris)) else _READERS
     with ThreadPoolExecutor(readers) as pool:
         ahead: deque[Future[pa.Table]] = deque()

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
-import pyarrow.parquet
 
 from pipelines import storage
 from pipelines.data.config import CurateConfig
@@ -26,6 +25,7 @@ from pipelines.data.stage.stage import WORK, Row, Stage
 from pipelines.data.steps.run import Run, Step, read_in_order
 from pipelines.decoding.errors import VideoError, unreadable_error
 from pipelines.errors import UserError
+from pipelines.parquet import read_parquet
 from pipelines.storage import http, s3
 
 # One row per file that was named; ``path`` is relative to what was named, so it does not tell where the work is done.
@@ -140,16 +140,17 @@ def read_table(uri: str, columns: Sequence[str], key: str, *, optional: Sequence
     if not is_table(uri):
         raise UserError(f"{key} {uri} is no table; name a file that ends in {', '.join(TABLE_SUFFIXES)}")
     try:
-        with storage.open_file(uri) as file:
+        with storage.local_copy(uri) as path:
             if uri.lower().endswith(".csv"):
                 parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
                 texts = dict.fromkeys([*columns, *optional], pa.string())
                 types = pyarrow.csv.ConvertOptions(column_types=texts, strings_can_be_null=False)
-                table = pyarrow.csv.read_csv(file, parse_options=parse, convert_options=types)
+                table = pyarrow.csv.read_csv(path, parse_options=parse, convert_options=types)
             elif uri.lower().endswith(".jsonl"):
-                table = pyarrow.json.read_json(file)
+                table = pyarrow.json.read_json(path)
             else:
-                table = pyarrow.parquet.read_table(file)
+                with open(path, "rb") as file:
+                    table = read_parquet(file)
     except FileNotFoundError as error:
         raise UserError(f"{key} {uri} does not exist; check the path") from error
     except (pa.ArrowInvalid, OSError) as error:

@@ -13,7 +13,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.data.captions.choose import caption_fault, unique_captions
@@ -30,6 +29,7 @@ from pipelines.data.stage.stage import Row
 from pipelines.data.stage.table import STAGES, table_parts
 from pipelines.data.steps.duplicates import linked_groups
 from pipelines.data.upkeep.tables import list_tables, snapshot_rows, snapshots_of
+from pipelines.parquet import read_parquet
 from pipelines.storage.lock import check_lock, dataset_lock
 
 _TRIES = 64  # versions of a shard that are compared with its hash
@@ -76,7 +76,7 @@ def _usable(part: str) -> bool:
     """Whether a stage's file can be read, and its codes are those it had when it was written."""
     data = storage.read_bytes(part)  # what cannot be fetched just now is not damaged
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        table = read_parquet(data)
     except (pa.ArrowException, OSError):
         return False
     if "codes_sha256" not in table.column_names:
@@ -122,7 +122,7 @@ def _repair_snapshot(dataset: str, snapshot: Snapshot, done: Repair) -> None:
             if data is None:
                 damaged.append((bucket, number))
             else:
-                found[shard.path] = pq.read_table(pa.BufferReader(data), columns=["clip_id"])["clip_id"].to_pylist()
+                found[shard.path] = read_parquet(data, ["clip_id"])["clip_id"].to_pylist()
     if damaged:
         rebuild = _Rebuild(snapshot, ledger, found)
         check_lock(dataset)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.data.keys import sources_of
@@ -22,6 +21,7 @@ from pipelines.data.stage.table import STAGES, read_columns, table_parts
 from pipelines.data.upkeep.tables import list_tables, snapshots_of
 from pipelines.data.video.decode import CRASHES, CrashLog
 from pipelines.errors import UserError
+from pipelines.parquet import open_parquet
 from pipelines.storage.lock import check_lock, dataset_lock
 
 _NOT_OF_SOURCES = ("sources", "texts")  # stages whose keys do not begin with a source's content hash
@@ -216,10 +216,10 @@ def _failures(part: str) -> list[Failure | None]:
     """The failure of each row, or None. Codes and scores are not read."""
     try:
         with storage.open_ranges(part) as file:
-            parquet = pq.ParquetFile(file)
+            parquet = open_parquet(file)
             if ERROR not in parquet.schema_arrow.names:
                 return [None] * parquet.metadata.num_rows
-            errors = parquet.read(columns=[ERROR])[ERROR].to_pylist()
+            errors = parquet.read(columns=[ERROR], use_threads=False)[ERROR].to_pylist()
     except pa.ArrowException as error:
         raise UnusablePartError(f"{part} is damaged ({error}): `lumos data repair` drops it") from error
     return [None if error is None else parse_failure(error) for error in errors]
@@ -229,7 +229,7 @@ def _rewrite(part: str, table: pa.Table) -> None:
     """Put a table in place of a file, its rows in groups as large as the file's own."""
     if table.num_rows:
         with storage.open_ranges(part) as file:
-            rows = pq.ParquetFile(file).metadata.row_group(0).num_rows
+            rows = open_parquet(file).metadata.row_group(0).num_rows
         storage.write_bytes_atomic(part, parquet_bytes(table, row_group_rows=rows))
     else:
         storage.remove(part)

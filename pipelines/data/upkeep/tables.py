@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipelines import storage
 from pipelines.data.snapshot.read import Snapshot, list_snapshots
@@ -34,8 +33,7 @@ def snapshot_rows(
 
     Chosen are those whose ``column`` has one of the values; ``columns`` of them are read, all by default.
     """
-    chosen = pc.field(column).isin(pa.array(sorted(set(values)), pa.string()))
-    return read_parts(snapshot_parts(snapshot, stage), columns, rows=chosen)
+    return read_parts(snapshot_parts(snapshot, stage), columns, rows=(column, sorted(set(values))))
 
 
 def snapshot_parts(snapshot: Snapshot, stage: str) -> list[str]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
 from pipelines import storage
@@ -25,6 +24,7 @@ from pipelines.data.upkeep.stills import decode_clips
 from pipelines.data.video.reader import MISMATCH
 from pipelines.decoding.errors import VideoError
 from pipelines.media import psnr
+from pipelines.parquet import read_parquet
 
 _EXAMPLES = 3  # named of each kind of problem
 # By how much, dB, codes on disk may show their clip worse than codes made now; other devices and versions round
@@ -88,7 +88,7 @@ def _read(snapshot: Snapshot, path: str, sha256: str, schema: pa.Schema) -> tupl
     found = hashlib.sha256(data).hexdigest()
     problems = [] if found == sha256 else [f"{path}: SHA-256 is {found[:12]}..., the manifest says {sha256[:12]}..."]
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        table = read_parquet(data)
     except (pa.ArrowException, OSError) as error:
         return None, [*problems, f"{path}: is no Parquet file ({error})"]
     schema = pa.schema(

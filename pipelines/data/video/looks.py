@@ -7,8 +7,6 @@ from typing import Any
 import cv2
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines import storage
@@ -19,6 +17,7 @@ from pipelines.data.stage.stage import WORK_KEY, Row
 from pipelines.data.video.frames import CLIP_INPUTS, Wanted, clip_inputs
 from pipelines.decoding.errors import VideoError
 from pipelines.errors import JobError
+from pipelines.parquet import read_parquet_rows
 
 LOOKS = pa.schema(
     [
@@ -100,14 +99,8 @@ def read_looks(rows: Sequence[Row]) -> Iterator[tuple[Row, Looks]]:
 def read_rows(part: str, column: str, names: Sequence[str]) -> Iterator[Row]:
     """The rows of a file of looks whose column has one of some values; little more than they is fetched."""
     with storage.open_ranges(part) as file:
-        parquet = pq.ParquetFile(file)
-        wanted = pc.is_in(parquet.read(columns=[column])[column], pa.array(names, pa.string())).to_numpy()
-        first = 0
-        for group in range(parquet.num_row_groups):
-            own = wanted[first : first + parquet.metadata.row_group(group).num_rows]
-            first += len(own)
-            if own.any():
-                yield from parquet.read_row_group(group).filter(pa.array(own)).to_pylist()
+        for table in read_parquet_rows(file, column, names):
+            yield from table.to_pylist()
 
 
 def encode_jpeg(frame: NDArray[np.uint8], quality: int) -> bytes:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.errors import UserError
 from pipelines.generation.config import MAX_SEED
+from pipelines.parquet import open_parquet
 
 _REMEDY = "expected a .txt (a prompt per line), .csv, .jsonl or .parquet file with a column prompt"
 
@@ -104,9 +104,9 @@ def _read_jsonl(data: bytes) -> _Rows:
 
 
 def _read_parquet(data: bytes) -> _Rows:
-    file = pq.ParquetFile(io.BytesIO(data))
+    file = open_parquet(io.BytesIO(data))
     _check_columns(names := file.schema_arrow.names)
-    table = file.read([name for name in _COLUMNS if name in names])
+    table = file.read([name for name in _COLUMNS if name in names], use_threads=False)
     for number, row in enumerate(table.to_pylist()):
         yield f"row {number}", row
 
