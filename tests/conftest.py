@@ -27,12 +27,21 @@ def _threads_of_one_test():
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-@pytest.fixture(scope="module")  # gone at the module's end: tests of other modules start clusters of other sizes
+@pytest.fixture(scope="session")
 def ray_cluster():
-    from pipelines.cluster import connect
+    """The cluster that all tests of this process share; it runs whenever a test that asks for it does."""
+    from tests.cluster import stop_shared_cluster
 
-    with connect(num_cpus=6):
-        yield
+    yield
+    stop_shared_cluster()
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures, some of which are of a whole session
+def pytest_runtest_setup(item):
+    if "ray_cluster" in item.fixturenames:
+        from tests.cluster import shared_cluster
+
+        shared_cluster()
 
 
 _LONGEST = ("training/test_train.py", "data/test_exactly_once.py", "data/test_curate.py", "storage/test_s3.py")

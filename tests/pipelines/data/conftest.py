@@ -1,22 +1,15 @@
 import pytest
 
-from pipelines.cluster import connect
 from pipelines.data.curate import curate
 from tests.pipelines.data.corpora import curate_config, write_corpus
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus") / "videos")
 
 
-@pytest.fixture(scope="package")  # one for all modules here, as each start takes seconds
-def ray_cluster():
-    with connect(num_cpus=6):
-        yield
-
-
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def curated(corpus, tokenizer_file, tmp_path_factory, ray_cluster):
     """The dataset and result of one usual run over the corpus; tests that change the dataset copy it."""
     dataset = tmp_path_factory.mktemp("curated") / "dataset"

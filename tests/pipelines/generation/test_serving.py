@@ -25,7 +25,6 @@ import pytest
 import ray
 from ray.util import placement_group, remove_placement_group
 
-from pipelines.cluster import connect
 from pipelines.config import config_to_yaml
 from pipelines.errors import JobError, UserError
 from pipelines.generation.bulk import run
@@ -33,6 +32,7 @@ from pipelines.generation.bulk.run import generate
 from pipelines.generation.config import BatchConfig, GenerateConfig, ReplicaConfig, ServeConfig
 from pipelines.generation.serving import run as serving_run
 from pipelines.generation.serving.run import http_application, read_cards
+from tests.cluster import own_cluster
 from tests.pipelines.generation.conftest import free_port
 
 TOKEN = "sesame"
@@ -42,7 +42,7 @@ LONG = {"steps": 50, "frames": 33}
 
 @pytest.fixture(scope="module")
 def _cluster() -> Iterator[None]:
-    with connect(num_cpus=3):
+    with own_cluster(num_cpus=3):
         yield
 
 

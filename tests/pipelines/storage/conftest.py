@@ -10,6 +10,7 @@ import pytest
 from s3fs import S3FileSystem
 
 from pipelines.storage.store import S3Store
+from tests.cluster import own_cluster
 from tests.pipelines.data.corpora import write_corpus
 from tests.pipelines.storage.faults import KINDS, faulty_proxy, s3_server
 
@@ -68,10 +69,11 @@ def bucket(direct, calm, request):
     return f"s3://{name}"
 
 
-@pytest.fixture
-def ray(proxy, request):
+@pytest.fixture(scope="module")
+def ray(proxy):
     """A cluster whose workers have the environment that leads to the proxy."""
-    return request.getfixturevalue("ray_cluster")
+    with own_cluster():
+        yield
 
 
 @pytest.fixture(scope="module")

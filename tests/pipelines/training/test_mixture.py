@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from lumos.checkpoint import read_config
 from lumos.config import SamplingChoice, SamplingConfig, TokenizerConfig
 from lumos.tokenizers import load_video_tokenizer
-from pipelines.cluster import connect
 from pipelines.sample_corpus import held_out_specs
 from pipelines.training.config import CheckpointConfig, DataConfig, EmaConfig, MixConfig, SamplingTrialConfig
 from pipelines.training.export import export, locate
 from pipelines.training.run import train
+from tests.cluster import own_cluster
 from tests.pipelines.training.runs import tiny_config
 from tests.pipelines.training.snapshots import write_snapshot
 
@@ -58,7 +58,7 @@ def test_a_mixture_of_images_and_videos_with_an_average_of_weights(tmp_path):
         recommended_sampling=SamplingConfig(num_steps=2),
         sampling_choice=SamplingTrialConfig(candidates=(SamplingChoice(guidance_scale=1.0, num_steps=1),)),
     )
-    with connect(num_cpus=2):
+    with own_cluster(num_cpus=2):
         result = train(config)
         assert recommended(folders(tmp_path)) == [config.recommended_sampling] * 2
         answer = tmp_path / "mixture" / "sampling_choice.json"

@@ -28,7 +28,6 @@ from lumos.checkpoint import load_checkpoint
 from lumos.decoder import Decoder
 from lumos.losses import LossModule
 from lumos.tokenizers.text import TextTokenizer
-from pipelines.cluster import connect
 from pipelines.config import config_to_yaml
 from pipelines.errors import JobError, UserError
 from pipelines.streams import torch_stream
@@ -39,6 +38,7 @@ from pipelines.training.ingest import StepLoader, pack, unpack
 from pipelines.training.prepare import prepare
 from pipelines.training.record import StepRecord
 from pipelines.training.run import TrainResult, train
+from tests.cluster import own_cluster
 from tests.pipelines.training.runs import tiny_config
 from tests.pipelines.training.snapshots import write_snapshot
 
@@ -59,7 +59,7 @@ def spoil_codes(dataset: Path) -> None:
 @pytest.fixture(scope="module")
 def two_cpus():
     """A cluster with exactly as many CPUs as workers."""
-    with connect(num_cpus=2):
+    with own_cluster(num_cpus=2):
         yield
 
 

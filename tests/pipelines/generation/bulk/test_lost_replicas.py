@@ -11,11 +11,11 @@ import psutil
 import pytest
 
 from pipelines import storage
-from pipelines.cluster import connect
 from pipelines.errors import JobError
 from pipelines.generation.bulk.check import check_layout
 from pipelines.generation.bulk.run import generate
 from pipelines.generation.config import BatchConfig, GenerateConfig, ReplicaConfig, SamplingChoice
+from tests.cluster import own_cluster
 
 ENTRIES = [
     {"prompt_en": "a red square moves left", "dimension": ["temporal_flickering"]},
@@ -49,7 +49,7 @@ def test_a_run_ends_where_no_replica_starts_again_and_keeps_what_it_made(
         sampling=SamplingChoice(num_steps=100),
         batch=BatchConfig(max_size=1),
     )
-    with connect(num_cpus=2), ThreadPoolExecutor(1) as pool:
+    with own_cluster(num_cpus=2), ThreadPoolExecutor(1) as pool:
         run = pool.submit(generate, config)
         while not list(Path(config.output).glob("*.mp4")):
             assert not run.done()
@@ -77,7 +77,7 @@ def test_exactly_once_a_replica_killed_in_the_middle_costs_time_alone(
         batch=BatchConfig(max_size=2),
         replicas=ReplicaConfig(num_replicas=2, num_cpus=0.5, threads=1),
     )
-    with connect(num_cpus=3), ThreadPoolExecutor(1) as pool:
+    with own_cluster(num_cpus=3), ThreadPoolExecutor(1) as pool:
         run = pool.submit(generate, config)
         while not storage.list_names(f"{s3_uri}/vbench/videos"):
             assert not run.done()

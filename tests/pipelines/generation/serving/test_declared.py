@@ -17,11 +17,11 @@ from ray.serve.schema import ServeDeploySchema
 
 from jobs.serve_application import build
 from pipelines import storage
-from pipelines.cluster import connect
 from pipelines.config import PROJECT_DIR, config_to_yaml
 from pipelines.errors import UserError
 from pipelines.generation.config import ServeConfig
 from pipelines.generation.serving.run import TOKEN_VARIABLE
+from tests.cluster import own_cluster
 from tests.pipelines.generation.conftest import free_port
 
 TOKEN = "sesame"
@@ -100,7 +100,7 @@ def test_serve_config_of_the_manifest_runs_and_changes_in_place(config_file, mon
     (application,) = config["applications"]
     application["args"] = {"config": config_file, "overrides": [f"port={port}", "replicas.num_replicas=1"]}
     url, headers = f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {TOKEN}"}
-    with connect(num_cpus=3):
+    with own_cluster(num_cpus=3):
         serve.start(proxy_location=config["proxy_location"], http_options=config["http_options"])
         try:
             _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))

@@ -12,10 +12,10 @@ import httpx
 import psutil
 import pytest
 
-from pipelines.cluster import connect
 from pipelines.generation.config import BatchConfig, ReplicaConfig, ServeConfig
 from pipelines.generation.serving.jobs import Job
 from pipelines.generation.serving.run import http_application, read_cards
+from tests.cluster import own_cluster
 from tests.pipelines.generation.conftest import CAPTIONS, free_port
 
 BODIES = [{"prompt": CAPTIONS[seed % 2], "seed": seed, "steps": 100, "frames": 17} for seed in range(8)]
@@ -23,7 +23,7 @@ BODIES = [{"prompt": CAPTIONS[seed % 2], "seed": seed, "steps": 100, "frames": 1
 
 @pytest.fixture(scope="module", autouse=True)
 def _cluster() -> Iterator[None]:
-    with connect(num_cpus=3):
+    with own_cluster(num_cpus=3):
         yield
 
 
