@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from pipelines import storage
 from pipelines.cluster import cluster_cores, cluster_is_ours, lacking
+from pipelines.data.stage.blocks import BlockSource
 from pipelines.data.stage.columns import contained, release_memory
 from pipelines.data.stage.log import BatchReport, RunLog, StageProgress
 from pipelines.data.stage.stage import ERROR, WORK, WORK_KEY, RowFunction, Stage, StageResources
@@ -226,22 +227,24 @@ def _execute(stage: Stage, table: StageTable, pending: pa.Table, *, parts: int) 
     together = min(parts, math.ceil((len(bounds) - 1) / (4 * processes)))
     # `take` copies: a slice would drag the whole table along when it is pickled.
     ends = [*bounds[:-1][::together], pending.num_rows]
-    blocks: Any = [ray.put(pending.take(pa.array(np.arange(*own)))) for own in pairwise(ends)]
+    blocks = [pending.take(pa.array(np.arange(*own))) for own in pairwise(ends)]
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it tells the plan of every execution, and errors twice
-    data: ray.data.Dataset = ray.data.from_arrow_refs(blocks)
-    options: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": resources.num_cpus}
+    most = min(processes, len(blocks))  # each begins with a second of imports
+    wants: dict[str, Any] = {"num_cpus": resources.num_cpus}
     if resources.num_gpus:
-        # Ray wants one named, then; of smaller blocks it puts several together.
-        options |= {"num_gpus": resources.num_gpus, "batch_size": max(last - first for first, last in pairwise(ends))}
+        wants["num_gpus"] = resources.num_gpus
     if resources.memory_mb:
-        options["memory"] = resources.memory_mb * 1_000_000
+        wants["memory"] = resources.memory_mb * 1_000_000
+    # Equal wants and numbers: only then the process that computes a block is also the one that reads it.
+    data = ray.data.read_datasource(BlockSource(blocks), concurrency=most, override_num_blocks=len(blocks), **wants)
+    # Where there are GPUs, Ray wants the size of a batch to be named.
+    rows = max(block.num_rows for block in blocks) if resources.num_gpus else None
+    options: dict[str, Any] = {"batch_size": rows, "batch_format": "pyarrow"} | wants
     if stage.stateful:
-        most = min(processes, len(blocks))
         pool = ray.data.ActorPoolStrategy(min_size=min(resources.min_workers, most), max_size=most)
         data = data.map_batches(StageWorker, fn_constructor_args=(stage, table.uri, size), compute=pool, **options)
     else:
-        options["concurrency"] = min(processes, len(blocks))  # each begins with a second of imports
-        data = data.map_batches(lambda block: StageWorker(stage, table.uri, size)(block), **options)
+        data = data.map_batches(lambda block: StageWorker(stage, table.uri, size)(block), concurrency=most, **options)
     data.context.enable_progress_bars = False  # ours count rows, across waves
     data.context.raise_original_map_exception = True
     data.context.execution_no_progress_timeout_s = -1  # one batch may hold hours of film; decoding has its own bounds
