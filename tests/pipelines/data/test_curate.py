@@ -124,6 +124,7 @@ def test_nothing_of_the_run_is_inside(curated, corpus):
             assert str(curated[0]).encode() not in data
 
 
+@pytest.mark.slow
 def test_another_place_and_other_batches_give_identical_files(curated, corpus, tokenizer_file, tmp_path):
     moved = tmp_path / "elsewhere"
     shutil.copytree(corpus, moved, symlinks=True)

@@ -66,7 +66,7 @@ class Run:
             if when() and (found := self.targets(kind)):
                 os.kill(random_state.choice(found), signal.SIGKILL)
                 return True
-            time.sleep(0.005)
+            time.sleep(0.02)
         return False
 
 
@@ -76,7 +76,7 @@ def parts(dataset: Path, stage: str) -> int:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "videos", good=24)
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "videos", good=12)
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,7 @@ def test_a_checkpoint_that_one_worker_cannot_write_is_left_out(tmp_path: Path):
         run_ranks("engine_ranks", scenario, tmp_path)
 
 
+@pytest.mark.slow
 def test_muon_has_fitting_products_and_the_space_that_a_checkpoint_needs_is_known_before(tmp_path: Path):
     run_ranks("engine_ranks", "products+room", tmp_path)  # at once, as each start of processes takes long
 

@@ -135,6 +135,7 @@ def test_the_judge_wants_all_that_a_caption_asks_for():
     assert fmean(judge_strictly(captions[1:] + captions[:1], videos)) == 0
 
 
+@pytest.mark.slow
 def test_all_ways_have_the_same_prompts_and_seeds(dataset, stored, tmp_path):
     """What is drawn as configured is what the samples beside a training would be, and CLIP rates it alike."""
     clip = OpenClipConfig(weights=str(write_open_clip(tmp_path / "clip")))

@@ -8,9 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -32,13 +30,14 @@ from pipelines.config import config_to_yaml
 from pipelines.errors import JobError, UserError
 from pipelines.streams import torch_stream
 from pipelines.training.checkpoints import find_checkpoints
-from pipelines.training.config import CheckpointConfig, OptimizerConfig, TrainConfig, ValidationConfig
+from pipelines.training.config import CheckpointConfig, OptimizerConfig, ValidationConfig
 from pipelines.training.export import export, locate
 from pipelines.training.ingest import StepLoader, pack, unpack
 from pipelines.training.prepare import prepare
 from pipelines.training.record import StepRecord
 from pipelines.training.run import TrainResult, train
 from tests.cluster import own_cluster
+from tests.pipelines.training.kills import kill_a_worker, kill_driver, when
 from tests.pipelines.training.runs import tiny_config
 from tests.pipelines.training.snapshots import write_snapshot
 
@@ -97,19 +96,6 @@ def check_tracked_once(result: TrainResult) -> None:
     history = client.get_metric_history(result.run_id, "loss")
     assert [metric.step for metric in history] == [record.step for record in result.records]
     assert [metric.value for metric in history] == losses(result.records)
-
-
-def when(condition: Callable[[], object], action: Callable[[], object]) -> threading.Thread:
-    """Do something as soon as it is so."""
-
-    def wait() -> None:
-        while not condition():
-            time.sleep(0.01)
-        action()
-
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    return thread
 
 
 def test_training_of_two_workers_on_two_cpus(uninterrupted, folder):
@@ -204,6 +190,26 @@ def test_a_finished_run_is_returned_and_not_repeated(uninterrupted, dataset, fol
         train(tiny_config(dataset, folder / "uninterrupted", seed=1))
 
 
+def test_resume_after_a_worker_was_killed(uninterrupted, dataset, folder):
+    output, killed = folder / "worker-killed", []
+
+    def kill() -> None:
+        kill_a_worker()
+        killed.append(len(metrics_lines(output)))
+
+    killer = when(lambda: find_checkpoints(str(output / "checkpoints")), kill)
+    result = train(tiny_config(dataset, output))
+    killer.join(timeout=1)
+    assert killed, "no worker was killed"
+    assert killed[0] < 60, "killed too late to matter"
+    starts = [start["step"] for start in json.loads((output / "run.json").read_text())["starts"]]
+    assert len(starts) == 2
+    assert starts[0] == 0 < starts[1], "it goes on from the newest checkpoint"
+    assert losses(result.records) == pytest.approx(losses(uninterrupted.records), abs=1e-6)
+    check_tracked_once(result)
+
+
+@pytest.mark.slow
 def test_resume_after_the_driver_and_a_worker_were_killed(uninterrupted, dataset, folder):
     output = folder / "killed"
     checkpoints = str(output / "checkpoints")
@@ -211,8 +217,7 @@ def test_resume_after_the_driver_and_a_worker_were_killed(uninterrupted, dataset
     killed = [len(metrics_lines(output))]
 
     def kill() -> None:
-        workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
-        workers[-1].kill()
+        kill_a_worker()
         killed.append(len(metrics_lines(output)))
 
     at_start = {stored.state.step for stored in find_checkpoints(checkpoints)}
@@ -226,20 +231,6 @@ def test_resume_after_the_driver_and_a_worker_were_killed(uninterrupted, dataset
     assert starts[0] == 0 < starts[1] < starts[2], "each goes on from the newest checkpoint"
     assert losses(result.records) == pytest.approx(losses(uninterrupted.records), abs=1e-6)
     check_tracked_once(result)
-
-
-def kill_driver(config: TrainConfig, file: Path, reached: Callable[[], object]) -> None:
-    """Begin a run in a process of its own, and kill that once it has come to something."""
-    file.write_text(config_to_yaml(config))
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    command = [sys.executable, "-m", "jobs.train", str(file)]
-    log = file.with_suffix(".log")
-    with log.open("w") as said, subprocess.Popen(command, env=env, stdout=said, stderr=said) as driver:
-        try:
-            when(reached, driver.kill)
-            assert driver.wait(timeout=240) == -signal.SIGKILL, log.read_text()[-3000:]
-        finally:
-            driver.kill()
 
 
 @pytest.mark.slow

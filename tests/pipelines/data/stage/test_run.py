@@ -65,7 +65,7 @@ def values(stage, dataset):
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("stateful", [False, True])
+@pytest.mark.parametrize("stateful", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_every_input_is_computed_once_though_a_worker_is_killed_and_never_again(tmp_path, stateful):
     double = stage(die_on=20, stateful=stateful)
     Path(StageTable(str(tmp_path), double).uri).mkdir(parents=True)

@@ -196,6 +196,7 @@ def test_a_whole_chain_is_one_group_though_clips_of_it_are_kept():
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.slow
 def test_a_captioned_copy_is_kept_then_the_larger_then_the_longer(tokenizer_file, tmp_path):
     corpus = tmp_path / "videos"
     corpus.mkdir()
