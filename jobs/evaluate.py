@@ -11,7 +11,7 @@ if __name__ == "__main__":  # run as a script: import from the checkout, not fro
 
 from jobs.command import run
 
-_BENCHMARKS = ("vbench", "vbench-i2v", "vbench-2.0", "geneval")
+_BENCHMARKS = ("vbench", "vbench-i2v", "vbench2", "vbench-2.0", "geneval")  # 2.0 has two names
 _FORMS = ("auto", "page", "folder", "none")  # auto: videos within the page up to --page-mb, else beside it
 
 

@@ -41,7 +41,7 @@ class RunConfig(Protocol):
     """A dataclass that describes one run."""
 
     # Folder of infra/configs that holds its shipped files. If there, REMOVED: old keys, remedies; ALSO_CALLED:
-    # names that others give to keys, and ours.
+    # names that others give to keys, and ours; REMEDIES: how keys are given, for who leaves them out.
     KIND: ClassVar[str]
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -339,7 +339,7 @@ def _describe(cls: type[Any], raw: Any, detail: ErrorDetails) -> str:
     if kind == "missing" and keys[-1].isdecimal():  # an item of a tuple, which is of a set length
         return f"{'.'.join(keys[:-1])}: it has {len(value)} items, and needs more"
     if kind in _MISSING:
-        return f"key {name!r} is missing; it has no default"
+        return f"key {name!r} is missing; {getattr(cls, 'REMEDIES', {}).get(name, 'it has no default')}"
     if kind == "value_error":  # raised by a dataclass about itself; its message names field and value
         text = message.removeprefix("Value error, ")
         return f"{name}: {text}" if name else text

@@ -1,6 +1,6 @@
 """The two errors a person is meant to read: they end a command with one message and no traceback."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 _OF_RAY_DATA = "\nFailed to apply UDF transform after "  # begins what it adds to the text of an error of its workers
@@ -18,6 +18,18 @@ class JobError(Exception):
 
     The message says what failed, what is kept, and how to continue.
     """
+
+
+_MAX_LISTED = 10
+
+
+def listed(mistakes: Sequence[str]) -> str:
+    """Mistakes as one message: one as it is, several in lines, the first ten of them and how many more there are."""
+    if len(mistakes) == 1:
+        return mistakes[0]
+    more = len(mistakes) - _MAX_LISTED
+    last = [f"and {more} more"] if more > 0 else []
+    return "\n  ".join([f"{len(mistakes)} mistakes:", *mistakes[:_MAX_LISTED], *last])
 
 
 def in_words(error: BaseException, *, last_line: bool = False) -> str:

@@ -56,7 +56,9 @@ def read_image(source: str | bytes, size: VideoSize, limits: GivenLimits | None 
     return _read(source, size, 1, limits or GivenLimits())
 
 
-def read_clip(source: str | bytes, size: VideoSize, limits: GivenLimits | None = None) -> NDArray[np.uint8]:
+def read_clip(
+    source: str | bytes, size: VideoSize, limits: GivenLimits | None = None, *, num_given: int | None = None
+) -> NDArray[np.uint8]:
     """The frames of a clip with which a video of ``size`` begins: uint8 [1 + 4k, H, W, 3], fewer than it has.
 
     They are taken at the video's rate. A clip that is shorter than the video is continued whole (but for up to three
@@ -66,14 +68,19 @@ def read_clip(source: str | bytes, size: VideoSize, limits: GivenLimits | None =
         source: a path, local or s3://, or the bytes of the file.
         size: of the whole video; cut to it as ``read_image`` does.
         limits: see there.
+        num_given: how many of its last frames are taken, whatever its length.
 
     Raises:
-        GivenError: if it is none, or exceeds a limit, or the video is an image, which nothing can precede;
-            ``OtherKindError`` if it is a picture.
+        GivenError: if it is none, or exceeds a limit, or has not so many frames, or the video is an image, which
+            nothing can precede; ``OtherKindError`` if it is a picture.
     """
     if size.num_frames == 1:
         raise GivenError(f"a clip cannot be continued by 0 frames: num_frames is 1, set {1 + TEMPORAL_FACTOR} or more")
     frames = _read(source, size, size.num_frames, limits or GivenLimits())
+    if num_given is not None:
+        if num_given > len(frames):
+            raise GivenError(f"it has {len(frames)} frames at {size.fps:g} fps, and num_given is {num_given}")
+        return frames[len(frames) - num_given :]
     return frames[len(frames) - num_continued(len(frames), size.num_frames) :]
 
 

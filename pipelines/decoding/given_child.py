@@ -51,6 +51,8 @@ def read(job: GivenJob) -> NDArray[np.uint8]:
             raise VideoError("not_an_image", f"a video ({info.codec})")
         if job.num_frames > 1 and info.is_image:
             raise VideoError("not_a_clip", f"a picture ({info.codec})")
+        if info.is_image and _is_animated_webp(job.path):
+            raise VideoError("unsupported", "an animated WebP: save it as GIF, or the picture of it that counts as PNG")
         if info.is_image and not _is_one_picture(video):
             raise VideoError("unsupported", f"several pictures or tiles ({info.codec}): save it as JPEG or PNG")
         _check_pixels(info.width, info.height, job)
@@ -61,6 +63,13 @@ def read(job: GivenJob) -> NDArray[np.uint8]:
     if not wanted:
         raise VideoError("decode_error", "none of its pictures can be decoded")
     return np.stack(wanted)
+
+
+def _is_animated_webp(path: str) -> bool:
+    """Whether a file is a WebP of several pictures, of which FFmpeg decodes none."""
+    with open(path, "rb") as file:
+        head = file.read(21)
+    return head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and any(flags & 2 for flags in head[20:])
 
 
 def _is_one_picture(video: VideoFile) -> bool:

@@ -60,6 +60,7 @@ class VideoScores:
     file: VideoFile
     values: Mapping[str, float]  # by metric; one that does not apply is left out
     size: tuple[int, int, int]  # frames, height and width; zeros of one that cannot be read
+    has_pair: bool = False  # whether there is a reference of its own
     error: str | None = None  # why nothing was measured
 
 
@@ -168,18 +169,19 @@ def _measure_all(
     find = _pairing(reference)
 
     def one(video: VideoFile) -> tuple[VideoScores, dict[str, Features]]:
+        pair = find(video)
         try:
             frames, fps = read_frames(video.uri)
-            pair = find(video)
             other = read_frames(pair.uri)[0] if pair is not None else None
             sample = Sample(frames, fps, prompt=video.prompt, models=models, reference=other)
             found = {metric.name: metric.measure(sample) for metric in metrics if metric.measure is not None}
             rows = {metric.name: metric.features(sample) for metric in sets if metric.features is not None}
         except (ValueError, OSError, cv2.error) as error:
-            return VideoScores(file=video, values={}, size=(0, 0, 0), error=f"{video.path}: {error}"), {}
+            why = f"{video.path}: {error}"
+            return VideoScores(file=video, values={}, size=(0, 0, 0), has_pair=pair is not None, error=why), {}
         values = {name: float(value) for name, value in found.items() if value is not None}
         size = (len(frames), frames.shape[1], frames.shape[2])
-        scores = VideoScores(file=video, values=values, size=size)
+        scores = VideoScores(file=video, values=values, size=size, has_pair=pair is not None)
         return scores, {name: features for name, features in rows.items() if features is not None}
 
     videos: list[VideoScores] = []

@@ -6,7 +6,7 @@ missing counts 0; here there is no total without it.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ class Benchmark:
     name: str
     groups: Mapping[str, tuple[Dimension, ...]]
     weights: Mapping[str, float]
+    least_videos: int  # results that the whole benchmark has of every dimension, at least
 
     @property
     def dimensions(self) -> dict[str, Dimension]:
@@ -68,6 +69,7 @@ VBENCH = Benchmark(
         ),
     },
     weights={"quality": 4.0, "semantic": 1.0},
+    least_videos=72 * 5,  # subject_consistency's prompts are the fewest
 )
 VBENCH_I2V = Benchmark(
     name="vbench-i2v",
@@ -80,9 +82,10 @@ VBENCH_I2V = Benchmark(
         "quality": tuple(dimension for name, dimension in _VIDEO.items() if name != "temporal_flickering"),
     },
     weights={"i2v": 1.0, "quality": 1.0},
+    least_videos=109 * 5,  # i2v_background's
 )
 VBENCH_2 = Benchmark(
-    name="vbench-2.0",
+    name="vbench2",
     groups={
         "creativity": _plain("composition", "diversity"),
         "commonsense": _plain("instance_preservation", "motion_rationality"),
@@ -99,9 +102,12 @@ VBENCH_2 = Benchmark(
         "physics": _plain("material", "mechanics", "multi-view_consistency", "thermotics"),
     },
     weights=dict.fromkeys(("creativity", "commonsense", "controllability", "human_fidelity", "physics"), 1.0),
+    least_videos=10,  # of diversity, which compares the videos of a prompt, its ten prompts
 )
 BENCHMARKS = {benchmark.name: benchmark for benchmark in (VBENCH, VBENCH_I2V, VBENCH_2)}
 GENEVAL = "geneval"
+_ALSO_CALLED = {"vbench-2.0": VBENCH_2.name}
+_MAX_COUNTED = 5  # dimensions that are named, of those with few videos
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,18 +153,26 @@ def import_results(files: Sequence[str], *, benchmark: str | None = None) -> Off
     Raises:
         UserError: if a file is missing, of another kind, or contradicts another.
     """
-    if benchmark == GENEVAL or (benchmark is None and any(uri.endswith(".jsonl") for uri in files)):
+    lines = [uri for uri in files if uri.endswith(".jsonl")]
+    if benchmark is None and lines and len(lines) < len(files):
+        other = next(uri for uri in files if uri not in lines)
+        raise UserError(f"{lines[0]} is GenEval's by its ending, {other} VBench's: name the files of one benchmark")
+    if benchmark == GENEVAL or (benchmark is None and lines):
         return _geneval(files)
     scores: dict[str, float] = {}
+    counts: dict[str, int] = {}
     where: dict[str, str] = {}
     for uri in files:
-        for name, score in _vbench_scores(uri).items():
+        for name, (score, count) in _vbench_scores(uri).items():
             if scores.get(name, score) != score:
                 raise UserError(
                     f"{uri} gives {name} {score:g}, {where[name]} {scores[name]:g}: name the results of one evaluation"
                 )
             scores[name], where[name] = score, uri
-    return _totals(BENCHMARKS[benchmark] if benchmark is not None else _benchmark_of(scores, files), scores, where)
+            if count is not None:
+                counts[name] = count
+    named = BENCHMARKS[_ALSO_CALLED.get(benchmark, benchmark)] if benchmark is not None else _benchmark_of(where)
+    return _totals(named, scores, counts, where)
 
 
 def _read(uri: str) -> bytes:
@@ -168,8 +182,8 @@ def _read(uri: str) -> bytes:
         raise UserError(f"{uri} cannot be read ({error}): name files that the benchmark wrote") from error
 
 
-def _vbench_scores(uri: str) -> dict[str, float]:
-    """Each dimension's score: the first item of what stands under its name."""
+def _vbench_scores(uri: str) -> dict[str, tuple[float, int | None]]:
+    """Of what stands under each dimension's name the first item, its score, and the length of the second, a list."""
     remedy = "expected VBench's *_eval_results.json (not *_full_info.json): {dimension: [score, [...]]}"
     try:
         value = json.loads(_read(uri))
@@ -184,24 +198,32 @@ def _vbench_scores(uri: str) -> dict[str, float]:
             raise UserError(f"{uri}: {name} has no score but {str(entry)[:60]!r}; {remedy}")
         if not 0 <= score <= 1:  # NaN too
             raise UserError(f"{uri}: {name} is {score}, which is not in 0..1; totals are made of shares, not percent")
-        scores[name.lower().replace(" ", "_")] = float(score)
+        each = entry[1] if isinstance(entry, list) and len(entry) > 1 else None
+        scores[name.lower().replace(" ", "_")] = (float(score), len(each) if isinstance(each, list) and each else None)
     return scores
 
 
-def _benchmark_of(scores: Mapping[str, float], files: Sequence[str]) -> Benchmark:
-    """The benchmark that has all these dimensions; the one for text to video if several do."""
-    for benchmark in BENCHMARKS.values():
-        if scores.keys() <= benchmark.dimensions.keys():
-            return benchmark
+def _benchmark_of(where: Mapping[str, str]) -> Benchmark:
+    """The benchmark that has all these dimensions, each of a file; the one for text to video if several do."""
+    if fits := _having(where):
+        return fits[0]
     known = set().union(*(benchmark.dimensions for benchmark in BENCHMARKS.values()))
-    unknown = sorted(scores.keys() - known)
-    what = f"{unknown[0]} is no dimension of theirs" if unknown else "they hold dimensions of several"
-    raise UserError(
-        f"{', '.join(files)}: results of none of {', '.join(BENCHMARKS)} ({what}); name the files of one benchmark"
-    )
+    if unknown := sorted(where.keys() - known):
+        raise UserError(f"{where[unknown[0]]}: {unknown[0]} is no dimension of any of {', '.join(BENCHMARKS)}")
+    kinds = []
+    for uri in dict.fromkeys(where.values()):
+        names = " or ".join(each.name for each in _having([name for name in where if where[name] == uri]))
+        kinds.append(f"{uri} is of {names}" if names else f"{uri} itself is of several")
+    raise UserError(f"the results hold dimensions of several benchmarks ({'; '.join(kinds)}): name the files of one")
 
 
-def _totals(benchmark: Benchmark, scores: Mapping[str, float], where: Mapping[str, str]) -> OfficialResults:
+def _having(names: Iterable[str]) -> list[Benchmark]:
+    return [each for each in BENCHMARKS.values() if set(names) <= each.dimensions.keys()]
+
+
+def _totals(
+    benchmark: Benchmark, scores: Mapping[str, float], counts: Mapping[str, int], where: Mapping[str, str]
+) -> OfficialResults:
     dimensions = benchmark.dimensions
     for name in scores:
         if name not in dimensions:
@@ -226,7 +248,30 @@ def _totals(benchmark: Benchmark, scores: Mapping[str, float], where: Mapping[st
         groups=groups,
         total=total,
         missing=tuple(name for name in dimensions if name not in scores),
+        notes=(*_notes_of_ranges(benchmark, scores, normalized), *_notes_of_counts(benchmark, counts)),
     )
+
+
+def _notes_of_ranges(
+    benchmark: Benchmark, scores: Mapping[str, float], normalized: Mapping[str, float]
+) -> Iterator[str]:
+    for name, share in normalized.items():
+        if not 0 <= share <= 1:
+            d = benchmark.dimensions[name]
+            yield (
+                f"{name}: {scores[name]:.4f} is outside {d.least:g} to {d.most:g}, which becomes 0 to 1; it counts as "
+                f"{share:.4f}, as in the benchmark's own script"
+            )
+
+
+def _notes_of_counts(benchmark: Benchmark, counts: Mapping[str, int]) -> Iterator[str]:
+    few = [f"{name} {count}" for name, count in counts.items() if count < benchmark.least_videos]
+    if few:
+        more = f" and {len(few) - _MAX_COUNTED} more" if len(few) > _MAX_COUNTED else ""
+        yield (
+            f"not the whole benchmark: fewer than {benchmark.least_videos} results ({', '.join(few[:_MAX_COUNTED])}"
+            f"{more}); such scores cannot be compared with published ones"
+        )
 
 
 _TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")

@@ -37,11 +37,27 @@ def as_text(evaluation: Evaluation) -> str:
     for run in runs:
         prompts = len({video.file.prompt for video in run.videos})
         lines.append(f"{run.folder.label}: {len(run.videos)} videos of {prompts} prompts")
+        lines += _reference_lines(evaluation, run)
         lines += [f"  not measured: {video.error}" for video in run.failed[:_MAX_FAILURES]]
         if len(run.failed) > _MAX_FAILURES:
             lines.append(f"  not measured: {len(run.failed) - _MAX_FAILURES} more, see {VIDEOS_FILE}")
     lines.append("Intervals: bootstrap over prompts; they do not tell how another training's seed would do.")
     return "\n".join(lines)
+
+
+def _reference_lines(evaluation: Evaluation, run: RunScores) -> list[str]:
+    """What of a folder was not compared with the reference, and why."""
+    reference = evaluation.config.reference
+    paired = sum(video.has_pair for video in run.videos)
+    if reference is None or paired == len(run.videos):
+        return []
+    lines = [
+        f"  with a reference in {reference} of the same prompt and seed, or the same path: {paired}; psnr, ssim and "
+        f"lpips are {'of those alone' if paired else 'left out'}"
+    ]
+    if not paired and not evaluation.config.models.given.keys() & {"clip", "fvd"}:
+        lines.append("  so --reference was of no use: with --clip or --fvd the sets are compared (cmmd, fvd)")
+    return lines
 
 
 def number(figure: Figure | None) -> str:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from pipelines.generation.bulk.run import RUN_FILE
 
 SUFFIXES = (".mp4", ".gif", ".png", ".webm", ".mov", ".mkv", ".avi", ".jpg", ".jpeg")
 STILLS = (".png", ".jpg", ".jpeg")
+_MAX_NAMED = 8  # of the runs in a folder
 _NUMBERED = re.compile(r"(.*\S)\s*-(\d+)", re.DOTALL)  # VBench's names
 
 
@@ -55,7 +56,7 @@ def read_folder(uri: str, label: str) -> VideoFolder:
     """The videos of a folder, local or on S3: those of its manifest, else all, named ``{prompt}-{number}``.
 
     Raises:
-        UserError: if there are none, or the manifest is damaged.
+        UserError: if there are none, the manifest is damaged, or folders in it are runs of their own.
     """
     manifest = storage.join(uri, MANIFEST_FILE)
     if not storage.is_dir(uri):
@@ -66,10 +67,23 @@ def read_folder(uri: str, label: str) -> VideoFolder:
         run_file = storage.join(uri, RUN_FILE)
         note = storage.read_json(run_file) if storage.exists(run_file) else {}
     else:
-        videos = [_of_name(found) for found in storage.list_files(uri, suffixes=SUFFIXES)]
+        files = storage.list_files(uri, suffixes=(*SUFFIXES, MANIFEST_FILE))
+        _check_one_run(
+            uri, [path.rpartition("/")[0] for path in (x.path for x in files) if _name(path) == MANIFEST_FILE]
+        )
+        videos = [_of_name(found) for found in files if found.path.lower().endswith(SUFFIXES)]
     if not videos:
         raise UserError(f"{uri} holds no videos ({', '.join(SUFFIXES)}): name the folder that does")
     return VideoFolder(uri=uri, label=label, videos=tuple(videos), note=note)
+
+
+def _check_one_run(uri: str, runs: Sequence[str]) -> None:
+    """Raise a ``UserError`` if a folder holds runs: they are of several models or settings, and would be one set."""
+    if runs:
+        named = [storage.join(uri, run) for run in runs[:_MAX_NAMED]]
+        more = f" and {len(runs) - _MAX_NAMED} more" if len(runs) > _MAX_NAMED else ""
+        what = f"{len(runs)} runs of `lumos generate`" if len(runs) > 1 else "a run of `lumos generate`"
+        raise UserError(f"{uri} holds {what}, and is none: name the folders themselves, {' '.join(named)}{more}")
 
 
 def _of_manifest(folder: str, manifest: str) -> list[VideoFile]:
@@ -92,8 +106,12 @@ def _of_manifest(folder: str, manifest: str) -> list[VideoFile]:
         ) from error
 
 
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
 def _of_name(found: storage.FileInfo) -> VideoFile:
-    stem = found.path.rpartition("/")[2].rpartition(".")[0]
+    stem = _name(found.path).rpartition(".")[0]
     numbered = _NUMBERED.fullmatch(stem)
     prompt, number = (numbered[1], int(numbered[2])) if numbered else (stem, 0)
     return VideoFile(path=found.path, uri=found.uri, prompt=prompt, seed=number)

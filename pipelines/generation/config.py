@@ -87,6 +87,11 @@ class BatchConfig:
 class ModelRunConfig:
     """What bulk runs and the service share: the model and how it is run."""
 
+    REMEDIES: ClassVar[dict[str, str]] = {
+        "model": "give --model DIR (or model=DIR), a folder that `lumos train` exported",
+        "prompts": "give --prompt TEXT (or prompts=FILE)",
+    }
+
     model: str  # folder that `lumos train` exported, or of a released Lumos-1 checkpoint
     video: SizeConfig = field(default_factory=SizeConfig)
     sampling: SamplingChoice = field(default_factory=SamplingChoice)

@@ -19,6 +19,7 @@ from lumos.checkpoint import check_weights
 from lumos.compression import VideoSize
 from lumos.config import SamplingConfig
 from lumos.folder import ModelFolder, open_folder
+from lumos.layout import header_tokens, prompt_text
 from pipelines import storage
 from pipelines.cores import usable_cores
 from pipelines.errors import UserError
@@ -47,7 +48,7 @@ class ModelCard:
     def untrained(self, size: VideoSize) -> str | None:
         """What to tell of a size that the model was not trained on; nothing where it was, or its folder names none."""
         info = self.folder.info
-        if not info.shapes or info.fps is None:
+        if not info.shapes or info.fps is None or (size.num_frames == 1 and self._begins_trained(size)):
             return None
         known = self.has_trained_shape(size)
         if known and (size.num_frames == 1 or math.isclose(size.fps, info.fps, rel_tol=1e-5)):  # float32 in a shard
@@ -56,6 +57,18 @@ class ModelCard:
         more = len(info.shapes) - _TOLD_SIZES
         trained += f" and {more} more" if more > 0 else ""
         return f"{size} is no {'rate' if known else 'size'} that the model was trained on: {trained}"
+
+    def _begins_trained(self, size: VideoSize) -> bool:
+        """Whether videos of the training begin as one of this size: no token before the picture tells them apart."""
+        info, vocabulary, template = self.folder.info, self.folder.vocabulary, self.folder.prompt_template
+
+        def before(each: VideoSize) -> tuple[str, list[int]]:
+            header = header_tokens(vocabulary, [], num_latents=each.latent_shape[0], fps=each.fps)
+            return prompt_text(template, "", each), header.tolist()
+
+        trained = [VideoSize.of_latents(shape, info.fps or 1.0) for shape in info.shapes]
+        alike = [each for each in trained if (each.width, each.height) == (size.width, size.height)]
+        return not info.motion_prefix and any(before(each) == before(size) for each in alike)
 
     def folder_here(self) -> ModelFolder:
         """The folder on the machine of this process, fetched from a store if need be.

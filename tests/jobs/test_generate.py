@@ -69,6 +69,13 @@ def test_a_benchmarks_layout_says_what_it_needs():
         assert message in str(done.exception)
 
 
+@pytest.mark.parametrize(("verb", "more"), [("generate", ["--prompt", "x"]), ("serve", [])])
+def test_who_names_no_model_is_told_how(verb, more):
+    done = CliRunner().invoke(group, [verb, *more])
+    assert isinstance(done.exception, UserError)
+    assert "key 'model' is missing; give --model DIR (or model=DIR)" in str(done.exception)
+
+
 def test_a_folder_without_layout_is_no_benchmark(tmp_path: Path):
     done = CliRunner().invoke(group, ["benchmark", "check", str(tmp_path), "--layout", "vbench"])
     assert isinstance(done.exception, UserError)

@@ -103,9 +103,7 @@ def read_groups(layout: str, uri: str) -> list[Group]:
     for index, row in enumerate(read_rows(uri, layout)):
         prompt, dimensions = row.get("prompt_en"), row.get("dimension")
         if not isinstance(prompt, str) or not prompt.strip() or not isinstance(dimensions, str | list):
-            raise UserError(
-                f"prompts: {uri}, entry {index}: no prompt_en and dimension; layout {layout} takes {_FILES}"
-            )
+            raise UserError(f"prompts: {uri}, entry {index}: no prompt_en and dimension; {_remedy(layout)}")
         dimensions = [dimensions] if isinstance(dimensions, str) else dimensions
         counts = {"videos": 5}
         if layout == "vbench" and FLICKERING in dimensions:
@@ -126,7 +124,16 @@ def read_groups(layout: str, uri: str) -> list[Group]:
     return list(groups.values())
 
 
-_FILES = "VBench_full_info.json, vbench2_i2v_full_info.json or VBench2_full_info.json"
+_FILES = {
+    "vbench": "VBench_full_info.json",
+    "vbench-i2v": "vbench2_i2v_full_info.json",
+    "vbench2": "VBench2_full_info.json",
+    "geneval": "evaluation_metadata.jsonl",
+}
+
+
+def _remedy(layout: str) -> str:
+    return f"layout {layout} takes the benchmark's own {_FILES[layout]}; for prompts of your own leave layout out"
 
 
 def _image_name(row: Mapping[str, Any], prompt: str) -> str:
@@ -138,16 +145,16 @@ def _image_name(row: Mapping[str, Any], prompt: str) -> str:
 def read_rows(uri: str, layout: str) -> list[dict[str, Any]]:
     """The entries of a benchmark's file; a ``UserError`` if it cannot be read as one."""
     if not storage.exists(uri):
-        raise UserError(f"prompts: there is no file {uri}")
+        raise UserError(f"prompts: there is no file {uri}; {_remedy(layout)}")
     try:
         text = storage.read_bytes(uri).decode("utf-8-sig")
         rows = (
             [json.loads(line) for line in text.split("\n") if line.strip()] if layout == "geneval" else json.loads(text)
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"prompts: {uri} cannot be read as JSON: {error}") from error
+        raise UserError(f"prompts: {uri} cannot be read as JSON ({error}); {_remedy(layout)}") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"prompts: {uri} is no list of entries, as layout {layout} takes them")
+        raise UserError(f"prompts: {uri} is no list of entries; {_remedy(layout)}")
     return rows
 
 
@@ -224,8 +231,7 @@ def _geneval(config: GenerateConfig, size: VideoSize) -> list[Entry]:
     for index, row in enumerate(rows):
         if not isinstance(row.get("prompt"), str) or "include" not in row or "tag" not in row:
             raise UserError(
-                f"prompts: {config.prompts}, line {index + 1}: no tag, include and prompt; layout geneval takes "
-                "evaluation_metadata.jsonl"
+                f"prompts: {config.prompts}, line {index + 1}: no tag, include and prompt; {_remedy(config.layout)}"
             )
     prompts = [row["prompt"] for row in rows]
     entries = []

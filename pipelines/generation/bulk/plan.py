@@ -14,7 +14,7 @@ from lumos.encoder import RequestEncoder, SizeError
 from pipelines import storage
 from pipelines.cores import usable_cores
 from pipelines.decoding.given import GivenError, OtherKindError, read_clip, read_image
-from pipelines.errors import UserError
+from pipelines.errors import UserError, listed
 from pipelines.generation.bulk.layouts import Entry, layout_entries
 from pipelines.generation.bulk.prompts import Prompt
 from pipelines.generation.config import MAX_SEED, GenerateConfig
@@ -47,16 +47,19 @@ def plan(config: GenerateConfig, card: ModelCard) -> list[Job]:
         raise UserError(f"video: {error}") from error
     entries = layout_entries(config, size)
     given = _read_all_given(entries, config, size)
-    jobs, fits = [], set()
+    jobs: list[Job] = []
+    mistakes: dict[str, None] = {}  # in order, those of a prompt's several videos once
+    known: dict[str, str | None] = {}  # what is wrong with a prompt's text, if anything
     first_of: dict[tuple[Any, ...], Entry] = {}
     for entry in entries:
         prompt, source = entry.prompt, _source(entry.prompt, config)
         same = first_of.setdefault((prompt.text, source, entry.seed), entry)
         if same is not entry:
-            raise UserError(
+            mistakes[
                 f"{prompt.where} asks for the same video as {same.prompt.where} (seed {entry.seed}): give it another "
                 "seed, or leave the seed out of both, so that each gets one of its own"
-            )
+            ] = None
+            continue
         try:
             if entry.seed > MAX_SEED:
                 raise ValueError(f"seed {entry.seed} is above 2^63-1")
@@ -69,15 +72,28 @@ def plan(config: GenerateConfig, card: ModelCard) -> list[Job]:
                 motion=config.motion,
                 given=given.get(source) if source else None,
             )
-            if prompt.text not in fits:
-                request.encode(encoder)
-                fits.add(prompt.text)
-        except SizeError as error:  # whatever the prompt
-            raise UserError(f"video: {error}") from error
+            if prompt.text not in known:
+                known[prompt.text] = _misfit(request, encoder)
+            if (misfit := known[prompt.text]) is not None:
+                raise ValueError(misfit)
         except ValueError as error:
-            raise UserError(f"{prompt.where} ({prompt.text[:60]!r}): {error}") from error
-        jobs.append(Job(request, _row(entry, request, source, card)))
+            mistakes[f"{prompt.where} ({prompt.text[:60]!r}): {error}"] = None
+        else:
+            jobs.append(Job(request, _row(entry, request, source, card)))
+    if mistakes:
+        raise UserError(listed([*mistakes]))
     return jobs
+
+
+def _misfit(request: VideoRequest, encoder: RequestEncoder) -> str | None:
+    """Why a prompt is nothing for the model; a ``UserError`` if no prompt would be."""
+    try:
+        request.encode(encoder)
+    except SizeError as error:
+        raise UserError(f"video: {error}") from error
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _row(entry: Entry, request: VideoRequest, source: _Source | None, card: ModelCard) -> dict[str, Any]:
@@ -123,22 +139,28 @@ def _read_all_given(
     if len(where) * size.width * size.height * 3 > _MAX_GIVEN_BYTES:
         raise UserError(f"prompts: {len(where)} pictures or clips are given, too many for one run: split the file")
 
-    def read(source: _Source) -> NDArray[np.uint8]:
+    def read(source: _Source) -> NDArray[np.uint8] | GivenError:
         kind, path = source
         try:
             return read_image(path, size) if kind == "image" else read_clip(path, size)
-        except OtherKindError as error:
-            other = "clip (--continue)" if kind == "image" else "image (--image)"
-            raise UserError(f"{where[source]}{path}: {error}; give it as {other}") from error
         except GivenError as error:
-            raise UserError(f"{where[source]}{path}: {error}") from error
+            return error
 
     with ThreadPoolExecutor(usable_cores()) as pool:
         try:
-            return dict(zip(where, pool.map(read, where), strict=True))
+            frames = dict(zip(where, pool.map(read, where), strict=True))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    mistakes = []
+    for source, found in frames.items():
+        if isinstance(found, GivenError):
+            other = "clip (--continue)" if source[0] == "image" else "image (--image)"
+            remedy = f"; give it as {other}" if isinstance(found, OtherKindError) else ""
+            mistakes.append(f"{where[source]}{source[1]}: {found}{remedy}")
+    if mistakes:
+        raise UserError(listed(mistakes))
+    return {source: found for source, found in frames.items() if not isinstance(found, GivenError)}
 
 
 def check_writable(folder: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines import storage
-from pipelines.errors import UserError
+from pipelines.errors import UserError, listed
 from pipelines.generation.config import MAX_SEED
 from pipelines.parquet import open_parquet
 
@@ -38,14 +38,13 @@ def read_prompts(source: str | Sequence[str]) -> list[Prompt]:
     ignored. Paths of pictures and clips are relative to the file. Empty lines of a text file are skipped.
 
     Raises:
-        UserError: if the file is missing, of another kind, without that column or without prompts, or a row is wrong;
-            the message names file and row.
+        UserError: if the file is missing, of another kind, without that column or without prompts, or rows are wrong;
+            the message names file and rows.
     """
     if not isinstance(source, str):
-        prompts = [_prompt({"prompt": text}, f"prompts: item {i}", "") for i, text in enumerate(source)]
-        if not prompts:
+        if not source:
             raise UserError(f"prompts is an empty list: give texts, or the path of a file ({_REMEDY})")
-        return prompts
+        return _prompts([(f"prompts: item {i}", {"prompt": text}) for i, text in enumerate(source)], "")
     if not storage.exists(source):
         raise UserError(f"prompts: there is no file {source}; {_REMEDY}")
     suffix = source.rpartition("/")[2].rpartition(".")[2].lower()
@@ -58,17 +57,31 @@ def read_prompts(source: str | Sequence[str]) -> list[Prompt]:
         raise UserError(f"prompts: {source} cannot be read as {suffix}: {error}") from error
     if not rows:
         raise UserError(f"prompts: {source} holds no prompts; {_REMEDY}")
-    folder = source.rpartition("/")[0]
-    prompts = [_prompt(row, f"prompts: {source}, {where}", folder) for where, row in rows]
-    first_of: dict[str, str] = {}
-    for prompt in prompts:
-        if prompt.id is not None and first_of.setdefault(prompt.id, prompt.where) != prompt.where:
-            raise UserError(f"{prompt.where}: the id {prompt.id!r} is that of {first_of[prompt.id]} too; give another")
-    return prompts
+    return _prompts([(f"prompts: {source}, {where}", row) for where, row in rows], source.rpartition("/")[0])
 
 
 _COLUMNS = ("prompt", "seed", "id", "image", "clip")
-_Rows = Iterable[tuple[str, Mapping[str, Any]]]
+_Rows = Iterable[tuple[str, Mapping[str, Any] | ValueError]]  # where each is; an error where it is none
+
+
+def _prompts(rows: _Rows, folder: str) -> list[Prompt]:
+    """The prompts of rows; a ``UserError`` that tells of all rows that are none."""
+    prompts: list[Prompt] = []
+    mistakes: list[str] = []
+    first_of: dict[str, str] = {}
+    for where, row in rows:
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            prompt = _prompt(row, where, folder)
+            if prompt.id is not None and (first := first_of.setdefault(prompt.id, where)) != where:
+                raise ValueError(f"the id {prompt.id!r} is that of {first} too; give another")
+            prompts.append(prompt)
+        except ValueError as error:
+            mistakes.append(f"{where}: {error}")
+    if mistakes:
+        raise UserError(listed(mistakes))
+    return prompts
 
 
 def _read_txt(data: bytes) -> _Rows:
@@ -82,25 +95,28 @@ def _read_csv(data: bytes) -> _Rows:
     names = reader.fieldnames or []
     _check_columns(names)
     for row in reader:
-        if None in row:  # what is behind the last column
-            count = len(names) + len(row[None])
-            raise ValueError(
-                f"line {reader.line_num} has {count} values for {len(names)} columns: quote a prompt that holds a comma"
-            )
-        yield f"line {reader.line_num}", row
+        surplus = len(row.get(None) or ())  # what is behind the last column
+        why = f"{len(names) + surplus} values for {len(names)} columns: quote a prompt that holds a comma"
+        yield f"line {reader.line_num}", ValueError(why) if surplus else row
 
 
 def _read_jsonl(data: bytes) -> _Rows:
     for number, line in enumerate(data.decode("utf-8-sig").split("\n"), start=1):
         if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"line {number} is no JSON: {str(error).replace('line 1 ', '')}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} is no JSON object")
-            _check_columns(list(row), f"line {number}")
-            yield f"line {number}", row
+            yield f"line {number}", _json_row(line)
+
+
+def _json_row(line: str) -> Mapping[str, Any] | ValueError:
+    try:
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise ValueError("it is no JSON object")
+        _check_columns(list(row))
+    except (json.JSONDecodeError, RecursionError) as error:
+        return ValueError(f"it is no JSON: {str(error).replace('line 1 ', '')}")
+    except ValueError as error:
+        return error
+    return row
 
 
 def _read_parquet(data: bytes) -> _Rows:
@@ -111,42 +127,42 @@ def _read_parquet(data: bytes) -> _Rows:
         yield f"row {number}", row
 
 
-def _check_columns(names: Sequence[str], where: str = "it") -> None:
+def _check_columns(names: Sequence[str]) -> None:
     """Others than those that are read are ignored, but not one that looks like a slip of the pen."""
     if "prompt" not in names:
-        raise ValueError(f"{where} has no column prompt, only {', '.join(names) or 'none'}")
+        raise ValueError(f"it has no column prompt, only {', '.join(names) or 'none'}")
     for name in names:
         meant = difflib.get_close_matches(name.strip().lower(), _COLUMNS, n=1, cutoff=0.8)
         if name not in _COLUMNS and meant and meant[0] not in names:
-            raise ValueError(f"{where} has a column {name!r}, which is not read: rename it to {meant[0]!r}, or drop it")
+            raise ValueError(f"it has a column {name!r}, which is not read: rename it to {meant[0]!r}, or drop it")
 
 
 def _prompt(row: Mapping[str, Any], where: str, folder: str) -> Prompt:
     text, seed, name = row.get("prompt"), row.get("seed"), row.get("id")
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where}: the prompt is {text!r}; every row needs a text")
+        raise ValueError(f"the prompt is {text!r}; every row needs a text")
     if row.get("image") and row.get("clip"):
-        raise UserError(f"{where}: image and clip are both named: a video begins with one of them")
+        raise ValueError("image and clip are both named: a video begins with one of them")
     return Prompt(
         text=text.strip(),
-        seed=_seed(seed, where),
+        seed=_seed(seed),
         id=str(name) if name is not None and str(name).strip() else None,
-        image=_path(row.get("image"), folder, f"{where}: image"),
-        clip=_path(row.get("clip"), folder, f"{where}: clip"),
+        image=_path(row.get("image"), folder, "image"),
+        clip=_path(row.get("clip"), folder, "clip"),
         where=where,
     )
 
 
-def _path(value: Any, folder: str, where: str) -> str | None:
+def _path(value: Any, folder: str, name: str) -> str | None:
     if value is None or value == "":
         return None
     if not isinstance(value, str):
-        raise UserError(f"{where} is {value!r}; it must be a path, or be left out")
+        raise ValueError(f"{name} is {value!r}; it must be a path, or be left out")
     is_whole = value.startswith("/") or re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:", value)
     return value if is_whole or not folder else f"{folder}/{value}"
 
 
-def _seed(value: Any, where: str) -> int | None:
+def _seed(value: Any) -> int | None:
     if value is None or value == "":
         return None
     try:
@@ -154,5 +170,5 @@ def _seed(value: Any, where: str) -> int | None:
     except ValueError:
         seed = value
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
-        raise UserError(f"{where}: the seed is {value!r}; it must be a whole number in 0..2^63-1, or be left out")
+        raise ValueError(f"the seed is {value!r}; it must be a whole number in 0..2^63-1, or be left out")
     return seed

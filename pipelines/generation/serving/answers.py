@@ -11,7 +11,7 @@ from pipelines.generation.serving.schema import ErrorBody, ExtensionBody, ImageB
 _MEANINGS = {
     400: "The request cannot be met; the message says why, and `param` names the field.",
     401: "The bearer token is missing or wrong.",
-    404: "There is no such video, or it has expired, or it is another client's.",
+    404: "There is no such video, or it has expired, is another client's, or its file is gone or damaged.",
     408: "The body did not arrive in time.",
     409: "The video is not completed.",
     413: "The body is too long, or its length is not told.",

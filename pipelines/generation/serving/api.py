@@ -32,8 +32,11 @@ _MAX_OPEN_BYTES = 256 << 20  # of bodies that are arriving
 _SWAGGER = Path(fastapi_offline.__file__).parent / "static"  # the files of Swagger UI, which others fetch from a CDN
 
 
-def build_api(models: Mapping[str, Served], config: ServeConfig, store: JobStore) -> FastAPI:
-    """The application; the first model is the one of requests that name none. It does jobs while its lifespan lasts."""
+def build_api(models: Mapping[str, Served], config: ServeConfig, store: JobStore, *, tells_id: bool = True) -> FastAPI:
+    """The application; the first model is the one of requests that name none. It does jobs while its lifespan lasts.
+
+    ``tells_id``: whether it puts the request's id into answers; Ray Serve's proxy does so itself.
+    """
     metrics = Metrics(store.worker, [size for served in models.values() for size in usual_sizes(served, config)])
     runner = JobRunner(store, models, config, metrics)
     service = Service(models, config, runner, metrics)
@@ -62,7 +65,7 @@ def build_api(models: Mapping[str, Served], config: ServeConfig, store: JobStore
     _add_upkeep_routes(app, service)
     _add_documentation(app)
     add_schema(app, needs_token=bool(config.tokens))
-    app.add_middleware(Observer, metrics=metrics)
+    app.add_middleware(Observer, metrics=metrics, tells_id=tells_id)
     return app
 
 

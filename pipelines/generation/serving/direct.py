@@ -32,7 +32,7 @@ def add_direct_routes(v1: APIRouter, service: Service) -> None:
         """Make a video and answer with the file; leave, and the work stops."""
         body, file = await body_of(VideoBody, request)
         served = service.model(body.model)
-        asked = await service.with_given(to_request(body, served, service.config), body.input_reference, file)
+        asked = await service.with_given(to_request(body, served, service.config), body, file)
         answer = await service.draw(served, asked)
         if isinstance(answer, Refusal):
             return refuse(answer)

@@ -121,10 +121,13 @@ def merged(texts: Iterable[bytes]) -> bytes:
 
 
 class Observer:
-    """ASGI middleware: a request id in and out, an access log line and a count for each answer."""
+    """ASGI middleware: a request id in and out, an access log line and a count for each answer.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    ``tells_id``: whether answers get the id here, and not from what stands before, as Ray Serve's proxy.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, *, tells_id: bool = True) -> None:
+        self._app, self._metrics, self._tells_id = app, metrics, tells_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102 (the class says it)
         if scope["type"] != "http":
@@ -138,7 +141,8 @@ class Observer:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = name
+                if self._tells_id:
+                    MutableHeaders(scope=message)[REQUEST_ID_HEADER] = name
             await send(message)
 
         try:

@@ -12,22 +12,30 @@ _MAX_TILES = 25  # of a sprite sheet
 _MAX_WIDTH = 2048  # px of a sprite sheet
 
 
+class DamagedError(Exception):
+    """A file that this service wrote, and that is no longer as it was."""
+
+
 def decode_frames(data: bytes) -> np.ndarray:
-    """Frames, uint8 [T, H, W, 3], of a file that this service wrote."""
-    with av.open(io.BytesIO(data), "r") as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    return np.stack(frames)
+    """Frames, uint8 [T, H, W, 3], of a file that this service wrote.
+
+    Raises:
+        DamagedError: if it cannot be decoded.
+    """
+    try:
+        with av.open(io.BytesIO(data), "r") as container:
+            return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    except (av.error.FFmpegError, LookupError, ValueError) as error:
+        raise DamagedError(str(error)) from error
 
 
-def thumbnail(data: bytes) -> bytes:
+def thumbnail(frames: np.ndarray) -> bytes:
     """A JPEG of the middle frame."""
-    frames = decode_frames(data)
     return encode_jpeg(frames[len(frames) // 2])
 
 
-def spritesheet(data: bytes) -> bytes:
+def spritesheet(frames: np.ndarray) -> bytes:
     """A JPEG of up to 25 frames, evenly spaced, in rows from left to right; scaled down where that is too wide."""
-    frames = decode_frames(data)
     tiles = frames[np.linspace(0, len(frames) - 1, min(len(frames), _MAX_TILES)).round().astype(int)]
     columns = math.ceil(math.sqrt(len(tiles)))
     step = math.ceil(columns * tiles.shape[2] / _MAX_WIDTH)

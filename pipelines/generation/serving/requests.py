@@ -205,6 +205,7 @@ def _sampling(body: VideoBody | ImageBody | ExtensionBody, config: ServeConfig) 
         num_steps=body.num_inference_steps if body.num_inference_steps is not None else body.steps,
         guidance_scale=body.guidance_scale,
         history_ratio=body.history_ratio,
+        temperature=body.temperature,
         draw_temperature=body.draw_temperature,
         shortcuts=ShortcutConfig(**vars(body.shortcuts)) if body.shortcuts is not None else None,
     )
@@ -287,6 +288,7 @@ def describe_model(served: Served, config: ServeConfig) -> Model:
         "steps": sampling.num_steps,
         "guidance_scale": sampling.guidance_scale,
         "history_ratio": sampling.history_ratio,
+        "temperature": sampling.temperature,
         "draw_temperature": sampling.draw_temperature,
         "shortcuts": told_shortcuts(sampling),
     }

@@ -216,7 +216,7 @@ class VideoApi:
             )
             for name, card in self._cards.items()
         }
-        return build_api(models, self._config, store)
+        return build_api(models, self._config, store, tells_id=False)  # the proxy does
 
 
 async def _status(generator: DeploymentHandle[VideoGenerator]) -> dict[str, Any]:

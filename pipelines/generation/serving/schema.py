@@ -1,6 +1,8 @@
 """Bodies of requests and answers: those of OpenAI's video interface, and our own fields besides."""
 
 import json
+from collections import Counter
+from dataclasses import fields
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -59,6 +61,9 @@ class _Body(BaseModel):
     steps: int | None = Field(None, ge=1, description="Alias of num_inference_steps.")
     guidance_scale: float | None = Field(None, ge=0, le=1000, allow_inf_nan=False, description="1 is no guidance.")
     history_ratio: float | None = Field(None, ge=0, le=1, description="Share of earlier frames hidden from later ones.")
+    temperature: float | None = Field(
+        None, ge=0, le=1000, allow_inf_nan=False, description="Of the noise in the choice of what is drawn anew."
+    )
     draw_temperature: float | None = Field(
         None, ge=0.01, le=100, allow_inf_nan=False, description="Of the draw of a code; below 1 likely ones come more."
     )
@@ -93,6 +98,9 @@ class VideoBody(_Body):
     motion: int | None = Field(None, ge=0, le=9, description="How much is to move, if the model was trained with it.")
     input_reference: ImageReference | str | None = Field(
         None, description="The first frame or frames: an image or a clip, as an uploaded file or a `data:` URL."
+    )
+    num_given: int | None = Field(
+        None, ge=1, le=100_000, description="Last frames of a clip that are gone on from, 1 + 4k; as fits if left out."
     )
 
 
@@ -163,7 +171,9 @@ class Video(BaseModel):
     num_inference_steps: int
     guidance_scale: float
     history_ratio: float
+    temperature: float
     draw_temperature: float
+    motion: int | None = Field(description="How much was to move; null where nothing was said.")
     shortcuts: dict[str, Any] | None = Field(description="Faster, approximate sampling; null is the full sampler.")
     num_given: int = Field(description="Frames given to begin with: of a picture, a clip or a finished video.")
     latent_frames: int = Field(description="Of the whole video; progress counts them.")
@@ -242,6 +252,14 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+_MEMBERS = {  # of fields that are objects
+    "shortcuts": [field.name for field in fields(Shortcuts)],
+    "video": list(VideoReference.model_fields),
+    "input_reference": list(ImageReference.model_fields),
+}
+_UNIONS = ("seconds", "input_reference")  # fields of several types
+
+
 def parse_json(kind: type[BodyT], data: bytes) -> BodyT:
     """A body from JSON.
 
@@ -250,9 +268,24 @@ def parse_json(kind: type[BodyT], data: bytes) -> BodyT:
     """
     _check_commas(data.count(b","), "the body", kind)
     try:
-        return kind.model_validate_json(data)
+        body = kind.model_validate_json(data)
     except ValidationError as error:
         raise _explain(kind, error) from error
+    _load_json(data.decode())
+    return body
+
+
+def _load_json(text: str, field: str | None = None) -> Any:
+    """What JSON holds; of a name that comes twice nobody knows which value is meant, and parsers differ."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise BadRequestError(f"{twice:.80} is given twice", field or twice)
+        return found
+
+    return json.loads(text, object_pairs_hook=once)
 
 
 def _check_commas(count: int, holder: str, kind: type[BaseModel], field: str | None = None) -> None:
@@ -286,7 +319,7 @@ def parse_form(kind: type[BodyT], form: FormData) -> tuple[BodyT, UploadFile | N
         elif outer in _OBJECTS and value.lstrip().startswith("{"):
             _check_commas(value.count(","), outer, kind, outer)
             try:
-                values[outer] = json.loads(value)
+                values[outer] = _load_json(value, outer)
             except (ValueError, RecursionError) as error:
                 raise BadRequestError(f"{outer} is not valid JSON", outer) from error
         else:
@@ -315,15 +348,18 @@ def _explain(kind: type[BaseModel], error: ValidationError) -> BadRequestError:
     first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]
     name = path[0] if path else None
+    if name in _UNIONS:  # the second part is pydantic's name of a member
+        del path[1:2]
     if first["type"] == "json_invalid":
         return BadRequestError(f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        holder = f"known: {', '.join(kind.model_fields)}" if len(path) == 1 else f"in {path[0]}"
-        return BadRequestError(f"unknown field {path[-1]!r}; {holder}", name)
+        where, known = ("", kind.model_fields) if len(path) == 1 else (f" of {path[0]}", _MEMBERS[path[0]])
+        return BadRequestError(f"unknown field {path[-1]!r:.80}{where}; known: {', '.join(known)}", name)
     if first["type"] == "value_error":
         return BadRequestError(": ".join([*path[:1], str(first["ctx"]["error"])]), name)
-    if first["type"] == "dataclass_type":
-        return BadRequestError(f"{name}: it must be an object, got {first.get('input')!r:.80}", name)
     if name is None:
         return BadRequestError(f"the body must be a JSON object: {first['msg']}")
+    if name in _MEMBERS and first["type"] in ("dataclass_type", "model_type", "model_attributes_type"):
+        of = ", ".join(_MEMBERS[name])
+        return BadRequestError(f"{name}: it must be an object of {of}, got {first.get('input')!r:.80}", name)
     return BadRequestError(f"{'.'.join(path)}: {first['msg']}, got {first.get('input')!r:.80}", name)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -107,13 +108,14 @@ class Service:
             return Refusal(reason="timeout", message=message)
         return answer
 
-    async def with_given(
-        self, request: VideoRequest, reference: ImageReference | str | None, file: Upload | None
-    ) -> VideoRequest:
+    async def with_given(self, request: VideoRequest, body: VideoBody, file: Upload | None) -> VideoRequest:
         """The request with the frames that a client gave as ``input_reference``, if any."""
+        reference, count = body.input_reference, body.num_given
         if file is None and reference is not None:
             file = _data_of(reference.image_url if isinstance(reference, ImageReference) else reference)
         if file is None:
+            if count is not None:
+                raise BadRequestError("num_given is of an input_reference, and there is none", "num_given")
             return request
         if request.size.num_frames == 1:
             raise BadRequestError(
@@ -122,7 +124,11 @@ class Service:
         head = file.data[:16]
         is_picture = head[4:8] == b"ftyp" and head[8:12].decode("latin-1") in IMAGE_BRANDS
         is_clip = file.kind.startswith("video/") or (not is_picture and any(mark in head for mark in _CLIPS))
-        given = await self._read("input_reference", read_clip if is_clip else read_image, file.data, request.size)
+        read: Any = read_clip if is_clip else read_image
+        if count is not None:
+            _check_count(count, request.size.num_frames, is_clip=is_clip)
+            read = partial(read_clip, num_given=count) if is_clip else read_image
+        given = await self._read("input_reference", read, file.data, request.size)
         try:
             return replace(request, given=given)
         except ValueError as error:
@@ -158,6 +164,16 @@ class Service:
             remedy = f"; {_REMEDIES[field]}" if isinstance(error, OtherKindError) else ""
             raise BadRequestError(f"{field}: {error}{remedy}", field) from error
         return frames
+
+
+def _check_count(count: int, num_frames: int, *, is_clip: bool) -> None:
+    """Raise a ``BadRequestError`` if a video of so many frames cannot begin with ``count`` of a picture or a clip."""
+    if not is_clip and count != 1:
+        raise BadRequestError(f"num_given is {count}, and a picture is 1 frame: leave it out", "num_given")
+    if count % TEMPORAL_FACTOR != 1 or count >= num_frames:
+        raise BadRequestError(
+            f"num_given is {count}, and must be 1 + 4k and less than the {num_frames} frames of the video", "num_given"
+        )
 
 
 def _data_of(url: str) -> Upload:

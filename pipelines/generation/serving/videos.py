@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
@@ -63,7 +64,7 @@ class _VideoRoutes:
             raise BadRequestError(f"n is {count}; this service takes at most {self._runner.limit} jobs at once", "n")
         if count > 1 and first.seed > MAX_SEED + 1 - count:
             raise BadRequestError(f"seed {first.seed} leaves no room for {count} successive seeds", "seed")
-        first = await self._service.with_given(first, body.input_reference, file)
+        first = await self._service.with_given(first, body, file)
         requests = [replace(first, seed=first.seed + place) for place in range(count)]
         jobs = await self._runner.submit(served.name, requests, request.state.owner)
         return self._created(jobs[0], served.card.untrained(first.size))
@@ -85,7 +86,7 @@ class _VideoRoutes:
             data = await self._content(job)
             served, first = self._service.model(body.model or job.model), request_of(job)
             _check_whole(body, first, to_video(job).num_frames)
-            frames = await asyncio.to_thread(pictures.decode_frames, data)
+            frames = await asyncio.to_thread(_frames_of, job, data)
             before = Before(job.id, data, len(frames))
         else:
             raise BadRequestError("video: Field required", "video")
@@ -157,7 +158,8 @@ class _VideoRoutes:
         if variant != "video":
             data = await self._content(job)
             draw = pictures.thumbnail if variant == "thumbnail" else pictures.spritesheet
-            return Response(await asyncio.to_thread(draw, data), media_type="image/jpeg")
+            picture = await asyncio.to_thread(lambda: draw(_frames_of(job, data)))
+            return Response(picture, media_type="image/jpeg")
         made = request_of(job)
         headers = {
             "X-Lumos-Seed": str(made.seed),
@@ -295,6 +297,20 @@ def _gone(job: Job) -> HTTPException:
     return HTTPException(404, f"the file of video {job.id} is gone: it was deleted, or somebody removed it")
 
 
+def _frames_of(job: Job, data: bytes) -> np.ndarray:
+    """The frames of a job's file; a 404 where it is no longer the video that was written."""
+    try:
+        frames = pictures.decode_frames(data)
+        size = request_of(job).size
+        if frames.shape[1:3] != (size.height, size.width):
+            raise pictures.DamagedError(f"its frames have another size, {list(frames.shape)}")
+    except pictures.DamagedError as error:
+        raise HTTPException(
+            404, f"the file of video {job.id} is damaged, somebody changed it: delete it and make the video again"
+        ) from error
+    return frames
+
+
 def _check_whole(body: ExtensionBody, first: VideoRequest, num_before: int) -> None:
     """Raise a ``BadRequestError`` if a video of so many frames may not grow by what a body asks for."""
     fps = first.size.fps
@@ -330,7 +346,9 @@ def to_video(job: Job) -> Video:
         num_inference_steps=made.sampling.num_steps,
         guidance_scale=made.sampling.guidance_scale,
         history_ratio=made.sampling.history_ratio,
+        temperature=made.sampling.temperature,
         draw_temperature=made.sampling.draw_temperature,
+        motion=made.motion,
         shortcuts=told_shortcuts(made.sampling),
         num_given=job.num_given,
         latent_frames=job.total,

@@ -133,6 +133,31 @@ def test_what_is_no_folder_of_videos_is_told(tmp_path, content, words):
         read_folder(str(folder), "v")
 
 
+def test_a_folder_that_holds_runs_is_not_taken_for_one(tmp_path):
+    for name in ("b", "a"):
+        write_generated(tmp_path / "runs" / name, PROMPTS[:1], seeds=1)
+    (tmp_path / "runs" / "a" / "manifest.jsonl").rename(tmp_path / "runs" / "a" / "old-manifest.jsonl")
+    with pytest.raises(UserError, match=f"{tmp_path}/runs holds a run .* and is none: .* {tmp_path}/runs/b$"):
+        read_folder(str(tmp_path / "runs"), "r")
+    (tmp_path / "runs" / "a" / "old-manifest.jsonl").rename(tmp_path / "runs" / "a" / "manifest.jsonl")
+    with pytest.raises(UserError, match=f"holds 2 runs .* themselves, {tmp_path}/runs/a {tmp_path}/runs/b$"):
+        evaluate(EvaluateConfig(folders=(str(tmp_path / "runs" / "a"),), reference=str(tmp_path / "runs")))
+
+
+def test_a_reference_that_has_no_pairs_is_told_to_be_of_no_use(tmp_path):
+    write_plain(tmp_path / "ours", ["a", "b"], seeds=1)
+    write_plain(tmp_path / "theirs", ["b", "c"], seeds=1)
+    write_plain(tmp_path / "others", ["d"], seeds=1)
+    ours = (str(tmp_path / "ours"),)
+    text = as_text(evaluate(EvaluateConfig(folders=ours, reference=str(tmp_path / "theirs"))))
+    assert "of the same prompt and seed, or the same path: 1; psnr, ssim and lpips are of those alone" in text
+    assert "no use" not in text
+    text = as_text(evaluate(EvaluateConfig(folders=ours, reference=str(tmp_path / "others"))))
+    assert "or the same path: 0; psnr, ssim and lpips are left out" in text
+    assert "--reference was of no use: with --clip or --fvd the sets are compared" in text
+    assert "reference" not in as_text(evaluate(EvaluateConfig(folders=ours, reference=ours[0])))
+
+
 def test_labels_tell_folders_apart_by_their_ends():
     assert folder_labels(["runs/a/videos", "runs/b/videos/"]) == ["a/videos", "b/videos"]
     assert folder_labels(["s3://bucket/x", "y"]) == ["x", "y"]

@@ -134,7 +134,7 @@ def test_vbench_2_is_the_mean_of_five_means(tmp_path):
     assert "Multi-view_Consistency" in capital
     capital["Multi-View_Consistency"] = capital.pop("Multi-view_Consistency")  # as its program writes them
     found = import_results([write(tmp_path / "two.json", capital)])
-    assert found.benchmark == "vbench-2.0"
+    assert found.benchmark == "vbench2"
     parts = (2, 2, 7, 3, 4)
     values, means = [(index + 1) / 20 for index in range(18)], []
     for part in parts:
@@ -162,7 +162,7 @@ def test_a_benchmark_can_be_named_where_dimensions_fit_several(tmp_path):
         ('{"color": [92.5, []]}', "color is 92.5, which is not in 0..1"),
         ('{"color": [NaN, []]}', "color is nan"),
         ('{"colour": [0.5, []]}', "colour is no dimension"),
-        ('{"color": [0.5], "diversity": [0.5]}', "dimensions of several"),
+        ('{"color": [0.5], "diversity": [0.5]}', "dimensions of several.*eval_results.json itself is of several"),
     ],
 )
 def test_what_is_no_result_of_vbench_is_told(tmp_path, content, words):
@@ -170,6 +170,35 @@ def test_what_is_no_result_of_vbench_is_told(tmp_path, content, words):
     file.write_text(content)
     with pytest.raises(UserError, match=words):
         import_results([str(file)])
+
+
+def test_files_of_several_benchmarks_are_told_apart(tmp_path):
+    one, two = write(tmp_path / "1.json", {"color": 0.5}), write(tmp_path / "2.json", {"diversity": 0.6})
+    three = write(tmp_path / "3.json", {"imaging_quality": 0.5})
+    with pytest.raises(UserError) as error:
+        import_results([one, two, three])
+    for words in (f"{one} is of vbench;", f"{two} is of vbench2;", f"{three} is of vbench or vbench-i2v)"):
+        assert words in str(error.value)
+    with pytest.raises(UserError, match=r"lines\.jsonl is GenEval's by its ending, .*1\.json VBench's"):
+        import_results([one, str(tmp_path / "lines.jsonl")])
+    assert import_results([two], benchmark="vbench-2.0") == import_results([two], benchmark="vbench2")
+
+
+def test_scores_of_few_videos_and_beyond_a_range_are_told(tmp_path):
+    scores = dict.fromkeys(NAMES, 0.9) | {"scene": 0.5, "motion_smoothness": 0.999, "appearance_style": 0.0}
+    results = [{"video_path": "a-0.mp4", "video_results": 0.9}] * 359
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps({name: [score, results] for name, score in scores.items()}))
+    found = str(import_results([str(file)]))
+    assert "fewer than 360 results (" in found
+    assert " 359" in found
+    assert "and 11 more); such scores cannot be compared" in found
+    assert "motion_smoothness: 0.9990 is outside 0.706 to 0.9975, which becomes 0 to 1; it counts as 1.0051" in found
+    assert "appearance_style: 0.0000 is outside" in found
+    results.append(results[0])
+    file.write_text(json.dumps({name: [0.9 if name != "scene" else 0.5, results] for name in ("color", "scene")}))
+    assert import_results([str(file)]).notes == ()
+    assert import_results([write(tmp_path / "one.json", {"color": 0.5})]).notes[0].startswith("not the whole")
 
 
 def test_files_that_contradict_each_other_and_missing_ones_are_told(tmp_path):

@@ -146,6 +146,10 @@ def test_http_errors(service: str) -> None:
         async with client(service) as http:
             bad = await http.post("/v1/videos/sync", json={**PROMPT, "size": "33x32"})
             assert (bad.status_code, bad.json()["error"]["message"][:8]) == (400, "width 33")
+            for given in ("mine-1", None):  # one id, which Serve's proxy tells
+                headers = {} if given is None else {"x-request-id": given}
+                ids = (await http.get("/health", headers=headers)).headers.get_list("x-request-id")
+                assert (len(ids), ids[0] == given) == (1, given is not None)
             unknown = await http.post("/v1/videos/sync", json={**PROMPT, "fames": 9})
             assert (unknown.status_code, unknown.json()["error"]["field"]) == (400, "fames")
         async with client(service, "wrong") as http:

@@ -197,8 +197,9 @@ async function showLines({video, suffix}) {
     if (!source) return tell("It cannot be repeated: the video that it goes on with is gone.");
   }
   const given = !source && video.num_given > 0;
-  const picture = given ? sessionStorage.getItem(`picture ${video.id}`) ?? "PICTURE" : null;
-  tell(given ? `It needs the picture again, which ${picture} stands for.` : "");
+  const kind = video.num_given > 1 ? "clip" : "picture";
+  const picture = given ? sessionStorage.getItem(`picture ${video.id}`) ?? kind.toUpperCase() : null;
+  tell(given ? `It needs the ${kind} again, which ${picture} stands for.` : "");
   at("curl").textContent = curl(video, source, picture, suffix);
   at("python").textContent = python(video, source, picture, suffix);
   at("with-token").hidden = !token();

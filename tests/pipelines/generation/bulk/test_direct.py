@@ -15,10 +15,12 @@ import pytest
 import ray
 
 import lumos
+from lumos.compression import VideoSize
 from pipelines.config import config_to_yaml
 from pipelines.errors import UserError
 from pipelines.generation.bulk.run import generate
 from pipelines.generation.config import BatchConfig, GenerateConfig, SamplingChoice, SizeConfig
+from pipelines.generation.model import read_card
 from pipelines.media import encode_jpeg, encode_video
 from pipelines.storage.lock import dataset_lock
 from tests.pipelines.data.videos import moving_square, write_video
@@ -106,6 +108,22 @@ def test_a_size_that_the_model_was_not_trained_on_is_told(generate_config: Gener
     )
 
 
+def test_an_image_is_untrained_only_where_the_videos_of_the_training_begin_otherwise(
+    generate_config: GenerateConfig,
+) -> None:
+    card = read_card(generate_config)
+    image = VideoSize(width=32, height=32, num_frames=1, fps=12.0)
+    assert card.untrained(image) is None  # 9 frames at 12 a second are told as one second too
+    assert card.untrained(replace(image, fps=24.0)) is not None
+    assert card.untrained(replace(image, width=48)) is not None
+    for changed in (
+        replace(card.folder, prompt_template="lumos1"),  # which tells the number of frames
+        replace(card.folder, info=replace(card.folder.info, shapes=((7, 4, 4),))),  # two seconds
+        replace(card.folder, info=replace(card.folder.info, motion_prefix=True)),
+    ):
+        assert replace(card, folder=changed).untrained(image) is not None
+
+
 def test_progress_counts_every_latent_frame_once(
     generate_config: GenerateConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +181,20 @@ def test_rows_that_cannot_be_met_leave_nothing_behind(
     with pytest.raises(UserError, match=message):
         generate(with_rows(generate_config, tmp_path, *rows))
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def test_every_row_that_cannot_be_met_is_told(generate_config: GenerateConfig, tmp_path: Path) -> None:
+    long = {"prompt": "word " * 1000}
+    with pytest.raises(UserError) as error:
+        generate(with_rows(generate_config, tmp_path, {"prompt": "a", "image": "x.png"}, {"prompt": "b", "clip": "y"}))
+    assert [word in str(error.value) for word in ("2 mistakes", "line 1: image", "line 2: clip")] == [True] * 3
+    with pytest.raises(UserError) as error:
+        generate(with_rows(replace(generate_config, seeds_per_prompt=3), tmp_path, long, {"prompt": "a"}, long))
+    assert [line.partition("prompts.jsonl, ")[2][:6] for line in str(error.value).split("\n  ")] == [
+        "",
+        "line 1",
+        "line 3",
+    ]
 
 
 def test_a_picture_is_no_clip_and_a_clip_no_picture(generate_config: GenerateConfig, tmp_path: Path) -> None:

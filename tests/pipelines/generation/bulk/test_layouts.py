@@ -200,8 +200,16 @@ def test_two_prompts_of_one_name_are_refused() -> None:
     ("layout", "text", "message"),
     [
         ("vbench", "[]", "no list of entries"),
-        ("vbench", "{", "cannot be read as JSON"),
-        ("vbench", '[{"prompt": "x"}]', "entry 0: no prompt_en and dimension; layout vbench takes VBench_full_info"),
+        (
+            "vbench",
+            "prompt\na red square\n",
+            r"as JSON .*VBench_full_info.json; for prompts of your own leave layout out",
+        ),
+        (
+            "vbench",
+            '[{"prompt": "x"}]',
+            "entry 0: no prompt_en and dimension; layout vbench takes the benchmark's own VBench_full_info",
+        ),
         ("geneval", '{"prompt": "x"}', "line 1: no tag, include and prompt; .*evaluation_metadata.jsonl"),
         (
             "vbench-i2v",

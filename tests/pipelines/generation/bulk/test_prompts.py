@@ -35,9 +35,13 @@ def test_rows_of_each_kind_of_file_give_the_same_prompts(tmp_path: Path) -> None
         ("p.csv", "text,seed\nhello,1\n", "no column prompt, only text, seed"),
         ("p.csv", "", "no column prompt, only none"),
         ("p.csv", "prompt\n", "holds no prompts"),
-        ("p.csv", "prompt\na red square, moving left\n", "line 2 has 2 values for 1 columns: quote a prompt"),
+        ("p.csv", "prompt\na red square, moving left\n", "line 2: 2 values for 1 columns: quote a prompt"),
         ("p.csv", "prompt,Seed\na,3\n", "it has a column 'Seed', which is not read: rename it to 'seed'"),
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b", "sed": 3}\n', "line 2 has a column 'sed'.* rename it to 'seed'"),
+        (
+            "p.jsonl",
+            '{"prompt": "a"}\n{"prompt": "b", "sed": 3}\n',
+            "line 2: it has a column 'sed'.* rename it to 'seed'",
+        ),
         ("p.csv", "prompt,seed\nhello,x\n", "line 2: the seed is 'x'"),
         ("p.csv", "prompt,seed\nhello,-1\n", "the seed is '-1'"),
         ("p.csv", "prompt,seed\n,1\n", "line 2: the prompt is ''"),
@@ -45,8 +49,8 @@ def test_rows_of_each_kind_of_file_give_the_same_prompts(tmp_path: Path) -> None
         ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "no column prompt, only text"),
         ("p.jsonl", '{"prompt": 3}\n', "line 1: the prompt is 3"),
         ("p.jsonl", '{"prompt": "a", "seed": 1.5}\n', "the seed is 1.5"),
-        ("p.jsonl", "{", "cannot be read as jsonl"),
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', r"line 2 is no JSON: Expecting .* column 15"),
+        ("p.jsonl", "{", "line 1: it is no JSON"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', r"line 2: it is no JSON: Expecting .* column 15"),
         ("p.jsonl", "[1]\n", "no JSON object"),
         ("p.parquet", "PAR1", "cannot be read as parquet"),
         ("p.md", "hello", "unknown kind"),
@@ -58,6 +62,28 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, name: str, content: s
     with pytest.raises(UserError, match=message) as error:
         read_prompts(str(file))
     assert str(file) in str(error.value)
+
+
+def test_every_mistake_of_a_file_is_told_and_of_many_how_many(tmp_path: Path) -> None:
+    file = tmp_path / "p.csv"
+    file.write_text("prompt,seed,id\na,x,1\nb,1,2\n,2,3\nc,3,2\nd,4,5,6\n")
+    with pytest.raises(UserError) as error:
+        read_prompts(str(file))
+    lines = str(error.value).split("\n  ")
+    assert lines[0] == "4 mistakes:"
+    for line, words in zip(
+        lines[1:],
+        ("line 2: the seed is 'x'", "line 4: the prompt is ''", "line 5: the id '2' is that of", "line 6: 4 values"),
+        strict=True,
+    ):
+        assert f"{file}, {words}" in line
+    file.write_text("prompt,seed\n" + "a,x\n" * 12)
+    with pytest.raises(UserError) as error:
+        read_prompts(str(file))
+    assert str(error.value).startswith("12 mistakes:")
+    assert str(error.value).endswith(
+        "line 11: the seed is 'x'; it must be a whole number in 0..2^63-1, or be left out\n  and 2 more"
+    )
 
 
 def test_a_missing_file_and_an_empty_list_are_errors(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from tests.pipelines.generation.serving.in_process import client_to, listening, 
 from tests.pipelines.generation.test_run import copy_model
 
 PROMPT = {"prompt": "a red square moves left", "seed": 7}
+JSON, FORM = "application/json", "multipart/form-data; boundary=b"
 Talk = Callable[[httpx.AsyncClient], Awaitable[None]]
 
 
@@ -44,6 +45,11 @@ def hostile(serve_config: ServeConfig) -> Iterator[str]:
     """A service for those who mean no good."""
     with listening(serve_config) as url:
         yield url
+
+
+def _form(**fields: str) -> bytes:
+    parts = [f'--b\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n{v}\r\n' for k, v in fields.items()]
+    return "".join([*parts, "--b--\r\n"]).encode()
 
 
 def num_frames(data: bytes) -> int:
@@ -159,6 +165,28 @@ def test_broken_json_other_paths_and_methods_have_the_same_form_of_error(serve_c
     talk(serve_config, conversation)
 
 
+@pytest.mark.parametrize(
+    ("content", "kind", "field", "words"),
+    [
+        (b'{"prompt": "a", "seed": 1, "prompt": "b"}', JSON, "prompt", "prompt is given twice"),
+        (b'{"prompt": "a", "shortcuts": {"order": "halton", "order": "confidence"}}', JSON, "order", "order is given"),
+        (_form(shortcuts='{"order": "halton", "order": "halton"}'), FORM, "shortcuts", "order is given twice"),
+        (_form(seed="1") + _form(seed="2"), FORM, "seed", "seed is given twice"),
+        (b'{"prompt": "a", "input_reference": {"x": 1}}', JSON, "input_reference", "input_reference.image_url: Field"),
+        (b'{"prompt": "a", "input_reference": 3}', JSON, "input_reference", "must be an object of image_url, got 3"),
+        (b'{"prompt": "a", "seconds": []}', JSON, "seconds", "seconds: Input should be a valid"),
+        (b'{"prompt": "a", "str": 1}', JSON, "str", "unknown field 'str'; known: prompt, model"),
+    ],
+)
+def test_what_is_written_twice_or_otherwise_than_it_may_be_is_named(
+    hostile: str, content: bytes, kind: str, field: str, words: str
+) -> None:
+    content = content.replace(b"--b--\r\n--b", b"--b")
+    answer = httpx.post(f"{hostile}/v1/videos", content=content, headers={"content-type": kind}, timeout=60.0)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field), answer.text
+    assert words in answer.json()["error"]["message"]
+
+
 def test_long_bodies_are_not_read(serve_config: ServeConfig) -> None:
     async def conversation(client: httpx.AsyncClient) -> None:
         for content in (b'{"prompt": "' + b"x" * (1 << 20) + b'"}', pieces()):
@@ -171,9 +199,6 @@ def test_long_bodies_are_not_read(serve_config: ServeConfig) -> None:
         pytest.fail("was read")
 
     talk(serve_config, conversation)
-
-
-JSON, FORM = "application/json", "multipart/form-data; boundary=b"
 
 
 @pytest.mark.parametrize(
@@ -341,6 +366,7 @@ def test_the_model_and_the_interface_are_described(serve_config: ServeConfig) ->
             "steps": 4,
             "guidance_scale": 3.0,
             "history_ratio": 0.7,
+            "temperature": 1.0,
             "draw_temperature": 1.0,
             "shortcuts": None,
         }

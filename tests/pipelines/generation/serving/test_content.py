@@ -1,8 +1,13 @@
 """Ranges of a video, as browsers ask for them to play from any place: alike from a folder and from S3."""
 
 import asyncio
+import os
+from collections.abc import MutableMapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -10,6 +15,7 @@ from fastapi.responses import StreamingResponse
 from pipelines.generation.config import ServeConfig
 from pipelines.generation.serving.content import file_answer
 from pipelines.generation.serving.jobs import JobStore
+from pipelines.media import encode_jpeg
 from tests.pipelines.generation.serving.in_process import client_to, finished, service_of
 from tests.pipelines.generation.serving.test_jobs import PROMPT, post
 
@@ -93,6 +99,67 @@ def test_a_completed_video_whose_file_is_gone_is_not_told_to_be_unfinished(confi
                 assert f"the file of video {video['id']} is gone" in gone.json()["error"]["message"]
 
     asyncio.run(main())
+
+
+def test_a_stored_video_that_is_damaged_is_told_to_be(config: ServeConfig) -> None:
+    async def main() -> None:
+        async with service_of(config) as app, client_to(app) as client:
+            video = await finished(client, (await post(client, {**PROMPT, "steps": 1}))["id"])
+            (path,) = Path(config.jobs).rglob("*.mp4")
+            whole = path.read_bytes()
+            url, body = f"/v1/videos/{video['id']}/content", {"prompt": "x", "video": {"id": video["id"]}}
+            for data in (
+                b"",
+                b"no video",
+                whole[: len(whole) // 2],
+                whole[:-200],
+                encode_jpeg(np.zeros((8, 8, 3), np.uint8)),
+            ):
+                path.write_bytes(data)
+                for answer in (
+                    await client.get(url, params={"variant": "thumbnail"}),
+                    await client.get(url, params={"variant": "spritesheet"}),
+                    await client.post("/v1/videos/extensions", json={**body, "num_frames": 4}),
+                ):
+                    assert answer.status_code == 404, (len(data), answer.text)
+                    assert f"the file of video {video['id']} is damaged" in answer.json()["error"]["message"]
+
+    asyncio.run(main())
+
+
+def test_a_file_is_closed_as_its_client_leaves(tmp_path: Path) -> None:
+    """In the middle of it, whether the server says so by a message or, as newer ones, by an error of its own."""
+    (tmp_path / "files" / "job").mkdir(parents=True)
+    (tmp_path / "files" / "job" / "video.mp4").write_bytes(bytes(1 << 20))
+
+    def open_files() -> int:
+        return sum(
+            os.path.realpath(f"/proc/self/fd/{name}").endswith("video.mp4") for name in os.listdir("/proc/self/fd")
+        )
+
+    async def main(version: str) -> None:
+        scope = {"type": "http", "method": "GET", "headers": [], "asgi": {"version": "3.0", "spec_version": version}}
+        answer = await file_answer(JobStore(str(tmp_path)), "job", "video.mp4", Request(scope), {}, "video/mp4")
+        left = asyncio.Event()
+
+        async def receive() -> dict[str, str]:
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.body":
+                assert open_files() == 1
+                left.set()
+                if version == "2.4":
+                    raise OSError("the client left")
+                await asyncio.sleep(30)
+
+        with suppress(Exception):  # ClientDisconnect
+            await answer(scope, receive, send)
+
+    for version in ("2.3", "2.4"):
+        asyncio.run(asyncio.wait_for(main(version), 10))
+        assert open_files() == 0
 
 
 def test_a_file_that_is_deleted_while_it_is_sent_is_sent_whole(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pipelines.generation.config import ServeConfig
 from pipelines.media import encode_video
 from tests.pipelines.generation.conftest import CAPTIONS
 from tests.pipelines.generation.serving.in_process import client_to, finished, service_of
-from tests.pipelines.generation.serving.test_jobs import PROMPT, post
+from tests.pipelines.generation.serving.test_jobs import PROMPT, png, post
 from tests.pipelines.generation.test_run import copy_model
 
 pytestmark = pytest.mark.usefixtures("quick_looks")
@@ -48,6 +48,42 @@ def test_an_extension_goes_on_from_what_the_longest_trained_length_and_the_servi
             of_clip = await client.post(URL, data=form, files={"video": CLIP})
             assert of_clip.status_code == 200, of_clip.text
             assert of_clip.json()["num_given"] == given_of_clip
+
+    asyncio.run(main())
+
+
+def test_num_given_begins_a_video_with_as_much_of_a_clip_as_an_extension_did(config: ServeConfig) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (33, 32, 32, 3), dtype=np.uint8)
+    clip = ("clip.mp4", encode_video(noise, 12.0), "video/mp4")
+
+    async def main() -> None:
+        async with service_of(config) as app, client_to(app) as client:
+            form = {"prompt": CAPTIONS[0], "num_frames": "4", "steps": "1", "seed": "3"}
+            made = (await client.post(URL, data=form, files={"video": clip})).json()
+            assert (made["num_given"], made["num_frames"], made["motion"]) == (5, 9, None)
+            await finished(client, made["id"])
+            content = (await client.get(f"/v1/videos/{made['id']}/content")).content
+            again = form | {"num_frames": "9"}
+            for more, alike in (({}, False), ({"num_given": "5"}, True)):
+                answer = await client.post("/v1/videos/sync", data=again | more, files={"input_reference": clip})
+                assert (answer.content == content) == alike, answer.text
+            short, picture = ("c.mp4", encode_video(noise[:2], 12.0), "video/mp4"), ("a.png", png())
+            for given, file, field, words in (
+                ("9", clip, "num_given", "less than the 9 frames of the video"),
+                ("4", clip, "num_given", "must be 1 + 4k"),
+                ("5", short, "input_reference", "it has 2 frames at 12 fps, and num_given is 5"),
+                ("5", picture, "num_given", "a picture is 1 frame"),
+                ("1", (None, ""), "input_reference", "is no data: URL"),
+            ):
+                wrong = {"prompt": "x", "num_given": given}
+                refused = await client.post("/v1/videos", data=wrong, files={"input_reference": file})
+                assert (refused.status_code, refused.json()["error"]["param"]) == (400, field), refused.text
+                assert words in refused.json()["error"]["message"]
+            refused = await client.post("/v1/videos", json={"prompt": "x", "num_given": 1})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "num_given")
+            form = {"prompt": "x", "num_given": "1"}
+            one = await client.post("/v1/videos", data=form, files={"input_reference": picture})
+            assert one.json()["num_given"] == 1
 
     asyncio.run(main())
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from pipelines.generation.config import BatchConfig, ServeConfig
+from pipelines.media import encode_video
 from tests.chromium import Tab, chromium, needs_chromium
 from tests.pipelines.generation.serving.in_process import client_to, listening, service_of
 from tests.pipelines.generation.serving.test_jobs import png
@@ -205,6 +207,18 @@ def test_a_picture_to_start_from_is_sent_and_told(config: ServeConfig, tmp_path:
         assert await output_of([sys.executable, "-c", python], tmp_path / "again") == content
         await tab.run("document.querySelector('#drop').click()")
         assert await tab.run("document.querySelector('[name=input_reference]').files.length") == 0
+
+        # Of a clip an extension takes another number of frames than a video that begins with it.
+        noise = np.random.default_rng(0).integers(0, 256, (33, 32, 32, 3), dtype=np.uint8)
+        form, clip = {"prompt": "x", "num_frames": "4", "seed": "9"}, encode_video(noise, 12.0)
+        made = await client.post("/v1/videos/extensions", data=form, files={"video": ("c.mp4", clip, "video/mp4")})
+        await tab.open(str(client.base_url))
+        await count(tab, ".tile[data-status=completed]", 3)  # the second by Python
+        curl, _ = await repeated(tab, tmp_path / "clip")
+        assert "clip again, which CLIP stands for" in await tab.run("document.querySelector('#note').textContent")
+        (tmp_path / "clip" / "CLIP").write_bytes(clip)
+        content = (await client.get(f"/v1/videos/{made.json()['id']}/content")).content
+        assert await output_of(["bash", "-c", curl], tmp_path / "clip") == content
 
     visit(config, story)
 

@@ -6,7 +6,6 @@ import errno
 import itertools
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from pipelines.generation.config import ServeConfig, SizeConfig
 from pipelines.generation.serving import service, videos
 from pipelines.generation.serving.jobs import Job, JobStore, Version
 from pipelines.generation.serving.pictures import decode_frames
-from tests.pipelines.decoding.test_given import avif_bytes
+from tests.pipelines.decoding.test_given import AVIF
 from tests.pipelines.generation.conftest import CAPTIONS
 from tests.pipelines.generation.serving.in_process import client_to, finished, service_of
 from tests.pipelines.generation.serving.test_jobs import LONG, PROMPT, png, post
@@ -102,11 +101,11 @@ def test_a_picture_is_no_clip(config: ServeConfig, path: str, field: str, words:
     asyncio.run(main())
 
 
-def test_an_avif_is_taken_for_the_picture_it_is(config: ServeConfig, tmp_path: Path) -> None:
+def test_an_avif_is_taken_for_the_picture_it_is(config: ServeConfig) -> None:
     async def main() -> None:
         async with service_of(config) as app, client_to(app) as client:
             for kind in ("image/avif", "application/octet-stream"):
-                files = {"input_reference": ("photo.avif", avif_bytes(tmp_path), kind)}
+                files = {"input_reference": ("photo.avif", AVIF, kind)}
                 taken = await client.post("/v1/videos", data={"prompt": CAPTIONS[0], "steps": "1"}, files=files)
                 assert (taken.status_code, taken.json()["num_given"]) == (200, 1), taken.text
 

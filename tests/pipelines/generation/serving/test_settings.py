@@ -26,6 +26,9 @@ def test_shortcuts_and_the_temperature_of_the_draw_are_asked_for_per_request(con
         async with service_of(config) as app, client_to(app) as client:
             usual = await post(client, {**PROMPT, "steps": 6})
             assert (usual["shortcuts"], usual["draw_temperature"]) == (None, 1.0)
+            hot = await post(client, {**PROMPT, "steps": 6, "temperature": 3.0})
+            assert (usual["temperature"], hot["temperature"]) == (1.0, 3.0)
+            assert hot["config_hash"] != usual["config_hash"]
             full = await post(client, {**PROMPT, "steps": 6, "shortcuts": {}})
             assert (full["shortcuts"], full["config_hash"]) == (None, usual["config_hash"])
 
@@ -58,11 +61,11 @@ def test_shortcuts_and_the_temperature_of_the_draw_are_asked_for_per_request(con
             items += [("shortcuts[frame_steps][]", (None, text)) for text in ("6", "2")]
             assert (await client.post("/v1/videos", files=items)).json()["shortcuts"] == asked
             for wrong, words in (
-                ({"ordr": "halton"}, "unknown field 'ordr'; in shortcuts"),
+                ({"ordr": "halton"}, "unknown field 'ordr' of shortcuts; known: order, threshold, guidance_interval"),
                 ({"threshold": 2.0}, "shortcuts.threshold: Input should be less than or equal to 1, got 2.0"),
                 ({"order": "halton", "threshold": 0.5}, "shortcuts: threshold is 0.5 with order halton"),
                 ({"frame_steps": [10_000]}, "frame_steps holds 10000; this service allows at most"),
-                ("halton", "shortcuts: it must be an object, got 'halton'"),
+                ("halton", "shortcuts: it must be an object of order, threshold"),
             ):
                 refused = await client.post("/v1/videos", json={**PROMPT, "shortcuts": wrong})
                 assert (refused.status_code, refused.json()["error"]["param"]) == (400, "shortcuts")
