@@ -18,7 +18,7 @@ class BlockSource(Datasource):
 
     def __init__(self, tables: Sequence[pa.Table]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._bytes = sum(table.nbytes for table in tables)
+        self._bytes: int = sum(table.nbytes for table in tables)
         self._tasks = [_read_task(table) for table in tables]
 
     def estimate_inmemory_data_size(self) -> int:
