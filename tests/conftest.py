@@ -36,6 +36,14 @@ def ray_cluster():
     stop_shared_cluster()
 
 
+@pytest.fixture
+def no_cluster():
+    """Ray is not running when the test begins."""
+    from tests.cluster import stop_shared_cluster
+
+    stop_shared_cluster()
+
+
 @pytest.hookimpl(tryfirst=True)  # before the fixtures, some of which are of a whole session
 def pytest_runtest_setup(item):
     if "ray_cluster" in item.fixturenames:

@@ -117,7 +117,7 @@ def test_a_server_of_mlflow_that_does_not_answer_is_told(tmp_path):
     assert said[1].endswith("; training would go on and send its record later")
 
 
-def test_the_paths_of_one_machine_are_refused_where_a_cluster_has_several(tmp_path, monkeypatch):
+def test_the_paths_of_one_machine_are_refused_where_a_cluster_has_several(no_cluster, tmp_path, monkeypatch):
     config = tiny_config(write_snapshot(tmp_path / "dataset", BUCKETS), tmp_path / "out")
     nodes = [{"Alive": True, "NodeManagerAddress": f"10.0.0.{n}", "Resources": {"CPU": 9.0}} for n in (1, 2)]
     monkeypatch.setattr("ray.is_initialized", lambda: True)

@@ -41,6 +41,8 @@ from tests.pipelines.training.kills import kill_a_worker, kill_driver, when
 from tests.pipelines.training.runs import tiny_config
 from tests.pipelines.training.snapshots import write_snapshot
 
+pytestmark = pytest.mark.timeout(600)  # on a busy machine each start of Ray Train's processes takes a minute
+
 
 def spoil_codes(dataset: Path) -> None:
     """Take a code from each row of one shard, and let the manifest say that it is so."""

@@ -25,6 +25,8 @@ from pipelines.media import encode_jpeg, encode_video
 from pipelines.storage.lock import dataset_lock
 from tests.pipelines.data.videos import moving_square, write_video
 
+pytestmark = pytest.mark.usefixtures("no_cluster")
+
 ROOT = Path(__file__).resolve().parents[4]
 
 
