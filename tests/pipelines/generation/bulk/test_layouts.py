@@ -16,6 +16,8 @@ from pipelines.generation.config import BatchConfig, GenerateConfig, SizeConfig
 from pipelines.generation.model import read_card
 from pipelines.media import encode_video
 
+pytestmark = pytest.mark.usefixtures("no_cluster")  # with one, videos are made by Ray Serve
+
 VBENCH = [
     {"prompt_en": "In a still frame, a stop sign", "dimension": ["temporal_flickering"]},
     {"prompt_en": "a red square", "dimension": ["appearance_style"], "auxiliary_info": {}},
