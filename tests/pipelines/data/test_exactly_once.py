@@ -76,7 +76,7 @@ def parts(dataset: Path, stage: str) -> int:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "videos", good=12)
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "videos", good=24)
 
 
 @pytest.fixture(scope="module")
