@@ -235,10 +235,16 @@ def _execute(stage: Stage, table: StageTable, pending: pa.Table, *, parts: int) 
         wants["num_gpus"] = resources.num_gpus
     if resources.memory_mb:
         wants["memory"] = resources.memory_mb * 1_000_000
-    # Equal wants and numbers: only then the process that computes a block is also the one that reads it.
-    data = ray.data.read_datasource(BlockSource(blocks), concurrency=most, override_num_blocks=len(blocks), **wants)
-    # Where there are GPUs, Ray wants the size of a batch to be named.
-    rows = max(block.num_rows for block in blocks) if resources.num_gpus else None
+    rows = None  # in a call
+    if resources.num_gpus:
+        # Ray wants a number, and then reads apart from computing: a reader with these wants would hold the only GPU.
+        rows = max(block.num_rows for block in blocks)
+        stored: Any = [ray.put(block) for block in blocks]
+        data: ray.data.Dataset = ray.data.from_arrow_refs(stored)
+    else:
+        # Equal wants and numbers: only then the process that computes a block is also the one that reads it.
+        source = BlockSource(blocks)
+        data = ray.data.read_datasource(source, concurrency=most, override_num_blocks=len(blocks), **wants)
     options: dict[str, Any] = {"batch_size": rows, "batch_format": "pyarrow"} | wants
     if stage.stateful:
         pool = ray.data.ActorPoolStrategy(min_size=min(resources.min_workers, most), max_size=most)

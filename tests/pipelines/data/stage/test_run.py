@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from pipelines.data.stage import run as run_module
 from pipelines.data.stage.run import StageWorker, _part_bounds, run_stage
@@ -234,3 +235,13 @@ def test_parts_are_as_large_however_many_a_worker_is_handed_at_a_time(tmp_path, 
     names = [sorted(path.name for path in (tmp_path / name).rglob("part-*.parquet")) for name in ("0.0", "60.0")]
     assert names[0] == names[1]
     assert len(names[0]) == 46  # 28 rows first, in parts of 4, then 272 in parts of 7
+
+
+@pytest.mark.slow  # a cluster of its own
+def test_the_only_gpu_is_for_the_worker_that_computes(no_cluster, tmp_path):
+    ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        wants = replace(stage(stateful=True), resources=StageResources(num_gpus=1.0, memory_mb=100))
+        assert run_stage(wants, inputs(range(20)), dataset=str(tmp_path)) == 20
+    finally:
+        ray.shutdown()
