@@ -40,6 +40,19 @@ _KNOCK_SECONDS = 5.0  # until a server takes a connection
 _LOCK_SECONDS = 300.0  # to wait for others that open the same file; making its tables takes seconds
 
 
+def _scheme(uri: str) -> str:
+    return uri.partition(":")[0].partition("+")[0]
+
+
+def check_uri(uri: str) -> None:
+    """Raise a ``ValueError`` if an address is of a kind in which MLflow keeps no runs; nothing is opened for it."""
+    if _scheme(uri) not in _SCHEMES:
+        raise ValueError(
+            f"uri = {uri} is none in which MLflow keeps runs: name a server (http://HOST:PORT) or a database "
+            "(sqlite:///PATH)"
+        )
+
+
 @dataclass(frozen=True)
 class TrackingStore:
     """Where runs are tracked: a server, a database, or an SQLite file with a folder for artifacts beside it."""
@@ -139,10 +152,8 @@ class Tracker:
         from mlflow.exceptions import MlflowException, RestException
         from mlflow.tracking import MlflowClient
 
-        scheme = store.uri.partition(":")[0].partition("+")[0]
+        scheme = _scheme(store.uri)
         failed = f"tracking.uri = {store.uri}: cannot open experiment {experiment!r}"
-        if scheme not in _SCHEMES:
-            raise UserError(f"{failed} (MLflow keeps none in {scheme!r}): name a server or a database")
         try:
             with store.opening():
                 self._client = MlflowClient(store.uri)

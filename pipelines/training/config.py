@@ -8,6 +8,7 @@ from lumos.config import MaskConfig, ModelConfig, Recompute, RopeKind, SamplingC
 from lumos.vocabulary import Vocabulary
 from pipelines.config import ClusterConfig, config_hash, config_to_dict
 from pipelines.data.settings import OpenClipConfig
+from pipelines.tracking import check_uri
 from pipelines.training.data_config import DataConfig as DataConfig
 from pipelines.training.data_config import MixConfig as MixConfig
 from pipelines.training.data_config import SourceConfig as SourceConfig
@@ -229,6 +230,8 @@ class TrackingConfig:
     peak_tflops: float | None = None  # of one device in bf16, for MFU; none: of those known by name
 
     def __post_init__(self) -> None:
+        if self.uri is not None:
+            check_uri(self.uri)
         _at_least(self, 0, "flush_seconds")
         _at_least(self, 1, "log_every")
         require(

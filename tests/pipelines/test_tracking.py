@@ -6,7 +6,15 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from pipelines.errors import UserError
-from pipelines.tracking import MetricRow, ModelLink, Tracker, TrackingStore, TrackingUnavailableError, flatten
+from pipelines.tracking import (
+    MetricRow,
+    ModelLink,
+    Tracker,
+    TrackingStore,
+    TrackingUnavailableError,
+    check_uri,
+    flatten,
+)
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -53,9 +61,15 @@ def test_another_key_is_another_run_of_the_experiment(folder):
     assert open_tracker(folder, "two").run_id != open_tracker(folder, "three").run_id
 
 
-def test_a_store_that_cannot_be_opened_is_an_error(tmp_path):
-    with pytest.raises(UserError, match=r"tracking.uri = file:///.*: cannot open experiment 'test'"):
-        Tracker(TrackingStore(f"file://{tmp_path}"), experiment="test", key="k", run_name=None)
+@pytest.mark.parametrize("uri", ["file:///runs", "ftp://host/runs", "runs/mlruns.db", ""])
+def test_an_address_in_which_mlflow_keeps_no_runs_is_refused(uri):
+    with pytest.raises(ValueError, match=f"^uri = {uri} is none in which MLflow keeps runs"):
+        check_uri(uri)
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///mlruns.db", "postgresql+psycopg2://u@h/db", "https://h", "databricks"])
+def test_an_address_that_mlflow_knows_is_taken(uri):
+    check_uri(uri)
 
 
 def test_a_folder_that_cannot_hold_a_store_is_an_error(tmp_path):

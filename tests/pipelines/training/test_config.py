@@ -78,6 +78,7 @@ def test_shipped_configs_are_valid(name):
         ("batch_size=4", "unknown key 'batch_size' = 4; did you mean 'global_batch'"),
         ("optimizer.learning_rate=0.1", "unknown key 'optimizer.learning_rate' = 0.1; did you mean 'optimizer.lr'"),
         ("ema=0.99", "ema: it is a mapping of decay, start; got 0.99"),
+        ("tracking.uri=ftp://a/b", r"tracking: uri = ftp://a/b is none in which MLflow keeps runs: .*sqlite:///PATH"),
         ("steps=many", "steps: input should be a valid integer, got 'many'"),
     ],
 )
