@@ -2,14 +2,13 @@
 
 import click
 
+from pipelines.benchmark_names import BENCHMARK_NAMES
 from pipelines.errors import JobError
-
-LAYOUT_NAMES = ("vbench", "vbench-i2v", "vbench2", "geneval")
 
 
 @click.command(short_help="Whether a folder of videos has the layout that a benchmark's code reads.")
 @click.argument("folder", metavar="DIR")
-@click.option("--layout", type=click.Choice(LAYOUT_NAMES), required=True)
+@click.option("--layout", type=click.Choice(BENCHMARK_NAMES), required=True)
 @click.option("--prompts", metavar="FILE", help="The benchmark's file; default: the one that DIR/generate.json names.")
 def check(folder: str, layout: str, prompts: str | None) -> None:
     """Say what is missing, surplus or wrong in DIR, which `lumos generate` made with the key layout.

@@ -1,6 +1,5 @@
 """``lumos data``: look after datasets that ``lumos curate`` made."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from jobs.data_export import export
 from jobs.data_removals import remove, restore
 from jobs.data_upkeep import gc, over_dataset, repair, retry, unlock
 from jobs.data_views import report, show
+from pipelines.cores import usable_cores
 
 
 @click.group()
@@ -63,7 +63,7 @@ def verify(dataset: str, sample: int, tokenizer: str | None) -> None:
 @command.command(short_help="Expected yield, time, disk, memory and cost, from a sample.")
 @config_arguments()
 @click.option("--sources", default=8, show_default=True, help="Curated in a scratch folder to tell.")
-@click.option("--cpus", type=float, default=os.cpu_count(), show_default="this machine's", help="Of the cluster.")
+@click.option("--cpus", type=float, default=usable_cores, show_default="this machine's", help="Of the cluster.")
 @click.option("--gpus", type=float, default=0.0, show_default=True, help="Of the cluster.")
 @click.option("--price", type=float, default=0.0, help="Of an hour of the cluster, in any currency.")
 @click.option("--seed", default=0, show_default=True, help="Of the draw.")

@@ -10,8 +10,9 @@ if __name__ == "__main__":  # run as a script: import from the checkout, not fro
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from jobs.command import run
+from pipelines.benchmark_names import ALSO_CALLED, BENCHMARK_NAMES
 
-_BENCHMARKS = ("vbench", "vbench-i2v", "vbench2", "vbench-2.0", "geneval")  # 2.0 has two names
+_BENCHMARKS = (*BENCHMARK_NAMES, *ALSO_CALLED)
 _FORMS = ("auto", "page", "folder", "none")  # auto: videos within the page up to --page-mb, else beside it
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import httpx
 import psutil
 
+from pipelines.errors import UserError
+
 _PROMPTS = (
     "a red square moves left over a blue background",
     "a green circle moves up over a white background",
@@ -20,7 +22,8 @@ _PROMPTS = (
     "a blue star moves down over a gray background",
 )
 _SEEDS = 8  # per prompt; a video that comes again must be the same
-_PAUSE_S = 1.0  # longest a client waits after a 503, as it would not in earnest
+_PAUSE_S = 1.0  # longest a client waits after a 503, as it would not in earnest; and after no answer
+_FIRST_S = 10.0  # until a service says that it is there
 _POLL_MS = 250.0  # between looks at a job, where the service does not say
 _MEMORY_S = 2.0  # between looks
 
@@ -60,13 +63,18 @@ class _Seen:
 
 
 def run_load(config: LoadConfig, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Try a service; what was seen, with percentiles of seconds and every answer counted."""
+    """Try a service; what was seen, with percentiles of seconds and every answer counted.
+
+    Raises:
+        UserError: if no service of ours answers there, or it turns the token away; nothing was asked of it then.
+    """
     return asyncio.run(_run(config, say))
 
 
 async def _run(config: LoadConfig, say: Callable[[str], None]) -> dict[str, Any]:
     headers = {"Authorization": f"Bearer {config.token}"} if config.token else {}
     limits = httpx.Limits(max_connections=config.clients)
+    await _check_service(config.url, headers)
     async with httpx.AsyncClient(base_url=config.url, headers=headers, timeout=900.0, limits=limits) as http:
         begin = time.monotonic()
         seen = _Seen(config, begin + config.duration_s)
@@ -95,6 +103,19 @@ async def _run(config: LoadConfig, say: Callable[[str], None]) -> dict[str, Any]
     return found
 
 
+async def _check_service(url: str, headers: dict[str, str]) -> None:
+    remedy = "start one by `lumos serve`, or name its address by --url"
+    try:
+        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=_FIRST_S) as http:
+            answer = await http.get("/v1/models")
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise UserError(f"--url {url}: no service answers there ({type(error).__name__}: {error}); {remedy}") from error
+    if answer.status_code in (401, 403):
+        raise UserError(f"--url {url}: the service turns the token away; set LUMOS_SERVE_TOKEN to one that it takes")
+    if answer.status_code == 404:
+        raise UserError(f"--url {url}: what answers there is no service of `lumos serve`; {remedy}")
+
+
 async def _watch_memory(pid: int | None, seen: _Seen) -> None:
     """Note once a second how much memory a process and its children hold of their own."""
     while pid is not None:
@@ -118,6 +139,7 @@ async def _client(http: httpx.AsyncClient, number: int, seen: _Seen) -> None:
         except (httpx.HTTPError, json.JSONDecodeError) as error:
             seen.answers["no answer"] += 1
             seen.wrong.append(f"no answer: {type(error).__name__}: {error}")
+            await asyncio.sleep(_PAUSE_S)  # a service that has gone is not asked a thousand times a second
             continue
         seen.answers[str(answer.status_code)] += 1
         if answer.status_code == 200:

@@ -186,6 +186,7 @@ def _measure_all(
 
     videos: list[VideoScores] = []
     features: _Rows = {}
+    cv2.setNumThreads(1)  # videos are measured side by side, as many as there are cores for
     with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
         measured = pool.map(one, folder.videos)
         total = len(folder.videos)

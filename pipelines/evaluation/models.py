@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines import storage
+from pipelines.cores import usable_cores
 from pipelines.data.models.open_clip import in_batches, load_open_clip, open_clip_hash
 from pipelines.data.settings import OpenClipConfig
 from pipelines.errors import UserError
@@ -57,6 +58,8 @@ class Models:
         for name, path in files.given.items():
             if not Path(path).exists():
                 raise UserError(f"--{name} {path} does not exist; it takes {_WHERE[name]}")
+        # Torch's own choice leaves out of account that a container may have fewer cores' worth of time.
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
         self.device, self._lock = files.device, threading.Lock()
         self._texts: dict[str, NDArray[np.float32]] = {}
         self.hashes: dict[str, str] = {}  # what identifies each model

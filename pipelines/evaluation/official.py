@@ -12,6 +12,7 @@ from typing import Any
 
 from pipelines import storage
 from pipelines.amounts import columns
+from pipelines.benchmark_names import ALSO_CALLED, BenchmarkName
 from pipelines.errors import UserError
 from pipelines.statistics import wilson_interval
 
@@ -30,7 +31,7 @@ class Dimension:
 class Benchmark:
     """Groups of dimensions, each a weighted mean, and the weights of the groups in the total."""
 
-    name: str
+    name: BenchmarkName
     groups: Mapping[str, tuple[Dimension, ...]]
     weights: Mapping[str, float]
     least_videos: int  # results that the whole benchmark has of every dimension, at least
@@ -104,9 +105,8 @@ VBENCH_2 = Benchmark(
     weights=dict.fromkeys(("creativity", "commonsense", "controllability", "human_fidelity", "physics"), 1.0),
     least_videos=10,  # of diversity, which compares the videos of a prompt, its ten prompts
 )
-BENCHMARKS = {benchmark.name: benchmark for benchmark in (VBENCH, VBENCH_I2V, VBENCH_2)}
-GENEVAL = "geneval"
-_ALSO_CALLED = {"vbench-2.0": VBENCH_2.name}
+BENCHMARKS: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark in (VBENCH, VBENCH_I2V, VBENCH_2)}
+GENEVAL: BenchmarkName = "geneval"
 _MAX_COUNTED = 5  # dimensions that are named, of those with few videos
 
 
@@ -171,7 +171,7 @@ def import_results(files: Sequence[str], *, benchmark: str | None = None) -> Off
             scores[name], where[name] = score, uri
             if count is not None:
                 counts[name] = count
-    named = BENCHMARKS[_ALSO_CALLED.get(benchmark, benchmark)] if benchmark is not None else _benchmark_of(where)
+    named = BENCHMARKS[ALSO_CALLED.get(benchmark, benchmark)] if benchmark is not None else _benchmark_of(where)
     return _totals(named, scores, counts, where)
 
 

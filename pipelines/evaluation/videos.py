@@ -18,6 +18,7 @@ from pipelines.generation.bulk.run import RUN_FILE
 
 SUFFIXES = (".mp4", ".gif", ".png", ".webm", ".mov", ".mkv", ".avi", ".jpg", ".jpeg")
 STILLS = (".png", ".jpg", ".jpeg")
+_ONE_THREAD = (cv2.CAP_PROP_N_THREADS, 1)  # else one for each of the machine's cores, in each video
 _MAX_NAMED = 8  # of the runs in a folder
 _NUMBERED = re.compile(r"(.*\S)\s*-(\d+)", re.DOTALL)  # VBench's names
 
@@ -131,7 +132,7 @@ def read_frames(uri: str) -> tuple[NDArray[np.uint8], float]:
             picture = cv2.imread(path, cv2.IMREAD_COLOR)
             frames, fps = ([] if picture is None else [picture]), 1.0
         else:
-            video = cv2.VideoCapture(path)
+            video = cv2.VideoCapture(path, cv2.CAP_ANY, _ONE_THREAD)
             fps = video.get(cv2.CAP_PROP_FPS)
             frames = []
             while (answer := video.read())[0]:

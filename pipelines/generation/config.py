@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from lumos.config import SamplingChoice as SamplingChoice
 from lumos.config import require
 from lumos.layout import PromptTemplate
+from pipelines.benchmark_names import BENCHMARK_NAMES, BenchmarkName
 from pipelines.config import ClusterConfig
 from pipelines.media import VideoFormat
 
@@ -109,9 +110,6 @@ class ModelRunConfig:
         require(self.motion is None or 0 <= self.motion <= 9, f"motion must be in 0..9, got {self.motion}")
 
 
-LAYOUTS = ("vbench", "vbench-i2v", "vbench2", "geneval")
-
-
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(ModelRunConfig):
     """A bulk run: a set of prompts, some seeds for each, and a folder of videos."""
@@ -127,7 +125,7 @@ class GenerateConfig(ModelRunConfig):
     clip: str | None = None  # video that they continue, likewise
     # Names and folders that a benchmark's own code reads; prompts is then its file: VBench_full_info.json,
     # vbench2_i2v_full_info.json, VBench2_full_info.json or evaluation_metadata.jsonl.
-    layout: Literal["files", "vbench", "vbench-i2v", "vbench2", "geneval"] = "files"
+    layout: Literal["files", BenchmarkName] = "files"
     images: str | None = None  # folder of VBench-I2V's pictures: data/crop, or one ratio of it
     long_prompts: str | None = None  # texts to draw from (txt, a line per entry of prompts); names keep the short ones
 
@@ -139,7 +137,7 @@ class GenerateConfig(ModelRunConfig):
         require(self.image is None or self.clip is None, "image and clip are both set: a video begins with one of them")
         if self.layout == "files":
             for name in ("images", "long_prompts"):
-                require(getattr(self, name) is None, f"{name} is of benchmarks: set layout to one of {LAYOUTS}")
+                require(getattr(self, name) is None, f"{name} is of benchmarks: set layout to one of {BENCHMARK_NAMES}")
             return
         named = f"layout {self.layout}"
         require(isinstance(self.prompts, str), f"{named}: prompts must be the path of the benchmark's file")

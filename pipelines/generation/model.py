@@ -48,7 +48,7 @@ class ModelCard:
     def untrained(self, size: VideoSize) -> str | None:
         """What to tell of a size that the model was not trained on; nothing where it was, or its folder names none."""
         info = self.folder.info
-        if not info.shapes or info.fps is None or (size.num_frames == 1 and self._begins_trained(size)):
+        if not info.shapes or info.fps is None or self._begins_trained(size):
             return None
         known = self.has_trained_shape(size)
         if known and (size.num_frames == 1 or math.isclose(size.fps, info.fps, rel_tol=1e-5)):  # float32 in a shard
@@ -59,7 +59,10 @@ class ModelCard:
         return f"{size} is no {'rate' if known else 'size'} that the model was trained on: {trained}"
 
     def _begins_trained(self, size: VideoSize) -> bool:
-        """Whether videos of the training begin as one of this size: no token before the picture tells them apart."""
+        """Whether longer videos of the training begin as one of this size: no token before its frames differs.
+
+        Frames see only those before them, so it is then drawn as the begin of such a video.
+        """
         info, vocabulary, template = self.folder.info, self.folder.vocabulary, self.folder.prompt_template
 
         def before(each: VideoSize) -> tuple[str, list[int]]:
@@ -67,8 +70,10 @@ class ModelCard:
             return prompt_text(template, "", each), header.tolist()
 
         trained = [VideoSize.of_latents(shape, info.fps or 1.0) for shape in info.shapes]
-        alike = [each for each in trained if (each.width, each.height) == (size.width, size.height)]
-        return not info.motion_prefix and any(before(each) == before(size) for each in alike)
+        pixels = (size.width, size.height)
+        longer = [each for each in trained if (each.width, each.height) == pixels and each.num_frames > size.num_frames]
+        untold = size.num_frames > 1 or not info.motion_prefix  # the prompts of videos tell of motion, of images not
+        return untold and any(before(each) == before(size) for each in longer)
 
     def folder_here(self) -> ModelFolder:
         """The folder on the machine of this process, fetched from a store if need be.

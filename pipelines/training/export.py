@@ -28,6 +28,7 @@ from pipelines.training.checkpoints import (
 )
 from pipelines.training.engine_files import EMA, ENGINE_DIR, MASTER, EngineFiles
 from pipelines.training.mirror import remove_stale
+from pipelines.training.output import EMA_EXPORT, EXPORT, RUN_FILE
 from pipelines.training.scratch import local_folder
 
 ExportDtype = Literal["fp32", "bf16"]
@@ -104,8 +105,9 @@ def export_to(stored: StoredCheckpoint, target: str, *, dtype: ExportDtype = "fp
     """As :func:`export`, to a local folder or into a store, where a model counts once its config is there.
 
     Raises:
-        UserError: as there, or if the place in the store holds something else.
+        UserError: as there, or if the place holds something else, or the model that a run made of itself.
     """
+    _check_not_of_a_run(target)
     if storage.is_local(target):
         _check_folder(Path(storage.filesystem(target)[1]))
         export(stored, Path(storage.filesystem(target)[1]), dtype=dtype, ema=ema)
@@ -121,6 +123,18 @@ def export_to(stored: StoredCheckpoint, target: str, *, dtype: ExportDtype = "fp
         for path in sorted(model.iterdir(), key=lambda path: path.name == CONFIG_FILE):
             fs, there = storage.filesystem(storage.join(target, path.name))
             fs.put_file(str(path), there)
+
+
+def _check_not_of_a_run(target: str) -> None:
+    """Refuse the folder in which a training left its finished model, since that would no longer be what it made."""
+    place = str(Path(storage.filesystem(target)[1]).resolve()) if storage.is_local(target) else target.rstrip("/")
+    run, _, name = place.rpartition("/")
+    files = (storage.join(run, RUN_FILE), storage.join(place, CONFIG_FILE))
+    if name in (EXPORT, EMA_EXPORT) and all(map(storage.exists, files)):
+        raise UserError(
+            f"{target} is the model that the training {run} ended with, which an export would replace: name another "
+            f"folder, or delete this one first"
+        )
 
 
 def _check_folder(folder: Path) -> None:
@@ -206,7 +220,7 @@ def _named(where: str) -> StoredCheckpoint:
 def storage_of(run: str) -> str:
     """Where the checkpoints of a run are, by its output folder, or by the folder they are in."""
     output = str(Path(run).expanduser().resolve()) if storage.is_local(run) else run
-    file = storage.join(output, "run.json")
+    file = storage.join(output, RUN_FILE)
     if storage.exists(file):
         try:
             return str(storage.read_json(file).get("storage") or storage.join(output, "checkpoints"))

@@ -20,6 +20,9 @@ from pipelines.tracking import TrackingStore, flatten
 from pipelines.training.config import ADDED, DataConfig, TrainConfig, without_operational
 from pipelines.training.mirror import Mirror
 
+RUN_FILE = "run.json"  # in the output of a run, which is told by it
+EXPORT, EMA_EXPORT = "export", "export-ema"  # folders in it, of the finished model
+
 _SHOWN_DIFFERENCES = 6
 
 
@@ -61,10 +64,10 @@ class Output:
             raise UserError(f"output = {self.folder} is a file; name a folder")
         self.config_file = self.folder / "config.yaml"
         self.metrics_file = self.folder / "metrics.jsonl"
-        self.export = self.folder / "export"
+        self.export = self.folder / EXPORT
         self.samples = self.folder / "samples"
         self.sampling_choice = self.folder / "sampling_choice.json"
-        self._file = self.folder / "run.json"
+        self._file = self.folder / RUN_FILE
         self.identity = config.identity()  # what is computed
         found = self._read()
         self.fork = found.fork if found else None

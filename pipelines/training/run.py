@@ -31,7 +31,7 @@ from pipelines.training.launch import (
     reason_of,
     saved_on_sigterm,
 )
-from pipelines.training.output import Output
+from pipelines.training.output import EMA_EXPORT, Output
 from pipelines.training.precision import slow_precision
 from pipelines.training.prepare import PreparedRun, prepare
 from pipelines.training.progress import Progress
@@ -355,7 +355,7 @@ def _finish(
     make = partial(export, last, dtype=config.export_dtype, scratch=config.checkpoint.scratch, sampling=sampling)
     make(output.export)
     if not last.state.exported and has_ema(last):
-        make(output.folder / "export-ema", ema=True)
+        make(output.folder / EMA_EXPORT, ema=True)
     output.push()
     sender.end("FINISHED", output.export)
     return TrainResult(output, history)

@@ -43,7 +43,7 @@ def check_layout(folder: str, layout: str, prompts: str | None = None) -> Layout
 
     Args:
         folder: local or s3://, as ``lumos generate`` with this layout makes it.
-        layout: a key of ``config.LAYOUTS``.
+        layout: one of ``BENCHMARK_NAMES``.
         prompts: the benchmark's file; None is the one that the folder's ``generate.json`` names.
 
     Raises:

@@ -51,7 +51,14 @@ def build_api(models: Mapping[str, Served], config: ServeConfig, store: JobStore
         finally:
             await runner.stop()
 
-    app = FastAPI(title="Lumos-1 video generation", version="2", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="Lumos-1 video generation",
+        version="2",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        redirect_slashes=False,  # a path that OpenAPI does not tell is 404, and not 307
+    )
     app.state.tokens, app.state.rates = Tokens(config.tokens), Rates(config.rate_per_minute)
     longest = max(_MAX_OPEN_BYTES, config.max_upload_mb << 20)
     app.state.bodies = BodyReader(config.body_timeout_s, config.max_open_bodies, longest)

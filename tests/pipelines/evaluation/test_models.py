@@ -1,5 +1,8 @@
 """Metrics that look through models, on small files of their formats; distances against the formulas."""
 
+import os
+
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from pipelines.evaluation.distances import cmmd, frechet
 from pipelines.evaluation.evaluate import EvaluateConfig, evaluate
 from pipelines.evaluation.metrics import METRICS, Sample
 from pipelines.evaluation.models import ModelFiles, Models
+from pipelines.evaluation.videos import read_frames
 from tests.pipelines.data.small_models import EMBED, write_open_clip
 from tests.pipelines.evaluation.folders import FPS, moving, write_generated, write_plain
 
@@ -58,6 +62,29 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def models(files):
     return Models(files)
+
+
+def test_what_is_measured_keeps_to_the_cores_that_the_process_may_use(files, models, tmp_path, monkeypatch):
+    """In a container of few cores' worth of time on a machine of many, torch and OpenCV would take all of them."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    seen = []
+    before = torch.get_num_threads(), cv2.getNumThreads()
+    monkeypatch.setattr(
+        "pipelines.evaluation.evaluate.read_frames",
+        lambda uri: seen.append((torch.get_num_threads(), cv2.getNumThreads())) or read_frames(uri),
+    )
+    try:
+        torch.set_num_threads(8)
+        cv2.setNumThreads(8)
+        folder = write_plain(tmp_path / "videos", PROMPTS[:1])
+        evaluate(EvaluateConfig(folders=(str(folder),), models=files))
+        torch.set_num_threads(1)  # a user who chose fewer is left them
+        Models(ModelFiles())
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before[0])
+        cv2.setNumThreads(before[1])
+    assert seen == [(2, 1)] * 2
 
 
 def test_clip_scores_are_cosines_of_its_own_features(models):

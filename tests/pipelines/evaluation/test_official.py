@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from jobs.evaluate import import_
+from pipelines.benchmark_names import ALSO_CALLED, BENCHMARK_NAMES
 from pipelines.errors import UserError
-from pipelines.evaluation.official import BENCHMARKS, VBENCH_2, VBENCH_I2V, import_results
+from pipelines.evaluation.official import BENCHMARKS, GENEVAL, VBENCH_2, VBENCH_I2V, import_results
 
 QUALITY = ("subject_consistency", "background_consistency", "temporal_flickering", "motion_smoothness")
 MORE_QUALITY = ("dynamic_degree", "aesthetic_quality", "imaging_quality")
@@ -142,6 +144,13 @@ def test_vbench_2_is_the_mean_of_five_means(tmp_path):
         values = values[part:]
     assert list(found.groups.values()) == pytest.approx(means)
     assert found.total == pytest.approx(sum(means) / 5)
+
+
+def test_the_names_that_the_command_takes_are_those_of_what_can_be_read():
+    assert {*BENCHMARKS, GENEVAL} == set(BENCHMARK_NAMES)
+    (option,) = [each for each in import_.params if each.name == "benchmark"]
+    assert set(option.type.choices) == {*BENCHMARKS, GENEVAL, *ALSO_CALLED}
+    assert set(ALSO_CALLED.values()) <= set(BENCHMARKS)
 
 
 def test_a_benchmark_can_be_named_where_dimensions_fit_several(tmp_path):

@@ -16,6 +16,8 @@ import ray
 
 import lumos
 from lumos.compression import VideoSize
+from lumos.config import SamplingConfig
+from lumos.sampling import generate as draw_codes
 from pipelines.config import config_to_yaml
 from pipelines.errors import UserError
 from pipelines.generation.bulk.run import generate
@@ -104,26 +106,43 @@ def test_a_size_that_the_model_was_not_trained_on_is_told(generate_config: Gener
     generate(generate_config, said.append)
     assert not [words for words in said if "trained" in words]
     other = replace(generate_config, prompts=("a red square",), output=f"{generate_config.output}.gif", format="gif")
-    generate(replace(other, video=SizeConfig(num_frames=5)), said.append)
-    assert (
-        "warning: 32x32, 5 frames at 12 fps is no size that the model was trained on: 32x32, 9 frames at 12 fps" in said
-    )
+    generate(replace(other, video=SizeConfig(num_frames=5)), said.append)  # drawn as the begin of such a video
+    assert not [words for words in said if "trained" in words]
+    generate(replace(other, video=SizeConfig(num_frames=13)), said.append)
+    warning = "warning: 32x32, 13 frames at 12 fps is no size that the model was trained on: 32x32, 9 frames at 12 fps"
+    assert warning in said
 
 
-def test_an_image_is_untrained_only_where_the_videos_of_the_training_begin_otherwise(
-    generate_config: GenerateConfig,
+@pytest.mark.parametrize("num_frames", [1, 5])
+def test_a_shorter_video_is_untrained_only_where_the_videos_of_the_training_begin_otherwise(
+    generate_config: GenerateConfig, num_frames: int
 ) -> None:
     card = read_card(generate_config)
-    image = VideoSize(width=32, height=32, num_frames=1, fps=12.0)
-    assert card.untrained(image) is None  # 9 frames at 12 a second are told as one second too
-    assert card.untrained(replace(image, fps=24.0)) is not None
-    assert card.untrained(replace(image, width=48)) is not None
+    short = VideoSize(width=32, height=32, num_frames=num_frames, fps=12.0)
+    assert card.untrained(short) is None  # 9 frames at 12 a second are told as one second too
+    assert card.untrained(replace(short, fps=24.0)) is not None
+    assert card.untrained(replace(short, width=48)) is not None
+    moving = replace(card, folder=replace(card.folder, info=replace(card.folder.info, motion_prefix=True)))
+    assert (moving.untrained(short) is None) == (num_frames > 1)  # no prompt of an image says how much moves
     for changed in (
         replace(card.folder, prompt_template="lumos1"),  # which tells the number of frames
         replace(card.folder, info=replace(card.folder.info, shapes=((7, 4, 4),))),  # two seconds
-        replace(card.folder, info=replace(card.folder.info, motion_prefix=True)),
     ):
-        assert replace(card, folder=changed).untrained(image) is not None
+        assert replace(card, folder=changed).untrained(short) is not None
+
+
+def test_a_shorter_video_is_the_begin_of_one_as_long_as_those_of_the_training(generate_config: GenerateConfig) -> None:
+    model = lumos.load(generate_config.model, device="cpu", tokenizer=generate_config.tokenizer.path)
+
+    def codes(num_frames: int) -> Any:
+        size = model.encoder.size(width=None, height=None, num_frames=num_frames, fps=None)
+        request = model.encoder.encode("a red square", size=size, seed=3, sampling=SamplingConfig(num_steps=4))
+        return draw_codes(model.decoder, model.folder.vocabulary, [request])[0]
+
+    whole = codes(9)
+    assert len(whole) == 3
+    for num_frames, latents in ((5, 2), (1, 1)):
+        assert np.array_equal(codes(num_frames), whole[:latents])
 
 
 def test_progress_counts_every_latent_frame_once(

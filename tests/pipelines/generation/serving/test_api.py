@@ -165,6 +165,25 @@ def test_broken_json_other_paths_and_methods_have_the_same_form_of_error(serve_c
     talk(serve_config, conversation)
 
 
+def test_a_path_with_a_slash_more_is_none(serve_config: ServeConfig) -> None:
+    """OpenAPI tells of no redirect, so there is none."""
+
+    async def conversation(client: httpx.AsyncClient) -> None:
+        paths = (await client.get("/openapi.json")).json()["paths"]
+        assert {"/v1/videos", "/v1/videos/{video_id}", "/v1/models", "/health"} <= paths.keys()
+        for path, operations in paths.items():
+            for method in operations:
+                there = path.replace("{video_id}", "x")
+                answer = await client.request(method, f"{there}/", json={})
+                assert answer.status_code == 404, (method, path)
+                assert method == "head" or answer.json()["error"]["message"] == "Not Found"
+                found = await client.request(method, there, json={})
+                assert "Not Found" not in found.text
+                assert found.status_code != 307
+
+    talk(serve_config, conversation)
+
+
 @pytest.mark.parametrize(
     ("content", "kind", "field", "words"),
     [
