@@ -54,6 +54,20 @@ def test_a_run_s_model_in_one_file_replaces_one_in_several(bucket, direct, tmp_p
     assert check_model(direct, f"{uri}/export", tmp_path, 2) == {"config.json", "model.safetensors"}
 
 
+def test_a_run_s_model_is_not_replaced_by_an_export(bucket, direct, tmp_path, exported):
+    uri = f"{bucket}/trained"
+    mirror = Mirror(uri)
+    write(mirror.folder / "export", 1, LARGE)
+    (mirror.folder / "run.json").write_text("{}")
+    mirror.push()
+    for target in (f"{uri}/export", f"{uri}/export/"):
+        with pytest.raises(UserError, match=r"is the model that the training s3://.*/trained ended with"):
+            export_to((2, LARGE), target)
+    check_model(direct, f"{uri}/export", tmp_path, 1)
+    export_to((2, LARGE), f"{uri}/export-25")
+    check_model(direct, f"{uri}/export-25", tmp_path, 2)
+
+
 def test_an_export_that_was_cut_off_is_made_by_the_same_command(bucket, direct, tmp_path, exported):
     uri = f"{bucket}/model"
     export_to((1, SMALL), uri)
