@@ -1,7 +1,9 @@
 """The service as Ray Serve's own config files name it: ``import_path: jobs.serve_application:build``.
 
 For who starts Serve otherwise than by ``lumos serve``, as KubeRay's RayService does: Serve's config then says where to
-listen, and how many replicas run on a node.
+listen, and how many replicas run on a node. Its ``controller_options`` should be those of
+``infra/cluster/kuberay/rayservice.yaml``: without them Serve's proxies answer 500 to an ``x-request-id`` that is no
+UTF-8, and take over whatever else a client sends as one.
 """
 
 from collections.abc import Mapping

@@ -23,7 +23,7 @@ _MEANINGS = {
     504: "The video was not done in time.",
 }
 _HEADERS = {
-    "x-request-id": "As the client sent it, if it did; the log names it.",
+    "x-request-id": "As the client sent it, if that is 1 to 64 of A-Z a-z 0-9 . _ -, else ours; the log names it.",
     "retry-after": "Seconds.",
     "www-authenticate": "Bearer.",
     "x-lumos-seed": "Of the draws.",

@@ -3,8 +3,6 @@
 import contextvars
 import json
 import logging
-import re
-import secrets
 import time
 from collections.abc import Iterable
 from logging.handlers import RotatingFileHandler
@@ -17,9 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lumos.compression import VideoSize
 from pipelines.generation.request import VideoRequest
+from pipelines.generation.serving.request_ids import REQUEST_ID_HEADER, settle_id
 
-REQUEST_ID_HEADER = "x-request-id"
-_GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LOG_BYTES, _LOG_FILES = 20_000_000, 3
 OTHER = "other"  # as a label
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
@@ -133,8 +130,8 @@ class Observer:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
-        name = given if _GOOD_ID.fullmatch(given) else secrets.token_hex(8)
+        given = Headers(scope=scope).get(REQUEST_ID_HEADER)
+        name = given if given and not self._tells_id else settle_id(scope)  # what the answer will say
         token, begin, status = request_id.set(name), time.monotonic(), 499  # 499: the client left
 
         async def send_with_id(message: Message) -> None:

@@ -48,6 +48,7 @@ from pipelines.generation.model import ModelCard, model_places, read_card
 from pipelines.generation.serving.api import build_api
 from pipelines.generation.serving.jobs import JobStore
 from pipelines.generation.serving.observe import log_to
+from pipelines.generation.serving.request_ids import PROXY_VARIABLES
 from pipelines.generation.serving.requests import Served
 
 TOKEN_VARIABLE = "LUMOS_SERVE_TOKEN"
@@ -275,6 +276,7 @@ def http_application(cards: Mapping[str, ModelCard], config: ServeConfig) -> Ite
         proxy_location=ProxyLocation.HeadOnly,
         http_options={"host": config.host, "port": config.port},
         logging_config=QUIET,
+        controller_options={"runtime_env": {"env_vars": PROXY_VARIABLES}},  # the proxies have what it has
     )
     try:
         run_application(_SERVICE, "/", service_deployment(cards, config))

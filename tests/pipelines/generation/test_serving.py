@@ -160,6 +160,31 @@ def test_http_errors(service: str) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [(b"x-request-id", b"no spaces")],
+        [(b"x-request-id", b"x" * 65)],
+        [(b"x-request-id", "\u00e9".encode())],
+        [(b"x-request-id", b"\xe9")],  # to which Serve's proxy answers 500 of itself, as to those below
+        [(b"x-request-id", b"one"), (b"x-request-id", b"two")],
+        [(b"x-session-id", b"\xe9")],
+        [(b"Serve-Multiplexed-Model-Id", b"\xe9")],
+    ],
+)
+def test_http_an_id_that_no_log_can_hold_is_replaced_in_answer_and_log(
+    service: str, serve_config: ServeConfig, headers: list[tuple[bytes, bytes]]
+) -> None:
+    answer = httpx.get(f"{service}/health", headers=headers, timeout=60.0)
+    assert answer.status_code == 200, answer.text
+    (name,) = answer.headers.get_list("x-request-id")
+    assert re.fullmatch(r"[0-9a-f]{16}", name)
+    begin = time.monotonic()
+    while not any(name in path.read_text() for path in Path(serve_config.jobs, "log").glob("*.jsonl")):
+        assert time.monotonic() - begin < 5.0
+        time.sleep(0.05)
+
+
 def test_http_full_queue_is_503_and_health_checks_go_on(service: str) -> None:
     async def main() -> None:
         async with client(service) as http:

@@ -11,6 +11,7 @@ import httpx
 import pytest
 import yaml
 from ray import serve
+from ray._common.utils import import_attr
 from ray.serve._private.build_app import build_app
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
@@ -20,6 +21,7 @@ from pipelines import storage
 from pipelines.config import PROJECT_DIR, config_to_yaml
 from pipelines.errors import UserError
 from pipelines.generation.config import ServeConfig
+from pipelines.generation.serving.request_ids import PROXY_VARIABLES, before_proxy
 from pipelines.generation.serving.run import TOKEN_VARIABLE
 from tests.cluster import own_cluster
 from tests.pipelines.generation.conftest import free_port
@@ -81,6 +83,14 @@ def test_bad_arguments_are_told_before_anything_is_made(args, told, monkeypatch)
         build(args)
 
 
+def test_proxies_of_the_manifest_settle_ids_as_those_of_the_command():
+    options = ServeDeploySchema.model_validate(serve_file()).controller_options
+    assert options is not None
+    assert options.runtime_env == {"env_vars": PROXY_VARIABLES}
+    (path,) = PROXY_VARIABLES.values()
+    assert import_attr(path) is before_proxy
+
+
 def wait_until_running(times: int = 120) -> None:
     for _ in range(times):
         status = serve.status().applications["lumos"]
@@ -100,8 +110,9 @@ def test_serve_config_of_the_manifest_runs_and_changes_in_place(config_file, mon
     (application,) = config["applications"]
     application["args"] = {"config": config_file, "overrides": [f"port={port}", "replicas.num_replicas=1"]}
     url, headers = f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {TOKEN}"}
+    started = {name: config[name] for name in ("proxy_location", "http_options", "controller_options")}
     with own_cluster(num_cpus=3):
-        serve.start(proxy_location=config["proxy_location"], http_options=config["http_options"])
+        serve.start(**started)
         try:
             _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
             wait_until_running()
@@ -109,6 +120,8 @@ def test_serve_config_of_the_manifest_runs_and_changes_in_place(config_file, mon
             assert httpx.post(f"{url}/v1/videos/sync", json=body, timeout=60.0).status_code == 401
             first = httpx.post(f"{url}/v1/videos/sync", json=body, headers=headers, timeout=60.0)
             assert first.status_code == 200
+            ill_formed = httpx.get(f"{url}/health", headers=[(b"x-request-id", b"\xe9")], timeout=60.0)
+            assert (ill_formed.status_code, len(ill_formed.headers["x-request-id"])) == (200, 16)
 
             application["args"]["overrides"].append("sampling.num_steps=2")
             _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))

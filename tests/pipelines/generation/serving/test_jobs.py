@@ -438,7 +438,5 @@ def test_images_models_metrics_health_and_documentation(config: ServeConfig) -> 
                 assert (await client.get(f"/docs/static/{name}")).status_code == 200
             answer = await client.get("/health", headers={"X-Request-Id": "mine-1"})
             assert answer.headers["x-request-id"] == "mine-1"
-            forged = await client.get("/health", headers={"X-Request-Id": "no spaces"})
-            assert forged.headers["x-request-id"] != "no spaces"
 
     asyncio.run(main())
