@@ -312,6 +312,9 @@ def test_a_service_is_a_job_that_runs_until_it_is_stopped(head, tmp_path):
                 break
         assert jobs_as_json(head)[0]["status"] in ("pending", "running"), head.lumos("jobs", "logs", "service").stdout
         time.sleep(1)
+    # What the proxy is handed is found in the job's code.
+    ill_formed = httpx.get(f"http://127.0.0.1:{port}/health", headers=[(b"x-request-id", b"\xe9")], timeout=5)
+    assert (ill_formed.status_code, len(ill_formed.headers["x-request-id"])) == (200, 16)
     assert "stopped after" in head.lumos("jobs", "stop", "service").stdout
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://127.0.0.1:{port}/ready", timeout=5)

@@ -1,9 +1,11 @@
 import base64
+import io
 import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -138,6 +140,22 @@ AVIF = base64.b64decode(
     "YXYwMUNvbG9yAAAAAGppcHJwAAAAS2lwY28AAAAUaXNwZQAAAAAAAABgAAAAQAAAABBwaXhpAAAAAAMICAgAAAAMYXYxQ4EADAAAAAATY29scm"
     "5jbHgAAgACAAIAAAAAF2lwbWEAAAAAAAAAAQABBAECgwQAAAAmbWRhdAoKAAAAAy3/xK+QBDIQEACWAQKKEECAAAADFHbQXA=="
 )
+# The same picture twice, side by side as the tiles of one of 192x64, as phones write theirs.
+TILED_AVIF = base64.b64decode(
+    "AAAAHGZ0eXBhdmlmAAAAAGF2aWZtaWYxbWlhZgAAAUBtZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAAAAAAAA5waXRtAAAAAA"
+    "ADAAAAOmlsb2MAAAAARAAAAwABAAAAAQAAAWQAAAAeAAIAAAABAAABggAAAB4AAwAAAAEAAAGgAAAACAAAAE1paW5mAAAAAAADAAAAFWluZmUCAAAA"
+    "AAEAAGF2MDEAAAAAFWluZmUCAAAAAAIAAGF2MDEAAAAAFWluZmUCAAAAAAMAAGdyaWQAAAAAHGlyZWYAAAAAAAAAEGRpbWcAAwACAAEAAgAAAGJpcH"
+    "JwAAAAPGlwY28AAAAUaXNwZQAAAAAAAABgAAAAQAAAAAxhdjFDgQAMAAAAABRpc3BlAAAAAAAAAMAAAABAAAAAHmlwbWEAAAAAAAAAAwABAgECAAIC"
+    "AQIAAwEDAAAATG1kYXQKCgAAAAMt/8SvkAQyEBAAlgECihBAgAAAAxR20FwKCgAAAAMt/8SvkAQyEBAAlgECihBAgAAAAxR20FwAAAABAMAAQA=="
+)
+# It once, and one of 48x32 as its thumbnail.
+AVIF_AND_THUMBNAIL = base64.b64decode(
+    "AAAAHGZ0eXBhdmlmAAAAAGF2aWZtaWYxbWlhZgAAARdtZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAAAAAAAA5waXRtAAAAAA"
+    "ABAAAALGlsb2MAAAAARAAAAgABAAAAAQAAATsAAAAeAAIAAAABAAABWQAAACUAAAA4aWluZgAAAAAAAgAAABVpbmZlAgAAAAABAABhdjAxAAAAABVp"
+    "bmZlAgAAAAACAABhdjAxAAAAABppcmVmAAAAAAAAAA50aG1iAAIAAQABAAAAXmlwcnAAAAA8aXBjbwAAABRpc3BlAAAAAAAAAGAAAABAAAAADGF2MU"
+    "OBAAwAAAAAFGlzcGUAAAAAAAAAMAAAACAAAAAaaXBtYQAAAAAAAAACAAECAQIAAgIDAgAAAEttZGF0CgoAAAADLf/Er5AEMhAQAJYBAooQQIAAAAMU"
+    "dtBcEgAKCRgVL/tEBDQaEDIWGUeHhiGHnnnmgAAA3KwBAvk+XasKoA=="
+)
 ANIMATED_WEBP = base64.b64decode(
     "UklGRjIBAABXRUJQVlA4WAoAAAACAAAAXwAAPwAAQU5JTQYAAAAAAAAAAABBTk1GVgAAAAAAAAAAAF8AAD8AAGQAAAJWUDggPgAAAFAEAJ0BKm"
     "AAQAAuTTabTaEkJCQEAExLSDFAABKzKGcYbISgfBlA+DKB7QAA/vpFi568ucn3nJ95yfecfAAAQU5NRk4AAAAAAAAAAABfAAA/AABkAAAAVlA4"
@@ -150,6 +168,17 @@ def test_an_avif_is_a_picture() -> None:
     assert abs(read_image(AVIF, SIZE).mean() - 200) < 4
     with pytest.raises(GivenError, match=r"it is no video: a picture"):
         read_clip(AVIF, SIZE)
+
+
+@pytest.mark.parametrize("data", [TILED_AVIF, AVIF_AND_THUMBNAIL])
+def test_a_picture_of_tiles_or_with_a_thumbnail_is_refused_with_a_remedy(data: bytes) -> None:
+    """FFmpeg tells of each as a stream of its own; the first alone would be a part of the picture."""
+    with av.open(io.BytesIO(data)) as container:
+        assert len(container.streams.video) == 2
+    with pytest.raises(GivenError, match=r"several pictures or tiles \(libdav1d\): save it as JPEG or PNG"):
+        read_image(data, SIZE)
+    with pytest.raises(GivenError, match=r"it is no video: a picture"):
+        read_clip(data, SIZE)
 
 
 def test_an_animated_webp_is_refused_as_what_it_is() -> None:
