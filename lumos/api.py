@@ -7,7 +7,7 @@ frames = model.generate("a red square moves left over a blue background", seed=7
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lumos.checkpoint import ModelInfo, load_checkpoint
 from lumos.compression import TEMPORAL_FACTOR, VideoSize, num_latent_frames, parse_size
-from lumos.config import SamplingConfig, ShortcutConfig
+from lumos.config import SamplingConfig, ShortcutConfig, TokenizerKind
 from lumos.encoder import RequestEncoder
 from lumos.folder import ModelFolder, open_folder
 from lumos.guidance import GenerationRequest
@@ -60,7 +60,7 @@ def load(
     prompt_template: PromptTemplate | None = None,
     text_tokenizer: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
-    tokenizer_kind: Literal["fsq", "cosmos"] | None = None,
+    tokenizer_kind: TokenizerKind | None = None,
     compile: bool = False,
 ) -> "Model":
     """Load a folder that `lumos train` exported, or one of a released Lumos-1 checkpoint.
@@ -71,8 +71,8 @@ def load(
         dtype: of the weights; on CPU in float32 a video depends on nothing but its own request.
         prompt_template: None is the one the model was trained with.
         text_tokenizer: a Hugging Face tokenizers JSON; None is text_tokenizer.json in the folder.
-        tokenizer: weights of the video tokenizer; None is the one in the package. A released checkpoint needs the
-            folder with the encoder.jit and decoder.jit of Cosmos-Tokenizer-DV4x8x8.
+        tokenizer: weights of the video tokenizer; None is those of its kind in the package. A released checkpoint needs
+            the folder with the encoder.jit and decoder.jit of Cosmos-Tokenizer-DV4x8x8.
         tokenizer_kind: None is the kind that the model was trained with; for a released one cosmos.
         compile: what lies around attention by ``torch.compile``, once for all sizes; the first video waits for that.
 

@@ -1,10 +1,13 @@
 """Frozen configuration of the model, the training mask and the sampler, with the named sizes as functions."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 RopeKind = Literal["1d", "3d", "m", "mm"]
 MaskKind = Literal["tube", "random", "diffusion_forcing"]
+# Video tokenizers: ours for the demo (128 codes, learned from procedural video), ours for footage (64,000 codes), and
+# the JIT files of NVIDIA's Cosmos tokenizer.
+TokenizerKind = Literal["fsq", "fsq-footage", "cosmos"]
 # What a block keeps for its backward pass: all, nothing but its input, or that and what attention gave.
 Recompute = Literal["none", "selective", "full"]
 
@@ -93,7 +96,7 @@ class MaskConfig:
 class TokenizerInfo:
     """What identifies the video tokenizer that made some codes."""
 
-    kind: str  # "fsq" or "cosmos"
+    kind: str  # a ``TokenizerKind``, or that of a newer program
     codebook_size: int
     compression: tuple[int, int, int]
     weights_hash: str  # equal hash, equal codes
@@ -271,15 +274,28 @@ def lumos_3b() -> ModelConfig:
     return replace(lumos_1b(), num_layers=28, hidden_size=3072, num_heads=24, head_dim=128)
 
 
+def parse_tokenizer_kind(name: str) -> TokenizerKind:
+    """The kind of video tokenizer of that name, as a folder or a snapshot has it.
+
+    Raises:
+        ValueError: if there is none of that name; the message lists those there are.
+    """
+    kinds: tuple[TokenizerKind, ...] = get_args(TokenizerKind)
+    for kind in kinds:
+        if kind == name:
+            return kind
+    raise ValueError(f"kind is {name!r}; known tokenizers: {', '.join(kinds)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     """Which video tokenizer to load."""
 
-    kind: Literal["fsq", "cosmos"] = "fsq"  # our own, or the JIT files of NVIDIA's Cosmos tokenizer
-    # Its weights: for fsq a .safetensors file, None for those in the package; for cosmos a folder with encoder.jit and
-    # decoder.jit.
+    kind: TokenizerKind = "fsq"
+    # Its weights: for fsq and fsq-footage any file of FSQ weights (.safetensors), None for those in the package; for
+    # cosmos a folder with encoder.jit and decoder.jit.
     path: str | None = None
     device: str = "cpu"  # where it computes, as torch names devices
 
     def __post_init__(self) -> None:
-        require(self.kind in ("fsq", "cosmos"), f"kind is {self.kind!r}; known tokenizers: fsq, cosmos")
+        parse_tokenizer_kind(self.kind)

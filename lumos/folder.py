@@ -3,11 +3,10 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from lumos.checkpoint import TEXT_TOKENIZER_FILE, ModelInfo, read_config
 from lumos.compression import VideoSize
-from lumos.config import ModelConfig
+from lumos.config import ModelConfig, TokenizerKind, parse_tokenizer_kind
 from lumos.layout import PromptTemplate
 from lumos.tokenizers import TextTokenizer, TokenizerConfig, load_video_tokenizer
 from lumos.vocabulary import Vocabulary
@@ -47,7 +46,7 @@ def open_folder(
     prompt_template: PromptTemplate | None = None,
     text_tokenizer: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
-    tokenizer_kind: Literal["fsq", "cosmos"] | None = None,
+    tokenizer_kind: TokenizerKind | None = None,
 ) -> ModelFolder:
     """Inspect a folder that `lumos train` exported, or one of a released Lumos-1 checkpoint.
 
@@ -61,8 +60,7 @@ def open_folder(
     folder = Path(path).expanduser().resolve()
     config, vocabulary, info = read_config(folder)
     text_path = _absolute(text_tokenizer) or str(folder / TEXT_TOKENIZER_FILE)
-    trained_kind: Literal["fsq", "cosmos"] = "fsq" if info.tokenizer and info.tokenizer.kind == "fsq" else "cosmos"
-    video_tokenizer = TokenizerConfig(kind=tokenizer_kind or trained_kind, path=_absolute(tokenizer))
+    video_tokenizer = TokenizerConfig(kind=tokenizer_kind or _trained_kind(folder, info), path=_absolute(tokenizer))
     return ModelFolder(
         path=str(folder),
         config=config,
@@ -74,6 +72,18 @@ def open_folder(
         video_tokenizer=video_tokenizer,
         video_tokenizer_hash=_check_video_tokenizer(video_tokenizer, folder, vocabulary, info),
     )
+
+
+def _trained_kind(folder: Path, info: ModelInfo) -> TokenizerKind:
+    if info.tokenizer is None:  # a released checkpoint
+        return "cosmos"
+    try:
+        return parse_tokenizer_kind(info.tokenizer.kind)
+    except ValueError as error:
+        raise ValueError(
+            f"tokenizer: the model {folder} was trained with one that this lumos does not know: {error}; update lumos, "
+            "or name kind and path of one with the same weights"
+        ) from error
 
 
 def _absolute(path: str | os.PathLike[str] | None) -> str | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+WEIGHTS = ("fsq.safetensors", "fsq_footage.safetensors", "text.json", "README.md")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -30,6 +31,7 @@ def test_wheel_holds_every_file_of_the_packages_and_no_other(wheel):
     assert {"lumos/py.typed", "pipelines/py.typed", "jobs/py.typed"} <= held
     assert [name for name in held if name.startswith("infra/configs/train/")]
     assert [name for name in held if name.startswith("infra/deepspeed/")]
+    assert {f"lumos/tokenizers/weights/{name}" for name in WEIGHTS} <= held
     assert {"pipelines/pages/base.html.j2", "pipelines/pages/style.css", "pipelines/pages/gallery.js"} <= held
 
 
@@ -41,6 +43,7 @@ def test_installed_wheel_finds_its_configs_templates_and_embedded_tokenizers(whe
         "from lumos.tokenizers import TextTokenizer, TokenizerConfig, load_video_tokenizer\n"
         "assert TextTokenizer.load(None).encode('a red square')\n"
         "assert load_video_tokenizer(TokenizerConfig(kind='fsq')).codebook_size <= 4096\n"
+        "assert load_video_tokenizer(TokenizerConfig(kind='fsq-footage')).codebook_size == 64000\n"
         "assert pipelines.config.shipped_configs('train')\n"
         "from pipelines.pages import render\n"
         "names = render._environment().list_templates(extensions=['j2'])\n"

@@ -23,8 +23,8 @@ def load_video_tokenizer(config: TokenizerConfig) -> VideoTokenizer:
         FileNotFoundError: A file is absent; the message says which, where to get it and how to do without.
         ValueError: A file is not what it should be, or a Cosmos tokenizer has no path.
     """
-    if config.kind == "fsq":
-        return FsqTokenizer(config.path, device=config.device)
+    if config.kind != "cosmos":
+        return FsqTokenizer(config.path, kind=config.kind, device=config.device)
     if config.path is None:
         raise ValueError("tokenizer kind cosmos needs a path: the folder with its encoder.jit and decoder.jit")
     return CosmosTokenizer(config.path, device=config.device)

@@ -44,7 +44,7 @@ class CosmosTokenizer:
         if missing:
             raise FileNotFoundError(
                 f"the Cosmos tokenizer needs {' and '.join(missing)} in {root}; download them from {REPOSITORY} on "
-                "Hugging Face, or use the tokenizer in the package (tokenizer kind fsq), which needs no files"
+                "Hugging Face, or use one in the package (tokenizer kind fsq-footage), which needs no files"
             )
         self.device = torch.device(device)
         self._dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)

@@ -10,9 +10,10 @@ code.
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,12 @@ from torch import Tensor, nn
 from lumos.compression import CELL, COMPRESSION, TEMPORAL_FACTOR
 from lumos.tokenizers.video import check_codes, check_frames, frames_to_unit, unit_to_frames
 
-EMBEDDED_WEIGHTS = Path(__file__).parent / "weights" / "fsq.safetensors"
+FsqKind = Literal["fsq", "fsq-footage"]
+# The weights in the package by kind; the README.md beside them says what made them, and of which material.
+EMBEDDED_WEIGHTS: Mapping[FsqKind, Path] = {
+    "fsq": Path(__file__).parent / "weights" / "fsq.safetensors",
+    "fsq-footage": Path(__file__).parent / "weights" / "fsq_footage.safetensors",
+}
 MAX_CODEBOOK_SIZE = 65_536  # codes are stored as uint16
 
 FORMAT = "lumos-fsq-1"
@@ -168,20 +174,21 @@ class FsqTokenizer:
     """A `VideoTokenizer` over a trained FSQ autoencoder; it computes in float32.
 
     Attributes:
+        kind: Under which it is found again; of a file of one's own it says no more.
         metadata: What the file says of itself, among it the config that trained it.
     """
 
-    kind = "fsq"
     compression = COMPRESSION
 
-    def __init__(self, path: str | Path | None = None, *, device: str = "cpu") -> None:
-        """Load a weights file, or the embedded one for None.
+    def __init__(self, path: str | Path | None = None, *, kind: FsqKind = "fsq", device: str = "cpu") -> None:
+        """Load a weights file, or for None the embedded one of a kind.
 
         Raises:
             FileNotFoundError: There is no such file.
             ValueError: It is no file of FSQ weights.
         """
-        file = EMBEDDED_WEIGHTS if path is None else Path(path)
+        file = EMBEDDED_WEIGHTS[kind] if path is None else Path(path)
+        self.kind: str = kind
         self.device = torch.device(device)
         model, self.metadata = load_weights(file)
         self.weights_hash = "sha256:" + hashlib.sha256(file.read_bytes()).hexdigest()

@@ -16,7 +16,7 @@ from lumos.compression import CELL, num_latent_frames
 class VideoTokenizer(Protocol):
     """A pair of functions between frames and codes, and what identifies it."""
 
-    kind: str  # name of the family, "fsq" or "cosmos"
+    kind: str  # as its config names it: a ``lumos.config.TokenizerKind``
     codebook_size: int  # codes are 0..codebook_size - 1
     compression: tuple[int, int, int]  # frames per latent frame after the first, px per cell in height and in width
     weights_hash: str  # "sha256:" and the hash of the weights file; equal hash, equal codes

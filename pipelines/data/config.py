@@ -37,7 +37,7 @@ class TokenConfig:
     # by which a video's picture may be scaled up to fill its size, at most; none: by as much as it takes, as an image's
     max_enlargement: float | None = 1.0
     batch_size: int = 1  # clips in one call of the encoder, always of this very shape (filled up where fewer are left)
-    decode_back_share: float = 0.01  # of the clips whose codes are decoded again, for the score psnr
+    decode_back_share: float = 0.05  # of the clips whose codes are decoded again, for the scores psnr and ssim
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
     def __post_init__(self) -> None:

@@ -15,6 +15,8 @@ from pipelines.data.config import CurateConfig
 from pipelines.data.models.transnet import load_transnet
 from pipelines.data.pipeline import Curation
 from pipelines.data.snapshot.ledger import count_reasons
+from pipelines.data.snapshot.read import TokenizerInfo
+from pipelines.data.snapshot.reconstruction import Reconstruction, read_reconstruction
 from pipelines.data.snapshot.write import write_snapshot
 from pipelines.data.stage.log import RunLog
 from pipelines.data.steps.overrides import read_overrides
@@ -36,6 +38,8 @@ class CurateResult:
     snapshot_id: str
     counts: dict[str, int]  # ledger rows by status
     reasons: dict[str, int]  # ledger rows not kept by "status: class of reason", most frequent first
+    tokenizer: TokenizerInfo  # that made the codes
+    reconstruction: Reconstruction  # of kept clips by their codes
     uncaptioned: int  # kept clips that have no caption
     left_out: dict[str, int]  # captions of kept clips that were not used, by why
     caption_cost: float  # of the endpoint's captions in this snapshot, at the prices that the config names
@@ -49,6 +53,10 @@ class CurateResult:
         lines += [f"  {count:6d}  {reason}" for reason, count in self.reasons.items()]
         sizes = ", ".join(f"{name} {self.rows[name]} clips ({self.tokens[name]} tokens)" for name in self.rows)
         lines.append(f"published: {sizes}")
+        made_by = self.tokenizer
+        lines.append(f"codes by {made_by.kind} ({made_by.codebook_size} codes, weights {made_by.weights_hash[:19]})")
+        if self.counts["kept"]:
+            lines.append(f"what they show: {self.reconstruction}")
         if self.uncaptioned:
             lines.append(
                 f"{self.uncaptioned} kept clips have no caption: "
@@ -94,6 +102,8 @@ def curate(config: CurateConfig, tell: Callable[[str], None] = lambda _: None) -
         snapshot_id=manifest.snapshot_id,
         counts=manifest.ledger.counts,
         reasons=count_reasons([content.ledger]),
+        tokenizer=manifest.tokenizer,
+        reconstruction=read_reconstruction([content.ledger]),
         uncaptioned=pc.sum(pc.equal(pc.list_value_length(content.clips["captions"]), 0)).as_py() or 0,
         left_out=captions.left_out,
         caption_cost=captions.cost(config.captions.endpoint),

@@ -148,6 +148,7 @@ _BUILT_IN = (
         file="clip.weights",
     ),
     Score("psnr", "dB", about="of the decoded codes, of a sample of clips", stage="tokens"),
+    Score("ssim", "SSIM", about="of the luma of these, mean over the frames", stage="tokens"),
 )
 _ADDED: tuple[Score, ...] = offered("SCORES")
 for _score in _ADDED:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from lumos.config import SamplingChoice as SamplingChoice
-from lumos.config import require
+from lumos.config import TokenizerKind, require
 from lumos.layout import PromptTemplate
 from pipelines.benchmark_names import BENCHMARK_NAMES, BenchmarkName
 from pipelines.config import ClusterConfig
@@ -33,7 +33,7 @@ class SizeConfig:
 class TokenizerSource:
     """The video tokenizer that turns codes into frames; by default the kind and weights the checkpoint names."""
 
-    kind: Literal["fsq", "cosmos"] | None = None
+    kind: TokenizerKind | None = None
     path: str | None = None  # weights; None is those in the package
 
 

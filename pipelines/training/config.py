@@ -433,7 +433,7 @@ class TrainConfig:
         if codebook_size != vocabulary.codebook_size:
             raise ValueError(
                 f"data.vocabulary = lumos1 has {vocabulary.codebook_size} visual codes, the snapshot's tokenizer "
-                f"{codebook_size}: use vocabulary compact, or tokenize with Cosmos-Tokenizer-DV4x8x8"
+                f"{codebook_size}: use vocabulary compact, or curate with tokens.tokenizer.kind=fsq-footage, or cosmos"
             )
         if text_vocab_size > vocabulary.text_vocab_size:
             raise ValueError(

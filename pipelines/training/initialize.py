@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lumos.checkpoint import parse_config
-from lumos.config import ModelConfig, from_release_config
+from lumos.config import ModelConfig, TokenizerInfo, from_release_config
 from lumos.decoder import Decoder, fill_initially
 from lumos.vocabulary import Vocabulary
 from pipelines.errors import UserError
@@ -61,8 +61,12 @@ def build_decoder(
     return decoder
 
 
-def check_init_from(uri: str, model: ModelConfig, vocabulary: Vocabulary) -> None:
+def check_init_from(
+    uri: str, model: ModelConfig, vocabulary: Vocabulary, tokenizer: TokenizerInfo | None = None
+) -> None:
     """Compare the config and the headers of a checkpoint with what a run wants to begin from it.
+
+    That its visual codes were those of another tokenizer than the run's is warned of.
 
     Raises:
         UserError: if they do not fit; the message names keys, shapes and what to change.
@@ -70,8 +74,10 @@ def check_init_from(uri: str, model: ModelConfig, vocabulary: Vocabulary) -> Non
     source = open_source(uri)
     try:
         if source.family == "lumos":
-            found, found_vocabulary, _ = parse_config(dict(source.config), f"{source.uri}/config.json")
+            found, found_vocabulary, info = parse_config(dict(source.config), f"{source.uri}/config.json")
             _check_fields(uri, "vocabulary", vars(found_vocabulary), vars(vocabulary))
+            if info.tokenizer or vocabulary == Vocabulary.lumos1():
+                _compare_tokenizers(uri, info.tokenizer, tokenizer)
             free = _FREE
         else:
             found = from_release_config({**source.config, "tie_word_embeddings": False})
@@ -94,6 +100,21 @@ def check_init_from(uri: str, model: ModelConfig, vocabulary: Vocabulary) -> Non
             if source.tensors[key].shape == (heads, model.head_dim):
                 expected[key] = (heads, model.head_dim)
     compare(source, expected, frozenset(optional))
+
+
+def _compare_tokenizers(uri: str, theirs: TokenizerInfo | None, ours: TokenizerInfo | None) -> None:
+    """Warn where the same codes mean other pictures; a release names no tokenizer, and was trained on Cosmos codes."""
+    if ours is None or (ours.kind == "cosmos" if theirs is None else ours.weights_hash == theirs.weights_hash):
+        return
+    named = f"{theirs.kind} ({theirs.weights_hash})" if theirs else "cosmos"
+    logger.warning(
+        "init_from: %s was trained on the codes of the tokenizer %s, this run's are of %s (%s): the same codes mean "
+        "other pictures, so that what it knows of them is lost",
+        uri,
+        named,
+        ours.kind,
+        ours.weights_hash,
+    )
 
 
 def _check_text_model(source: WeightsSource, found: ModelConfig, vocabulary: Vocabulary) -> None:

@@ -95,7 +95,7 @@ def prepare(config: TrainConfig) -> PreparedRun:
     begun = exists(join(os.path.expanduser(config.output), "run.json"))
     if config.init_from is not None and not begun:  # a run that goes on has its own weights
         s3.check_store(config.init_from)
-        check_init_from(config.init_from, model, vocabulary)
+        check_init_from(config.init_from, model, vocabulary, tokenizer)
     info = ModelInfo(
         prompt_template=config.data.prompt_template,
         motion_prefix=config.data.motion_prefix,

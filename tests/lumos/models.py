@@ -8,6 +8,7 @@ from lumos.config import ModelConfig, SamplingConfig, TokenizerInfo
 from lumos.decoder import Decoder
 from lumos.layout import build_sequence
 from lumos.tokenizers import FsqTokenizer, TextTokenizer
+from lumos.tokenizers.fsq import FsqKind
 from lumos.tokenizers.text import EMBEDDED_FILE
 from lumos.vocabulary import Vocabulary
 
@@ -50,9 +51,9 @@ def documents(*text_lengths: int, shape=(3, 2, 4), seed: int = 0):
     return [ids for ids, _ in built], [layout for _, layout in built]
 
 
-def save_tiny_folder(path) -> None:
+def save_tiny_folder(path, *, kind: FsqKind = "fsq") -> None:
     """A model folder as `lumos train` exports one, with random weights and the tokenizers in the package."""
-    text, video = TextTokenizer.load(), FsqTokenizer()
+    text, video = TextTokenizer.load(), FsqTokenizer(kind=kind)
     vocabulary = Vocabulary.compact(text.vocab_size, video.codebook_size, grid_unit=16)
     info = ModelInfo(
         shapes=((2, 2, 4), (3, 2, 4)),

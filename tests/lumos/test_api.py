@@ -14,7 +14,7 @@ from lumos.config import SamplingConfig
 from lumos.guidance import GenerationRequest, GuidedBranches
 from lumos.sampling import generate
 from lumos.tokenizers import TextTokenizer, TokenizerConfig
-from lumos.tokenizers.fsq import FsqAutoencoder, FsqConfig, save_weights
+from lumos.tokenizers.fsq import EMBEDDED_WEIGHTS, FsqAutoencoder, FsqConfig, save_weights
 
 from .models import save_tiny_folder
 
@@ -159,6 +159,25 @@ def test_folders_that_cannot_be_loaded_say_what_to_do(folder, tmp_path):
         lumos.load(folder, tokenizer=tmp_path / "small.safetensors")
     with pytest.raises(ValueError, match=r"tokenizer: tokenizer kind cosmos needs a path"):
         lumos.load(folder, tokenizer_kind="cosmos")
+
+
+def test_a_model_finds_the_tokenizer_it_was_trained_with_by_its_kind(tmp_path):
+    save_tiny_folder(tmp_path / "m", kind="fsq-footage")
+    footage = lumos.load(tmp_path / "m", device="cpu")
+    assert footage.folder.video_tokenizer == TokenizerConfig(kind="fsq-footage")
+    assert footage.tokenizer.codebook_size == 64_000
+    assert footage.generate(PROMPT, num_steps=1).shape == (5, HEIGHT, WIDTH, 3)
+    with pytest.raises(
+        ValueError, match=r"the fsq tokenizer in the package .* is not the one .* trained with, fsq-foo"
+    ):
+        lumos.load(tmp_path / "m", tokenizer_kind="fsq")
+    raw = json.loads((tmp_path / "m" / "config.json").read_text())
+    raw["lumos"]["info"]["tokenizer"]["kind"] = "newer"
+    (tmp_path / "m" / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=r"kind is 'newer'; known tokenizers: fsq, fsq-footage, cosmos; update lumos"):
+        lumos.load(tmp_path / "m")
+    weights = EMBEDDED_WEIGHTS["fsq-footage"]
+    assert lumos.load(tmp_path / "m", device="cpu", tokenizer=weights, tokenizer_kind="fsq").tokenizer.kind == "fsq"
 
 
 def test_a_model_that_names_no_size_asks_for_one(folder, tmp_path):

@@ -1,8 +1,10 @@
 """The dataset card: what a person reads who finds a snapshot."""
 
-from collections.abc import Mapping
+import pyarrow as pa
 
+from pipelines.data.snapshot.ledger import count_reasons
 from pipelines.data.snapshot.read import Manifest
+from pipelines.data.snapshot.reconstruction import read_reconstruction
 
 _COLUMNS = """\
 | column | type | meaning |
@@ -18,16 +20,19 @@ _COLUMNS = """\
 """
 
 
-def dataset_card(manifest: Manifest, reasons: Mapping[str, int]) -> str:
-    """The README.md of a snapshot, given the ledger's rows that were not kept by "status: class of reason"."""
+def dataset_card(manifest: Manifest, ledger: pa.Table) -> str:
+    """The README.md of a snapshot, given its ledger (columns status, reason and scores)."""
     tokenizer = manifest.tokenizer
-    ledger = "ledger.parquet" if manifest.schema_version == 1 else "ledger/*.parquet"
+    ledger_files = "ledger.parquet" if manifest.schema_version == 1 else "ledger/*.parquet"
     cells = "x".join(map(str, tokenizer.compression))
     lines = [
         f"# Video tokens, snapshot {manifest.snapshot_id}",
         "",
         f"Clips of video as grids of discrete codes, made by the tokenizer {tokenizer.kind} "
         f"({tokenizer.codebook_size} codes, compression {cells}, weights `{tokenizer.weights_hash}`).",
+        "",
+        f"What the codes show, against the frames that were encoded: {read_reconstruction([ledger])}. No model that is "
+        "trained on them can draw better.",
         "",
         "## Contents",
         "",
@@ -40,13 +45,13 @@ def dataset_card(manifest: Manifest, reasons: Mapping[str, int]) -> str:
     lines += ["", "Captions by: " + (", ".join(manifest.captioners) or "nobody") + ".", "", "## Yield", ""]
     lines += ["| status | reason | rows |", "|---|---|---:|"]
     kept = manifest.ledger.counts.get("kept")
-    counted = {**reasons, **({"kept: ": kept} if kept else {})}
+    counted = {**count_reasons([ledger]), **({"kept: ": kept} if kept else {})}
     for told, count in sorted(counted.items()):
         status, _, reason = told.partition(": ")
         lines.append(f"| {status} | {reason} | {count} |")
     lines += [
         "",
-        f"`{ledger}`, sorted by key, has one row per clip, and one per source that yields none, with every "
+        f"`{ledger_files}`, sorted by key, has one row per clip, and one per source that yields none, with every "
         "score, the decision and its reason.",
         "",
         "## Rows",

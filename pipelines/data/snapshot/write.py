@@ -19,7 +19,6 @@ from pipelines import storage
 from pipelines.data.settings import PublishConfig
 from pipelines.data.snapshot.card import dataset_card
 from pipelines.data.snapshot.ledger import (
-    count_reasons,
     count_statuses,
     ledger_path,
     look_at_part,
@@ -54,7 +53,7 @@ from pipelines.data.stage.tasks import is_worth_tasks, run_tasks
 from pipelines.data.stage.values import ValueGroup
 from pipelines.storage.lock import check_lock
 
-_FORMAT = 3  # counted up where the same content gives other bytes, or is hashed otherwise
+_FORMAT = 4  # counted up where the same content gives other bytes, or is hashed otherwise
 _CARD = "README.md"
 
 
@@ -157,8 +156,7 @@ class _Parts:
 
 
 def _write_card(uri: str, manifest: Manifest, ledger: pa.Table) -> None:
-    card = dataset_card(manifest, count_reasons([ledger]))
-    storage.write_bytes_atomic(storage.join(uri, _CARD), card.encode())
+    storage.write_bytes_atomic(storage.join(uri, _CARD), dataset_card(manifest, ledger).encode())
 
 
 def _look_at_ledger(uri: str, parts: _Parts, found: Container[str]) -> list[LedgerPart]:

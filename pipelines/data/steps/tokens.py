@@ -16,6 +16,7 @@ from lumos.tokenizers import TokenizerConfig
 from pipelines.data.config import CurateConfig, TokenConfig
 from pipelines.data.keys import token_keys
 from pipelines.data.reasons import reason_of
+from pipelines.data.scores import scores_of
 from pipelines.data.settings import DecodeConfig
 from pipelines.data.snapshot.read import TokenizerInfo
 from pipelines.data.stage.columns import iterate
@@ -24,7 +25,7 @@ from pipelines.data.stage.table import PART
 from pipelines.data.steps.run import Check, Run, Step, check_device, read_in_order
 from pipelines.data.video.frames import CLIP_INPUTS, ClipReader, Wanted, clip_inputs
 from pipelines.decoding.errors import VideoError
-from pipelines.media import psnr
+from pipelines.media import psnr, ssim
 from pipelines.tokenizers import load_tokenizer
 
 TOKEN_INPUTS = pa.schema(
@@ -33,7 +34,7 @@ TOKEN_INPUTS = pa.schema(
         ("num_frames", pa.int32()),
         ("width", pa.int32()),
         ("height", pa.int32()),
-        ("decode_back", pa.bool_()),  # whether the codes are decoded again, for psnr
+        ("decode_back", pa.bool_()),  # whether the codes are decoded again, for psnr and ssim
     ]
 )
 TOKENIZED = pa.schema(
@@ -47,6 +48,7 @@ TOKENIZED = pa.schema(
         pa.field("codes", pa.list_(pa.uint16())),
         pa.field("codes_sha256", pa.string()),
         pa.field("psnr", pa.float64()),  # dB of the decoded codes against what was encoded, of a sample of the clips
+        pa.field("ssim", pa.float64()),  # likewise, of luma, mean over the frames
         pa.field("error", pa.string()),
     ]
 )
@@ -110,6 +112,7 @@ class TokenFunction:
         if row["decode_back"]:
             decoded = self.tokenizer.decode(torch.from_numpy(grid)[None])[0].numpy()
             made["psnr"] = round(psnr(frames, decoded), 3)
+            made["ssim"] = round(float(np.mean(list(map(ssim, frames, decoded)))), 4)
         return made | {"codes": flat, "codes_sha256": digest}
 
 
@@ -128,7 +131,7 @@ def tokens_stage(config: CurateConfig, tokenizer: TokenizerInfo) -> Stage:
     return Stage(
         name="tokens",
         settings={
-            "version": 2,
+            "version": 3,
             "fps": tokens.fps,
             "batch_size": tokens.batch_size,
             "tokenizer": [tokenizer.kind, tokenizer.weights_hash],
@@ -164,12 +167,14 @@ class Tokenize(Step):
         """Encode what is new; of codes, only their hashes are read."""
         clips, kept = run.clips, run.clips.verdicts.kept
         inputs = token_inputs(clips.of(kept), clips.shapes[kept], run.config.tokens.decode_back_share)
-        columns = ["fps", "t", "h", "w", "codes_sha256", "psnr", "error", PART]
+        measured = scores_of("tokens")
+        columns = ["fps", "t", "h", "w", "codes_sha256", *(score.name for score in measured), "error", PART]
         table = run.compute("tokens", inputs)
         parts = table.parts()
         made = read_in_order(table, columns, inputs["work_key"], parts=parts)
         clips.verdicts.mark("tokens", kept)
-        clips.scores["psnr"][kept] = made["psnr"].to_numpy()
+        for score in measured:
+            clips.scores[score.name][kept] = made[score.name].to_numpy()
         for place in np.flatnonzero(made["error"].is_valid().to_numpy()).tolist():
             clips.verdicts.set(int(kept[place]), "failed", made["error"][place].as_py())
         files = pa.DictionaryArray.from_arrays(made[PART].combine_chunks(), pa.array(parts, pa.string()))

@@ -1,7 +1,6 @@
 """Published clips as pictures: their codes found in the shards of a snapshot, and decoded by the tokenizer it names."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from lumos.compression import CELL, num_source_frames
+from lumos.config import parse_tokenizer_kind
 from lumos.tokenizers import TokenizerConfig, VideoTokenizer
+from lumos.tokenizers.fsq import EMBEDDED_WEIGHTS
 from pipelines.data.snapshot.read import Snapshot
 from pipelines.data.stage.columns import sort
 from pipelines.data.stage.stage import Row
@@ -50,11 +51,10 @@ def snapshot_tokenizer(snapshot: Snapshot, path: str | None) -> VideoTokenizer |
         UserError: the one named is another, or none.
     """
     info = snapshot.manifest.tokenizer
-    kind: Literal["fsq", "cosmos"] = "cosmos" if info.kind == "cosmos" else "fsq"
-    if kind == "cosmos" and path is None:
+    if path is None and info.kind not in EMBEDDED_WEIGHTS:
         return None
     try:
-        tokenizer = load_tokenizer(TokenizerConfig(kind=kind, path=path))
+        tokenizer = load_tokenizer(TokenizerConfig(kind=parse_tokenizer_kind(info.kind), path=path))
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"--tokenizer: {error}") from error
     if tokenizer.weights_hash != info.weights_hash:

@@ -46,6 +46,7 @@ class Tile:
     caption: str = ""  # of a kept clip
     decoded: Sequence[bytes] = ()  # JPEG files of what its codes show at the same moments
     psnr: float | None = None  # dB of its codes
+    ssim: float | None = None  # likewise
     video: bytes = b""  # an mp4 of its source and codes side by side; empty where there is none
 
     @property
@@ -63,6 +64,15 @@ class Sheet:
     rows: list[Row]  # of the ledger
     total: int
     near: str = ""  # the threshold to which they are the nearest; else they were drawn
+    worst: bool = False  # whether they are those of the lowest PSNR, and ``total`` counts what was measured
+
+
+@dataclass(frozen=True)
+class Worst:
+    """Kept clips of the lowest PSNR, the lowest first, by key: their PSNR (dB), and SSIM where it was measured."""
+
+    clips: Mapping[str, tuple[float, float | None]]
+    measured: int  # clips
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,7 @@ def contact_sheets(
     frames_of: FramesOf,
     *,
     borders: Sequence[Border] = (),
+    worst: Worst | None = None,
     codes_of: CodesOf | None = None,
 ) -> list[tuple[Sheet, list[list[Tile]]]]:
     """Sheets, each with a tile for every row, or two: a near-duplicate stands beside its original.
@@ -94,6 +105,7 @@ def contact_sheets(
         ledger: Without scores, but with a column ``class``: that of each row's reason.
         frames_of: Asked once for the frames of all clips.
         borders: Clips around thresholds, which stand in place of those drawn of what a threshold rejects.
+        worst: Clips that their codes show worst, to be shown before all others.
         codes_of: Asked for what the codes of kept clips show, of the first ``MAX_DECODED``.
     """
     drawn = choose_clips(ledger)
@@ -101,6 +113,13 @@ def contact_sheets(
     drawn = [sheet for sheet in drawn if sheet.status != "rejected" or sheet.reason not in instead]
     around = _border_sheets(ledger, borders)
     sheets = [*(s for s in drawn if s.status == "kept"), *around, *(s for s in drawn if s.status != "kept")]
+    scores = worst.clips if worst else {}
+    if worst and worst.clips:
+        rows = {
+            row["key"]: row
+            for row in ledger.filter(pc.is_in(ledger["key"], pa.array(list(worst.clips), pa.string()))).to_pylist()
+        }
+        sheets.insert(0, Sheet("kept", "", [rows[key] for key in worst.clips], worst.measured, worst=True))
     chosen = [row for rank in zip_longest(*(sheet.rows for sheet in sheets)) for row in rank if row is not None]
     originals = _originals(ledger, chosen)
     alike = [row for (kind, _), row in originals.items() if kind == "near"]
@@ -117,7 +136,8 @@ def contact_sheets(
         row = row | {"reason": with_names(row["reason"], names)}
         if isinstance(frames, VideoError):
             words, frames = f"no frames, {frames.code.replace('_', ' ')}: {frames.detail}", []
-        return Tile(row, codes.source or frames, words, note, caption, codes.codes, codes.psnr, codes.video)
+        psnr, ssim = scores.get(row["key"], (codes.psnr, None))
+        return Tile(row, codes.source or frames, words, note, caption, codes.codes, psnr, ssim, codes.video)
 
     def tiles(row: Row) -> list[Tile]:
         kind, name = parse_duplicate(row["reason"]) or ("", "")

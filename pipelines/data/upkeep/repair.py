@@ -21,7 +21,6 @@ from pipelines.data.keys import source_of
 from pipelines.data.reasons import parse_duplicate
 from pipelines.data.settings import CaptionConfig
 from pipelines.data.snapshot.card import dataset_card
-from pipelines.data.snapshot.ledger import count_reasons
 from pipelines.data.snapshot.read import Bucket, Snapshot, open_snapshots
 from pipelines.data.snapshot.shards import PUBLISHED_CLIPS, deal_shards, shard_bytes
 from pipelines.data.snapshot.write import draw_split
@@ -110,9 +109,8 @@ def _repair_snapshot(dataset: str, snapshot: Snapshot, done: Repair) -> None:
     ledger = snapshot.read_ledger()
     if not storage.exists(storage.join(snapshot.uri, "README.md")):
         check_lock(dataset)
-        storage.write_bytes_atomic(
-            storage.join(snapshot.uri, "README.md"), dataset_card(manifest, count_reasons([ledger])).encode()
-        )
+        card = dataset_card(manifest, ledger)
+        storage.write_bytes_atomic(storage.join(snapshot.uri, "README.md"), card.encode())
         done.restored.append(f"{name}/README.md")
     damaged: list[tuple[Bucket, int]] = []
     found: dict[str, list[str]] = {}  # clips of the intact shards, by path

@@ -23,13 +23,14 @@ from pipelines.data.reasons import reason_classes, with_names
 from pipelines.data.scores import SCORES, Thresholds
 from pipelines.data.settings import stage_place
 from pipelines.data.snapshot.read import Snapshot
+from pipelines.data.snapshot.reconstruction import Reconstruction, read_reconstruction
 from pipelines.data.snapshot.schemas import STATUSES
 from pipelines.data.stage.log import stage_timings
 from pipelines.data.stage.stage import Row
 from pipelines.data.steps.decide import bounds, fills, keeps
 from pipelines.data.upkeep.borderline import Border, find_borders
 from pipelines.data.upkeep.browse import browse_rows
-from pipelines.data.upkeep.contact import CLIPS_EACH, IDENTITY, Decoded, contact_sheets, name_originals
+from pipelines.data.upkeep.contact import CLIPS_EACH, IDENTITY, Decoded, Worst, contact_sheets, name_originals
 from pipelines.data.upkeep.show import Shown, show_clips
 from pipelines.data.upkeep.stills import decode_frames, frame_tile
 from pipelines.media import encode_video
@@ -39,6 +40,7 @@ from pipelines.pages.render import check_writable, write_page
 _COLUMNS = ("path", "start_s", "end_s", "status", "reason")  # of the ledger
 _FACTORS = (0.5, 0.75, 0.9, 1.1, 1.25, 1.5)  # other thresholds that are tried
 _SOURCES = 40  # listed
+_WORST = 6  # clips, of the lowest PSNR, that are shown
 _PREVIEW_HEIGHT, _PREVIEW_CRF = 128, 28  # px and quality of moving previews, of about 30 kB each
 
 Histogram = tuple[str, Sequence[float], Markup]  # a score, its thresholds, the plot
@@ -106,7 +108,7 @@ def write_report(
         UserError: if the file cannot be written; nothing was begun.
     """
     check_writable(path)
-    histograms, others, borders = _scores(snapshot)
+    scores = _scores(snapshot)
     ledger = snapshot.read_ledger([*_COLUMNS, *IDENTITY])
     ledger = ledger.append_column("class", reason_classes(ledger["reason"]))
     ledger = ledger.append_column("seconds", pc.fill_null(pc.subtract(ledger["end_s"], ledger["start_s"]), 0.0))
@@ -122,13 +124,18 @@ def write_report(
         manifest=snapshot.manifest,
         statuses=STATUSES,
         reasons=[row | {"reason_first": with_names(row["reason_first"], names)} for row in reasons],
-        histograms=histograms,
-        what_if=others,
+        reconstruction=scores.reconstruction,
+        histograms=scores.histograms,
+        what_if=scores.what_if,
         sources=_sources(ledger),
         num_sources=pc.count_distinct(ledger["path"]).as_py(),
         stages=sorted(timings.items(), key=lambda item: stage_place(item[0])),
         browse=browse_rows(snapshot),
-        sheets=contact_sheets(snapshot, ledger, decode_frames, borders=borders, codes_of=codes_of) if frames else [],
+        sheets=contact_sheets(
+            snapshot, ledger, decode_frames, borders=scores.borders, worst=scores.worst, codes_of=codes_of
+        )
+        if frames
+        else [],
         clips_each=CLIPS_EACH,
         decoded=tokenizer is not None,
     )
@@ -155,7 +162,18 @@ def _preview(clip: Shown) -> bytes:
     return encode_video(small, clip.row["fps"], crf=_PREVIEW_CRF)
 
 
-def _scores(snapshot: Snapshot) -> tuple[list[Histogram], list[WhatIf], list[Border]]:
+@dataclass(frozen=True)
+class _Scores:
+    """What of the page depends on scores."""
+
+    reconstruction: Reconstruction
+    worst: Worst
+    histograms: list[Histogram]
+    what_if: list[WhatIf]
+    borders: list[Border]
+
+
+def _scores(snapshot: Snapshot) -> _Scores:
     """What of the page depends on scores; they are a third of a ledger, and held no longer than here."""
     config = snapshot.manifest.created_from["config"]
     # A threshold that is newer than the snapshot did not decide on it.
@@ -164,8 +182,23 @@ def _scores(snapshot: Snapshot) -> tuple[list[Histogram], list[WhatIf], list[Bor
     ledger = ledger.filter(pc.is_valid(ledger["scores"]))
     scores = score_columns(ledger)
     kept = pc.equal(ledger["status"], "kept").to_numpy()
-    histograms = list(_histograms(scores, kept, thresholds))
-    return histograms, what_if(scores, thresholds, _tokens(config)), find_borders(ledger, scores, thresholds)
+    return _Scores(
+        read_reconstruction([ledger]),
+        _worst(ledger["key"], scores, kept),
+        list(_histograms(scores, kept, thresholds)),
+        what_if(scores, thresholds, _tokens(config)),
+        find_borders(ledger, scores, thresholds),
+    )
+
+
+def _worst(keys: pa.ChunkedArray, scores: Mapping[str, Values], kept: NDArray[np.bool_]) -> Worst:
+    """The kept clips of the lowest PSNR."""
+    nobody = np.full(len(keys), np.nan)  # an older ledger lacks scores
+    psnr, ssim = scores.get("psnr", nobody), scores.get("ssim", nobody)
+    measured = np.flatnonzero(kept & np.isfinite(psnr))
+    lowest = measured[np.argsort(psnr[measured], kind="stable")][:_WORST].tolist()
+    clips = {keys[i].as_py(): (float(psnr[i]), float(ssim[i]) if np.isfinite(ssim[i]) else None) for i in lowest}
+    return Worst(clips, len(measured))
 
 
 def _tokens(config: Mapping[str, Any]) -> TokenConfig | None:

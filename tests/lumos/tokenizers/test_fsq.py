@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lumos.config import parse_tokenizer_kind
 from lumos.tokenizers import FsqTokenizer, TokenizerConfig, VideoTokenizer, load_video_tokenizer
 from lumos.tokenizers.fsq import EMBEDDED_WEIGHTS, FsqAutoencoder, FsqConfig, load_weights, save_weights
 
@@ -29,11 +30,36 @@ def video(*shape: int, seed: int = 0):
 
 
 def test_embedded_weights_are_small_and_few_codes(embedded):
-    assert EMBEDDED_WEIGHTS.stat().st_size <= 4_000_000
+    assert EMBEDDED_WEIGHTS["fsq"].stat().st_size <= 4_000_000
     assert embedded.codebook_size <= 4096
     assert isinstance(embedded, VideoTokenizer)
     assert embedded.weights_hash.startswith("sha256:")
     assert embedded.compression == (4, 8, 8)
+
+
+def test_each_kind_has_weights_of_its_own_in_the_package():
+    footage = load_video_tokenizer(TokenizerConfig(kind="fsq-footage"))
+    assert isinstance(footage, FsqTokenizer)
+    assert EMBEDDED_WEIGHTS["fsq-footage"].stat().st_size <= 16_000_000
+    assert (footage.kind, footage.codebook_size, footage.compression) == ("fsq-footage", 64_000, (4, 8, 8))
+    plain = load_video_tokenizer(TokenizerConfig(kind="fsq"))
+    assert plain.kind == FsqTokenizer().kind == "fsq"
+    assert plain.weights_hash == FsqTokenizer().weights_hash != footage.weights_hash
+    codes = footage.encode(video(1, 5, 16, 24))
+    assert codes.shape == (1, 2, 2, 3)
+    assert footage.decode(codes).shape == (1, 5, 16, 24, 3)
+
+
+def test_a_file_of_ones_own_has_the_kind_that_is_asked_for(tmp_path, small):
+    path = str(tmp_path / "small.safetensors")
+    for kind in ("fsq", "fsq-footage"):
+        loaded = load_video_tokenizer(TokenizerConfig(kind=kind, path=path))
+        assert (loaded.kind, loaded.codebook_size, loaded.weights_hash) == (kind, 60, small.weights_hash)
+
+
+def test_an_unknown_kind_is_told_with_those_there_are():
+    with pytest.raises(ValueError, match=r"kind is 'vqgan'; known tokenizers: fsq, fsq-footage, cosmos"):
+        parse_tokenizer_kind("vqgan")
 
 
 @pytest.mark.parametrize("time", [1, 5, 17])

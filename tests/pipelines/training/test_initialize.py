@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lumos.checkpoint import save_checkpoint
+from lumos.checkpoint import ModelInfo, save_checkpoint
+from lumos.config import TokenizerInfo
 from lumos.decoder import Decoder
 from lumos.vocabulary import Vocabulary
 from pipelines.errors import UserError
@@ -62,6 +63,24 @@ def test_a_released_lumos1_is_taken_whole(tmp_path):
     model = small_model(LUMOS1)
     check_init_from(str(tmp_path / "release"), model, LUMOS1)
     assert_equal(first_weights(tmp_path, model, LUMOS1, tmp_path / "release"), state)
+
+
+def test_that_codes_of_another_tokenizer_are_gone_on_from_is_warned_of(tmp_path, caplog):
+    cosmos, footage = (TokenizerInfo(kind, 64_000, (4, 8, 8), f"sha256:{kind}") for kind in ("cosmos", "fsq-footage"))
+    model = Decoder(small_model())
+    model.init_weights(torch.Generator().manual_seed(5))
+    save_checkpoint(tmp_path / "ours", model, VOCABULARY, info=ModelInfo(tokenizer=footage))
+    write_release(tmp_path / "release")
+    for name, config, vocabulary, same, other in (
+        ("ours", small_model(), VOCABULARY, footage, replace(footage, weights_hash="sha256:other")),
+        ("release", small_model(LUMOS1), LUMOS1, cosmos, footage),
+    ):
+        caplog.clear()
+        check_init_from(str(tmp_path / name), config, vocabulary, same)
+        assert caplog.text == ""
+        check_init_from(str(tmp_path / name), config, vocabulary, other)
+        assert f"codes of the tokenizer {same.kind}" in caplog.text
+        assert f"this run's are of {other.kind} ({other.weights_hash}): the same codes mean" in caplog.text
 
 
 @pytest.mark.parametrize("tied", [False, True])

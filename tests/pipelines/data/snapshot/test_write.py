@@ -219,7 +219,7 @@ def test_a_snapshot_with_a_ledger_of_version_1_is_read_and_appended_to(tmp_path)
     before = files(Path(first.uri))
     old = open_snapshot(str(tmp_path))
     assert old.manifest.schema_version == 1
-    assert "\n`ledger.parquet`, sorted by key" in dataset_card(old.manifest, {})
+    assert "\n`ledger.parquet`, sorted by key" in dataset_card(old.manifest, old.read_ledger())
     assert old.read_ledger().equals(table)
     assert not verify_snapshot(old).problems
     second = make_snapshot(str(tmp_path), made | {"src99:0": made["src00:0"]}, config=CONFIG)

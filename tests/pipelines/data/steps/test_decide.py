@@ -4,6 +4,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
+from lumos.config import TokenizerConfig
 from pipelines.config import load_config
 from pipelines.data.config import ClipShape, CurateConfig, TokenConfig, area_buckets, plan_shape
 from pipelines.data.scores import SCORES, Thresholds, scores_of
@@ -171,6 +172,14 @@ def test_the_least_duration_is_that_of_the_shortest_clip(fps, frames, kept):
 @pytest.mark.parametrize("name", ["default", "demo"])
 def test_shipped_configs_load(name):
     assert load_config(CurateConfig, name).thresholds.min_motion_time == 0.25
+
+
+def test_footage_is_encoded_by_the_tokenizer_for_it_and_measured():
+    tokens = load_config(CurateConfig, "default").tokens
+    assert (tokens.tokenizer, tokens.decode_back_share) == (TokenizerConfig(kind="fsq-footage"), 0.05)
+    assert load_config(CurateConfig, "demo").tokens.tokenizer == TokenizerConfig(kind="fsq")
+    with pytest.raises(UserError, match=r"tokens\.tokenizer.*kind.*'fsq', 'fsq-footage' or 'cosmos'"):
+        load_config(CurateConfig, "default", ["tokens.tokenizer.kind=vqgan"])
 
 
 @pytest.mark.parametrize(

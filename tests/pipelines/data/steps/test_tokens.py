@@ -7,6 +7,7 @@ from pipelines.data.config import TokenConfig
 from pipelines.data.settings import DecodeConfig
 from pipelines.data.steps.tokens import TokenFunction, load_tokenizer_info
 from pipelines.data.video.reader import ClipRequest, read_clip
+from pipelines.media import psnr, ssim
 from tests.pipelines.data.videos import moving_square, write_video
 
 SPAN = {"start_s": 0.0, "rotation": 0, "picture": None, "pixel_aspect": 1.0, "origin_s": 0.0, "clean_clock": True}
@@ -46,6 +47,13 @@ def test_codes_are_the_tokenizers_of_the_clips_own_frames(rows, tmp_path, tokeni
         made = found[row["key"]]
         assert (made["t"], made["h"], made["w"]) == codes.shape
         assert np.array_equal(np.array(made["codes"]).reshape(codes.shape), codes)
+        if row["decode_back"]:
+            shown = tokenizer.decode(torch.from_numpy(codes)[None])[0].numpy()
+            assert made["psnr"] == pytest.approx(psnr(frames, shown), abs=1e-3)
+            each = [ssim(frame, other) for frame, other in zip(frames, shown, strict=True)]
+            assert made["ssim"] == pytest.approx(sum(each) / len(each), abs=1e-4)
+        else:
+            assert not made.keys() & {"psnr", "ssim"}
 
 
 def test_codes_do_not_depend_on_batch_mates_order_or_filling(rows, tmp_path, tokenizer_file):
