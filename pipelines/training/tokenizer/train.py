@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from lumos.config import require
@@ -31,6 +32,8 @@ from pipelines.training.tokenizer.text import TextCorpus, read_corpus
 
 _CALIBRATION_BATCHES = 24
 _REPORT_SEED = 0
+_LOG_FLOOR = 1e-3  # mean squared error in -1..1 (36 dB), below which a clip is good enough to weigh less
+_LOG_SCALE = 0.02  # about the mean squared error of real clips, so that the other weights mean what they do beside it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +47,13 @@ class FsqTraining:
     learning_rate: float = 2e-3  # of AdamW, at its peak: after a linear warmup, before a cosine decay to a fiftieth
     warmup_steps: int = 100
     weight_decay: float = 0.01
-    absolute_weight: float = 0.0  # of the mean absolute error beside the mean squared error; sharpens edges
+    # What is made small: the mean squared error, or the mean over clips of its logarithm, which is the mean PSNR: clips
+    # that are hard weigh no more than easy ones.
+    objective: Literal["squared", "log"] = "squared"
+    absolute_weight: float = 0.0  # of the mean absolute error beside it; sharpens edges
+    gradient_weight: float = (
+        0.0  # of the mean absolute error of the steps between neighbouring pixels: edges, no mosaic
+    )
     commitment: float = 0.0  # weight of the pull of latents to the middle of their level; makes codes robust to noise
     ema_decay: float = 0.998  # of the moving average of the weights, which is what is written
     # Of products; bfloat16 takes half the time on CPUs that have it.
@@ -56,8 +65,9 @@ class FsqTraining:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "threads", "save_every", "report_clips"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("warmup_steps", "weight_decay", "absolute_weight", "commitment"):
+        for name in ("warmup_steps", "weight_decay", "absolute_weight", "gradient_weight", "commitment"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        require(self.objective in ("squared", "log"), f"objective is {self.objective!r}; it must be squared or log")
         require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; it must be positive")
         require(0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay}; it must be in 0..1")
 
@@ -201,7 +211,12 @@ class FsqRun:
             # Straight through: rounded on the way forward, the identity on the way back.
             decoded = self.model.decode_latents(latents + (rounded - latents).detach())
         error = decoded.float() - wanted
-        loss = error.square().mean() + training.absolute_weight * error.abs().mean()
+        loss = self._objective(error)
+        if training.absolute_weight:
+            loss = loss + training.absolute_weight * error.abs().mean()
+        if training.gradient_weight:
+            steps = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+            loss = loss + training.gradient_weight * steps
         (loss + training.commitment * (latents - rounded).square().mean()).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -211,6 +226,12 @@ class FsqRun:
             raise JobError(f"training diverged at step {self.step}: loss {value}; lower fsq.learning_rate")
         self._update_average()
         return value
+
+    def _objective(self, error: Tensor) -> Tensor:
+        squared = error.square()
+        if self.training.objective == "squared":
+            return squared.mean()
+        return _LOG_SCALE * (squared.mean(dim=(1, 2, 3, 4)) + _LOG_FLOOR).log().mean()
 
     def _rate(self) -> float:
         training = self.training
