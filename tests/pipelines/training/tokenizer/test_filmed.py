@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,13 @@ from pipelines.sample_corpus import write_video
 from pipelines.training.tokenizer.data import ClipPools, ClipSource
 from pipelines.training.tokenizer.filmed import crop_clips, photo_clips
 from pipelines.training.tokenizer.procedural import texture_clip
-from pipelines.training.tokenizer.train import FsqRun, FsqTraining, TokenizerTrainConfig, train_tokenizer
+from pipelines.training.tokenizer.train import (
+    FsqRun,
+    FsqTraining,
+    TokenizerTrainConfig,
+    train_tokenizer,
+    unevenness,
+)
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -132,3 +139,37 @@ def test_of_the_log_objective_an_easy_clip_weighs_as_much_as_a_hard_one(tmp_path
         better = error.clone()
         better[clip] /= 2
         assert math.isclose(float(full - run._objective(better)), 0.02 * math.log(4) / 2, rel_tol=0.1)
+
+
+def test_latents_that_fill_their_range_and_are_uncorrelated_are_even():
+    generator = torch.Generator().manual_seed(0)
+    even = torch.rand(4000, 3, generator=generator) * 2 - 1
+    assert unevenness(even) < 0.002
+    assert unevenness(even / 4) > 0.1
+    correlated = torch.cat([even[:, :1], even[:, :1], even[:, 2:]], dim=1)
+    assert math.isclose(float(unevenness(correlated)), 1 / 3, rel_tol=0.05)
+    latents = torch.nn.Parameter(torch.randn(500, 2, generator=generator)[:, [0, 0]] * 0.3)
+    optimizer = torch.optim.Adam([latents], lr=0.02)
+    for _ in range(200):
+        optimizer.zero_grad()
+        unevenness(latents).backward()
+        optimizer.step()
+    assert unevenness(latents) < 0.05
+
+
+def test_training_begins_from_weights_of_the_same_sizes(tmp_path):
+    model = FsqConfig(levels=(4, 4), hidden_size=16, encoder_blocks=1, decoder_blocks=1, memory_blocks=1)
+    source = ClipSource(corpus_clips=0, texture_clips=6, corpus_share=0.0, size=16, num_frames=5)
+    training = FsqTraining(model=model, source=source, steps=2, batch_size=2, save_every=2, report_clips=1)
+    first = TokenizerTrainConfig(output=str(tmp_path / "first.safetensors"), fsq=training)
+    train_tokenizer(first)
+    on = replace(training, start=first.output)
+    run = FsqRun(replace(first, fsq=on), on)
+    written = FsqTokenizer(first.output).model.state_dict()
+    assert all(torch.equal(value, written[name]) for name, value in run.model.state_dict().items())
+    other = replace(on, model=replace(model, hidden_size=32))
+    with pytest.raises(UserError, match=r"fsq\.start: .*first\.safetensors has the sizes .*hidden_size=16"):
+        FsqRun(replace(first, fsq=other), other)
+    absent = replace(on, start="absent.safetensors")
+    with pytest.raises(UserError, match=r"fsq\.start: .*absent\.safetensors is not a file"):
+        FsqRun(replace(first, fsq=absent), absent)
