@@ -3,8 +3,8 @@
 Frame 1 alone, then groups of 4 frames, are cut into 8x8 px cells; each cell becomes one token. The encoder works at
 the resolution of the cells and sees one group, no other, and of it one cell and as many neighbours as its config says,
 so equal content gives equal tokens wherever and whenever it occurs. The decoder sees neighbouring cells and earlier
-groups. Latents are normalised by running statistics before they are rounded: without that, training collapses to one
-code.
+groups, and may end with blocks on cells of half the size, which draw detail across the borders of cells. Latents are
+normalised by running statistics before they are rounded: without that, training collapses to one code.
 """
 
 import hashlib
@@ -34,9 +34,11 @@ EMBEDDED_WEIGHTS: Mapping[FsqKind, Path] = {
 }
 MAX_CODEBOOK_SIZE = 65_536  # codes are stored as uint16
 
-FORMAT = "lumos-fsq-1"
+FORMAT = "lumos-fsq-2"
+_OLD_FORMATS = ("lumos-fsq-1",)  # without decoder_size and the refining blocks
 _HEADER_KEY = "lumos"
 _PATCH = CELL * CELL * 3  # values of one cell of one frame
+_FINE_CELL = CELL // 2  # px, of the refining blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,7 @@ class FsqConfig:
 
     levels: tuple[int, ...] = (8, 5, 5, 5)  # values each latent dimension is rounded to; their product: codebook size
     hidden_size: int = 192  # channels of encoder and decoder
+    decoder_size: int | None = None  # of the decoder, where it is to be of another width
     encoder_blocks: int = 2  # residual blocks before quantisation
     # How many of those, from the last, see the neighbouring cells; with none, equal cells get equal codes whatever is
     # beside them.
@@ -53,16 +56,21 @@ class FsqConfig:
     # How many of those, from the first, also see the previous group; the decoder's memory reaches as many groups back.
     # Train on clips of more groups than that, or longer videos decode badly.
     memory_blocks: int = 2
-    expansion: int = 2  # width of a block's inner layer in multiples of hidden_size
+    expansion: int = 2  # width of a block's inner layer in multiples of its channels
+    refine_blocks: int = 0  # residual blocks on cells of 4 px at the end of the decoder; they see the neighbouring ones
+    refine_size: int = 96  # their channels
 
     def __post_init__(self) -> None:
         if not self.levels or min(self.levels) < 2:
             raise ValueError(f"levels is {list(self.levels)}; every latent dimension needs at least 2 levels")
         if self.codebook_size > MAX_CODEBOOK_SIZE:
             raise ValueError(f"levels is {list(self.levels)}: {self.codebook_size} codes, over {MAX_CODEBOOK_SIZE}")
-        for name in ("hidden_size", "encoder_blocks", "decoder_blocks", "expansion"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("hidden_size", "decoder_size", "encoder_blocks", "decoder_blocks", "expansion", "refine_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.refine_blocks < 0:
+            raise ValueError(f"refine_blocks is {self.refine_blocks}; it must not be negative")
         for name, limit in (("context_blocks", self.encoder_blocks), ("memory_blocks", self.decoder_blocks)):
             if not 0 <= getattr(self, name) <= limit:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in 0..{limit}")
@@ -118,14 +126,25 @@ class FsqAutoencoder(nn.Module):
         self.encoder_norm = nn.LayerNorm(size)
         self.to_latent = nn.Linear(size, dims)
         self.latent_norm = nn.BatchNorm1d(dims, affine=False)
-        self.from_latent = nn.Linear(dims, size)
+        wide = config.decoder_size or size
+        self.from_latent = nn.Linear(dims, wide)
         self.decoder = nn.ModuleList(
-            Block(size, inner, spatial=True, temporal=index < config.memory_blocks)
+            Block(wide, wide * config.expansion, spatial=True, temporal=index < config.memory_blocks)
             for index in range(config.decoder_blocks)
         )
-        self.decoder_norm = nn.LayerNorm(size)
-        self.unembed_first = nn.Linear(size, _PATCH)
-        self.unembed = nn.Linear(size, _PATCH * TEMPORAL_FACTOR)
+        self.decoder_norm = nn.LayerNorm(wide)
+        self.cell = CELL  # px, of what the last layer draws
+        if config.refine_blocks:
+            self.cell, fine = _FINE_CELL, config.refine_size
+            self.split = nn.Linear(wide, fine * (CELL // _FINE_CELL) ** 2)
+            self.refine = nn.ModuleList(
+                Block(fine, fine * config.expansion, spatial=True, temporal=False) for _ in range(config.refine_blocks)
+            )
+            self.refine_norm = nn.LayerNorm(fine)
+            wide = fine
+        pixels = self.cell**2 * 3
+        self.unembed_first = nn.Linear(wide, pixels)
+        self.unembed = nn.Linear(wide, pixels * TEMPORAL_FACTOR)
         levels = torch.tensor(config.levels)
         self.levels: Tensor
         self.strides: Tensor
@@ -152,9 +171,16 @@ class FsqAutoencoder(nn.Module):
         for block in self.decoder:
             x = block(x)
         x = self.decoder_norm(x)
-        first = rearrange(self.unembed_first(x[:, :1]), "b t h w (p q c) -> b t (h p) (w q) c", p=CELL, q=CELL)
+        if self.config.refine_blocks:
+            half = CELL // self.cell
+            x = rearrange(self.split(x), "b t h w (p q c) -> b t (h p) (w q) c", p=half, q=half)
+            for block in self.refine:
+                x = block(x)
+            x = self.refine_norm(x)
+        cell = {"p": self.cell, "q": self.cell}
+        first = rearrange(self.unembed_first(x[:, :1]), "b t h w (p q c) -> b t (h p) (w q) c", **cell)
         rest = rearrange(
-            self.unembed(x[:, 1:]), "b t h w (f p q c) -> b (t f) (h p) (w q) c", f=TEMPORAL_FACTOR, p=CELL, q=CELL
+            self.unembed(x[:, 1:]), "b t h w (f p q c) -> b (t f) (h p) (w q) c", f=TEMPORAL_FACTOR, **cell
         )
         return torch.cat([first, rest], dim=1)
 
@@ -243,8 +269,8 @@ def load_weights(path: str | Path) -> tuple[FsqAutoencoder, dict[str, Any]]:
         with safe_open(str(file), framework="pt") as reader:
             about = json.loads((reader.metadata() or {}).get(_HEADER_KEY, "{}"))
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - not a dict
-        if about.get("format") != FORMAT:
-            raise ValueError(f"its format is {about.get('format')!r}, not {FORMAT!r}")
+        if about.get("format") not in (FORMAT, *_OLD_FORMATS):
+            raise ValueError(f"its format is {about.get('format')!r}, not {FORMAT!r} or an older one")
         values = about["config"]
         model = FsqAutoencoder(FsqConfig(**{**values, "levels": tuple(values["levels"])}))
         model.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in tensors.items()})

@@ -1,13 +1,9 @@
 """Clips to train and measure a video tokenizer on: decoded from files, or procedural."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
-import av
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,18 +17,16 @@ from tqdm import tqdm
 from lumos.compression import CELL, TEMPORAL_FACTOR
 from lumos.config import require
 from pipelines import sample_corpus as corpus
-from pipelines.data.settings import SourceConfig
 from pipelines.errors import UserError
+from pipelines.training.tokenizer.files import Resize, fit, list_videos, read_video
+from pipelines.training.tokenizer.filmed import crop_clips, photo_clips
 from pipelines.training.tokenizer.procedural import texture_clip
 
-VIDEO_SUFFIXES = SourceConfig.extensions
 SAMPLE_CORPUS = "sample-corpus"  # stands for held-out clips of the demo's corpus where a folder could be named
 
 Clips = UInt8[Tensor, "batch time height width 3"]
-Resize = Literal["area", "bilinear", "bicubic"]
-
 # Streams of random numbers that a run's seed is split into.
-_CORPUS_STREAM, _TEXTURE_STREAM, _BATCH_STREAM = 0, 1, 2
+_CORPUS_STREAM, _TEXTURE_STREAM, _BATCH_STREAM, _VIDEO_STREAM, _PHOTO_STREAM = range(5)
 _SPAN = 1_000_000  # seeds of the sample corpus's clips: training below it, held-out clips above
 
 
@@ -42,17 +36,23 @@ class ClipSource:
 
     videos: str | None = None  # a video or a folder of them, searched recursively; none: procedural clips alone
     max_video_clips: int = 2000  # taken from videos
+    # Heights (px) that videos are brought to; clips are cut from them at random places. Empty: whole frames, at `size`.
+    video_heights: tuple[int, ...] = ()
+    photos: str | None = None  # a photograph or a folder of them, filmed by a moving camera
+    photo_clips: int = 2000  # to film
     corpus_clips: int = 1280  # different clips of the sample corpus to render, as H.264 files read back
     texture_clips: int = 1500  # different procedural textures and sprites to draw
     size: int = 48  # height and width of a clip, px; a multiple of 8
     num_frames: int = 13  # of a clip, 1 + 4k
     fps: float = 12.0  # that videos are brought to
-    corpus_share: float = 0.7  # of a batch, drawn from the sample corpus, 0..1; the others share the rest evenly
+    corpus_share: float = (
+        0.7  # of a batch, drawn from the sample corpus, 0..1; the others share the rest by their numbers
+    )
     aligned_share: float = 0.85  # of the sample corpus's clips, that keep their place on the grid of cells, as the demo
     # curates them; the others are shifted, 0..1
 
     def __post_init__(self) -> None:
-        for name in ("max_video_clips", "corpus_clips", "texture_clips"):
+        for name in ("max_video_clips", "photo_clips", "corpus_clips", "texture_clips"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
         for name in ("corpus_share", "aligned_share"):
             require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it must be in 0..1")
@@ -72,84 +72,9 @@ class ClipSource:
                 f"num_frames is {self.num_frames}; clips of the sample corpus have {corpus.NUM_FRAMES}",
             )
         require(
-            self.corpus_share == 1 or bool(self.texture_clips or self.videos),
-            "texture_clips is 0, videos is null and corpus_share is below 1; there is nothing to draw",
+            self.corpus_share == 1 or bool(self.texture_clips or self.videos or self.photos),
+            "texture_clips is 0, videos and photos are null and corpus_share is below 1; there is nothing to draw",
         )
-
-
-def list_videos(source: str) -> list[Path]:
-    """The video files of a folder, sorted, or the one file named.
-
-    Raises:
-        UserError: There is no such path, or no video in it.
-    """
-    path = Path(source)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"videos: {source} is neither a file nor a folder; name a video or a folder of videos")
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
-    if not found:
-        raise UserError(f"videos: {source} holds no videos ({', '.join(VIDEO_SUFFIXES)}); name another folder")
-    return found
-
-
-def read_video(
-    path: Path, *, height: int, width: int, fps: float, max_frames: int | None = None, resize: Resize = "area"
-) -> NDArray[np.uint8]:
-    """Decode a video at a frame rate and size: frames nearest in time, centre crop to the aspect, resized.
-
-    Frames repeat where the video has fewer. ``max_frames`` ends the reading.
-
-    Returns:
-        uint8 [T, height, width, 3], RGB.
-
-    Raises:
-        UserError: It cannot be decoded.
-    """
-    frames: list[Tensor] = []
-    try:
-        for frame in _at_rate(path, fps):
-            frames.append(fit(torch.from_numpy(frame)[None], height, width, resize=resize))
-            if max_frames is not None and len(frames) >= max_frames:
-                break
-    except (av.error.FFmpegError, OSError, IndexError) as error:
-        raise UserError(f"video {path} cannot be decoded ({error}); remove it or repair it") from error
-    if not frames:
-        raise UserError(f"video {path} has no frames; remove it")
-    return np.asarray(torch.cat(frames).numpy())
-
-
-def _at_rate(path: Path, fps: float) -> Iterator[NDArray[np.uint8]]:
-    wanted = Fraction(0)
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
-        gap = 1 / stream.average_rate if stream.average_rate else Fraction(1, 25)
-        start: Fraction | None = None
-        for index, frame in enumerate(container.decode(stream)):
-            time = frame.pts * frame.time_base if frame.pts is not None and frame.time_base else index * gap
-            start = time if start is None else start
-            # Shown until the next frame is nearer; half a gap early so that equal rates map one to one.
-            while wanted < time - start + gap / 2:
-                yield np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
-                wanted += 1 / Fraction(fps).limit_denominator(1000)
-
-
-def fit(
-    frames: UInt8[Tensor, "time height width 3"], height: int, width: int, *, resize: Resize = "area"
-) -> UInt8[Tensor, "time h w 3"]:
-    """Centre crop to the aspect of height x width, then resize to it (area: the mean of what a pixel covers)."""
-    rows, columns = frames.shape[1:3]
-    kept_rows = min(rows, max(1, round(columns * height / width)))
-    kept_columns = min(columns, max(1, round(rows * width / height)))
-    top, left = (rows - kept_rows) // 2, (columns - kept_columns) // 2
-    cropped = frames[:, top : top + kept_rows, left : left + kept_columns]
-    if (kept_rows, kept_columns) == (height, width):
-        return cropped
-    images = rearrange(cropped.float(), "t h w c -> t c h w")
-    images = F.interpolate(images, size=(height, width), mode=resize, antialias=resize != "area")
-    return rearrange(images.round().clamp(0, 255).to(torch.uint8), "t c h w -> t h w c")
 
 
 def corpus_clips(
@@ -185,16 +110,20 @@ class ClipPools:
         self.source, self.seed = source, seed
         margin = max(8, source.size // 3)  # room for random crops
         side, frames = source.size + margin, source.num_frames
-        self.others: list[Tensor] = []
+        others: list[Tensor] = []
         if source.videos is not None and source.corpus_share < 1:
-            self.others.append(_video_clips(source, side))
+            others.append(_video_clips(source, side, np.random.default_rng([seed, _VIDEO_STREAM])))
+        if source.photos is not None and source.photo_clips and source.corpus_share < 1:
+            generator = np.random.default_rng([seed, _PHOTO_STREAM])
+            others.append(photo_clips(source.photos, generator, count=source.photo_clips, side=side, num_frames=frames))
         if source.texture_clips and source.corpus_share < 1:
             bar = tqdm(range(source.texture_clips), desc="draw textures", unit="clip", leave=False, disable=None)
             drawn = [
                 texture_clip(np.random.default_rng([seed, _TEXTURE_STREAM, i]), num_frames=frames, side=side)
                 for i in bar
             ]
-            self.others.append(torch.from_numpy(np.stack(drawn)))
+            others.append(torch.from_numpy(np.stack(drawn)))
+        self.others = torch.cat(others) if others else None
         self.corpus: Tensor | None = None  # [clips, 2, T, H, W, 3]: as decoded, as drawn
         if source.corpus_share > 0:
             specs = corpus.sample_specs(seed % _SPAN, source.corpus_clips)
@@ -218,8 +147,8 @@ class ClipPools:
         generator = np.random.default_rng([self.seed, _BATCH_STREAM, step])
         num_corpus = 0 if self.corpus is None else round(self.source.corpus_share * batch_size)
         pairs = [self._corpus_pair(generator) for _ in range(num_corpus)]
-        for index in range(batch_size - num_corpus):
-            clip = self._other_clip(self.others[index % len(self.others)], generator)
+        for _ in range(batch_size - num_corpus):
+            clip = self._other_clip(generator)
             pairs.append(torch.stack([clip, clip]))
         seen, wanted = torch.stack(pairs, dim=1)
         noise = generator.standard_normal(seen.shape, dtype=np.float32)
@@ -238,9 +167,10 @@ class ClipPools:
         shifted = padded[:, :, top : top + size, left : left + size].to(torch.uint8)
         return rearrange(shifted, "(p t) c h w -> p t h w c", p=2)
 
-    def _other_clip(self, pool: Tensor, generator: Generator) -> Tensor:
+    def _other_clip(self, generator: Generator) -> Tensor:
+        assert self.others is not None
         size = self.source.size
-        clip = pool[int(generator.integers(len(pool)))]
+        clip = self.others[int(generator.integers(len(self.others)))]
         top, left = (int(generator.integers(0, extent - size + 1)) for extent in clip.shape[1:3])
         clip = clip[:, top : top + size, left : left + size]
         flips = [dim for dim in range(3) if generator.random() < 0.5]
@@ -248,8 +178,18 @@ class ClipPools:
         return clip.transpose(1, 2) if generator.random() < 0.5 else clip
 
 
-def _video_clips(source: ClipSource, side: int) -> Tensor:
+def _video_clips(source: ClipSource, side: int, generator: Generator) -> Tensor:
     assert source.videos is not None
+    if source.video_heights:
+        return crop_clips(
+            source.videos,
+            generator,
+            heights=source.video_heights,
+            side=side,
+            num_frames=source.num_frames,
+            fps=source.fps,
+            limit=source.max_video_clips,
+        )
     clips: list[NDArray[np.uint8]] = []
     for path in tqdm(list_videos(source.videos), desc="read videos", unit="file", leave=False, disable=None):
         frames = read_video(path, height=side, width=side, fps=source.fps)

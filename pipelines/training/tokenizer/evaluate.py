@@ -16,14 +16,8 @@ from pipelines import sample_corpus as corpus
 from pipelines.errors import UserError
 from pipelines.media import psnr, ssim
 from pipelines.tokenizers import load_tokenizer
-from pipelines.training.tokenizer.data import (
-    SAMPLE_CORPUS,
-    corpus_clips,
-    cut_clips,
-    held_out_corpus_specs,
-    list_videos,
-    read_video,
-)
+from pipelines.training.tokenizer.data import SAMPLE_CORPUS, corpus_clips, cut_clips, held_out_corpus_specs
+from pipelines.training.tokenizer.files import list_videos, read_video
 
 _BATCH = 8  # clips of one call; the last batch is padded to it
 

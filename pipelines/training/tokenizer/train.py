@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from tqdm import tqdm
 
 from lumos.config import require
 from lumos.tokenizers import FsqTokenizer, TextTokenizer
-from lumos.tokenizers.fsq import FsqAutoencoder, FsqConfig, save_weights
+from lumos.tokenizers.fsq import FsqAutoencoder, FsqConfig, load_weights, save_weights
 from lumos.tokenizers.video import frames_to_unit
 from pipelines import sample_corpus as corpus
 from pipelines import storage
@@ -31,6 +33,8 @@ from pipelines.training.tokenizer.text import TextCorpus, read_corpus
 
 _CALIBRATION_BATCHES = 24
 _REPORT_SEED = 0
+_LOG_FLOOR = 1e-3  # mean squared error in -1..1 (36 dB), below which a clip is good enough to weigh less
+_LOG_SCALE = 0.02  # about the mean squared error of real clips, so that the other weights mean what they do beside it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +48,17 @@ class FsqTraining:
     learning_rate: float = 2e-3  # of AdamW, at its peak: after a linear warmup, before a cosine decay to a fiftieth
     warmup_steps: int = 100
     weight_decay: float = 0.01
-    absolute_weight: float = 0.0  # of the mean absolute error beside the mean squared error; sharpens edges
+    # What is made small: the mean squared error, or the mean over clips of its logarithm, which is the mean PSNR: clips
+    # that are hard weigh no more than easy ones.
+    objective: Literal["squared", "log"] = "squared"
+    absolute_weight: float = 0.0  # of the mean absolute error beside it; sharpens edges
+    gradient_weight: float = (
+        0.0  # of the mean absolute error of the steps between neighbouring pixels: edges, no mosaic
+    )
     commitment: float = 0.0  # weight of the pull of latents to the middle of their level; makes codes robust to noise
+    # Of the pull of latents to fill their range evenly and to be uncorrelated: more of a large codebook is used.
+    spread_weight: float = 0.0
+    start: str | None = None  # weights of the same `model` to begin from, in place of random ones
     ema_decay: float = 0.998  # of the moving average of the weights, which is what is written
     # Of products; bfloat16 takes half the time on CPUs that have it.
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -56,8 +69,16 @@ class FsqTraining:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "threads", "save_every", "report_clips"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("warmup_steps", "weight_decay", "absolute_weight", "commitment"):
+        for name in (
+            "warmup_steps",
+            "weight_decay",
+            "absolute_weight",
+            "gradient_weight",
+            "commitment",
+            "spread_weight",
+        ):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        require(self.objective in ("squared", "log"), f"objective is {self.objective!r}; it must be squared or log")
         require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; it must be positive")
         require(0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay}; it must be in 0..1")
 
@@ -149,6 +170,11 @@ class FsqRun:
 
     def __init__(self, config: TokenizerTrainConfig, training: FsqTraining) -> None:
         self.config, self.training = config, training
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = FsqAutoencoder(training.model)
+        if training.start is not None:
+            self._start(training.start)
         self.pools = ClipPools(training.source, config.seed)
         self.held_out = corpus_clips(
             held_out_corpus_specs(_REPORT_SEED, training.report_clips),
@@ -156,14 +182,20 @@ class FsqRun:
             num_frames=corpus.NUM_FRAMES,
             label="render held-out clips",
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            self.model = FsqAutoencoder(training.model)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=training.weight_decay
         )
         self.step = 0
+
+    def _start(self, path: str) -> None:
+        try:
+            model, _ = load_weights(path)
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(f"fsq.start: {error}") from error
+        if model.config != self.training.model:
+            raise UserError(f"fsq.start: {path} has the sizes {model.config}; fsq.model asks for {self.training.model}")
+        self.model.load_state_dict(model.state_dict())
 
     def train(self, output: Path) -> list[float]:
         """Run to the last step, writing weights and state as it goes; returns the losses of this call."""
@@ -201,7 +233,14 @@ class FsqRun:
             # Straight through: rounded on the way forward, the identity on the way back.
             decoded = self.model.decode_latents(latents + (rounded - latents).detach())
         error = decoded.float() - wanted
-        loss = error.square().mean() + training.absolute_weight * error.abs().mean()
+        loss = self._objective(error)
+        if training.absolute_weight:
+            loss = loss + training.absolute_weight * error.abs().mean()
+        if training.gradient_weight:
+            steps = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+            loss = loss + training.gradient_weight * steps
+        if training.spread_weight:
+            loss = loss + training.spread_weight * unevenness(latents.flatten(0, 3))
         (loss + training.commitment * (latents - rounded).square().mean()).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -211,6 +250,12 @@ class FsqRun:
             raise JobError(f"training diverged at step {self.step}: loss {value}; lower fsq.learning_rate")
         self._update_average()
         return value
+
+    def _objective(self, error: Tensor) -> Tensor:
+        squared = error.square()
+        if self.training.objective == "squared":
+            return squared.mean()
+        return _LOG_SCALE * (squared.mean(dim=(1, 2, 3, 4)) + _LOG_FLOOR).log().mean()
 
     def _rate(self) -> float:
         training = self.training
@@ -258,6 +303,21 @@ class FsqRun:
             seen, _ = self.pools.batch(self.training.steps + index, self.training.batch_size)
             self.average.encode_latents(frames_to_unit(seen))
         self.average.eval()
+
+
+def unevenness(latents: Float[Tensor, "cells dims"]) -> Tensor:
+    """How far latents in -1..1 are from filling the range evenly, each dimension for itself; 0 where they do.
+
+    The mean squared distance of a dimension's sorted values to even ones, plus the mean squared correlation of pairs.
+    """
+    count, dims = latents.shape
+    even = (torch.arange(count, device=latents.device) + 0.5) * 2 / count - 1
+    distance = (latents.sort(dim=0).values - even[:, None]).square().mean()
+    centered = latents - latents.mean(dim=0)
+    scaled = centered / centered.square().mean(dim=0).clamp(min=1e-6).sqrt()
+    correlation = scaled.T @ scaled / count
+    pairs = correlation.square().sum() - correlation.diagonal().square().sum()
+    return distance + pairs / max(1, dims * (dims - 1))
 
 
 def state_file(output: Path) -> Path:

@@ -129,6 +129,22 @@ def test_without_context_a_code_depends_on_its_own_cell_alone():
     assert change[0, :, 1, 1].all()
 
 
+def test_refining_blocks_see_across_the_borders_of_cells():
+    """What a code changes without them ends at the reach of the decoder's blocks; with them it goes 4 px further."""
+    reached = []
+    for blocks in (0, 1):
+        torch.manual_seed(0)
+        model = FsqAutoencoder(
+            FsqConfig(levels=(8, 8), hidden_size=16, decoder_blocks=1, memory_blocks=0, refine_blocks=blocks)
+        ).eval()
+        latents = model.codes_to_latents(torch.zeros(1, 2, 5, 5, dtype=torch.long))
+        other = latents.clone()
+        other[:, :, 2, 2] += 0.5
+        change = (model.decode_latents(latents) - model.decode_latents(other)).abs().amax(dim=(0, 1, 4)) > 0
+        reached.append(torch.nonzero(change.any(0)).flatten()[[0, -1]].tolist())
+    assert reached == [[8, 31], [4, 35]]
+
+
 def test_codes_out_of_range_are_refused(small):
     for code in (-1, 60):
         with pytest.raises(ValueError, match=r"has codes 0\.\.59"):
@@ -172,3 +188,7 @@ def test_config_is_checked():
         FsqConfig(encoder_blocks=2, context_blocks=3)
     with pytest.raises(ValueError, match="hidden_size is 0"):
         FsqConfig(hidden_size=0)
+    with pytest.raises(ValueError, match="decoder_size is 0"):
+        FsqConfig(decoder_size=0)
+    with pytest.raises(ValueError, match="refine_blocks is -1"):
+        FsqConfig(refine_blocks=-1)

@@ -10,8 +10,9 @@ from lumos.tokenizers.text import EMBEDDED_FILE
 from pipelines.config import load_config
 from pipelines.errors import UserError
 from pipelines.sample_corpus import write_video
-from pipelines.training.tokenizer.data import ClipSource, fit, list_videos, read_video
+from pipelines.training.tokenizer.data import ClipSource
 from pipelines.training.tokenizer.evaluate import TokenizerEvaluateConfig, evaluate_tokenizer, measure
+from pipelines.training.tokenizer.files import fit, list_videos, read_video
 from pipelines.training.tokenizer.procedural import texture_clip
 from pipelines.training.tokenizer.text import TextCorpus
 from pipelines.training.tokenizer.train import FsqRun, FsqTraining, TokenizerTrainConfig, train_tokenizer
