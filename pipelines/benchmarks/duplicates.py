@@ -94,7 +94,8 @@ def _mark(shot: Shot, generator: np.random.Generator) -> Frames:
 
 def _speed_up(shot: Shot, generator: np.random.Generator) -> Frames:
     del generator
-    return shot.frames[np.round(np.arange(0, shot.length, _FASTER)).astype(int).clip(max=shot.length - 1)]
+    places = np.round(np.arange(0, shot.length, _FASTER)).astype(int).clip(max=shot.length - 1)
+    return np.asarray(shot.frames[places])
 
 
 KINDS: Mapping[str, Change] = {
@@ -145,7 +146,8 @@ def _with_frames(path: Path, shots: Sequence[tuple[float, Shot]]) -> list[Shot]:
                 if time - origin >= start - 1e-3 and len(own) < shot.length + shot.shift:
                     width = min(_WIDTH, frame.width) // 2 * 2
                     height = round(frame.height * width / frame.width / 2) * 2
-                    own.append(frame.reformat(width, height, "rgb24", interpolation="AREA").to_ndarray())
+                    small = frame.reformat(width, height, "rgb24", interpolation="AREA")
+                    own.append(np.asarray(small.to_ndarray(), np.uint8))
                     break  # they do not overlap
     return [
         Shot(shot.scene, shot.name, shot.fps, np.stack(own), shot.length, shot.shift)
