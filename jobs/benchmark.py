@@ -10,6 +10,7 @@ if __name__ == "__main__":  # run as a script: import from the checkout, not fro
 
 from jobs.benchmark_generate import generate, sampling
 from jobs.benchmark_layout import check
+from jobs.benchmark_pictures import cuts, duplicates, patterns
 from jobs.benchmark_serving import load
 from jobs.benchmark_training import COUNT, JSON, attention, loss, train, write
 from jobs.command import run
@@ -46,39 +47,7 @@ def data(json_path: Path | None, repeats: int, copies: int, null_rows: int, clip
     write(json_path, found)
 
 
-@command.command(short_help="How well shots are parted, on cuts made of given videos.")
-@JSON
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--cuts", "count", type=COUNT, default=240, show_default=True, help="To be made, of five kinds alike.")
-@click.option("--seed", type=int, default=7, show_default=True, help="Of shots and transitions.")
-def cuts(json_path: Path | None, folder: Path, count: int, seed: int) -> None:
-    """Join shots of real videos and see whether `split` parts them again.
-
-    FOLDER holds cartoon_12s.mp4, great_wall_12s.mp4, sintel_30s.mp4 and slides_123s_1080p.mp4. Told are the recall of
-    hard cuts, dissolves, fades, wipes and flashes, to within two frames, and the precision; PySceneDetect's detectors
-    on the same films besides.
-    """
-    from pipelines.benchmarks.cuts import GIVEN, run_cuts_benchmark
-
-    write(json_path, run_cuts_benchmark(folder, GIVEN, cuts=count, seed=seed, say=click.echo))
-
-
-@command.command(short_help="How well test pictures, noise and text are told from real videos.")
-@JSON
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--clips", type=COUNT, default=48, show_default=True, help="To be generated, of each kind.")
-@click.option("--seed", type=int, default=7, show_default=True, help="Of what is generated.")
-def patterns(json_path: Path | None, folder: Path, clips: int, seed: int) -> None:
-    """Generate clips of bars, planes, noise and text, all moving, and see which the default config rejects.
-
-    FOLDER holds real videos: told is which of their clips are rejected for the same scores, plain_share and noise.
-    """
-    from pipelines.benchmarks.patterns import run_patterns_benchmark
-
-    write(json_path, run_patterns_benchmark(folder, clips=clips, seed=seed, say=click.echo))
-
-
-for each in (train, attention, loss, generate, sampling, load, check):
+for each in (train, attention, loss, generate, sampling, load, check, cuts, patterns, duplicates):
     command.add_command(each)
 
 

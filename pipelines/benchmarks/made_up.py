@@ -13,6 +13,7 @@ CLIPS_PER_SOURCE = 10
 FPS = 12.0
 _CLIP_SECONDS = 3.0
 _PRINT_BYTES = 6 * 192  # of a fingerprint
+_MOVEMENT_BYTES = 2 + 18 * 32  # of what moves
 _STILL = 10  # of so many clips, one shows no motion and is rejected
 _GRID = (2, 8, 8)
 
@@ -60,6 +61,7 @@ def _clips(source_id: str) -> list[Row]:
                 "end_s": start + _CLIP_SECONDS,
                 "scores": scores,
                 "fingerprint": generator.integers(0, 256, _PRINT_BYTES, np.uint8).tobytes(),
+                "movement": generator.integers(0, 256, _MOVEMENT_BYTES, np.uint8).tobytes(),
                 "codec": "h264",
                 "pixel_format": "yuv420p",
                 "pixel_aspect": 1.0,

@@ -130,6 +130,19 @@ def plan_shape(scores: Mapping[str, float], config: TokenConfig) -> ClipShape | 
 
 
 @dataclass(frozen=True, kw_only=True)
+class MovingDuplicatesConfig:
+    """From which cosines on two clips in which something moves count as the same; both must be reached."""
+
+    pictures: float = 0.9  # of fingerprints in step; a crop, a logo and another speed take from it
+    motion: float | None = 0.75  # of what moves; none: near_duplicates decides alone, as where nothing moves
+
+    def __post_init__(self) -> None:
+        for name, cosine in (("pictures", self.pictures), ("motion", self.motion)):
+            sound = cosine is None or 0 < cosine <= 1
+            require(sound, f"moving_duplicates.{name} must be a cosine in (0, 1], got {cosine}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CurateConfig:
     """One curation run: videos in, a published snapshot of token shards out."""
 
@@ -141,7 +154,9 @@ class CurateConfig:
     thresholds: Thresholds = field(default_factory=Thresholds)
     # a table (CSV, JSONL, Parquet) of clips and sources that a person keeps or rejects: key, decision, note
     overrides: str | None = None
-    near_duplicates: float | None = 0.99  # cosine of fingerprints from which clips count as the same; none: keep all
+    # cosine of fingerprints from which clips count as the same where nothing moves; none: keep all
+    near_duplicates: float | None = 0.99
+    moving_duplicates: MovingDuplicatesConfig = field(default_factory=MovingDuplicatesConfig)  # where something does
     looks: LooksConfig = field(default_factory=LooksConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)
     captions: CaptionConfig = field(default_factory=CaptionConfig)

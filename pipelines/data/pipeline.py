@@ -154,6 +154,7 @@ def _portable(config: CurateConfig) -> dict[str, Any]:
         "split": split_identity(config.split),
         "thresholds": asdict(config.bounds),
         "near_duplicates": config.near_duplicates,
+        "moving_duplicates": asdict(config.moving_duplicates),
         "features": {"scores": config.features.scores, "num_frames": config.features.num_frames},
         "captions": {name: getattr(config.captions, name) for name in _CAPTION_RULES},
         "tokens": tokens,

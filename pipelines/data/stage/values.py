@@ -66,6 +66,8 @@ def read_values(
 ) -> pa.ChunkedArray:
     """Values of rows by their keys, the first ``lengths[0]`` of them from the first file, and so on.
 
+    Of a file without the column, as an earlier version wrote it, they are null.
+
     Raises:
         JobError: a file lacks a row.
     """
@@ -80,5 +82,8 @@ def read_values(
                 f"{uri} lacks {len(lacking)} of {length} rows, such as that of {lacking[0]}: it was changed meanwhile; "
                 "give the same command again"
             )
-        found.append(table[column].combine_chunks().take(places))
+        if column in table.column_names:
+            found.append(table[column].combine_chunks().take(places))
+        else:  # of an earlier version
+            found.append(pa.nulls(length, pa.binary()))
     return pa.chunked_array(found)

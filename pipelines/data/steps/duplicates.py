@@ -1,16 +1,17 @@
 """Near-duplicates: clips that show the same pictures at the same pace, found across the whole set at decision time.
 
-A clip's fingerprint is a thumbnail of every half second. Two clips are near-duplicates if the shorter one's thumbnails
-match a stretch of the other's: the mean cosine of thumbnails in step, at the best offset, reaches the threshold. So a
-shot that two files begin at different moments is found too, and one that runs backwards is not.
+A clip's fingerprint is a thumbnail of every half second. By these pairs are found that may be copies; whether they are
+is told by what moves in them too (likeness.py).
 
 Likeness makes chains: two clips may each be like a third, and not like each other. So of a group that is linked, the
 best copy is kept, and every further one that is like none of those kept before it.
 
-Pairs worth comparing have some frame of like signature, the signs of 256 random projections: frames are sorted by
-signature eight times, each time by other bits first, and compared with those they come to lie beside. Ray's workers
-make the signatures and keep them; each sorts those that begin with some bits and keeps the pairs. The thumbnails
-themselves are read again for the few clips that have a like, compared by workers too, and pairs that pass come back.
+Pairs worth comparing have some frame of like signature, the signs of 256 random projections of a blurred picture, so
+that a cropped one has nearly the same, which is turned so that its lighter half is on the left, so that a mirrored one
+has too: frames are sorted by signature eight times, each time by other bits first, and compared with those they come
+to lie beside. Ray's workers make the signatures and keep them; each sorts those that begin with some bits and keeps the
+pairs. Thumbnails and what moves are read again for the few clips that have a like, compared by workers too, and pairs
+that pass come back.
 The projections are seeded and the result does not depend on the order of the clips, on how they are dealt to workers,
 or on the workers' CPUs: all that is added up is whole, so that sums are exact in any order.
 """
@@ -33,11 +34,10 @@ from pipelines.data.reasons import near_duplicate
 from pipelines.data.stage.columns import take
 from pipelines.data.stage.tasks import fetch, is_worth_tasks, run_tasks, start_tasks
 from pipelines.data.stage.values import StoredValues, ValueGroup
+from pipelines.data.steps.likeness import FLAT, Appearance, Limits, likeness
 from pipelines.data.steps.run import Run, Step
-from pipelines.data.video.fingerprint import DIMENSIONS
+from pipelines.data.video.fingerprint import DIMENSIONS, THUMBNAIL
 
-MIN_FRAMES = 3  # that must match
-FLAT = 2.0  # standard deviation of a thumbnail below which it shows nothing that could be told again
 _WORDS = 8  # of 32 bits, in a signature
 _BITS = 32 * _WORDS
 _NEIGHBOURS = 16  # that each frame is compared with, as very many may be alike
@@ -45,19 +45,24 @@ _SPREAD = 6.0  # standard deviations by which signatures of frames as like as th
 _BLOCK = 1 << 11  # clips whose frames are projected at a time
 _TASK_FRAMES = 1 << 20  # that a task sorts, about
 _CLIP_BYTES = 8 * DIMENSIONS  # of the fingerprint of a clip, roughly
-_PARTS = 1 << 20  # of one
 _CACHED = 1 << 14  # fingerprints that are kept unpacked
 _RANGE = 1 << 20  # clips, the pairs of which a task compares
 _PAIRS = 1 << 14  # of clips that are compared before groups are formed anew
 _GROUPED = 1 << 14  # clips of groups of which a task chooses those to be kept
 _KEPT_COMPARED = 64  # copies kept of a group, the best, that each clip of it is compared with
 
-# [frames, DIMENSIONS], rows of unit length in whole parts of ``1 / _PARTS``, or zero where flat
-Print = NDArray[np.float64]
 # Of clips at some places, an ascending number for each, the lowest that of the best copy.
 Preference = Callable[[NDArray[np.int64]], NDArray[np.int64]]
-# Given places of clips, their stored fingerprints in groups, which number the places given.
-Fingerprints = Callable[[NDArray[np.int64]], Iterable[ValueGroup]]
+# Given places of clips, a stored value of each in groups, which number the places given.
+Stored = Callable[[NDArray[np.int64]], Iterable[ValueGroup]]
+
+
+@dataclass(frozen=True)
+class StoredClips:
+    """Where fingerprints of clips are, and what moves in them; the groups of one are those of the other."""
+
+    fingerprints: Stored
+    movements: Stored
 
 
 @dataclass(frozen=True)
@@ -68,68 +73,44 @@ class NearDuplicate:
     cosine: float
 
 
-def unpack_fingerprint(data: bytes) -> Print:
-    """Unit vectors of a stored fingerprint (uint8 thumbnails, one after another)."""
-    pixels = np.frombuffer(data, np.uint8).reshape(-1, DIMENSIONS).astype(np.float64)
-    centred = DIMENSIONS * pixels - pixels.sum(axis=1, keepdims=True)  # times the number of pixels
-    length = np.sqrt(np.square(centred).sum(axis=1, keepdims=True))
-    lively = length > FLAT * np.sqrt(DIMENSIONS) * DIMENSIONS
-    return np.where(lively, np.rint(centred / np.maximum(length, 1) * _PARTS), 0)
-
-
-def similarity(first: Print, second: Print) -> float:
-    """Mean cosine of frames in step, at the best offset of the shorter clip within the longer; 0 if too short.
-
-    Moments at which both are flat say nothing and do not count.
-    """
-    short, long = sorted((first, second), key=len)
-    cosines = short @ long.T
-    telling = np.any(short, axis=1, keepdims=True) | np.any(long, axis=1, keepdims=True).T
-    best = 0.0
-    for offset in range(len(long) - len(short) + 1):
-        count = int(np.diagonal(telling, offset).sum())
-        if count >= MIN_FRAMES:
-            best = max(best, float(np.diagonal(cosines, offset).sum()) / count)
-    return best / _PARTS**2
-
-
 def find_near_duplicates(
     keys: pa.Array | pa.ChunkedArray,
-    fingerprints: Fingerprints,
-    threshold: float,
+    stored: StoredClips,
+    limits: Limits,
     prefer: Preference | None = None,
 ) -> dict[int, NearDuplicate]:
     """By index, the clips that need not be kept, and what they are near-duplicates of.
 
     Args:
         keys: Of the clips.
-        fingerprints: Where those of places in ``keys`` are.
-        threshold: A cosine; from there on two are near-duplicates.
+        stored: Where what is compared of places in ``keys`` is.
+        limits: From where on two are near-duplicates.
         prefer: Which copies are better; of equals, and without it, that with the lowest key is.
     """
-    return _find_linked(keys, fingerprints, threshold, prefer)[0]
+    return _find_linked(keys, stored, limits, prefer)[0]
 
 
 def _find_linked(
-    keys: pa.Array | pa.ChunkedArray, fingerprints: Fingerprints, threshold: float, prefer: Preference | None
+    keys: pa.Array | pa.ChunkedArray, stored: StoredClips, limits: Limits, prefer: Preference | None
 ) -> tuple[dict[int, NearDuplicate], NDArray[np.int64]]:
     """Likewise, and pairs of near-duplicates, [n, 2], which link all that are so, directly or through others."""
     order = pc.sort_indices(keys).to_numpy().astype(np.int64)
     # From here on clips are numbered in the order of their keys.
-    rank, every = np.argsort(order), fingerprints(np.arange(len(order)))
+    rank, every = np.argsort(order), stored.fingerprints(np.arange(len(order)))
     remote = is_worth_tasks(len(order) * _CLIP_BYTES)
     signed = list(start_tasks(sign, ((group.read, rank[group.rows]) for group in every), remote=remote, num_returns=3))
-    seen, candidates = _candidates(signed, len(order), threshold, remote=remote)
+    seen, candidates = _candidates(signed, len(order), limits.least, remote=remote)
     ranks = np.flatnonzero(seen)
-    reads = ((group.read, ranks[group.rows]) for group in fingerprints(order[ranks]))
+    both = zip(stored.fingerprints(order[ranks]), stored.movements(order[ranks]), strict=True)
+    reads = ((group.read, moving.read, ranks[group.rows]) for group, moving in both)
     prints = [read[0] for read in start_tasks(read_prints, reads, remote=remote, num_returns=1)]
-    calls = ((threshold, prints, *pieces) for pieces in candidates)
+    calls = ((limits, prints, *pieces) for pieces in candidates)
     links = np.concatenate([np.zeros((0, 2), np.int64), *run_tasks(link_pairs, calls, remote=remote)])
     linked, local = np.unique(links, return_inverse=True)
     lowest = _lowest_linked(local.reshape(-1, 2), len(linked))
     preference = np.zeros(len(linked), np.int64) if prefer is None else prefer(order[linked])
     found = {}
-    groups = ((threshold, prints, *some) for some in _deal_groups(linked, lowest, links, preference))
+    groups = ((limits, prints, *some) for some in _deal_groups(linked, lowest, links, preference))
     for clips, kept, cosines in run_tasks(choose_kept, groups, remote=remote):
         for clip, copy, cosine in zip(order[clips].tolist(), order[kept].tolist(), cosines.tolist(), strict=True):
             found[clip] = NearDuplicate(copy, cosine)
@@ -154,45 +135,47 @@ def _deal_groups(
 
 
 class _Prints:
-    """The fingerprints of some clips, fetched from where ``read_prints`` left those of all that have a like."""
+    """What is compared of some clips, fetched from where ``read_prints`` left that of all that have a like."""
 
-    def __init__(self, clips: NDArray[np.int64], prints: Sequence[Any]) -> None:
-        self._packed: dict[int, bytes] = {}
+    def __init__(self, clips: NDArray[np.int64], prints: Sequence[Any], limits: Limits) -> None:
+        self._packed: dict[int, tuple[bytes, bytes | None]] = {}
         for piece in prints:
-            numbers, values = fetch(piece)
+            numbers, fingerprints, movements = fetch(piece)
             own = np.flatnonzero(np.isin(numbers, clips))
-            self._packed |= zip(numbers[own].tolist(), take(values, own).to_pylist(), strict=True)
-        self._of = lru_cache(_CACHED)(lambda clip: unpack_fingerprint(self._packed[clip]))
+            values = (take(stored, own).to_pylist() for stored in (fingerprints, movements))
+            self._packed |= zip(numbers[own].tolist(), zip(*values, strict=True), strict=True)
+        self._of = lru_cache(_CACHED)(lambda clip: Appearance(*self._packed[clip]))
+        self._limits = limits
 
-    def compare(self, one: int, other: int) -> float:
-        """The ``similarity`` of two clips."""
-        return similarity(self._of(one), self._of(other))
+    def compare(self, one: int, other: int) -> float | None:
+        """The ``likeness`` of two clips."""
+        return likeness(self._of(one), self._of(other), self._limits)
 
 
 def read_prints(
-    read: Callable[[], pa.ChunkedArray], clips: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], pa.ChunkedArray]:
-    """Numbers of some clips and the stored fingerprint of each."""
-    return clips, read()
+    read: Callable[[], pa.ChunkedArray], read_movements: Callable[[], pa.ChunkedArray], clips: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], pa.ChunkedArray, pa.ChunkedArray]:
+    """Numbers of some clips, the stored fingerprint of each, and what moves in it."""
+    return clips, read(), read_movements()
 
 
-def link_pairs(threshold: float, prints: Sequence[Any], *pieces: NDArray[np.int64]) -> NDArray[np.int64]:
+def link_pairs(limits: Limits, prints: Sequence[Any], *pieces: NDArray[np.int64]) -> NDArray[np.int64]:
     """Of pairs of clips, [n, 2], given in pieces, as many near-duplicates as link all that are so linked by any."""
     pairs = np.unique(np.concatenate([np.zeros((0, 2), np.int64), *pieces]), axis=0)
     clips, local = np.unique(pairs, return_inverse=True)
     local, links, lowest = local.reshape(-1, 2), np.zeros((0, 2), np.int64), np.arange(len(clips))
-    known = _Prints(clips, prints)
+    known = _Prints(clips, prints, limits)
     for start in range(0, len(pairs), _PAIRS):
         some = local[start : start + _PAIRS]
         some = some[lowest[some[:, 0]] != lowest[some[:, 1]]]  # others are known to be of one group
-        alike = [known.compare(first, second) >= threshold for first, second in clips[some].tolist()]
+        alike = [known.compare(first, second) is not None for first, second in clips[some].tolist()]
         links = np.concatenate([links, some[np.array(alike, bool)]])
         lowest = _lowest_linked(links, len(clips))
     return np.asarray(clips[links])
 
 
 def choose_kept(
-    threshold: float,
+    limits: Limits,
     prints: Sequence[Any],
     clips: NDArray[np.int64],
     groups: NDArray[np.int64],
@@ -200,12 +183,12 @@ def choose_kept(
     preference: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Of whole groups of clips (ascending), those not kept, the copy kept in place of each, and their cosine."""
-    known = _Prints(clips, prints)
+    known = _Prints(clips, prints, limits)
 
-    def compare(one: int, other: int) -> float:
+    def compare(one: int, other: int) -> float | None:
         return known.compare(int(clips[one]), int(clips[other]))
 
-    found = _choose_kept(groups, np.searchsorted(clips, links), preference, threshold, compare)
+    found = _choose_kept(groups, np.searchsorted(clips, links), preference, compare)
     kept, cosines = zip(*found.values(), strict=True) if found else ((), ())
     return clips[np.array([*found], np.int64)], clips[np.array(kept, np.int64)], np.array(cosines, np.float64)
 
@@ -214,8 +197,7 @@ def _choose_kept(
     groups: NDArray[np.int64],
     links: NDArray[np.int64],
     preference: NDArray[np.int64],
-    threshold: float,
-    compare: Callable[[int, int], float],
+    compare: Callable[[int, int], float | None],
 ) -> dict[int, tuple[int, float]]:
     """Of clips that are linked in groups, those not kept: the copy kept in place of each, and the cosine of the two.
 
@@ -223,8 +205,7 @@ def _choose_kept(
         groups: Number of each clip's group.
         links: Pairs of clips that are known to be alike.
         preference: The lower the number, the better the copy; of equals the first is.
-        threshold: From which cosine on two are alike.
-        compare: The cosine of two clips.
+        compare: The cosine of two clips, if they are alike.
     """
     alike: dict[int, set[int]] = defaultdict(set)
     for one, other in links.tolist():
@@ -239,7 +220,7 @@ def _choose_kept(
             best = kept[:_KEPT_COMPARED]
             tried = [*best, *sorted(alike[clip].intersection(kept).difference(best))] if kept else []
             cosines = ((copy, compare(clip, copy)) for copy in tried)
-            like = next(((copy, cosine) for copy, cosine in cosines if cosine >= threshold), None)
+            like = next(((copy, cosine) for copy, cosine in cosines if cosine is not None), None)
             if like is None:
                 kept.append(clip)
             else:
@@ -252,7 +233,7 @@ def sign(
 ) -> tuple[NDArray[np.uint32], NDArray[np.int64], int]:
     """Of every frame of some clips that shows something: signature [words, frames], rank of the clip; how many."""
     # Whole numbers below 2^24, so that sums are exact in any order: how clips are grouped must not change a sign.
-    planes = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), (DIMENSIONS, _BITS))
+    planes = _planes()
     words, owners = [np.zeros((_WORDS, 0), np.uint32)], [np.zeros(0, np.int64)]
     first = 0
     for batch in (chunk.slice(at, _BLOCK) for chunk in read().chunks for at in range(0, len(chunk), _BLOCK)):
@@ -262,12 +243,27 @@ def sign(
         sums = pixels.sum(axis=1, keepdims=True)
         spread = DIMENSIONS * np.einsum("ij,ij->i", pixels, pixels).astype(np.float64) - sums[:, 0].astype(float) ** 2
         lively = spread > (FLAT * DIMENSIONS) ** 2
-        signs = (DIMENSIONS * pixels[lively] - sums[lively]) @ planes > 0
+        turned = pixels[lively].reshape(-1, THUMBNAIL, THUMBNAIL, 3)
+        columns = turned.sum(axis=(1, 3))
+        dark_left = columns[:, : THUMBNAIL // 2].sum(axis=1) < columns[:, THUMBNAIL // 2 :].sum(axis=1)
+        turned[dark_left] = turned[dark_left, :, ::-1]
+        signs = turned.reshape(-1, DIMENSIONS) @ planes > 0
         words.append(np.packbits(signs, axis=1, bitorder="little").view(np.uint32).T)
         lengths = pc.binary_length(batch).to_numpy() // DIMENSIONS
         owners.append(np.repeat(own, lengths)[lively])
     every = np.concatenate(owners)
     return np.ascontiguousarray(np.concatenate(words, axis=1)), every, len(every)
+
+
+@lru_cache(1)
+def _planes() -> NDArray[np.float32]:
+    """Directions, [DIMENSIONS, _BITS], of as many ups as downs, so that brightness does not count; then blurred."""
+    halves = np.repeat(np.array([[-1], [1]]), DIMENSIONS // 2, axis=0)
+    planes = np.random.default_rng(0).permuted(np.tile(halves, _BITS), axis=0)
+    blur = 2 * np.eye(THUMBNAIL) + np.eye(THUMBNAIL, k=1) + np.eye(THUMBNAIL, k=-1)
+    blur[[0, -1], [0, -1]] = 3  # the border, repeated: the sum of a picture stays what it is
+    small = planes.reshape(THUMBNAIL, THUMBNAIL, 3, _BITS)
+    return np.asarray(np.einsum("ya,xb,abcn->yxcn", blur, blur, small).reshape(DIMENSIONS, _BITS), np.float32)
 
 
 def _candidates(
@@ -349,9 +345,9 @@ def _lowest_linked(links: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     return np.asarray(first[groups])
 
 
-def _fingerprints(clips: pa.Table, places: NDArray[np.int64]) -> Iterator[ValueGroup]:
+def _stored(clips: pa.Table, column: str, places: NDArray[np.int64]) -> Iterator[ValueGroup]:
     some = take(clips.select(["key", "split_part"]), places)
-    stored = StoredValues(files=some["split_part"], keys=some["key"], key_column="key", column="fingerprint")
+    stored = StoredValues(files=some["split_part"], keys=some["key"], key_column="key", column=column)
     return stored.groups(np.full(len(places), _CLIP_BYTES))
 
 
@@ -368,13 +364,14 @@ class NearDuplicates(Step):
 
     def apply(self, run: Run) -> None:
         """Decide, and group the sources that are linked so, whose split is drawn together."""
-        threshold, clips = run.config.near_duplicates, run.clips
+        threshold, moving, clips = run.config.near_duplicates, run.config.moving_duplicates, run.clips
         if threshold is None:
             return
+        limits = Limits(still=threshold, moving=moving.pictures, motion=moving.motion)
         kept = clips.verdicts.kept
         rows = clips.of(kept)
-        fingerprints = partial(_fingerprints, rows)
-        found, links = _find_linked(rows["key"], fingerprints, threshold, partial(self._prefer, run, rows))
+        stored = StoredClips(partial(_stored, rows, "fingerprint"), partial(_stored, rows, "movement"))
+        found, links = _find_linked(rows["key"], stored, limits, partial(self._prefer, run, rows))
         for place, duplicate in found.items():
             original = rows["key"][duplicate.of].as_py()
             clips.verdicts.set(int(kept[place]), "duplicate", near_duplicate(original, duplicate.cosine))

@@ -36,7 +36,8 @@ CLIPS = pa.schema(
         pa.field("start_s", pa.float64()),
         pa.field("end_s", pa.float64()),
         pa.field("scores", pa.struct([pa.field(score.name, pa.float64()) for score in scores_of("split")])),
-        pa.field("fingerprint", pa.binary()),  # thumbnails, see duplicates.py
+        pa.field("fingerprint", pa.binary()),  # thumbnails, see video/fingerprint.py
+        pa.field("movement", pa.binary()),  # what moves, see video/movement.py
         pa.field("codec", pa.string()),
         pa.field("pixel_format", pa.string()),
         pa.field("pixel_aspect", pa.float64()),
@@ -177,7 +178,7 @@ def split_stage(
     added = sorted(score.name for score in scores_of("split") if score.measure is not None)
     return Stage(
         name="split",
-        settings={"version": 8, **split_identity(config), **({"measures": added} if added else {})},
+        settings={"version": 9, **split_identity(config), **({"measures": added} if added else {})},
         schema=CLIPS,
         function=partial(SplitFunction, config=config, decode=decode, looks=looks),
         rows_per_part=32,
@@ -211,8 +212,8 @@ class SplitSources(Step):
         if self.looks is not None and anti_join(inputs, run.table("split").keys()).num_rows:
             inputs = inputs.append_column(LOOKED, _looked(first["source_id"], run.table(self.looks.name).keys()))
         table = run.compute("split", inputs, total=total, failed=len(unreadable))
-        # Fingerprints are most of the table, and read where they are needed.
-        columns = [*(name for name in CLIPS.names if name != "fingerprint"), PART]
+        # These are most of the table, and read where they are needed.
+        columns = [*(name for name in CLIPS.names if name not in ("fingerprint", "movement")), PART]
         parts = table.parts()
         rows = table.read(columns, keys=first["source_id"], parts=parts)
         run.failed = rows.filter(pc.is_null(rows["key"]))

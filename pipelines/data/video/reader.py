@@ -32,7 +32,7 @@ class DecodedSource:
     origin_s: float  # time of its first frame, as the file counts
     clean_clock: bool  # whether every frame had a time, later than the one before
     source_frames: int  # that could be decoded
-    clips: list[dict[str, Any]]  # start_s, end_s, scores and fingerprint of each, in order
+    clips: list[dict[str, Any]]  # start_s, end_s, scores, fingerprint and movement of each, in order
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from pipelines.data.settings import SplitConfig
 from pipelines.data.video.borders import BorderMeter, Box, turn_box
 from pipelines.data.video.fingerprint import LOOK_SECONDS, make_fingerprint, small_planes, small_size, thumbnail
 from pipelines.data.video.meter import FrameMeter
+from pipelines.data.video.movement import Cells, make_movement, measure_cells
 from pipelines.data.video.reader import DecodedSource
 from pipelines.data.video.transitions import Judgement, TransitionMeter
 from pipelines.decoding.errors import VideoError
@@ -90,6 +91,7 @@ class _Pass:
         self.frame_size = (0, 0)  # of the first frame, as coded
         self.last_duration = 0.0
         self.thumbnails: list[tuple[float, bytes]] = []  # several a second, of which clips take some
+        self.cells: list[Cells] = []  # of the same frames
         self._target = config.width
         self._small = (0, 0)
         self._changed = 0.0  # when the picture was last another than before, seconds
@@ -118,6 +120,7 @@ class _Pass:
             self.shots.add(interpolate(frame, self._small, self._converter))
         if not self.thumbnails or time - self.thumbnails[-1][0] >= LOOK_SECONDS - 1e-3:
             self.thumbnails.append((time, thumbnail(planes).tobytes()))
+            self.cells.append(measure_cells(planes[0]))
         if self.borders.wants(time):
             luma = full_luma(frame, self._grayer)
             self.borders.add(time, luma)
@@ -150,6 +153,7 @@ def _clips(seen: _Pass, info: VideoInfo, config: SplitConfig, beat: Callable[[],
     if seen.shots is not None:
         cuts = [seen.fresh[cut] for cut in seen.shots.finish()]
         cuts = join_cuts(cuts, judged) if config.transitions else cuts
+    looked_at = [time for time, _ in seen.thumbnails]
     clips = []
     for first, stop in _spans(meter.times, cuts, end, meter.dark, config):
         beat()
@@ -160,9 +164,14 @@ def _clips(seen: _Pass, info: VideoInfo, config: SplitConfig, beat: Callable[[],
         scores = span | of_the_source | meter.clip_scores(first, stop, picture_share)
         scores["cut"] = float(inside.max()) if len(inside) else 0.0
         rounded = {name: round(float(value), 6) for name, value in scores.items()}
-        fingerprint = make_fingerprint(seen.thumbnails, start_s, end_s)
         clips.append(
-            {"start_s": round(start_s, 3), "end_s": round(end_s, 3), "scores": rounded, "fingerprint": fingerprint}
+            {
+                "start_s": round(start_s, 3),
+                "end_s": round(end_s, 3),
+                "scores": rounded,
+                "fingerprint": make_fingerprint(seen.thumbnails, start_s, end_s),
+                "movement": make_movement(looked_at, seen.cells, start_s, end_s),
+            }
         )
     return clips
 

@@ -116,7 +116,7 @@ def test_exactly_once_after_kills_in_decisions_and_publication(
     corpus, tokenizer_file, untouched, ray_cluster, tmp_path, monkeypatch
 ):
     dataset, chance = tmp_path / "d", random.Random(0)
-    options = ["publish.shard_mb=0.001", "near_duplicates=0.9999"]
+    options = ["publish.shard_mb=0.001", "near_duplicates=0.9999", "moving_duplicates.motion=null"]
     driver = _MANY_PIECES + _DRIVER.replace('"resources.workers=2"', f'"resources.workers=2", *{options}')
     config = curate_config(corpus, dataset, tokenizer_file, *options)
     monkeypatch.setattr(ledger, "_PART_ROWS", 1)

@@ -72,3 +72,12 @@ def test_a_clip_that_is_not_there_is_told(files):
     pq.write_table(TOKENIZED.empty_table(), files[0].as_py())
     with pytest.raises(JobError, match=r"lacks 1 of 1 rows, such as that of w7: .* give the same command again"):
         group.read()
+
+
+def test_a_column_that_a_file_of_an_earlier_version_lacks_is_null(tmp_path):
+    rows = {"key": ["a", "b"], "movement": pa.array([b"1", b"2"], pa.binary())}
+    paths = [f"{tmp_path}/{name}.parquet" for name in ("old", "new")]
+    pq.write_table(pa.table({"key": rows["key"]}), paths[0])
+    pq.write_table(pa.table(rows), paths[1])
+    found = values.read_values(paths, [1, 2], pa.array(["b", "b", "a"]), "key", "movement")
+    assert found.to_pylist() == [None, b"2", b"1"]

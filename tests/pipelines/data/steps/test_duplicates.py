@@ -10,17 +10,14 @@ from pipelines.data.snapshot.read import open_snapshot
 from pipelines.data.stage import tasks
 from pipelines.data.stage.values import ValueGroup
 from pipelines.data.steps import duplicates
-from pipelines.data.steps.duplicates import (
-    find_near_duplicates,
-    linked_groups,
-    sign,
-    similarity,
-    unpack_fingerprint,
-)
+from pipelines.data.steps.duplicates import StoredClips, find_near_duplicates, linked_groups, sign
+from pipelines.data.steps.likeness import Limits, similarity, unpack_fingerprint
 from pipelines.data.video.fingerprint import DIMENSIONS
 from pipelines.data.video.shots import split_source
 from tests.pipelines.data.corpora import curate_config
 from tests.pipelines.data.videos import moving_square, write_table, write_video
+
+LIMITS = Limits(still=0.99, moving=0.9, motion=0.75)
 
 
 def film(frames, seed):
@@ -35,15 +32,16 @@ def prints(*films):
 
 
 def told(*films):
-    """Their fingerprints in groups of seven."""
+    """Their fingerprints in groups of seven; of what moves in them nothing is known."""
     packed = pa.array([frames.tobytes() for frames in films], pa.binary())
+    unknown = pa.nulls(len(films), pa.binary())
 
-    def groups(places):
+    def groups(values, places):
         for at in range(0, len(places), 7):
             rows = np.arange(at, min(at + 7, len(places)))
-            yield ValueGroup(rows, partial(pa.chunked_array, [packed.take(pa.array(places[rows]))]))
+            yield ValueGroup(rows, partial(pa.chunked_array, [values.take(pa.array(places[rows]))]))
 
-    return groups
+    return StoredClips(partial(groups, packed), partial(groups, unknown))
 
 
 def test_copies_and_parts_are_found_and_the_lowest_key_is_kept():
@@ -52,7 +50,7 @@ def test_copies_and_parts_are_found_and_the_lowest_key_is_kept():
     others = [film(20, seed=seed) for seed in range(2, 40)]
     clips = [noisy, *others, original, original[5:15]]
     keys = ["k9", *(f"x{index:02d}" for index in range(len(others))), "k1", "k5"]
-    found = find_near_duplicates(pa.array(keys), told(*clips), 0.99)
+    found = find_near_duplicates(pa.array(keys), told(*clips), LIMITS)
     kept = keys.index("k1")
     assert {index: duplicate.of for index, duplicate in found.items()} == {0: kept, len(clips) - 1: kept}
     assert all(0.99 <= duplicate.cosine <= 1.0001 for duplicate in found.values())
@@ -63,7 +61,7 @@ def test_every_copy_among_thousands_is_found_and_no_other_clip():
     clips = [film(8, seed) for seed in range(3000)]
     copies = [np.clip(clip + generator.normal(0, 2, clip.shape), 0, 255).astype(np.uint8) for clip in clips[:300]]
     keys = pa.array([f"{number:05d}" for number in range(3300)])
-    found = find_near_duplicates(keys, told(*clips, *copies), 0.99)
+    found = find_near_duplicates(keys, told(*clips, *copies), LIMITS)
     assert {number: duplicate.of for number, duplicate in found.items()} == {3000 + n: n for n in range(300)}
 
 
@@ -73,7 +71,7 @@ def test_a_few_frames_of_a_long_clip_are_found(frames):
         generator = np.random.default_rng(seed)
         long = generator.integers(0, 256, (frames, DIMENSIONS), np.uint8)
         at = int(generator.integers(0, frames - 4))
-        assert find_near_duplicates(pa.array(["a", "b"]), told(long, long[at : at + 4]), 0.99).keys() == {1}
+        assert find_near_duplicates(pa.array(["a", "b"]), told(long, long[at : at + 4]), LIMITS).keys() == {1}
 
 
 def test_candidates_do_not_depend_on_how_clips_are_dealt(monkeypatch):
@@ -95,13 +93,13 @@ def test_candidates_do_not_depend_on_how_clips_are_dealt(monkeypatch):
 def test_workers_find_the_same(monkeypatch):
     clips = [film(8, seed=index % 90) for index in range(120)]
     keys = pa.array([f"{number:03d}" for number in range(120)])
-    here = find_near_duplicates(keys, told(*clips), 0.99)
+    here = find_near_duplicates(keys, told(*clips), LIMITS)
     monkeypatch.setattr(tasks, "_FEW_BYTES", 0)
     monkeypatch.setattr(duplicates, "_TASK_FRAMES", 300)
     for size in (1 << 20, 40, 7):  # of ranges and groups, that tasks have
         monkeypatch.setattr(duplicates, "_RANGE", size)
         monkeypatch.setattr(duplicates, "_GROUPED", size)
-        assert find_near_duplicates(keys, told(*clips), 0.99) == here
+        assert find_near_duplicates(keys, told(*clips), LIMITS) == here
     assert len(here) == 30
 
 
@@ -110,32 +108,32 @@ def test_pairs_are_compared_by_workers_and_only_what_passes_comes_back(monkeypat
     clips = [film(8, seed=index % 90) for index in range(120)]
     keys = pa.array([f"{number:03d}" for number in range(120)])
     monkeypatch.setattr(tasks, "_FEW_BYTES", 0)
-    monkeypatch.setattr(duplicates, "unpack_fingerprint", None)  # here, not in the workers
-    assert len(find_near_duplicates(keys, told(*clips), 0.99)) == 30
+    monkeypatch.setattr(duplicates, "Appearance", None)  # here, not in the workers
+    assert len(find_near_duplicates(keys, told(*clips), LIMITS)) == 30
 
 
 def test_a_crowd_of_one_picture_is_one_group():
     clips = [film(8, seed=0)] * 500 + [film(8, seed=1)]
-    found = find_near_duplicates(pa.array([f"{number:05d}" for number in range(501)]), told(*clips), 0.99)
+    found = find_near_duplicates(pa.array([f"{number:05d}" for number in range(501)]), told(*clips), LIMITS)
     assert {number: duplicate.of for number, duplicate in found.items()} == dict.fromkeys(range(1, 500), 0)
 
 
 def test_groups_are_the_same_however_many_pairs_are_compared_at_a_time(monkeypatch):
     clips = [film(8, seed=index % 7) for index in range(60)]
     keys = pa.array([f"{number:02d}" for number in range(60)])
-    whole = find_near_duplicates(keys, told(*clips), 0.99)
+    whole = find_near_duplicates(keys, told(*clips), LIMITS)
     assert {number: duplicate.of for number, duplicate in whole.items()} == {n: n % 7 for n in range(7, 60)}
     monkeypatch.setattr(duplicates, "_PAIRS", 5)
-    assert find_near_duplicates(keys, told(*clips), 0.99) == whole
+    assert find_near_duplicates(keys, told(*clips), LIMITS) == whole
 
 
 def test_the_result_does_not_depend_on_order():
     clips = [film(12, seed=index // 2) for index in range(40)]
     keys = [f"k{(index * 7) % 40:02d}" for index in range(40)]
-    found = {keys[i]: keys[d.of] for i, d in find_near_duplicates(pa.array(keys), told(*clips), 0.99).items()}
+    found = {keys[i]: keys[d.of] for i, d in find_near_duplicates(pa.array(keys), told(*clips), LIMITS).items()}
     order = np.random.default_rng(0).permutation(40)
     shuffled = [keys[i] for i in order]
-    again = find_near_duplicates(pa.array(shuffled), told(*(clips[i] for i in order)), 0.99)
+    again = find_near_duplicates(pa.array(shuffled), told(*(clips[i] for i in order)), LIMITS)
     assert {shuffled[i]: shuffled[d.of] for i, d in again.items()} == found
     assert len(found) == 20
 
@@ -159,8 +157,8 @@ def test_what_shows_nothing_is_like_nothing():
     assert similarity(*prints(flat, flat)) == 0.0
     short = film(2, seed=0)
     assert similarity(*prints(short, short)) == 0.0
-    assert find_near_duplicates(pa.array(["a", "b", "c"]), told(flat, flat, flat[:0]), 0.99) == {}
-    assert find_near_duplicates(pa.array([], pa.string()), told(), 0.99) == {}
+    assert find_near_duplicates(pa.array(["a", "b", "c"]), told(flat, flat, flat[:0]), LIMITS) == {}
+    assert find_near_duplicates(pa.array([], pa.string()), told(), LIMITS) == {}
 
 
 def chain(count):
@@ -177,7 +175,7 @@ def chain(count):
 def test_of_a_chain_no_clip_is_said_to_be_of_one_that_it_is_not_like(best):
     clips = chain(5)
     keys = pa.array([f"k{number}" for number in range(5)])
-    found = find_near_duplicates(keys, told(*clips), 0.99, lambda places: (places != best).astype(np.int64))
+    found = find_near_duplicates(keys, told(*clips), LIMITS, lambda places: (places != best).astype(np.int64))
     packed = prints(*clips)
     assert best not in found
     assert found
@@ -190,7 +188,7 @@ def test_of_a_chain_no_clip_is_said_to_be_of_one_that_it_is_not_like(best):
 
 
 def test_a_whole_chain_is_one_group_though_clips_of_it_are_kept():
-    found, links = duplicates._find_linked(pa.array(list("abcde")), told(*chain(5)), 0.99, None)
+    found, links = duplicates._find_linked(pa.array(list("abcde")), told(*chain(5)), LIMITS, None)
     assert len(found) < 4  # so that two are kept at least, whose splits must be one
     assert linked_groups([(f"s{one}", f"s{other}") for one, other in links]) == {f"s{n}": "s0" for n in range(5)}
 

@@ -1,6 +1,6 @@
 """What curation makes of a real film: black bars, cuts, and an opening that two files share."""
 
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from pipelines.data.scores import Thresholds
 from pipelines.data.settings import SplitConfig
 from pipelines.data.stage.values import ValueGroup
 from pipelines.data.steps.decide import decide
-from pipelines.data.steps.duplicates import find_near_duplicates
+from pipelines.data.steps.duplicates import StoredClips, find_near_duplicates
+from pipelines.data.steps.likeness import Limits
 from pipelines.data.video.reader import ClipRequest, DecodedSource, read_clip
 from pipelines.data.video.shots import split_source
 
@@ -103,12 +104,13 @@ def test_what_the_first_measure_does_not_see_the_second_parts_or_has_rejected():
 def test_the_shared_opening_is_a_near_duplicate():
     clips = [clip for name in ("sintel_10s", "sintel_12s_of_30") for clip in source(name).clips]
     keys = pa.array([f"{index:02d}" for index in range(len(clips))])
-    prints = pa.array([clip["fingerprint"] for clip in clips], pa.binary())
 
-    def fingerprints(places):
-        return [ValueGroup(np.arange(len(places)), lambda: pa.chunked_array([prints.take(pa.array(places))]))]
+    def groups(column, places):
+        values = pa.array([clips[place][column] for place in places], pa.binary())
+        return [ValueGroup(np.arange(len(places)), lambda: pa.chunked_array([values]))]
 
-    found = find_near_duplicates(keys, fingerprints, 0.99)
+    stored = StoredClips(partial(groups, "fingerprint"), partial(groups, "movement"))
+    found = find_near_duplicates(keys, stored, Limits(still=0.99, moving=0.9, motion=0.75))
     first_of_the_longer = len(source("sintel_10s").clips)
     assert found[first_of_the_longer].of == 0
     assert found[first_of_the_longer].cosine >= 0.99
