@@ -45,16 +45,15 @@ class ClipSource:
     size: int = 48  # height and width of a clip, px; a multiple of 8
     num_frames: int = 13  # of a clip, 1 + 4k
     fps: float = 12.0  # that videos are brought to
-    corpus_share: float = (
-        0.7  # of a batch, drawn from the sample corpus, 0..1; the others share the rest by their numbers
-    )
+    recolored_share: float = 0.0  # of what is not of the sample corpus: other, mostly stronger colours, 0..1
+    corpus_share: float = 0.7  # of a batch, drawn from the sample corpus, 0..1; the rest is drawn from all others alike
     aligned_share: float = 0.85  # of the sample corpus's clips, that keep their place on the grid of cells, as the demo
     # curates them; the others are shifted, 0..1
 
     def __post_init__(self) -> None:
         for name in ("max_video_clips", "photo_clips", "corpus_clips", "texture_clips"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("corpus_share", "aligned_share"):
+        for name in ("recolored_share", "corpus_share", "aligned_share"):
             require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it must be in 0..1")
         require(
             self.size >= 16 and self.size % CELL == 0,
@@ -175,7 +174,17 @@ class ClipPools:
         clip = clip[:, top : top + size, left : left + size]
         flips = [dim for dim in range(3) if generator.random() < 0.5]
         clip = clip.flip(flips)
-        return clip.transpose(1, 2) if generator.random() < 0.5 else clip
+        clip = clip.transpose(1, 2) if generator.random() < 0.5 else clip
+        share = self.source.recolored_share
+        return recolored(clip, generator) if share and generator.random() < share else clip
+
+
+def recolored(clip: UInt8[Tensor, "time height width 3"], generator: Generator) -> UInt8[Tensor, "time height width 3"]:
+    """A clip with its channels in another order and its colours weaker or up to four times as strong."""
+    values = clip[..., torch.from_numpy(generator.permutation(3))].float()
+    gray = values.mean(dim=-1, keepdim=True)
+    strength = float(np.exp(generator.uniform(-0.3, np.log(4))))
+    return (gray + strength * (values - gray)).round().clamp(0, 255).to(torch.uint8)
 
 
 def _video_clips(source: ClipSource, side: int, generator: Generator) -> Tensor:

@@ -9,7 +9,7 @@ from lumos.tokenizers import FsqTokenizer
 from lumos.tokenizers.fsq import FsqConfig
 from pipelines.errors import UserError
 from pipelines.sample_corpus import write_video
-from pipelines.training.tokenizer.data import ClipPools, ClipSource
+from pipelines.training.tokenizer.data import ClipPools, ClipSource, recolored
 from pipelines.training.tokenizer.filmed import crop_clips, photo_clips
 from pipelines.training.tokenizer.procedural import texture_clip
 from pipelines.training.tokenizer.train import (
@@ -77,6 +77,16 @@ def test_sources_share_a_batch_by_their_numbers(videos, photos):
     pools = ClipPools(source, 0)
     assert pools.others.shape == (20, 5, 42, 42, 3)
     assert pools.batch(0, 3)[0].shape == (3, 5, 32, 32, 3)
+
+
+def test_recolored_clips_keep_their_light_and_lose_their_colours():
+    clip = torch.from_numpy(texture_clip(np.random.default_rng(3), num_frames=5, side=32)).clamp(60, 190)
+    others = [recolored(clip, np.random.default_rng(seed)) for seed in range(8)]
+    spread = [float(other.float().std(dim=-1).mean()) for other in others]
+    assert max(spread) > 1.5 * float(clip.float().std(dim=-1).mean())
+    assert min((other.float() - clip.float()).abs().max() for other in others) > 2
+    mild = min(others, key=lambda other: float(other.float().std(dim=-1).mean()))
+    assert (mild.float().mean(dim=-1) - clip.float().mean(dim=-1)).abs().max() < 1
 
 
 def test_what_cannot_be_filmed_is_named(tmp_path, videos):
