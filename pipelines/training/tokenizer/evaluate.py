@@ -1,6 +1,9 @@
 """Measures a video tokenizer: how much it loses, and how many of its codes it uses."""
 
 import json
+import statistics
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -62,6 +65,8 @@ class Measurement:
     codes_used: int  # different codes that occur
     codebook_size: int
     entropy_bits: float  # of the codes' frequencies
+    encode_ms: float  # milliseconds a frame, median over batches, here and now
+    decode_ms: float
 
     def summary(self) -> str:
         """Figures on one line."""
@@ -69,7 +74,7 @@ class Measurement:
         return (
             f"PSNR {self.psnr:.2f} dB (lowest {self.psnr_min:.2f}), SSIM {self.ssim:.4f}, "
             f"{self.codes_used} of {self.codebook_size} codes "
-            f"({share:.0%}), {self.entropy_bits:.2f} bits"
+            f"({share:.0%}), {self.entropy_bits:.2f} bits, {self.encode_ms:.1f} and {self.decode_ms:.1f} ms a frame"
         )
 
     def __str__(self) -> str:
@@ -84,13 +89,15 @@ class Evaluation:
     rows: tuple[Measurement, ...]
 
     def __str__(self) -> str:
-        head = f"{'clips':>5} {'PSNR':>6} {'lowest':>6} {'SSIM':>6} {'codes':>11} {'bits':>5}  name"
+        head = f"{'clips':>5} {'PSNR':>6} {'lowest':>6} {'SSIM':>6} {'codes':>11} {'bits':>5}"
+        head += f" {'encode':>6} {'decode':>6}  name"
         lines = [
             f"{row.clips:5d} {row.psnr:6.2f} {row.psnr_min:6.2f} {row.ssim:6.4f} "
-            f"{row.codes_used:5d}/{row.codebook_size:<5d} {row.entropy_bits:5.2f}  {row.name}"
+            f"{row.codes_used:5d}/{row.codebook_size:<5d} {row.entropy_bits:5.2f} "
+            f"{row.encode_ms:6.1f} {row.decode_ms:6.1f}  {row.name}"
             for row in self.rows
         ]
-        return "\n".join([head, *lines])
+        return "\n".join([head, *lines, "PSNR in dB of whole clips; encode and decode in ms a frame, on this machine"])
 
 
 def evaluate_tokenizer(config: TokenizerEvaluateConfig) -> Evaluation:
@@ -120,9 +127,10 @@ def evaluate_tokenizer(config: TokenizerEvaluateConfig) -> Evaluation:
                 clips[name] = torch.from_numpy(cut)
         if not clips:
             raise UserError(f"videos: none of {config.videos} has {config.clip_frames} frames at {config.fps:g} fps")
-    rows = [measure(tokenizer, value, name=name) for name, value in clips.items()]
-    if len(clips) > 1:
-        rows.append(measure(tokenizer, *clips.values(), name="all"))
+    seen = {name: _see(tokenizer, value) for name, value in clips.items()}
+    rows = [_sum_up(tokenizer, [value], name) for name, value in seen.items()]
+    if len(seen) > 1:
+        rows.append(_sum_up(tokenizer, list(seen.values()), "all"))
     result = Evaluation(weights_hash=tokenizer.weights_hash, rows=tuple(rows))
     if config.output is not None:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
@@ -130,26 +138,55 @@ def evaluate_tokenizer(config: TokenizerEvaluateConfig) -> Evaluation:
     return result
 
 
-def measure(tokenizer: VideoTokenizer, *groups: Tensor, name: str) -> Measurement:
-    """Measure on groups of clips uint8 [clips, T, H, W, 3]; sizes may differ between groups."""
-    psnrs: list[float] = []
-    ssims: list[float] = []
-    counts = torch.zeros(tokenizer.codebook_size, dtype=torch.long)
-    for clips in groups:
-        for batch in clips.split(_BATCH):
-            codes = tokenizer.encode(batch)
-            counts += torch.bincount(codes.flatten(), minlength=tokenizer.codebook_size)
-            pairs = list(zip(batch.numpy(), tokenizer.decode(codes).numpy(), strict=True))
-            psnrs += [psnr(clip, other) for clip, other in pairs]
-            ssims += [ssim(*frames) for clip, other in pairs for frames in zip(clip, other, strict=True)]
+def measure(tokenizer: VideoTokenizer, clips: Tensor, *, name: str) -> Measurement:
+    """Measure on clips uint8 [clips, T, H, W, 3]."""
+    return _sum_up(tokenizer, [_see(tokenizer, clips)], name)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What was measured on clips of one size."""
+
+    psnrs: list[float]  # of clips
+    ssims: list[float]  # of frames
+    counts: Tensor  # of each code
+    encode_s: list[float]  # a frame, of batches
+    decode_s: list[float]
+
+
+def _see(tokenizer: VideoTokenizer, clips: Tensor) -> _Seen:
+    seen = _Seen([], [], torch.zeros(tokenizer.codebook_size, dtype=torch.long), [], [])
+    for batch in clips.split(_BATCH):
+        frames = batch.shape[0] * batch.shape[1]
+        started = time.perf_counter()
+        codes = tokenizer.encode(batch)
+        encoded = time.perf_counter()
+        decoded = tokenizer.decode(codes)
+        seen.encode_s.append((encoded - started) / frames)
+        seen.decode_s.append((time.perf_counter() - encoded) / frames)
+        seen.counts.add_(torch.bincount(codes.flatten(), minlength=tokenizer.codebook_size))
+        pairs = list(zip(batch.numpy(), decoded.numpy(), strict=True))
+        seen.psnrs.extend(psnr(clip, other) for clip, other in pairs)
+        seen.ssims.extend(ssim(*frames) for clip, other in pairs for frames in zip(clip, other, strict=True))
+    return seen
+
+
+def _sum_up(tokenizer: VideoTokenizer, all_seen: Sequence[_Seen], name: str) -> Measurement:
+    psnrs, ssims, encode_s, decode_s = (
+        [value for seen in all_seen for value in getattr(seen, figure)]
+        for figure in ("psnrs", "ssims", "encode_s", "decode_s")
+    )
+    counts = torch.stack([seen.counts for seen in all_seen]).sum(dim=0)
     shares = counts[counts > 0] / counts.sum()
     return Measurement(
         name=name,
         clips=len(psnrs),
-        psnr=sum(psnrs) / len(psnrs),
+        psnr=statistics.fmean(psnrs),
         psnr_min=min(psnrs),
-        ssim=sum(ssims) / len(ssims),
+        ssim=statistics.fmean(ssims),
         codes_used=int((counts > 0).sum()),
         codebook_size=tokenizer.codebook_size,
         entropy_bits=float(-(shares * shares.log2()).sum()),
+        encode_ms=1e3 * statistics.median(encode_s),
+        decode_ms=1e3 * statistics.median(decode_s),
     )
