@@ -10,9 +10,8 @@ if __name__ == "__main__":  # run as a script: import from the checkout, not fro
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from jobs.command import run
-from pipelines.benchmark_names import ALSO_CALLED, BENCHMARK_NAMES
+from pipelines.benchmark_names import ACCEPTED_NAMES
 
-_BENCHMARKS = (*BENCHMARK_NAMES, *ALSO_CALLED)
 _FORMS = ("auto", "page", "folder", "none")  # auto: videos within the page up to --page-mb, else beside it
 
 
@@ -86,7 +85,7 @@ def folders(**options: Any) -> None:
 
 @command.command("import", short_help="Official results and their published totals.")
 @click.argument("files", nargs=-1, required=True, metavar="FILES...")
-@click.option("--benchmark", type=click.Choice(_BENCHMARKS), help="Else told from what the files hold.")
+@click.option("--benchmark", type=click.Choice(ACCEPTED_NAMES), help="Else told from what the files hold.")
 @click.option("--out", help="JSON file for the result, local or s3://.")
 @_record_options
 def import_(files: tuple[str, ...], benchmark: str | None, out: str | None, **options: Any) -> None:

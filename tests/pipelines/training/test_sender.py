@@ -118,16 +118,18 @@ def test_a_fork_hangs_below_its_parent(dataset, tmp_path):
 
 
 def test_a_store_that_cannot_be_is_refused_before_training(dataset, tmp_path):
-    _, _, sender = open_run(dataset, tmp_path / "out", uri=f"file://{tmp_path}/mlruns")
-    with sender, pytest.raises(UserError, match=r"tracking.uri = file:.*name a server or a database"):
+    (tmp_path / "file").touch()
+    _, _, sender = open_run(dataset, tmp_path / "out", uri=f"sqlite:///{tmp_path}/file/mlflow.db")
+    with sender, pytest.raises(UserError, match=r"tracking.uri = sqlite:.*check the address of the store"):
         sender.check(60)
 
 
 def test_a_store_that_cannot_be_is_told_at_the_end_of_a_finished_run(dataset, tmp_path, caplog):
-    _, history, sender = open_run(dataset, tmp_path / "out", uri=f"file://{tmp_path}/mlruns")
+    (tmp_path / "file").touch()
+    _, history, sender = open_run(dataset, tmp_path / "out", uri=f"sqlite:///{tmp_path}/file/mlflow.db")
     history.add([step_record(1)])
     sender.end("FINISHED")
-    assert "name a server or a database" in caplog.text
+    assert "check the address of the store, or name another" in caplog.text
     assert "the next `lumos train` of this run sends it" in caplog.text
 
 
