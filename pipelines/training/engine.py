@@ -5,7 +5,9 @@ import json
 import logging
 import os
 import re
-from contextlib import suppress
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -192,19 +194,33 @@ def prepare_process(device: torch.device, *, threads: int) -> None:
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))  # else it counts NUMA nodes by numactl
     torch.set_num_threads(threads)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if device.type == "cpu":
+    with _absent("mlflow"):  # DeepSpeed's autotuner, which nothing here calls, imports all of it: 500 modules
         import deepspeed.ops  # after DS_ACCELERATOR is set
-
+    if device.type == "cpu":
         # Its shared-memory all-reduce, for which gloo stands in. DeepSpeed believes it available on any CPU and raises
         # where its build finds no compiler or ninja; where it finds them the build takes minutes, for no gain here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # DeepSpeed's Muon compiles its update, which needs a C++ compiler and gains nothing at a CPU's sizes.
-        torch.compiler.set_stance("force_eager")
+        # DeepSpeed's Muon compiles its update, which needs a C++ compiler and gains nothing at a CPU's sizes; asking
+        # torch for it alone imports its compiler.
+        deepspeed.runtime.compiler.compile = lambda: lambda function: function
         if not has_bf16_products():
             from deepspeed.runtime.zero.muon import original_muon
 
             # DeepSpeed takes every CPU for one that multiplies in bf16, which makes Muon 25 times slower.
             original_muon.ns_compute_dtype = lambda *_: torch.float32
+
+
+@contextmanager
+def _absent(name: str) -> Iterator[None]:
+    """A package that is not loaded yet cannot be imported within the block."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 def make_engine(module: nn.Module, config: TrainConfig) -> Engine:
