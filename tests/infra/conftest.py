@@ -1,34 +1,18 @@
 """The cluster of the drills, and what several of them begin with."""
 
-import os
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from pipelines.sample_corpus import write_corpus
-from tests.infra.local_cluster import ENVIRONMENT, SERVE_TOKEN, TRAINING, Cluster, control, missing
+from tests.infra.local_cluster import ENVIRONMENT, TRAINING, nodes
 
 
 @pytest.fixture(scope="session")
 def cluster():
-    """Three nodes; the first is the head."""
-    reason = missing()
-    if reason:
-        pytest.skip(reason)
-    state = os.environ.get("LUMOS_LOCAL_STATE") or f"/var/tmp/lumos-drills-{os.getpid()}"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ENVIRONMENT, "LUMOS_LOCAL_STATE", state)
-        control("up", 3, "--store", "--env", f"LUMOS_SERVE_TOKEN={SERVE_TOKEN}")
-        try:
-            lines = Path(ENVIRONMENT["LUMOS_LOCAL_STATE"], "env").read_text().splitlines()
-            words = [word for line in lines for word in line.removeprefix("export ").split()]
-            env = dict(word.split("=", 1) for word in words)
-            for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-                patch.setenv(name, env[name])
-            yield Cluster(env)
-        finally:
-            control("down")
+    """Three nodes."""
+    with nodes(3) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

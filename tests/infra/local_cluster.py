@@ -10,10 +10,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from mlflow import MlflowClient
 from s3fs import S3FileSystem
 
@@ -108,6 +110,26 @@ class Cluster:
                 if title in name:
                     found.add(int(place.name.removeprefix("lumos-")))
         return found
+
+
+@contextmanager
+def nodes(count: int) -> Iterator[Cluster]:
+    """A cluster of so many nodes and a store; the first is the head. Skips where there can be none."""
+    if reason := missing():
+        pytest.skip(reason)
+    state = os.environ.get("LUMOS_LOCAL_STATE") or f"/var/tmp/lumos-drills-{os.getpid()}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ENVIRONMENT, "LUMOS_LOCAL_STATE", state)
+        control("up", count, "--store", "--env", f"LUMOS_SERVE_TOKEN={SERVE_TOKEN}")
+        try:
+            lines = Path(state, "env").read_text().splitlines()
+            words = [word for line in lines for word in line.removeprefix("export ").split()]
+            env = dict(word.split("=", 1) for word in words)
+            for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+                patch.setenv(name, env[name])
+            yield Cluster(env)
+        finally:
+            control("down")
 
 
 def wait_for(
