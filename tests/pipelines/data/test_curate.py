@@ -28,6 +28,7 @@ def copy(curated, tmp_path):
     return tmp_path / "dataset"
 
 
+@pytest.mark.slow  # video/test_bad_videos.py holds the fate of every kind
 def test_bad_videos_end_in_the_ledger_with_their_reason(curated):
     ledger = open_snapshot(str(curated[0])).read_ledger().to_pylist()
     fates = {row["path"]: (row["status"], reason_class(row["reason"])) for row in ledger}

@@ -205,6 +205,7 @@ def test_the_stage_is_named_by_the_content_of_the_weights(weights, tmp_path):
     assert "weights" not in split_identity(SplitConfig()), "tables of other detectors keep their names"
 
 
+@pytest.mark.slow  # a stage; the child's cap and the detector have tests of their own
 def test_the_split_stage_detects_in_its_child_under_the_memory_cap(weights, tmp_path):
     """256 MB are less than the network takes at work, and still all for what the files need."""
     path = write_video(tmp_path / "a.mp4", shots([30, 40]), fps=20)

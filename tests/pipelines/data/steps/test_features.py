@@ -139,6 +139,7 @@ def scored(curated, corpus, tokenizer_file, models, tmp_path_factory):
     return dataset, options, curate(curate_config(corpus, dataset, tokenizer_file, *options))
 
 
+@pytest.mark.slow  # a curation with open_clip in its workers; the scores themselves have tests of their own
 def test_scores_by_models_are_in_the_ledger(scored):
     rows = open_snapshot(str(scored[0])).read_ledger().to_pylist()
     for row in rows:

@@ -8,6 +8,7 @@ from tests.pipelines.data.corpora import FATES, GOOD, curate_config
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
+@pytest.mark.slow  # a second curation; that of a sample stays
 def test_a_plan_over_all_sources_tells_what_the_run_gives(curated, corpus, tokenizer_file, tmp_path):
     config = curate_config(corpus, tmp_path / "d", tokenizer_file)
     plan = plan_curation(config, Cluster(cpus=64, price=2.0), sources=1000)
