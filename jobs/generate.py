@@ -51,7 +51,7 @@ def command(
     """
     if not print_config:
         click.echo("reading the request", err=True)  # what is imported next takes seconds
-    from lumos.compression import parse_size
+    from lumos.compression import num_latent_frames, parse_size
     from pipelines.errors import UserError
     from pipelines.generation.config import GenerateConfig
     from pipelines.media import MEDIA_TYPES
@@ -65,11 +65,13 @@ def command(
     implied = suffix if suffix in MEDIA_TYPES else "png" if options["frames"] == 1 else None
     if not any(override.startswith("format=") for override in overrides):
         options["format"] = implied
-    if size is not None:
-        try:
+    try:
+        if size is not None:
             options["video.width"], options["video.height"] = parse_size(size)
-        except ValueError as error:
-            raise UserError(f"--{error}") from error
+        if options["frames"] is not None:
+            num_latent_frames(options["frames"])
+    except ValueError as error:
+        raise UserError(f"--{str(error).removeprefix('num_')}") from error
     given = [
         f"{_KEYS.get(key, key)}={json.dumps(value, ensure_ascii=False)}"
         for key, value in options.items()

@@ -42,10 +42,17 @@ def test_the_format_follows_from_the_name_and_the_number_of_frames(arguments, ex
     assert printed("default", *overrides, "--model", "m", "--prompt", "a", *options)["format"] == expected
 
 
-def test_a_size_that_is_none_is_named():
-    done = CliRunner().invoke(group, ["generate", "--model", "m", "--prompt", "a", "--size", "large"])
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--size", "large", "--size is 'large'; write it as WIDTHxHEIGHT"),
+        ("--frames", "26", "--frames 26 is not 1 + 4k: use 25 or 29"),
+    ],
+)
+def test_a_size_that_is_none_is_named_by_its_option(option, value, message):
+    done = CliRunner().invoke(group, ["generate", "--model", "m", "--prompt", "a", option, value])
     assert isinstance(done.exception, UserError)
-    assert "--size is 'large'; write it as WIDTHxHEIGHT" in str(done.exception)
+    assert message in str(done.exception)
 
 
 def test_a_file_of_prompts_where_the_config_belongs_is_told_its_key(tmp_path: Path):
