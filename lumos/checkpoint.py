@@ -263,7 +263,10 @@ def load_checkpoint(
     config, vocabulary, info = read_config(path)
     with torch.device("meta"):
         model = Decoder(config)
-    model.to(dtype).to_empty(device=device)
+    # As `to_empty` does, but asking tensors of the meta device for others imports sympy.
+    model._apply(  # type: ignore[no-untyped-call]
+        lambda t: torch.empty(t.shape, dtype=dtype if t.is_floating_point() else t.dtype, device=device)
+    )
     load_weights(model, path)
     return Checkpoint(model=model.eval(), vocabulary=vocabulary, info=info)
 

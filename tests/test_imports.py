@@ -130,7 +130,9 @@ def test_the_example_of_the_readme_runs_with_the_dependencies_of_lumos_alone(tmp
     assert len(examples) == 1
     (folder,) = re.findall(r'lumos\.load\("(.+?)"\)', examples[0])
     save_tiny_folder(tmp_path / folder)
-    printed = run_python(ISOLATE + examples[0], tmp_path).splitlines()
+    loaded = "\nimport sys\nprint([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])"
+    *printed, compiler = run_python(ISOLATE + examples[0] + loaded, tmp_path).splitlines()
+    assert compiler == "[]", "loading and drawing import torch's compiler, for seconds"
     frames = np.load(tmp_path / "video.npy")
     assert (frames.shape, frames.dtype) == ((5, 16, 32, 3), np.uint8)
     assert printed[1] == "(5, 16, 32, 3) uint8"  # the first line is ISOLATE's
