@@ -18,14 +18,18 @@ import secrets
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock
+from pydantic import TypeAdapter
 
+from lumos.compression import VideoSize
+from lumos.config import SamplingConfig
 from pipelines import storage
 from pipelines.errors import UserError
+from pipelines.generation.request import VideoRequest
 from pipelines.storage import s3
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
@@ -75,8 +79,25 @@ class Version:
     tag: str
 
 
+_JOB, _SIZE, _SAMPLING = TypeAdapter(Job), TypeAdapter(VideoSize), TypeAdapter(SamplingConfig)
+REQUEST_FIELDS = {field.name for field in fields(VideoRequest) if not field.name.startswith("given")}
+
+
 class JobLostError(Exception):
     """The job was deleted, or is another process's by now."""
+
+
+def request_to_json(request: VideoRequest) -> dict[str, Any]:
+    """A request in plain values, the given frames apart, which are a file of the job."""
+    values = {name: value for name, value in vars(request).items() if not name.startswith("given")}
+    return {**values, "size": asdict(request.size), "sampling": asdict(request.sampling)}
+
+
+def request_of(job: Job) -> VideoRequest:
+    """What a job asks for, without the frames given; what a newer program says besides is left out."""
+    values = {name: value for name, value in job.request.items() if name in REQUEST_FIELDS}
+    size, sampling = _SIZE.validate_python(values.pop("size")), _SAMPLING.validate_python(values.pop("sampling"))
+    return VideoRequest(size=size, sampling=sampling, **values)
 
 
 def new_id(now: float) -> str:
@@ -289,10 +310,8 @@ def _to_bytes(job: Job) -> bytes:
 
 def _from_bytes(data: bytes, tag: str) -> Version | None:
     try:
-        values = json.loads(data)
-        known = {
-            name: values[name] for name in Job.__dataclass_fields__ if name in values
-        }  # of newer programs: ignored
-        return Version(Job(**known), tag)
-    except (TypeError, ValueError):
+        job = _JOB.validate_json(data)  # what newer programs say besides is ignored
+        request_of(job)
+    except (KeyError, TypeError, ValueError):
         return None
+    return Version(job, tag)

@@ -7,19 +7,25 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
-from pydantic import TypeAdapter
 
-from lumos.compression import VideoSize
-from lumos.config import SamplingConfig
 from pipelines.errors import UserError
 from pipelines.generation.config import ServeConfig
 from pipelines.generation.generator import Progress
 from pipelines.generation.request import Refusal, VideoRequest
-from pipelines.generation.serving.jobs import Job, JobLostError, JobStore, Version, new_id
+from pipelines.generation.serving.jobs import (
+    REQUEST_FIELDS,
+    Job,
+    JobLostError,
+    JobStore,
+    Version,
+    new_id,
+    request_of,
+    request_to_json,
+)
 from pipelines.generation.serving.observe import Metrics
 from pipelines.generation.serving.pictures import joined
 from pipelines.generation.serving.requests import Served
@@ -31,8 +37,6 @@ _SIGN_S = 5.0  # between signs of life, and looks for jobs whose process is gone
 _SWEEP_S = 300.0  # between looks for what has expired
 _ATTEMPTS = 5  # of a job whose processes die: one that kills them must not do so for ever
 _STORE_PAUSE_S = 2.0  # after a failure of the store
-_SAMPLING = TypeAdapter(SamplingConfig)
-_REQUEST = {field.name for field in fields(VideoRequest) if not field.name.startswith("given")}
 _GIVEN, _BEFORE = "given.npz", "before.bin"
 
 T = TypeVar("T")
@@ -342,22 +346,9 @@ def picture_name(done: int) -> str:
     return f"picture-{done:04d}.jpg"
 
 
-def request_to_json(request: VideoRequest) -> dict[str, Any]:
-    """A request in plain values, the given frames apart, which are a file of the job."""
-    values = {name: value for name, value in vars(request).items() if not name.startswith("given")}
-    return {**values, "size": asdict(request.size), "sampling": asdict(request.sampling)}
-
-
-def request_of(job: Job) -> VideoRequest:
-    """What a job asks for, without the frames given; what a newer program says besides is left out."""
-    values = {name: value for name, value in job.request.items() if name in _REQUEST}
-    size, sampling = VideoSize(**values.pop("size")), _SAMPLING.validate_python(values.pop("sampling"))
-    return VideoRequest(size=size, sampling=sampling, **values)
-
-
 def load_request(store: JobStore, job: Job) -> VideoRequest:
     """What a job asks for, with the frames given; a ``ValueError`` if a newer program asks for more."""
-    if more := sorted(job.request.keys() - _REQUEST):
+    if more := sorted(job.request.keys() - REQUEST_FIELDS):
         raise ValueError(f"a newer program made this job: {', '.join(more)} is not known here")
     data = store.read_file(job.id, _GIVEN)
     if data is None:

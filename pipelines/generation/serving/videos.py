@@ -18,9 +18,9 @@ from pipelines.generation.request import VideoRequest, file_name
 from pipelines.generation.serving import pictures
 from pipelines.generation.serving.answers import ERRORS, body_schema, described
 from pipelines.generation.serving.content import file_answer
-from pipelines.generation.serving.jobs import Job
+from pipelines.generation.serving.jobs import Job, request_of
 from pipelines.generation.serving.requests import extended, num_added, to_request, told_shortcuts
-from pipelines.generation.serving.runner import Before, picture_name, request_of
+from pipelines.generation.serving.runner import Before, picture_name
 from pipelines.generation.serving.schema import (
     BadRequestError,
     DeletedVideo,

@@ -24,9 +24,8 @@ from pipelines.generation.generator import VideoGenerator
 from pipelines.generation.model import read_card
 from pipelines.generation.request import VideoRequest
 from pipelines.generation.serving import api
-from pipelines.generation.serving.jobs import JobStore
+from pipelines.generation.serving.jobs import JobStore, request_of, request_to_json
 from pipelines.generation.serving.pictures import decode_frames
-from pipelines.generation.serving.runner import request_of, request_to_json
 from pipelines.media import encode_video
 from tests.pipelines.generation.conftest import CAPTIONS
 from tests.pipelines.generation.serving.in_process import client_to, finished, served, service_of

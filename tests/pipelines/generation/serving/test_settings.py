@@ -9,8 +9,7 @@ from lumos.compression import VideoSize
 from lumos.config import SamplingConfig
 from pipelines.generation.config import MAX_SEED, ServeConfig
 from pipelines.generation.request import VideoRequest
-from pipelines.generation.serving.jobs import JobStore
-from pipelines.generation.serving.runner import request_to_json
+from pipelines.generation.serving.jobs import JobStore, new_id, request_to_json
 from tests.pipelines.generation.conftest import CAPTIONS
 from tests.pipelines.generation.serving.in_process import client_to, finished, service_of
 from tests.pipelines.generation.serving.test_jobs import PROMPT, post
@@ -83,7 +82,10 @@ def test_a_job_of_a_newer_program_is_listed_and_not_drawn_otherwise_than_it_says
         asked = request_to_json(VideoRequest(prompt="x", seed=1, size=size, sampling=SamplingConfig(num_steps=1)))
         store = JobStore(config.jobs, "newer")
         store.create(job_of(request={**asked, "mood": "calm"}, model="export", total=3))
+        damaged = new_id(2.0)
+        store.create(job_of(id=damaged, request={"prompt": "x"}))
         async with service_of(config) as app, client_to(app) as client:
+            assert (await client.get(f"/v1/videos/{damaged}")).status_code == 404
             [listed] = (await client.get("/v1/videos")).json()["data"]
             failed = await finished(client, listed["id"])
             assert failed["status"] == "failed"

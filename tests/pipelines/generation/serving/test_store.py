@@ -7,12 +7,18 @@ from typing import Any
 
 import pytest
 
+from lumos.compression import VideoSize
+from lumos.config import SamplingConfig
+from pipelines.generation.request import VideoRequest
 from pipelines.generation.serving import jobs
-from pipelines.generation.serving.jobs import Job, JobLostError, JobStore, new_id
+from pipelines.generation.serving.jobs import Job, JobLostError, JobStore, new_id, request_to_json
+
+_SIZE = VideoSize(width=32, height=32, num_frames=9, fps=12.0)
+_REQUEST = request_to_json(VideoRequest(prompt="x", seed=1, size=_SIZE, sampling=SamplingConfig(num_steps=1)))
 
 
 def job_of(**changes: Any) -> Job:
-    values: dict[str, Any] = {"id": new_id(1.0), "owner": "", "model": "m", "request": {}, "created_at": 1.0}
+    values: dict[str, Any] = {"id": new_id(1.0), "owner": "", "model": "m", "request": _REQUEST, "created_at": 1.0}
     return Job(**{**values, "expires_at": 1e12, **changes})
 
 
@@ -57,8 +63,10 @@ def test_names_that_are_no_ids_are_no_jobs(tmp_path: Path) -> None:
     store = JobStore(str(tmp_path / "jobs"))
     for name in ("../secret", "video_../secret", "", ".lock", "video_" + "g" * 31):
         assert store.read(name) is None
-    (tmp_path / "jobs" / f"{new_id(1.0)}.json").write_text("{")  # damaged
-    assert [store.read(job_id) for job_id in store.ids()] == [None]
+    (tmp_path / "jobs" / f"{new_id(1.0)}.json").write_text("{")  # damaged, as those are that tell no request:
+    for changes in ({"request": {}}, {"request": {**_REQUEST, "size": "32x32"}}, {"total": "many"}):
+        store.create(job_of(id=new_id(1.0), **changes))
+    assert [store.read(job_id) for job_id in store.ids()] == [None] * 4
 
 
 def test_signs_of_life_grow_old(tmp_path: Path) -> None:
