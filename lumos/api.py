@@ -171,9 +171,7 @@ class Model:
         full = self.encoder.size(width=width, height=height, num_frames=num_frames, fps=fps)
         codes = None if given is None else self._encode_given(given, full)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(prompts):
-            raise ValueError(f"seed has {len(seeds)} numbers for {len(prompts)} prompts: give one, or one for each")
+        seeds = _seeds(seed, len(prompts))
         config: SamplingConfig = replace(self.info.sampling, **sampling)
         requests = [
             self.encoder.encode(text, size=full, seed=number, sampling=config, given=codes, motion=motion)
@@ -212,6 +210,16 @@ class Model:
                 f"{len(frames) + TEMPORAL_FACTOR} or more"
             )
         return self.encode_frames(fit_frames(frames, (size.width, size.height)))
+
+
+def _seeds(seed: Any, count: int) -> list[int]:
+    """One seed for each of so many prompts, NumPy's integers as Python's."""
+    each = [seed] * count if np.ndim(seed) == 0 else list(seed)
+    if not all(isinstance(number, int | np.integer) and not isinstance(number, bool) for number in each):
+        raise ValueError(f"seed must be a whole number, or one for each prompt, got {seed!r:.60}")
+    if len(each) != count:
+        raise ValueError(f"seed has {len(each)} numbers for {count} prompts: give one, or one for each")
+    return [int(number) for number in each]
 
 
 def _given_frames(image: Any, clip: Any) -> NDArray[np.uint8] | None:

@@ -120,6 +120,7 @@ class ShortcutConfig:
     frame_steps: tuple[int, ...] = ()  # steps of each drawn frame in place of num_steps; the last holds for all further
 
     def __post_init__(self) -> None:
+        require(self.order in ("confidence", "halton"), f"order must be confidence or halton, got {self.order!r}")
         require(
             self.threshold is None or 0.0 < self.threshold <= 1.0,
             f"threshold must be in (0, 1], got {self.threshold}",

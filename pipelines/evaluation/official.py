@@ -187,7 +187,7 @@ def _vbench_scores(uri: str) -> dict[str, tuple[float, int | None]]:
     remedy = "expected VBench's *_eval_results.json (not *_full_info.json): {dimension: [score, [...]]}"
     try:
         value = json.loads(_read(uri))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{uri} is no JSON ({error}); {remedy}") from error
     if not isinstance(value, dict) or not value:
         raise UserError(f"{uri} holds no dimensions; {remedy}")
@@ -199,7 +199,9 @@ def _vbench_scores(uri: str) -> dict[str, tuple[float, int | None]]:
         if not 0 <= score <= 1:  # NaN too
             raise UserError(f"{uri}: {name} is {score}, which is not in 0..1; totals are made of shares, not percent")
         each = entry[1] if isinstance(entry, list) and len(entry) > 1 else None
-        scores[name.lower().replace(" ", "_")] = (float(score), len(each) if isinstance(each, list) and each else None)
+        if (known := name.lower().replace(" ", "_")) in scores:
+            raise UserError(f"{uri} gives {known} twice: name the results of one evaluation")
+        scores[known] = (float(score), len(each) if isinstance(each, list) and each else None)
     return scores
 
 
@@ -284,7 +286,7 @@ def _geneval(files: Sequence[str]) -> OfficialResults:
     prompts: dict[str, int] = {}
     seen: set[str] = set()
     for uri in files:
-        for number, line in enumerate(_read(uri).decode("utf-8").splitlines(), start=1):
+        for number, line in enumerate(_read(uri).split(b"\n"), start=1):  # splitlines() would cut prompts too
             if not line.strip():
                 continue
             try:
@@ -292,7 +294,7 @@ def _geneval(files: Sequence[str]) -> OfficialResults:
                 tag, correct, prompt, picture = row["tag"], row["correct"], row["metadata"], str(row["filename"])
                 if not isinstance(correct, bool | int) or correct not in (0, 1):
                     raise ValueError(f"correct is {correct!r}")
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
                     f"{uri}, line {number}: no result of GenEval ({error!r}); expected the file that "
                     "evaluate_images.py writes, with filename, tag, prompt, correct and metadata"

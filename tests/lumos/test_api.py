@@ -114,6 +114,8 @@ def test_a_clip_is_continued(model, pictures):
         ({"num_frames": 401}, "alone make .*: use fewer frames or a smaller size"),
         ({"fps": 100.0}, r"fps 100 is outside 1\.\.64"),
         ({"num_steps": 0}, "num_steps must be at least 1"),
+        ({"seed": 1.5}, "seed must be a whole number, or one for each prompt, got 1.5"),
+        ({"seed": None}, "seed must be a whole number"),
         ({"seed": [1, 2]}, "seed has 2 numbers for 1 prompts"),
         ({"image": np.zeros((16, 32, 3))}, r"image must be uint8 \[H, W, 3\].*, got float64 \[16, 32, 3\]"),
         ({"image": np.zeros((1, 16, 32, 3), np.uint8)}, r"image must be uint8 \[H, W, 3\]"),
@@ -129,6 +131,12 @@ def test_what_cannot_be_drawn_is_named(model, arguments, message):
         model.generate(PROMPT, **arguments)
     with pytest.raises(ValueError, match="the prompt is empty"):
         model.generate(" ")
+
+
+def test_seeds_may_be_numpy_s(model):
+    by_numpy = model.generate([PROMPT, PROMPT], seed=np.arange(3, 5), num_frames=1)
+    assert np.array_equal(by_numpy[1], model.generate(PROMPT, seed=np.int64(4), num_frames=1))
+    assert np.array_equal(by_numpy[0], model.generate(PROMPT, seed=3, num_frames=1))
 
 
 def test_every_setting_of_the_sampler_is_an_option():

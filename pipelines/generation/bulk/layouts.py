@@ -151,7 +151,8 @@ def read_rows(uri: str, layout: str) -> list[dict[str, Any]]:
         rows = (
             [json.loads(line) for line in text.split("\n") if line.strip()] if layout == "geneval" else json.loads(text)
         )
-    except (OSError, ValueError) as error:
+        json.dumps(rows, ensure_ascii=False).encode()  # halves of characters are in no file or name
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"prompts: {uri} cannot be read as JSON ({error}); {_remedy(layout)}") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"prompts: {uri} is no list of entries; {_remedy(layout)}")

@@ -53,7 +53,7 @@ def read_prompts(source: str | Sequence[str]) -> list[Prompt]:
         raise UserError(f"prompts: {source} is of an unknown kind; {_REMEDY}")
     try:
         rows = list(readers[suffix](storage.read_bytes(source)))
-    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, csv.Error, pa.ArrowException) as error:
         raise UserError(f"prompts: {source} cannot be read as {suffix}: {error}") from error
     if not rows:
         raise UserError(f"prompts: {source} holds no prompts; {_REMEDY}")
@@ -132,12 +132,16 @@ def _check_columns(names: Sequence[str]) -> None:
     if "prompt" not in names:
         raise ValueError(f"it has no column prompt, only {', '.join(names) or 'none'}")
     for name in names:
+        if name in _COLUMNS and names.count(name) > 1:
+            raise ValueError(f"it has several columns {name!r}: keep one of them")
         meant = difflib.get_close_matches(name.strip().lower(), _COLUMNS, n=1, cutoff=0.8)
         if name not in _COLUMNS and meant and meant[0] not in names:
             raise ValueError(f"it has a column {name!r}, which is not read: rename it to {meant[0]!r}, or drop it")
 
 
 def _prompt(row: Mapping[str, Any], where: str, folder: str) -> Prompt:
+    for column in _COLUMNS:
+        _check_characters(column, row.get(column))
     text, seed, name = row.get("prompt"), row.get("seed"), row.get("id")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"the prompt is {text!r}; every row needs a text")
@@ -151,6 +155,15 @@ def _prompt(row: Mapping[str, Any], where: str, folder: str) -> Prompt:
         clip=_path(row.get("clip"), folder, "clip"),
         where=where,
     )
+
+
+def _check_characters(column: str, value: Any) -> None:
+    """Halves of characters, as JSON can hold them where a text was cut, are in no file or tokenizer's text."""
+    if not (isinstance(value, str) and value.isascii()):
+        try:
+            str(value).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{column}, {value!r:.60}, holds half a character at {error.start}: no text") from error
 
 
 def _path(value: Any, folder: str, name: str) -> str | None:

@@ -265,3 +265,23 @@ def test_a_part_of_geneval_is_told(tmp_path):
     file.write_text('{"tag": "colors"}')
     with pytest.raises(UserError, match="line 1: no result of GenEval"):
         import_results([str(file)])
+
+
+@pytest.mark.parametrize("data", [b"\xff\n", b"[" * 100_000])
+def test_what_is_no_text_or_nested_without_end_is_no_result(tmp_path, data):
+    for name in ("results.jsonl", "x_eval_results.json"):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=r"no result of GenEval|is no JSON"):
+            import_results([str(tmp_path / name)])
+
+
+def test_a_dimension_that_one_file_gives_by_two_names_is_told(tmp_path):
+    (tmp_path / "x_eval_results.json").write_text('{"scene": [0.1, []], "Scene": [0.9, []]}')
+    with pytest.raises(UserError, match="gives scene twice"):
+        import_results([str(tmp_path / "x_eval_results.json")])
+
+
+def test_a_line_of_geneval_ends_at_its_end_alone(tmp_path):
+    row = {"filename": "a", "tag": "colors", "prompt": "a\u2028b", "correct": True, "metadata": "{}"}
+    (tmp_path / "results.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    assert import_results([str(tmp_path / "results.jsonl")]).dimensions == {"colors": 1.0}

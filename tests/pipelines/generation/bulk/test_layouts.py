@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.errors import UserError
 from pipelines.generation.bulk.check import check_layout
-from pipelines.generation.bulk.layouts import MAX_NAME_BYTES, video_names
+from pipelines.generation.bulk.layouts import MAX_NAME_BYTES, read_groups, video_names
 from pipelines.generation.bulk.plan import Job, plan
 from pipelines.generation.bulk.run import generate
 from pipelines.generation.config import BatchConfig, GenerateConfig, SizeConfig
@@ -231,3 +231,10 @@ def test_a_file_of_another_kind_is_named(
         jobs_of(config)
     with pytest.raises(UserError, match="there is no folder"):
         check_layout(config.output, layout)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '[{"prompt_en": "\\ud83d", "dimension": ["color"]}]'])
+def test_a_benchmark_s_file_that_is_no_text_or_nested_without_end_is_told(tmp_path, content):
+    (tmp_path / "info.json").write_text(content)
+    with pytest.raises(UserError, match=r"info.json cannot be read as JSON"):
+        read_groups("vbench", str(tmp_path / "info.json"))

@@ -86,6 +86,32 @@ def test_every_mistake_of_a_file_is_told_and_of_many_how_many(tmp_path: Path) ->
     )
 
 
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ('{"prompt": "cut off \\ud83d"}', r"line 1: prompt, 'cut off \\ud83d', holds half a character at 8"),
+        ('{"prompt": "a", "id": "\\ud83d"}', "line 1: id, .* holds half a character"),
+        ('{"prompt": "a", "image": "\\ud83d.png"}', "line 1: image, .* holds half a character"),
+    ],
+)
+def test_half_a_character_is_told_of_its_row(tmp_path: Path, row: str, words: str) -> None:
+    (tmp_path / "p.jsonl").write_text(row)
+    with pytest.raises(UserError, match=words):
+        read_prompts(str(tmp_path / "p.jsonl"))
+    with pytest.raises(UserError, match=r"item 0: prompt, .* holds half a character"):  # as of bytes at a terminal
+        read_prompts((b"a \xff".decode(errors="surrogateescape"),))
+
+
+def test_a_column_that_is_there_twice_and_dates_beyond_all_years_are_told(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("prompt,seed,prompt\na,1,b\n")
+    with pytest.raises(UserError, match="it has several columns 'prompt': keep one of them"):
+        read_prompts(str(tmp_path / "p.csv"))
+    far = pa.table({"prompt": ["a"], "id": pa.array([2**62], pa.timestamp("us"))})
+    pq.write_table(far, tmp_path / "p.parquet")
+    with pytest.raises(UserError, match="cannot be read as parquet"):
+        read_prompts(str(tmp_path / "p.parquet"))
+
+
 def test_a_missing_file_and_an_empty_list_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no file"):
         read_prompts(str(tmp_path / "none.txt"))
