@@ -7,7 +7,7 @@ frames = model.generate("a red square moves left over a blue background", seed=7
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, SupportsIndex, TypeAlias, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from lumos.sampling import generate as draw_codes
 from lumos.tokenizers import load_video_tokenizer
 
 _MAX_BATCH = 8  # videos drawn together
+
+Seeds: TypeAlias = SupportsIndex | Sequence[SupportsIndex] | NDArray[Any]  # whole numbers of Python and NumPy
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -128,18 +130,20 @@ class Model:
         return f"<lumos.Model {self.folder.name}: {parameters} on {weights.device}, videos {size}>"
 
     @overload
-    def generate(self, prompt: str, *, seed: int = 0, **options: Unpack[VideoOptions]) -> NDArray[np.uint8]: ...
+    def generate(
+        self, prompt: str, *, seed: SupportsIndex = 0, **options: Unpack[VideoOptions]
+    ) -> NDArray[np.uint8]: ...
 
     @overload
     def generate(
-        self, prompt: list[str] | tuple[str, ...], *, seed: int | Sequence[int] = 0, **options: Unpack[VideoOptions]
+        self, prompt: list[str] | tuple[str, ...], *, seed: Seeds = 0, **options: Unpack[VideoOptions]
     ) -> list[NDArray[np.uint8]]: ...
 
     def generate(
         self,
         prompt: str | list[str] | tuple[str, ...],
         *,
-        seed: int | Sequence[int] = 0,
+        seed: Seeds = 0,
         size: str | tuple[int, int] | None = None,
         num_frames: int | None = None,
         fps: float | None = None,

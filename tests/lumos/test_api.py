@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lumos
-from lumos.api import SamplingOptions
+from lumos.api import SamplingOptions, _seeds
 from lumos.config import SamplingConfig
 from lumos.guidance import GenerationRequest, GuidedBranches
 from lumos.sampling import generate
@@ -114,8 +114,6 @@ def test_a_clip_is_continued(model, pictures):
         ({"num_frames": 401}, "alone make .*: use fewer frames or a smaller size"),
         ({"fps": 100.0}, r"fps 100 is outside 1\.\.64"),
         ({"num_steps": 0}, "num_steps must be at least 1"),
-        ({"seed": 1.5}, "seed must be a whole number, or one for each prompt, got 1.5"),
-        ({"seed": None}, "seed must be a whole number"),
         ({"seed": [1, 2]}, "seed has 2 numbers for 1 prompts"),
         ({"image": np.zeros((16, 32, 3))}, r"image must be uint8 \[H, W, 3\].*, got float64 \[16, 32, 3\]"),
         ({"image": np.zeros((1, 16, 32, 3), np.uint8)}, r"image must be uint8 \[H, W, 3\]"),
@@ -131,6 +129,12 @@ def test_what_cannot_be_drawn_is_named(model, arguments, message):
         model.generate(PROMPT, **arguments)
     with pytest.raises(ValueError, match="the prompt is empty"):
         model.generate(" ")
+
+
+@pytest.mark.parametrize("seed", [1.5, None, "7", True, [1, 2.0]])
+def test_seeds_are_whole_numbers(seed):
+    with pytest.raises(ValueError, match="seed must be a whole number, or one for each prompt, got"):
+        _seeds(seed, 2)  # as a program without types asks
 
 
 def test_seeds_may_be_numpy_s(model):

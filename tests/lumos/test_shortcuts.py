@@ -199,7 +199,6 @@ def test_drawing_ends_where_a_step_says_so():
     ("values", "message"),
     [
         ({"threshold": 0.0}, r"threshold must be in \(0, 1\], got 0.0"),
-        ({"order": "Halton"}, "order must be confidence or halton, got 'Halton'"),
         ({"threshold": 0.5, "order": "halton"}, r"threshold is 0.5 with order halton.*leave it out"),
         ({"guidance_interval": (0.6, 0.5)}, r"guidance_interval must be two shares .*got \[0.6, 0.5\]"),
         ({"guidance_cache_from": 0.0}, r"guidance_cache_from must be in \(0, 1\], got 0.0"),
